@@ -1,0 +1,54 @@
+// The aggregate of a reasoning chain's step scores, as a state that takes one score at a time.
+//
+// The state can start from an earlier aggregate over `count` steps, so that a chain is continued without its
+// old scores. Products are kept in float64: forty factors of 0.9 lose no digit. NaN propagates.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace tts {
+
+enum class Aggregate : int32_t { last, min, prod, mean, max, sum };
+
+}  // namespace tts
+
+TTS_BEGIN_ISA
+
+class AggregateState {
+  public:
+    // `prior` is the aggregate of `count` earlier steps; count 0: there is none.
+    AggregateState(Aggregate how, float prior, int64_t count)
+        : how_(how), count_(count), value_(count > 0 ? prior : 0.0) {
+        if (how_ == Aggregate::mean) value_ *= static_cast<double>(count_);
+    }
+
+    void add(float score) {
+        const double x = score;
+        const bool first = count_++ == 0;
+        if (first || how_ == Aggregate::last) {
+            value_ = x;
+        } else if (how_ == Aggregate::prod) {
+            value_ *= x;
+        } else if (how_ == Aggregate::mean || how_ == Aggregate::sum) {
+            value_ += x;
+        } else if (value_ == value_) {  // min and max; once NaN, always NaN
+            const bool better = how_ == Aggregate::min ? x < value_ : x > value_;
+            if (better || x != x) value_ = x;
+        }
+    }
+
+    // A chain without any step scores -inf: it must never be kept before one that has been read.
+    float value() const {
+        if (count_ == 0) return -__builtin_inff();
+        return static_cast<float>(how_ == Aggregate::mean ? value_ / static_cast<double>(count_) : value_);
+    }
+
+  private:
+    Aggregate how_;
+    int64_t count_;
+    double value_;
+};
+
+TTS_END_ISA

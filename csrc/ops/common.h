@@ -1,0 +1,108 @@
+// What every operator file shares: short names for torch's stable ABI, and the checks.
+//
+// A failed check throws a bare message. The Python function then repeats the checks slowly and raises the error
+// that names the argument (tts_kernels/checks.py), so a call that succeeds pays for these alone.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tts::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void require(bool condition, const char* what) {
+    if (!condition) throw std::runtime_error(what);
+}
+
+// ---- tensors to plain pointers -------------------------------------------------------------------------------
+
+inline bool is_float(const Tensor& t) {
+    const ScalarType s = t.scalar_type();
+    return s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half;
+}
+
+inline DType dtype(const Tensor& t) {
+    require(t.is_cpu() && is_float(t), "float tensor");
+    if (t.scalar_type() == ScalarType::Float) return DType::f32;
+    return t.scalar_type() == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+}
+
+// A contiguous float tensor as an array.
+inline FloatArray floats(const Tensor& t) {
+    require(t.is_contiguous(), "contiguous");
+    return {t.const_data_ptr(), dtype(t)};
+}
+
+inline FloatArray floats(const std::optional<Tensor>& t) {
+    return t ? floats(*t) : FloatArray{nullptr, DType::f32};
+}
+
+inline const float* float32(const Tensor& t) {
+    require(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float, "float32 tensor");
+    return static_cast<const float*>(t.const_data_ptr());
+}
+
+inline const float* float32(const std::optional<Tensor>& t) { return t ? float32(*t) : nullptr; }
+
+// An int32 or int64 vector; the caller keeps `dense(t)` alive.
+inline IndexArray indices(const Tensor& t) {
+    const bool is_int64 = t.scalar_type() == ScalarType::Long;
+    require(t.is_cpu() && t.dim() == 1 && t.is_contiguous() && (is_int64 || t.scalar_type() == ScalarType::Int),
+            "index vector");
+    return {t.const_data_ptr(), is_int64};
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <class T>
+T* data(Tensor& t) {
+    return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+    return torch::stable::new_empty(like, shape, dtype);
+}
+
+// The aggregate of that name.
+inline Aggregate aggregate(const std::string& how) {
+    static constexpr const char* names[] = {"last", "min", "prod", "mean", "max", "sum"};
+    for (int i = 0; i < 6; ++i) {
+        if (how == names[i]) return static_cast<Aggregate>(i);
+    }
+    throw std::runtime_error("how");
+}
+
+// ---- checks of values ----------------------------------------------------------------------------------------
+
+// Every value in [low, high).
+inline void require_range(IndexArray values, int64_t count, int64_t low, int64_t high) {
+    bool good = true;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t v = at(values, i);
+        good &= v >= low && v < high;
+    }
+    require(good, "index out of range");
+}
+
+// indptr [n + 1] rises from 0 to `total`.
+inline void require_indptr(IndexArray indptr, int64_t entries, int64_t total) {
+    require(entries >= 1, "indptr");
+    bool good = at(indptr, 0) == 0 && at(indptr, entries - 1) == total;
+    for (int64_t i = 1; i < entries; ++i) good &= at(indptr, i) >= at(indptr, i - 1);
+    require(good, "indptr");
+}
+
+}  // namespace tts::ops

@@ -1,0 +1,39 @@
+"""What every op's test shares: the tolerance rule, the errors that must name their argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+
+
+def assert_rule(out: Tensor, exact: Tensor, plain: Tensor, slack: float = 1e-6) -> None:
+    """The tolerance rule: at most twice as far from the float64 result as plain torch in the same dtype.
+
+    `slack` (relative to the largest value) covers results where plain torch happens to be exact.
+    """
+    assert out.shape == exact.shape
+    finite = exact.isfinite()
+    assert torch.equal(out[~finite].double(), exact[~finite]) or _same_nonfinite(out[~finite], exact[~finite])
+    if not finite.any():
+        return
+    error = (out.double() - exact)[finite].abs().max().item()
+    allowed = 2 * (plain.double() - exact)[finite].abs().max().item() + slack * exact[finite].abs().max().item()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _same_nonfinite(out: Tensor, exact: Tensor) -> bool:
+    return torch.equal(out.isnan(), exact.isnan()) and torch.equal(out[~out.isnan()].double(), exact[~exact.isnan()])
+
+
+def assert_names(kind: type[Exception], name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """The call raises an error of just that kind whose message starts with the argument's name."""
+    with pytest.raises(kind, match=rf"^{name}") as caught:
+        call(*args, **kwargs)
+    assert type(caught.value) is kind

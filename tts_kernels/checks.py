@@ -1,0 +1,105 @@
+"""Checks of arguments. Each raises an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .backend import state
+
+FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+INDEX = (torch.int32, torch.int64)
+
+
+def describe(value: Any) -> str:
+    """A short account of what came."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _fail(kind: type[Exception], name: str, expected: str, got: Any) -> NoReturn:
+    raise kind(f"{name}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+
+
+def tensor(
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype] = FLOAT,
+    shape: Sequence[int | str] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """A tensor of one of `dtypes`; in `shape` a string stands for any size. TypeError, ValueError."""
+    if not isinstance(value, Tensor):
+        _fail(TypeError, name, "a tensor", value)
+    if value.dtype not in dtypes:
+        _fail(TypeError, name, " or ".join(str(d) for d in dtypes), value)
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True))
+        if not fits:
+            _fail(ValueError, name, f"shape [{', '.join(str(s) for s in shape)}]", value)
+    if device is not None and value.device != device:
+        _fail(ValueError, name, f"a tensor on {device}", value)
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
+    """A finite number in [low, high], or (low, high] with `open_low`. TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _fail(TypeError, name, "a number", value)
+    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+        bounds = f"{'(' if open_low else '['}{low}, {high}]"
+        _fail(ValueError, name, f"a finite number in {bounds}", value)
+
+
+def integer(name: str, value: Any, low: int) -> None:
+    """An int of at least `low`. TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        _fail(TypeError, name, "an int", value)
+    if value < low:
+        _fail(ValueError, name, f"at least {low}", value)
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> None:
+    """One of `options`. ValueError."""
+    if value not in options:
+        _fail(ValueError, name, f"one of {', '.join(options)}", value)
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether values may be read: not while tracing, and on a GPU under `debug_checks` only."""
+    if torch.compiler.is_compiling():
+        return False
+    real = [t for t in tensors if t is not None]
+    if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in real):
+        return False
+    return all(t.device.type == "cpu" for t in real) or state.debug_checks
+
+
+def index_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Every value in [low, high), where it can be read. IndexError."""
+    if not readable(values) or values.numel() == 0:
+        return
+    bad = ((values < low) | (values >= high)).nonzero()
+    if bad.numel():
+        where = int(bad[0, 0])
+        _fail(IndexError, name, f"values in [{low}, {high})", f"{int(values[where])} at index {where}")
+
+
+def indptr(name: str, value: Any, total: int, device: torch.device | None = None) -> None:
+    """Offsets [n + 1] that rise from 0 to `total`. TypeError, ValueError."""
+    tensor(name, value, INDEX, ["n + 1"], device)
+    if value.numel() < 1:
+        _fail(ValueError, name, "at least one offset", value)
+    if not readable(value):
+        return
+    offsets = value.tolist()
+    if offsets[0] != 0 or offsets[-1] != total:
+        _fail(ValueError, name, f"offsets from 0 to {total}", f"{offsets[0]} to {offsets[-1]}")
+    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if b < a:
+            _fail(ValueError, name, "offsets that do not fall", f"{b} after {a} at index {i + 1}")
