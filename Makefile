@@ -1,0 +1,68 @@
+# Everything runs in .venv, which each target sets up as far as it needs it. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The tested versions serve pip's own build environments too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint sanitize wheel clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: $(VENV)/.built  ## Build, then let small models solve problems by best-of-N, beam search and DVTS
+	@echo "== demo: search with the models that come with the package"
+	$(BIN)/tts-search demo
+
+test: $(VENV)/.built  ## Build, then run the C++ and the Python tests (not those marked slow)
+	@echo "== C++ tests"
+	cmake -S . -B build/cpp -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build/cpp.log || { cat build/cpp.log; exit 1; }
+	cmake --build build/cpp --target host_tests > build/cpp.log || { cat build/cpp.log; exit 1; }
+	ctest --test-dir build/cpp --output-on-failure
+	@echo "== Python tests"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(VENV)/.built  ## Run the microbenchmarks
+	@echo "== microbenchmarks (pytest-benchmark)"
+	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider -o python_files='bench_*.py' -o timeout=0
+
+lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format
+	@echo "== ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== mypy"
+	$(BIN)/mypy
+	@echo "== clang-format"
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+sanitize: $(VENV)/.built  ## C++ tests under ASan + UBSan and under TSan
+	@for set in address,undefined thread; do \
+	  echo "== C++ tests under -fsanitize=$$set"; \
+	  cmake -S . -B build/$$set -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTTS_SANITIZE=$$set > /dev/null && \
+	  cmake --build build/$$set --target host_tests > /dev/null && \
+	  ctest --test-dir build/$$set --output-on-failure || exit 1; \
+	done
+
+wheel: $(VENV)/.built  ## Build a wheel into dist/
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info tts_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: constraints.txt
+	@echo "== $(VENV): installing torch and the build tools"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch setuptools wheel cmake ninja pybind11
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "== building the kernels (CMake, a few minutes on two cores), installing what search, tests and linters use"
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,75 @@
+"""Choosing an implementation, and saying what is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tts_kernels as tk
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def test_setter_and_context_manager() -> None:
+    with tk.use_backend("reference"):
+        assert tk.backend_info().in_use == "reference"
+        with tk.use_backend("cpp"):
+            assert tk.backend_info().in_use == "cpp"
+        assert tk.backend_info().in_use == "reference"
+    assert tk.backend_info().in_use == "auto"
+    tk.use_backend("reference")
+    assert tk.backend_info().in_use == "reference"
+    tk.use_backend("auto")
+
+
+def test_reference_backend_checks_its_input_too() -> None:
+    scores = torch.rand(4)
+    with tk.use_backend("reference"):
+        assert tk.aggregate_steps(scores, torch.tensor([0, 4]), "max") == scores.max()
+        with pytest.raises(ValueError, match="^indptr"):
+            tk.aggregate_steps(scores, torch.tensor([0, 5]), "max")
+
+
+def test_unknown_and_missing_backends_say_so() -> None:
+    with pytest.raises(ValueError, match=r"^name: expected one of auto, cpp, triton, reference, got 'fast'"):
+        tk.use_backend("fast")
+    for name, missing in tk.backend_info().available.items():
+        if missing:
+            with pytest.raises(RuntimeError, match=name):
+                tk.use_backend(name)
+    assert tk.backend_info().available["cpp"] == ""
+
+
+def test_instruction_set_can_be_forced_and_a_wrong_one_is_named() -> None:
+    for isa in tk.backend_info().cpu_isas:
+        done = run("import tts_kernels as tk; print(tk.backend_info().cpu_isa)", TTS_KERNELS_CPU_ISA=isa)
+        assert done.stdout.strip() == isa
+    done = run("import tts_kernels as tk; tk.backend_info()", TTS_KERNELS_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "TTS_KERNELS_CPU_ISA: expected one of generic" in done.stderr
+    assert "sse9" in done.stderr
+
+
+def test_module_prints_what_is_there() -> None:
+    done = subprocess.run([sys.executable, "-m", "tts_kernels"], capture_output=True, text=True, check=True)
+    for word in ("torch", "instruction sets", "in use", "cpp", "triton", "reference"):
+        assert word in done.stdout
+
+
+def test_import_is_quick_and_alone() -> None:
+    """Neither transformers nor anything of the search is imported by the kernels."""
+    code = (
+        "import torch, sys, time; t = time.perf_counter(); import tts_kernels; print(time.perf_counter() - t);"
+        "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'tts_search', 'rich', 'triton')])"
+    )
+    seconds, modules = run(code).stdout.splitlines()
+    assert modules == "[]"
+    assert float(seconds) > 0

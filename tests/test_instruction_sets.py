@@ -1,0 +1,27 @@
+"""The kernels' own tests at every instruction set that this processor has, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tts_kernels as tk
+
+HERE = Path(__file__).parent
+FILES = sorted(str(f) for f in HERE.glob("test_*.py") if (HERE.parent / "csrc" / "cpu" / f.name[5:]).with_suffix(".cpp").exists())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("isa", tk.backend_info().cpu_isas[:-1])
+def test_kernels_at(isa: str) -> None:
+    """The last of the list is what the rest of the suite runs with."""
+    assert FILES
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *FILES]
+    done = subprocess.run(
+        command, env={**os.environ, "TTS_KERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

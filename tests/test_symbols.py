@@ -1,0 +1,48 @@
+"""The operator library as a file: what it needs, what it shows, and that no instruction set leaks into another."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tts_kernels import _library
+
+SETS = ("generic", "avx2", "avx512", "avx512_bf16")
+
+
+def symbols(*flags: str) -> list[tuple[str, str]]:
+    """(kind, demangled name) of each symbol."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    run = subprocess.run(["nm", "-C", *flags, str(_library.PATH)], check=True, capture_output=True, text=True)
+    return [(m[1], m[2]) for m in re.finditer(r"(?m)^(?:[0-9a-f]+)?\s+(\w) (.+)$", run.stdout)]
+
+
+def test_no_python_in_the_operator_library() -> None:
+    assert not [name for kind, name in symbols("-D") if kind == "U" and re.match(r"_?Py", name)]
+
+
+def test_nothing_of_ours_is_exported() -> None:
+    assert not [name for _, name in symbols("-D", "--defined-only") if name.startswith("tts::")]
+
+
+def test_kernels_carry_their_instruction_set() -> None:
+    """An inline function compiled for AVX-512 must never be the copy that an older processor runs."""
+    ours = [(kind, name) for kind, name in symbols() if "tts::" in name]
+    kernels = {s for s in SETS for _, name in ours if name.startswith(f"tts::{s}::")}
+    assert "generic" in kernels
+
+
+def test_kernel_files_include_nothing_that_could_be_shared() -> None:
+    """An inline function of a standard header would have one symbol for all instruction sets."""
+    root = Path(__file__).parent.parent / "csrc"
+    files = [f for folder in ("cpu", "include") for f in (root / folder).iterdir() if f.name != "dispatch.cpp"]
+    assert files
+    own = {f.name for f in files}
+    for file in files:
+        for header in re.findall(r'#include [<"]([^>"]+)[>"]', file.read_text()):
+            assert header in own | {"cstdint", "immintrin.h"}, f"{file.name} includes {header}"
