@@ -1,0 +1,69 @@
+"""Search over reasoning steps with a policy and a process verifier: best-of-N, beam search, DVTS.
+
+>>> import tts_search as ts
+>>> results = ts.search(problems, policy, verifier, ts.SearchConfig(method="beam_search", n=16))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tts_search.answers import boxed, equivalent
+from tts_search.api import beam_search, best_of_n, dvts, search, search_iter
+from tts_search.config import SearchConfig
+from tts_search.errors import ConfigError, MissingExtraError, SearchError
+from tts_search.protocol import Policy, Usage, Verifier
+from tts_search.result import SearchResult
+from tts_search.stats import SearchStats
+from tts_search.text import TextPolicy, TextVerifier
+from tts_search.tree import SearchTree, TreeNode
+from tts_search.types import Completion, Step, StepParams, StepRequest
+from tts_search.voting import VOTES, vote
+
+if TYPE_CHECKING:
+    from tts_search.policies.hf import HFPolicy
+    from tts_search.verifiers.hf import HFVerifier
+
+__all__ = [
+    "VOTES",
+    "Completion",
+    "ConfigError",
+    "HFPolicy",
+    "HFVerifier",
+    "MissingExtraError",
+    "Policy",
+    "SearchConfig",
+    "SearchError",
+    "SearchResult",
+    "SearchStats",
+    "SearchTree",
+    "Step",
+    "StepParams",
+    "StepRequest",
+    "TextPolicy",
+    "TextVerifier",
+    "TreeNode",
+    "Usage",
+    "Verifier",
+    "beam_search",
+    "best_of_n",
+    "boxed",
+    "dvts",
+    "equivalent",
+    "search",
+    "search_iter",
+    "vote",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # These need transformers: they are imported on use, so that the package imports with torch alone.
+    if name == "HFPolicy":
+        from tts_search.policies.hf import HFPolicy
+
+        return HFPolicy
+    if name == "HFVerifier":
+        from tts_search.verifiers.hf import HFVerifier
+
+        return HFVerifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,14 @@
+"""Beam search over steps: n candidates a round, the best of which survive and share the next n children."""
+
+from __future__ import annotations
+
+from tts_search.algorithms.branch import Branch, Run
+from tts_search.algorithms.groups import search_groups
+from tts_search.algorithms.moves import Moves
+
+__all__ = ["beam_search"]
+
+
+def beam_search(run: Run) -> Moves[list[Branch]]:
+    """Search with all candidates in one group: `keep` of n survive a round (Snell et al., arXiv 2408.03314)."""
+    return search_groups(run)

@@ -1,0 +1,164 @@
+"""The state of one problem's search: its branches, and what is known of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tts_search.config import SearchConfig
+from tts_search.errors import SearchError
+from tts_search.seeds import Streams
+from tts_search.tree import State
+from tts_search.types import Step
+
+__all__ = ["Branch", "Run", "split_steps"]
+
+FIRST_LOOKAHEAD_ID = 1 << 30  # branches that are not part of the tree are numbered from here
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """A node of the search tree, and the path that ends in it.
+
+    The path's text is kept twice: `texts`, one entry a node, as it was generated (what a policy continues), and
+    `steps`, one entry a step (what a verifier reads). They differ where a text was generated without a delimiter and
+    holds several steps, and where it is blank: `blank` belongs to the step that will follow it.
+    """
+
+    id: int
+    parent: Branch | None
+    path: tuple[int, ...]  # child numbers from the root
+    round: int
+    texts: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+    blank: str = ""
+    text: str = ""  # of this node alone
+    num_tokens: int = 0  # of this node alone
+    path_tokens: int = 0
+    finished: bool = False  # the answer is complete
+    stopped: bool = False  # the policy has nothing to add
+    ended: bool = False  # will not be expanded again: finished, stopped, or at a limit
+    cut: bool = False  # its step reached the token limit
+    scores: tuple[float, ...] = ()
+    score: float = math.nan
+    scored_id: int = 0  # the nearest branch up from here that the verifier has read; the root needs no reading
+    num_children: int = 0
+    state: State = "open"
+
+
+class Run:
+    """The search of one problem.
+
+    Parameters
+    ----------
+    problem : int
+        Its index in the run, for requests and errors.
+    text : str
+        Its text.
+    config : SearchConfig
+        How to search.
+    scored : bool
+        Whether there is a verifier.
+    """
+
+    def __init__(self, problem: int, text: str, config: SearchConfig, *, scored: bool) -> None:
+        self.problem = problem
+        self.config = config
+        self.scored = scored
+        self.round = 0
+        self.root = Branch(id=0, parent=None, path=(), round=0)
+        self.branches = [self.root]
+        self.held: set[int] = {0}  # branches that the drivers still keep
+        self._streams = Streams(config.seed, text)
+        self._num_lookaheads = 0
+
+    def error(self, message: str) -> SearchError:
+        """Return an error that names the problem and the round."""
+        return SearchError(message, self.problem, self.round)
+
+    def add_child(self, parent: Branch) -> Branch:
+        """Add a node to the tree, as yet without text."""
+        child = Branch(len(self.branches), parent, (*parent.path, parent.num_children), self.round)
+        parent.num_children += 1
+        parent.state = "expanded"
+        self.branches.append(child)
+        self.held.add(child.id)
+        return child
+
+    def add_lookahead(self, parent: Branch) -> Branch:
+        """Add a branch that is no part of the tree: its scores count for an ancestor."""
+        child = Branch(FIRST_LOOKAHEAD_ID + self._num_lookaheads, parent, (*parent.path, -1), self.round)
+        self._num_lookaheads += 1
+        self.held.add(child.id)
+        return child
+
+    def stream(self, branch: Branch) -> int:
+        """Return the seed of a branch's draws."""
+        return self._streams.of(branch.path)
+
+    def tokens_left(self, branch: Branch) -> int | None:
+        """Return how many tokens the branch may still grow by; None: no limit."""
+        limit = self.config.max_tokens
+        return None if limit is None else limit - branch.path_tokens
+
+    def grow(self, branch: Branch, step: Step, *, last: bool) -> None:
+        """Put the step that was sampled for a new branch into it.
+
+        Raises
+        ------
+        SearchError
+            If it is no :class:`~tts_search.Step`.
+        """
+        if not isinstance(step, Step) or not isinstance(step.text, str):
+            raise self.error(f"policy: expected a Step with a text for each sample, got {step!r:.200}")
+        parent, config, rules = branch.parent, self.config, self.config._rules
+        assert parent is not None
+        branch.text, branch.num_tokens = step.text, step.num_tokens
+        branch.path_tokens = parent.path_tokens + step.num_tokens
+        branch.texts = (*parent.texts, step.text) if step.text else parent.texts
+        uncut = last and rules.free_last_round
+        steps, branch.blank = split_steps(parent.blank + step.text, config.delimiter if uncut else None)
+        branch.steps = parent.steps + steps
+        branch.scored_id = parent.scored_id
+        branch.cut = step.reason == "length"
+        branch.finished = step.finished or (rules.marker is not None and rules.marker in step.text)
+        branch.stopped = step.finished or (rules.length_ends and branch.cut) or (rules.empty_ends and not step.text)
+        tokens_left = self.tokens_left(branch)
+        branch.ended = branch.finished or branch.stopped or last or (tokens_left is not None and tokens_left <= 0)
+        branch.state = "finished" if branch.finished else "open"
+
+
+def split_steps(text: str, delimiter: str | None) -> tuple[tuple[str, ...], str]:
+    r"""Cut a text into steps, each with the delimiter that ends it.
+
+    A piece of nothing but white space is no step: it becomes the beginning of the step after it.
+
+    Parameters
+    ----------
+    text : str
+        The text.
+    delimiter : str or None
+        Where to cut; None: the text is one step.
+
+    Returns
+    -------
+    steps : tuple of str
+        The steps, none of them blank.
+    rest : str
+        White space that no step follows. ``"".join(steps) + rest == text``.
+
+    Examples
+    --------
+    >>> split_steps("\n\na\n\n\n\nb\n\n", "\n\n")
+    (('\n\na\n\n', '\n\nb\n\n'), '')
+    """
+    pieces = text.split(delimiter) if delimiter is not None else [text]
+    steps: list[str] = []
+    rest = ""
+    for index, piece in enumerate(pieces):
+        is_last = index == len(pieces) - 1
+        rest += piece if is_last or delimiter is None else piece + delimiter
+        if rest.strip():
+            steps.append(rest)
+            rest = ""
+    return tuple(steps), rest

@@ -1,0 +1,123 @@
+r"""Answers: taking them out of a text (``\boxed{...}``), and whether two of them mean the same.
+
+Equal numbers are equal answers, whatever is installed. Beyond that, math-verify (extra ``search``) decides; without it
+two answers are the same if their texts are, up to spelling variants of LaTeX that change nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from fractions import Fraction
+
+__all__ = ["Equivalence", "boxed", "equivalent", "normalize"]
+
+_TIMEOUT_S = 5  # for one parse or comparison: sympy can take for ever over a hostile answer
+_MAX_CHARS = 500  # longer answers are compared as text
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"(?<!\\)[{}]")
+_WORD = re.compile(r"[^\s${}]{1,500}")
+_NUMBER = re.compile(r"[+-]?(\d{1,40}|\d{1,3}(,\d{3}){1,12})(\.\d{1,40})?", re.ASCII)
+_REWRITES = (
+    (re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;: ]|~"), ""),
+    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(text|mathrm|mbox)\{([^{}]*)\}"), r"\2"),
+    (re.compile(r"\^\{?\\circ\}?|\\%|\\\$"), ""),
+    (re.compile(r"\s+"), ""),
+)
+
+
+def boxed(text: str) -> str:
+    r"""Return what the last ``\boxed{...}`` (or ``\boxed x``, ``\fbox{...}``) of a text holds; empty if there is none.
+
+    A box that is not closed holds nothing. O(len(text)).
+
+    Examples
+    --------
+    >>> boxed(r"so it is \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    boxes = {match.end() for match in _BOX.finditer(text)}
+    groups = {end: word for end in boxes if (word := _word(text, end))}
+    open_braces: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif open_braces:
+            start = open_braces.pop()
+            if start in boxes:
+                groups[start] = text[start + 1 : brace.start()]
+    return groups[max(groups)].strip() if groups else ""
+
+
+def _word(text: str, start: int) -> str:
+    """Return what a command without braces takes, as in ``\\boxed 12.``: one word."""
+    match = _WORD.match(text, start)
+    return match[0].rstrip(".,;") if match else ""
+
+
+def normalize(answer: str) -> str:
+    """Return an answer's text without what carries no meaning: white space, dollars, sizes of brackets, degrees."""
+    answer = answer.strip().strip("$").rstrip(".")
+    for pattern, replacement in _REWRITES:
+        answer = pattern.sub(replacement, answer)
+    return answer
+
+
+def equivalent(gold: str, answer: str) -> bool:
+    r"""Whether an answer means the same as the right one.
+
+    Parameters
+    ----------
+    gold : str
+        The right answer, as LaTeX without ``\boxed`` or dollars.
+    answer : str
+        The answer to judge, likewise. An empty one is never right.
+
+    Notes
+    -----
+    math-verify works under a time limit that needs the main thread; elsewhere answers are compared as numbers and text.
+    """
+    return bool(answer.strip()) and _equivalent(gold, answer)
+
+
+@functools.lru_cache(maxsize=65536)
+def _equivalent(gold: str, answer: str) -> bool:
+    gold_text, answer_text = normalize(gold), normalize(answer)
+    if gold_text == answer_text:
+        return True
+    gold_number, answer_number = _number(gold_text), _number(answer_text)
+    if gold_number is not None and answer_number is not None:
+        return gold_number == answer_number
+    if max(len(gold), len(answer)) > _MAX_CHARS or threading.current_thread() is not threading.main_thread():
+        return False
+    return _verified(gold, answer)
+
+
+def _number(text: str) -> Fraction | None:
+    return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+
+
+def _verified(gold: str, answer: str) -> bool:
+    try:
+        from math_verify import parse, verify
+    except ModuleNotFoundError:
+        return False
+    gold_parsed, answer_parsed = (parse(f"\\boxed{{{text}}}", parsing_timeout=_TIMEOUT_S) for text in (gold, answer))
+    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=_TIMEOUT_S))
+
+
+class Equivalence:
+    """Classes of answers that mean the same, each known by the spelling that came first."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}  # of every spelling seen so far, the first of its class
+
+    def first(self, answer: str) -> str:
+        """Return the first spelling of the answer's class; a new class begins with `answer` itself."""
+        if answer not in self._first:
+            classes = dict.fromkeys(self._first.values())
+            self._first[answer] = next((known for known in classes if equivalent(known, answer)), answer)
+        return self._first[answer]

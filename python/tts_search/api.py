@@ -1,0 +1,157 @@
+"""The functions that a user calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import replace
+from typing import Any
+
+from tts_search.answers import boxed
+from tts_search.config import SearchConfig
+from tts_search.engine import Engine
+from tts_search.errors import SearchError
+from tts_search.progress import progress_bar
+from tts_search.protocol import Policy, Verifier
+from tts_search.result import SearchResult
+
+__all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter"]
+
+MAX_IN_FLIGHT = 32
+
+_DEFAULT = SearchConfig()
+
+
+def search_iter(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier | None = None,
+    config: SearchConfig = _DEFAULT,
+    *,
+    extract_answer: Callable[[str], str | None] = boxed,
+    progress: bool = True,
+    max_in_flight: int = MAX_IN_FLIGHT,
+) -> Iterator[tuple[int, SearchResult | SearchError]]:
+    """Search many problems; yield (index, result) as they finish, in any order.
+
+    A problem that fails yields (index, :class:`SearchError`), and the others go on. What was yielded is safe from
+    whatever happens later, Ctrl-C included.
+
+    Parameters
+    ----------
+    problems : iterable of str
+        The problems' texts; read as there is room for them.
+    policy : Policy
+        Generates steps: :class:`TextPolicy`, :class:`HFPolicy`, or anything that follows the protocol.
+    verifier : Verifier or None
+        Scores steps. Best-of-N works without one (scores are NaN then, and only majority votes).
+    config : SearchConfig
+        How to search.
+    extract_answer : callable
+        Takes the answer out of a completion's text.
+    progress : bool
+        Show a progress bar on stderr, if that is a terminal and rich is installed.
+    max_in_flight : int
+        Problems that are searched side by side: more of them make larger batches and need more memory.
+
+    Raises
+    ------
+    SearchError
+        At once, if the arguments do not go together.
+    """
+    if isinstance(problems, str):
+        raise SearchError("problems: expected a list of texts, got one text")
+    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
+        raise SearchError(f"max_in_flight: expected an int >= 1, got {max_in_flight!r}")
+    if verifier is None and config.method != "best_of_n":
+        raise SearchError(f"verifier: {config.method} needs one, got None; only best_of_n works without")
+    engine = Engine(policy, verifier, config, extract_answer, max_in_flight)
+    return _with_progress(engine, problems, enabled=progress)
+
+
+def _with_progress(
+    engine: Engine, problems: Iterable[str], *, enabled: bool
+) -> Iterator[tuple[int, SearchResult | SearchError]]:
+    total = len(problems) if isinstance(problems, Sized) else None
+    outcomes = engine.run(problems)
+    with progress_bar(total, enabled=enabled, label=engine.config.method) as advance:
+        try:
+            for outcome in outcomes:
+                advance()
+                yield outcome
+        finally:
+            outcomes.close()  # type: ignore[attr-defined]  # a generator: ends the problems in flight
+
+
+def search(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier | None = None,
+    config: SearchConfig = _DEFAULT,
+    *,
+    extract_answer: Callable[[str], str | None] = boxed,
+    progress: bool = True,
+    max_in_flight: int = MAX_IN_FLIGHT,
+) -> list[SearchResult]:
+    """Search problems and return their results in order; arguments as for :func:`search_iter`.
+
+    Raises
+    ------
+    SearchError
+        The first failure of a problem. Use :func:`search_iter` to keep the results of the others.
+
+    Examples
+    --------
+    >>> from tts_search import Step, TextPolicy, TextVerifier, search
+    >>> policy = TextPolicy(lambda reqs: [[Step("so \\\\boxed{2}", True)] * r.num_samples for r in reqs])
+    >>> verifier = TextVerifier(lambda branches: [[0.9] * len(steps) for _, steps in branches])
+    >>> search(["What is 1 + 1?"], policy, verifier)[0].answer()
+    '2'
+    """
+    results: dict[int, SearchResult] = {}
+    outcomes = search_iter(
+        problems,
+        policy,
+        verifier,
+        config,
+        extract_answer=extract_answer,
+        progress=progress,
+        max_in_flight=max_in_flight,
+    )
+    for index, outcome in outcomes:
+        if isinstance(outcome, SearchError):
+            outcomes.close()  # type: ignore[attr-defined]
+            raise outcome
+        results[index] = outcome
+    return [results[index] for index in sorted(results)]
+
+
+def best_of_n(
+    problems: Iterable[str], policy: Policy, verifier: Verifier | None = None, **options: Any
+) -> list[SearchResult]:
+    """Search by best-of-N: ``search`` with ``SearchConfig(method="best_of_n", ...)``.
+
+    Options are the fields of :class:`SearchConfig` (``n=64``, ``temperature=0.7``, ...) and the keywords of
+    :func:`search`.
+    """
+    return _search_by("best_of_n", problems, policy, verifier, options)
+
+
+def beam_search(problems: Iterable[str], policy: Policy, verifier: Verifier, **options: Any) -> list[SearchResult]:
+    """Search by beam search; options as for :func:`best_of_n`."""
+    return _search_by("beam_search", problems, policy, verifier, options)
+
+
+def dvts(problems: Iterable[str], policy: Policy, verifier: Verifier, **options: Any) -> list[SearchResult]:
+    """Search by diverse verifier tree search; options as for :func:`best_of_n`."""
+    return _search_by("dvts", problems, policy, verifier, options)
+
+
+_SEARCH_OPTIONS = ("extract_answer", "progress", "max_in_flight")
+
+
+def _search_by(
+    method: str, problems: Iterable[str], policy: Policy, verifier: Verifier | None, options: dict[str, Any]
+) -> list[SearchResult]:
+    keywords = {name: options.pop(name) for name in _SEARCH_OPTIONS if name in options}
+    config = replace(options.pop("config", _DEFAULT), method=method, **options)
+    return search(problems, policy, verifier, config, **keywords)

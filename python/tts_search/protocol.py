@@ -1,0 +1,157 @@
+"""What search algorithms ask for, and what answers them.
+
+An algorithm is a generator for one problem. It yields lists of requests of one kind and is sent the list of their
+answers; it does no I/O, knows no model and no other problem::
+
+    requests -> answers
+    [Expand, ...] -> [list of Step, one a child]
+    [Score, ...] -> [list of float, one a step]
+    [Release, ...] -> [None, ...]
+
+An engine merges what the algorithms of many problems want into one call of a :class:`Policy` or a :class:`Verifier`. A
+driver that can serve all but one problem (its text is too long, say) puts an exception *instance* in the place of that
+request's answer; the engine fails that problem and goes on with the others.
+
+Branches are nodes of a problem's search tree and are named by numbers unique within the problem; node 0 is the root,
+the problem itself without any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from tts_search.types import Step, StepParams
+
+__all__ = ["Expand", "Policy", "Release", "Request", "Score", "Usage", "Verifier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """Sample one step for each child of a branch. Answer: a list of :class:`~tts_search.Step`, one a child.
+
+    Attributes
+    ----------
+    problem : int
+        Index of the problem in this run.
+    branch : int
+        The parent.
+    children : tuple of int
+        The nodes to be, in candidate order.
+    steps : tuple of str
+        The texts on the parent's path as they were generated.
+    seeds : tuple of int
+        One a child, ``0 <= seed < 2**63``: the stream of that child's draws.
+    params : StepParams
+        How to sample.
+    """
+
+    problem: int
+    branch: int
+    children: tuple[int, ...]
+    steps: tuple[str, ...]
+    seeds: tuple[int, ...]
+    params: StepParams
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Score the steps of a branch. Answer: a list of float, one for each of `steps`, then one for each of `lookahead`.
+
+    Attributes
+    ----------
+    problem : int
+        Index of the problem in this run.
+    branch : int
+        The branch that `steps` lead to; it may be a `parent` later.
+    steps : tuple of str
+        All steps from the root to the branch, none of them blank.
+    parent : int
+        A node whose steps are a proper prefix of `steps`: it was scored before, or is the root 0.
+    lookahead : tuple of str
+        Steps to read after `steps` that do not belong to the branch: whoever has `branch` as its parent continues from
+        the end of `steps`.
+    """
+
+    problem: int
+    branch: int
+    steps: tuple[str, ...]
+    parent: int
+    lookahead: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """These branches will not be expanded or scored again, nor be a parent. (Their children may be.) Answer: None."""
+
+    problem: int
+    branches: tuple[int, ...]
+
+
+Request = Expand | Score | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a problem cost a driver.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens sampled (a policy) or read in steps (a verifier), each counted once.
+    prefill_tokens : int
+        Tokens of the prompt that were forwarded; not among `tokens`.
+    flops : float
+        Floating-point operations of all forwards.
+    peak_unique_kv_tokens : int
+        Most slots of KV cache that were in use at once.
+    peak_logical_kv_tokens : int
+        Most that would have been without sharing: the sum of the lengths of the live branches.
+    recomputed_tokens : int
+        Tokens forwarded again because their KV cache had to be given up for lack of memory.
+    waves : int
+        Additional passes because a batch did not fit into memory.
+    """
+
+    tokens: int = 0
+    prefill_tokens: int = 0
+    flops: float = 0.0
+    peak_unique_kv_tokens: int = 0
+    peak_logical_kv_tokens: int = 0
+    recomputed_tokens: int = 0
+    waves: int = 0
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Generates steps. `problem` is a number: the same from `begin` to `end`, unique among the problems in flight."""
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem; its root is node 0."""
+
+    def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
+        """Answer requests of any number of problems, in order."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget these branches."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of the problem and say what it cost."""
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Scores steps; otherwise as :class:`Policy`. It is asked to release only branches that it has scored."""
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem; its root is node 0."""
+
+    def score(self, requests: Sequence[Score]) -> Sequence[Sequence[float] | Exception]:
+        """Answer requests of any number of problems, in order."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget these branches."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of the problem and say what it cost."""

@@ -1,0 +1,97 @@
+"""The result of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tts_search.algorithms import Branch, Run
+from tts_search.config import SearchConfig
+from tts_search.stats import SearchStats
+from tts_search.tree import SearchTree, TreeNode
+from tts_search.types import Completion
+from tts_search.voting import vote as elect
+
+__all__ = ["SearchResult"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search of a problem came to.
+
+    Attributes
+    ----------
+    problem : str
+        The problem's text.
+    completions : list of Completion
+        The answers, in order of finishing, then the unfinished ones.
+    best : Completion
+        The one with the highest score among the finished (else among all), the earliest on ties.
+    tree : SearchTree
+        Everything that was tried.
+    stats : SearchStats
+        What it cost.
+    config : SearchConfig
+        How it was searched.
+    """
+
+    problem: str
+    completions: list[Completion]
+    best: Completion
+    tree: SearchTree
+    stats: SearchStats
+    config: SearchConfig
+
+    def answer(self, vote: str = "prm_max") -> str:
+        """Return the answer that a vote among the finished completions (else among all) elects; empty if there is none.
+
+        Parameters
+        ----------
+        vote : str
+            ``"majority"``; ``"prm_max"``, ``"prm_vote"`` by the config's aggregate; ``"prm_min_max"``,
+            ``"prm_last_vote"`` and so on (:func:`tts_search.vote`).
+
+        Raises
+        ------
+        ValueError
+            If there is no such vote, or it needs scores and the search had no verifier.
+        """
+        return elect(_voters(self.completions, self.config), vote, self.config.aggregate)
+
+
+def _voters(completions: list[Completion], config: SearchConfig) -> list[Completion]:
+    finished = [completion for completion in completions if completion.finished]
+    return completions if config._rules.best_of_all or not finished else finished
+
+
+def build_result(
+    run: Run,
+    problem: str,
+    branches: Sequence[Branch],
+    extract_answer: Callable[[str], str | None],
+    stats: SearchStats,
+) -> SearchResult:
+    """Make the result of what an algorithm returned."""
+    if not branches:
+        raise run.error("the search ended without any completion")
+    completions = [_completion(branch, extract_answer) for branch in branches]
+    voters = _voters(completions, run.config)
+    best = max(voters, key=lambda completion: completion.score) if run.scored else voters[0]
+    tree = SearchTree(tuple(_node(branch) for branch in run.branches))
+    return SearchResult(problem, completions, best, tree, stats, run.config)
+
+
+def _completion(branch: Branch, extract_answer: Callable[[str], str | None]) -> Completion:
+    steps = branch.steps
+    if branch.blank:  # white space that no step follows stays with the last one, so that the steps make up the text
+        steps = (*steps[:-1], steps[-1] + branch.blank) if steps else (branch.blank,)
+    text = "".join(branch.texts)
+    answer = extract_answer(text) or ""
+    return Completion(text, steps, branch.scores, branch.score, branch.finished, branch.path_tokens, answer)
+
+
+def _node(branch: Branch) -> TreeNode:
+    parent = None if branch.parent is None else branch.parent.id
+    return TreeNode(
+        branch.id, parent, branch.round, branch.text, branch.scores, branch.score, branch.state, branch.num_tokens
+    )
