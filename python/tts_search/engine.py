@@ -43,9 +43,8 @@ class _Task:
 class Engine:
     """Searches problems, up to `max_in_flight` of them at a time.
 
-    A turn of the engine is one call of the policy, for all problems that want branches expanded, and one of the
-    verifier, for all that want some scored; with a config without lookahead that is one round of every problem in
-    flight. A problem whose search ends makes room for the next one. A problem's draws depend on nothing but the seed,
+    A round of all problems in flight is one call of the policy (one more for each step of lookahead) and one of the
+    verifier. A problem whose search ends makes room for the next one. A problem's draws depend on nothing but the seed,
     its text and the path in its tree, so neither `max_in_flight` nor the other problems change its result.
 
     A failure that belongs to one problem ends that one. If a driver raises, all problems of that call fail.
@@ -74,7 +73,8 @@ class Engine:
                 yield from self._admit(waiting)
                 if not self._tasks:
                     return
-                yield from self._serve(Expand, self.policy.expand)
+                while any(isinstance(task.requests[0], Expand) for task in self._tasks):  # again for each lookahead
+                    yield from self._serve(Expand, self.policy.expand)
                 if self.verifier is not None:
                     yield from self._serve(Score, self.verifier.score)
         finally:

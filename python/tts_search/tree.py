@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -101,47 +100,59 @@ class SearchTree:
     def render(self, *, width: int = 100, max_nodes: int = 60) -> str:
         """Return the tree as text for a terminal, one line a node: state, score, the beginning of its text.
 
-        Leaves are marked ``*`` finished, ``x`` pruned, ``?`` open. Pruned siblings beyond the first few are counted,
-        not shown, so that a tree has about `max_nodes` lines. Control sequences are stripped from the texts.
+        Leaves are marked ``*`` finished, ``x`` pruned, ``?`` open. About `max_nodes` are shown, those on the way to the
+        best finished answers first; ``(+3 more)`` counts children that are not. Texts are sanitized.
         """
-        kept = _shown(self.nodes, max_nodes)
-        by_parent: dict[int, list[TreeNode]] = {}
+        shown = _shown(self.nodes, max_nodes)
+        children: dict[int, list[TreeNode]] = {}
         for node in self.nodes[1:]:
             assert node.parent is not None
-            by_parent.setdefault(node.parent, []).append(node)
-        lines = ["problem"]
-        stack = _entries(by_parent.get(0, ()), kept, "")
+            children.setdefault(node.parent, []).append(node)
+        lines: list[str] = []
+        stack = [(self.nodes[0], "", "")]  # a node, what its line begins with, what its children's lines begin with
         while stack:
-            entry, prefix, is_last = stack.pop()
-            branch = prefix + ("└─" if is_last else "├─")
-            if isinstance(entry, int):
-                lines.append(f"{branch} ... {entry} more pruned")
-                continue
-            score = "     " if math.isnan(entry.score) else f"{entry.score:5.3f}"
-            words = " ".join(sanitize(entry.text).split())
-            lines.append(f"{branch}{_MARKS[entry.state]} {score} {words}"[:width])
-            stack += _entries(by_parent.get(entry.id, ()), kept, prefix + ("  " if is_last else "│ "))
+            node, head, indent = stack.pop()
+            below = children.get(node.id, [])
+            kept = [child for child in below if child.id in shown]
+            more = f"  (+{len(below) - len(kept)} more)" if len(kept) < len(below) else ""
+            lines.append(f"{head}{_describe(node)}"[: width - len(more)] + more)
+            ends = [False] * (len(kept) - 1) + [True]
+            for child, last in reversed(list(zip(kept, ends, strict=False))):
+                stack.append((child, indent + ("└─" if last else "├─"), indent + ("  " if last else "│ ")))
         return "\n".join(lines)
 
 
-_Entry = tuple["TreeNode | int", str, bool]
-
-
-def _entries(children: Iterable[TreeNode], kept: set[int], prefix: str) -> list[_Entry]:
-    """Return the lines below a node as a stack (first one last): the children shown, and how many are not."""
-    children = list(children)
-    shown: list[TreeNode | int] = [child for child in children if child.id in kept]
-    if len(shown) < len(children):
-        shown.append(len(children) - len(shown))
-    return [(entry, prefix, index == len(shown) - 1) for index, entry in enumerate(shown)][::-1]
+def _describe(node: TreeNode) -> str:
+    if node.parent is None:
+        return "problem"
+    score = "     " if math.isnan(node.score) else f"{node.score:5.3f}"
+    return f"{_MARKS[node.state]} {score} {' '.join(sanitize(node.text).split())}"
 
 
 def _shown(nodes: tuple[TreeNode, ...], max_nodes: int) -> set[int]:
-    """Choose the nodes to show: all that are not pruned, then pruned ones, the best first, as far as there is room."""
-    kept = [node for node in nodes if node.state != "pruned"]
-    pruned = [node for node in nodes if node.state == "pruned"]
-    pruned.sort(key=lambda node: (math.isnan(node.score), -node.score))
-    return {node.id for node in kept + pruned[: max(0, max_nodes - len(kept))]}
+    """Choose the nodes to show: paths to leaves, finished ones up to half of the room, then others, best scores first.
+
+    Of sibling leaves that look the same, one is shown.
+    """
+    leaves = [node for node in nodes[1:] if node.state != "expanded"]
+    leaves.sort(key=lambda node: (math.isnan(node.score), -node.score))
+    leaves = list({(leaf.parent, leaf.text, leaf.state): leaf for leaf in reversed(leaves)}.values())[::-1]
+    shown: set[int] = set()
+    for wanted, room in ((True, (max_nodes + 1) // 2), (False, max_nodes)):
+        for leaf in leaves:
+            path = _path_to_shown(nodes, leaf, shown)
+            if (leaf.state == "finished") == wanted and (len(shown) + len(path) <= room or (wanted and not shown)):
+                shown |= path
+    return shown
+
+
+def _path_to_shown(nodes: tuple[TreeNode, ...], leaf: TreeNode, shown: set[int]) -> set[int]:
+    path = set()
+    node = leaf
+    while node.parent is not None and node.id not in shown:
+        path.add(node.id)
+        node = nodes[node.parent]
+    return path
 
 
 def _is_parent(parent: int | None, index: int) -> bool:

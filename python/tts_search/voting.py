@@ -38,7 +38,7 @@ def aggregate(scores: Sequence[float], how: str) -> float:
     """Return the aggregate of a branch's step scores: -inf without any step, NaN if one of them is."""
     if not scores:
         return -math.inf
-    if any(math.isnan(score) for score in scores):
+    if any(map(math.isnan, scores)):
         return math.nan
     return float(AGGREGATES[how](scores))
 

@@ -107,12 +107,11 @@ def _checked(run: Run, request: Score, scores: Sequence[float]) -> tuple[float, 
             f"verifier: expected {expected} scores for branch {request.branch}, one a step, got {len(scores)}"
         )
     try:
-        numbers = tuple(float(score) for score in scores)
+        numbers = tuple(map(float, scores))
     except (TypeError, ValueError) as error:
         raise run.error(f"verifier: expected numbers for branch {request.branch}, got {scores!r:.200}") from error
-    for index, number in enumerate(numbers):
-        if math.isnan(number):
-            raise run.error(f"verifier: expected a number for step {index} of branch {request.branch}, got NaN")
+    if any(map(math.isnan, numbers)):
+        raise run.error(f"verifier: expected numbers for branch {request.branch}, got NaN among {scores!r:.200}")
     return numbers
 
 
