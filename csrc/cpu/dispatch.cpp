@@ -77,7 +77,8 @@ class Levels {
         for (const Level& level : levels_) {
             if (!level.supported) continue;
             chosen_ = &level;
-            supported_ += (supported_.empty() ? "" : ",") + std::string(level.name);
+            if (!supported_.empty()) supported_ += ',';
+            supported_ += level.name;
         }
         if (const char* forced = std::getenv("TTS_KERNELS_CPU_ISA"); forced && *forced) force(forced);
     }
