@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .backend import BackendInfo, backend_info, debug_checks, use_backend
 from .ops.aggregate_steps import aggregate_steps
+from .ops.sample import Sampled, sample
 from .ops.step_scores import step_scores
 from .score_head import ScoreHead
 
@@ -15,10 +16,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendInfo",
+    "Sampled",
     "ScoreHead",
     "aggregate_steps",
     "backend_info",
     "debug_checks",
+    "sample",
     "step_scores",
     "use_backend",
 ]

@@ -6,6 +6,8 @@ dtype (tests call it in float64) and is what the kernels are held against.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,107 @@ def _aggregate(segments: list[Tensor], how: str, like: Tensor) -> Tensor:
         if segment.numel():
             out[c] = reduce(segment.double()).to(wide)
     return out
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+_ONE = 1 << 39  # the weight of the likeliest token
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    temperatures: Tensor | None,
+    top_ks: Tensor | None,
+    top_ps: Tensor | None,
+    min_ps: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability; ([B] int64, [B]).
+
+    float32 inputs (and narrower ones) weigh by `_fixed_exp`, the arithmetic that every backend repeats bit for bit;
+    float64 inputs by ``torch.exp``.
+    """
+    wide = _wide(logits)
+    tokens = torch.full((logits.shape[0],), -1, dtype=torch.int64, device=logits.device)
+    logprobs = torch.full((logits.shape[0],), torch.nan, dtype=wide, device=logits.device)
+    for row, x in enumerate(logits.to(wide)):
+        if x.isnan().any() or not x.isfinite().any():
+            continue
+        numbers = (temperature, top_k, top_p, min_p)
+        tensors = (temperatures, top_ks, top_ps, min_ps)
+        t, k, p, m = (n if o is None else o[row].item() for n, o in zip(numbers, tensors, strict=True))
+        if (x == torch.inf).any():  # certain, and shared if there are several
+            x = torch.where(x == torch.inf, 0.0, -torch.inf)
+        t = _float32(t)
+        weights = _ONE * (x == x.max()) if t == 0 else _weights(x, t)
+        keep = _kept(x, weights, int(k), _float32(p), _float32(m))
+        running = torch.where(keep, weights, 0).cumsum(0)
+        draw = _philox(int(seeds[row]), int(offsets[row])) if t > 0 else 0
+        tokens[row] = (running > (draw * int(running[-1]) >> 64)).nonzero()[0, 0]
+        logprobs[row] = torch.log_softmax(x, 0)[tokens[row]]
+    return tokens, logprobs
+
+
+def _kept(x: Tensor, weights: Tensor, k: int, p: float, min_p: float) -> Tensor:
+    keep = torch.ones_like(x, dtype=torch.bool)
+    if 0 < k < len(x):
+        keep = x >= x.topk(k).values[-1]
+    if p < 1:
+        order = x.sort(descending=True, stable=True).indices
+        mass = torch.where(keep, weights, 0)[order].cumsum(0)
+        target = -(-math.ceil(p * 2**32) * int(mass[-1]) >> 32)  # ceil(p * total)
+        keep[order[int((mass < target).sum()) + 1 :]] = False
+    return keep & (weights >= math.ceil(min_p * _ONE))
+
+
+def _weights(x: Tensor, temperature: float) -> Tensor:
+    """``round(2**39 exp((x - max) / temperature))`` as int64."""
+    d = x - x.max()
+    if x.dtype == torch.float64:
+        return (_ONE * torch.exp(d / temperature)).round().long()
+    return _fixed_exp(d, temperature)
+
+
+def _fixed_exp(d: Tensor, temperature: float) -> Tensor:
+    """The arithmetic of csrc/include/fixed_exp.h, step by step."""
+    scale = _float32(min(max(1.4426950408889634 / temperature, 2.0**-100), 2.0**100))
+    d = d.clamp(min=_float32(-42.0 / scale))
+    magic = torch.full_like(d, 1.5 * 2**23)
+    n = _fma(d, scale, magic) - magic
+    f = _fma(d, scale, -n)
+    p = torch.full_like(d, float.fromhex("0x1.5bba14p-10"))
+    for c in ("0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1", "0x1p0"):
+        p = _fma(p, f, torch.full_like(d, float.fromhex(c)))
+    return (p.double() * torch.exp2(n.double() + 39)).round().long()
+
+
+def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
+    """``a * b + c`` rounded once to float32: in float64 the product is exact and the sum is rounded to odd."""
+    product, c = a.double() * b, c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    bits = total.view(torch.int64)
+    step = torch.where((error > 0) == (total > 0), 1, -1)
+    return torch.where((error != 0) & (bits % 2 == 0), bits + step, bits).view(torch.float64).float()
+
+
+def _float32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float64).float().item()
+
+
+def _philox(seed: int, offset: int) -> int:
+    """64 random bits: words 1 and 0 of Philox4x32-10 with that key and counter."""
+    low = (1 << 32) - 1
+    x = [offset & low, offset >> 32 & low, 0, 0]
+    key = [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        x = [b >> 32 ^ x[1] ^ key[0], b & low, a >> 32 ^ x[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return x[1] << 32 | x[0]

@@ -2,11 +2,16 @@
 #pragma once
 
 #include "aggregate_steps.h"
+#include "sample.h"
 #include "step_scores.h"
 
 // Every CPU kernel, by name.
 #define TTS_CPU_KERNELS(X) \
     X(aggregate_steps)     \
+    X(sample_scan)         \
+    X(sample_plan)         \
+    X(sample_weigh)        \
+    X(sample_draw)         \
     X(step_scores)
 
 namespace tts {

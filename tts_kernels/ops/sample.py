@@ -1,0 +1,163 @@
+"""One token a row from logits: temperature, top-k, top-p, min-p, and a draw that depends on nothing else."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..op import Op
+
+MAX_VOCAB = 1 << 24
+
+
+class Sampled(NamedTuple):
+    """What `sample` drew.
+
+    Attributes
+    ----------
+    tokens
+        [B] int64; -1 for a row with NaN or without a finite logit.
+    logprobs
+        [B] float32: log-probability of each token under the untempered, untruncated distribution; NaN where there
+        is no token.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seeds: Tensor,
+    offsets: Tensor,
+) -> Sampled:
+    """Draw one token a row.
+
+    The draw depends on the row's logits and options, its seed and its offset alone: not on its index, on other rows,
+    on the number of threads or on the instruction set.
+
+    Parameters
+    ----------
+    logits
+        [B, V] float, V from 1 to 2**24. -inf masks a token; one that is +inf is certain (several share the
+        probability). Rows may be strided.
+    temperature
+        A finite number >= 0 or [B] float. The distribution is ``softmax(logits / temperature)``; 0 takes the largest
+        logit, the lower id on ties.
+    top_k
+        An int >= 0 or [B] int. Keeps the k largest logits and all that equal the k-th; 0 keeps all.
+    top_p
+        A number in (0, 1] or [B] float. Of what top_k left, renormalised, keeps the smallest set, best first and
+        lower id first on ties, whose probability reaches top_p; 1 keeps all.
+    min_p
+        A number in [0, 1] or [B] float. Of what is left, keeps tokens at least min_p times as likely as the
+        likeliest.
+    seeds
+        [B] int64: the stream of each row.
+    offsets
+        [B] int64: which draw of that stream.
+
+    Returns
+    -------
+    Sampled
+        tokens [B] int64 and logprobs [B] float32; (-1, nan) for a row with NaN or without a finite logit.
+
+    Raises
+    ------
+    TypeError
+        For a wrong dtype or type.
+    ValueError
+        For a wrong shape or device, or an option out of its range.
+
+    Notes
+    -----
+    ``exp((logit - max) / temperature)`` is rounded to a multiple of 2**-39, so sums are exact integers, alike in any
+    order, and a token less likely than 2**-40 times the likeliest is never drawn. 64 bits r of Philox4x32-10 (key
+    ``seed``, counter ``offset``) take the first id at which the running sum of kept weights exceeds ``r / 2**64`` of
+    their total. Options are read in float32.
+
+    O(V) a row, without sorting: the row is read from memory once, and about twice from the cache; V exponentials, 2 V
+    unless the temperature is 0 or 1. Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+    Top-p: Holtzman et al., arXiv 1904.09751. Min-p: Nguyen et al., arXiv 2407.01082.
+
+    Examples
+    --------
+    >>> import torch, tts_kernels as tk
+    >>> logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 9.0]])
+    >>> draw = tk.sample(logits, temperature=0.8, top_p=0.95, seeds=torch.tensor([7, 8]), offsets=torch.tensor([0, 0]))
+    >>> draw.tokens.shape, draw.logprobs.dtype
+    (torch.Size([2]), torch.float32)
+    >>> tk.sample(logits, temperature=0, seeds=torch.tensor([7, 8]), offsets=torch.tensor([0, 0])).tokens
+    tensor([1, 2])
+    """
+    numbers, tensors = [], []
+    for value, off, dtype in zip((temperature, top_k, top_p, min_p), _OFF, _DTYPES, strict=True):
+        is_tensor = isinstance(value, Tensor)
+        numbers.append(off if is_tensor else value)
+        tensors.append(_as(value, dtype) if is_tensor else None)
+    return Sampled(*_op(logits, seeds, offsets, *numbers, *tensors))
+
+
+_NAMES = ("temperature", "top_k", "top_p", "min_p")
+_OFF = (1.0, 0, 1.0, 0.0)
+_DTYPES = (torch.float32, None, torch.float32, torch.float32)
+
+
+def _as(value: Any, dtype: torch.dtype | None) -> Tensor:
+    """Options in the kernel's dtype; a wrong dtype is left for the check to name."""
+    tensor: Tensor = value
+    if dtype is not None and tensor.dtype in checks.FLOAT:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
+
+
+def _check(logits: Tensor, seeds: Tensor, offsets: Tensor, *options: Any) -> None:
+    checks.tensor("logits", logits, shape=["B", "V"])
+    rows, vocab = logits.shape
+    if not 1 <= vocab <= MAX_VOCAB:
+        raise ValueError(f"logits: expected 1 to {MAX_VOCAB} columns, got {checks.describe(logits)}")
+    for name, value in (("seeds", seeds), ("offsets", offsets)):
+        checks.tensor(name, value, (torch.int64,), [rows], logits.device)
+    for name, number, values in zip(_NAMES, options[:4], options[4:], strict=True):
+        if values is None:
+            _check_number(name, number)
+        else:
+            _check_values(name, values, rows, logits.device)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if name == "top_k":
+        checks.integer(name, value, 0)
+    elif name == "temperature":
+        checks.number(name, value, 0.0, _LARGEST)
+    else:
+        checks.number(name, value, 0.0, 1.0, open_low=name == "top_p")
+
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _check_values(name: str, values: Tensor, rows: int, device: torch.device) -> None:
+    checks.tensor(name, values, checks.INDEX if name == "top_k" else checks.FLOAT, [rows], device)
+    if checks.readable(values):
+        for row, value in enumerate(values.tolist()):
+            try:
+                _check_number(name, value)
+            except ValueError as error:
+                raise ValueError(f"{error} in row {row}") from None
+
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
+
+
+_op = Op("sample", reference=reference.sample, check=_check, fake=_fake)
