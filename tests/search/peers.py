@@ -1,0 +1,230 @@
+"""The loops of other frameworks, retold in plain Python from descriptions of their behaviour.
+
+They know nothing of ours but `stream`, from which a random tree's step follows. Where a peer leaves an order open (an
+unstable sort, a heap's equal entries), the earlier candidate wins.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from scripted import RandomTree
+
+from tts_search import Step, StepParams
+from tts_search.algorithms.branch import split_steps
+from tts_search.seeds import stream
+from tts_search.voting import aggregate
+
+DELIMITER = "\n\n"
+
+
+@dataclass
+class World:
+    """A problem, a policy and a verifier."""
+
+    tree: RandomTree
+    problem: str
+    seed: int
+
+    def sample(self, texts: list[str], path: tuple[int, ...], *, delimiter: str | None = DELIMITER, t: float = 1.0) -> Step:
+        params = StepParams(temperature=t, delimiter=delimiter)
+        return self.tree.step(self.problem, tuple(texts), 0, stream(self.seed, self.problem, path), params)
+
+    def score(self, texts: list[str], *, last: bool = False) -> list[float]:
+        steps: list[str] = []
+        for index, text in enumerate(texts):
+            steps += split_steps(text, DELIMITER if last and index == len(texts) - 1 else None)[0]
+        return self.tree.scores(self.problem, tuple(steps))
+
+
+@dataclass
+class Beam:
+    texts: list[str] = field(default_factory=list)
+    path: tuple[int, ...] = ()
+    pruned: bool = False
+    completed: bool = False
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def pad(items: list, n: int) -> list:
+    return (items * (n // len(items) + 1))[:n]
+
+
+def search_and_learn_beam(world, *, n, beam_width, num_iterations, agg_strategy, filter_duplicates, sort_completed):
+    active = [Beam() for _ in range(n)]
+    completed: list[Beam] = []
+    for i in range(num_iterations):
+        if i > 0:
+            active = [beam for beam in active if not beam.pruned]
+        active = [deepcopy(beam) for beam in pad(active, n)] if len(active) != n else active
+        last = i == num_iterations - 1
+        copies: dict[tuple[int, ...], int] = {}
+        for beam in active:
+            number = copies[beam.path] = copies.get(beam.path, -1) + 1
+            step = world.sample(beam.texts, (*beam.path, number), delimiter=None if last else DELIMITER)
+            beam.next_path = (*beam.path, number)  # type: ignore[attr-defined]
+            if step.text:
+                beam.texts = [*beam.texts, step.text]
+            if step.finished or step.reason == "length" or step.text == "" or last:
+                beam.completed = True
+                completed.append(beam)
+        for beam in active:
+            beam.path = beam.next_path  # type: ignore[attr-defined]
+            beam.scores = world.score(beam.texts, last=last)
+        active = [beam for beam in active if not beam.completed]
+        if not active:
+            break
+        if filter_duplicates:
+            first = {beam.text: beam for beam in reversed(active)}
+            active = [beam for beam in active if first[beam.text] is beam]
+        k = n // beam_width
+        aggregated = [aggregate(beam.scores, agg_strategy) for beam in active]
+        order = sorted(range(len(active)), key=lambda j: (-aggregated[j], j))
+        top = set(order[:k] if k else order)
+        for j, beam in enumerate(active):
+            beam.pruned = j not in top
+    if sort_completed:
+        completed = sorted(completed, key=lambda beam: aggregate(beam.scores, agg_strategy), reverse=True)
+    completed = completed[:n]
+    completed = pad(completed, n) if len(completed) != n else completed
+    scores = [aggregate(beam.scores, agg_strategy) for beam in completed]
+    return [beam.text for beam in completed], scores, scores.index(max(scores))
+
+
+def search_and_learn_dvts(world, *, n, beam_width, num_iterations, lookahead, agg_strategy):
+    beams = [Beam() for _ in range(n // beam_width)]
+    first = {id(beam): index * beam_width for index, beam in enumerate(beams)}  # all subtrees grow from one root
+    report: dict[int, list[tuple[str, float]]] = {}
+    for i in range(num_iterations):
+        live = [beam for beam in beams if not beam.pruned]
+        if not live:
+            break
+        last = i == num_iterations - 1
+        for beam in live:
+            candidates = []
+            for j in range(beam_width):
+                number = j + (first[id(beam)] if i == 0 else 0)
+                step = world.sample(beam.texts, (*beam.path, number), delimiter=None if last else DELIMITER)
+                texts = [*beam.texts, step.text] if step.text else list(beam.texts)
+                stops = step.finished or step.reason == "length" or not step.text or last
+                ahead, stopped = list(texts), stops
+                for _ in range(0 if last else lookahead):
+                    if stopped:
+                        break
+                    greedy = world.sample(ahead, (), t=0.0)
+                    ahead += [greedy.text] if greedy.text else []
+                    stopped = greedy.finished or greedy.reason == "length" or not greedy.text
+                score = aggregate(world.score(ahead, last=last and bool(step.text)), agg_strategy)
+                candidates.append((score, texts, (*beam.path, number), stops, step.text))
+            scores = [candidate[0] for candidate in candidates]
+            best = scores.index(max(scores))
+            report[id(beam)] = [("".join(texts), score) for score, texts, *_ in candidates]
+            _, beam.texts, beam.path, stops, text = candidates[best]
+            beam.pruned = stops or "boxed{" in beam.text
+    entries = [entry for beam in beams for entry in report[id(beam)]]
+    scores = [score for _, score in entries]
+    return [text for text, _ in entries], scores, scores.index(max(scores))
+
+
+@dataclass
+class Node:
+    texts: list[str]
+    path: tuple[int, ...]
+    value: float
+    terminated: bool = False
+    children: list[Node] = field(default_factory=list)
+
+
+def compute_optimal_beam(world, *, width, beam_size, max_depth, first_number=0):
+    def grow(node: Node, count: int, number: int) -> None:
+        sampled = [(world.sample(node.texts, (*node.path, number + j)), number + j) for j in range(count)]
+        legal: list[tuple[Step, int]] = []
+        for step, j in sampled:
+            if step.text and step.reason != "length" and step.text not in [other.text for other, _ in legal]:
+                legal.append((step, j))
+        for step, j in legal or sampled:
+            texts = [*node.texts, step.text]
+            child = Node(texts, (*node.path, j), world.score(texts)[-1])
+            child.terminated = step.finished or "\\boxed" in step.text
+            node.children.append(child)
+
+    root = Node([], (), 0.0)
+    grow(root, width, first_number)
+    end: list[Node] = []
+    frontier = [root]
+    for _ in range(max_depth + 1):
+        k = 0
+        heap: list[tuple[float, int, Node]] = []
+        for node in frontier:
+            if node.terminated:
+                end.append(node)
+                if len(end) == beam_size:
+                    break
+            elif len(end) < beam_size:
+                k = beam_size - len(end)
+                top = sorted(node.children, key=lambda child: child.value, reverse=True)[:k]
+                heap += [(-child.value, len(heap) + j, child) for j, child in enumerate(_in_order(top, node.children))]
+        if len(end) == beam_size:
+            break
+        frontier = [child for *_, child in sorted(heap, key=lambda entry: entry[:2])[:k]]
+        for node in frontier:
+            node.terminated = node.terminated or len(node.texts) >= max_depth
+            if not node.terminated:
+                grow(node, width // beam_size, 0)
+    return [("".join(node.texts), node.value) for node in end]
+
+
+def _in_order(chosen: list[Node], siblings: list[Node]) -> list[Node]:
+    return [child for child in siblings if any(child is other for other in chosen)]
+
+
+def compute_optimal(world, *, tree_max_width, num_sequence, num_q, tree_max_depth):
+    """num_q searches of one problem; in ours their first steps are one root's children."""
+    ends = []
+    for q in range(num_q):
+        ends += compute_optimal_beam(
+            world,
+            width=tree_max_width,
+            beam_size=num_sequence,
+            max_depth=tree_max_depth,
+            first_number=q * tree_max_width,
+        )
+    scores = [score for _, score in ends]
+    return [text for text, _ in ends], scores, scores.index(max(scores))
+
+
+@dataclass
+class Path:
+    texts: list[str]
+    path: tuple[int, ...]
+    stopped: bool = False
+    score: float = 0.0
+
+
+def its_hub_beam(world, *, budget, beam_width, max_steps, stop_token):
+    num_beams = budget // beam_width
+    candidates = [Path([], ()) for _ in range(num_beams)]
+    while not all(path.stopped for path in candidates):
+        copies: dict[tuple[int, ...], int] = {}
+        for path in candidates:
+            if path.stopped:
+                continue
+            number = copies[path.path] = copies.get(path.path, -1) + 1
+            step = world.sample(path.texts, (*path.path, number))
+            at_limit = len(path.texts) >= max_steps
+            path.next_path = (*path.path, number)  # type: ignore[attr-defined]
+            path.texts = [*path.texts, step.text]
+            path.stopped = at_limit or step.finished or (stop_token is not None and stop_token in step.text)
+            path.score = world.score(path.texts)[-1]
+        for path in candidates:
+            path.path = getattr(path, "next_path", path.path)
+        candidates.sort(key=lambda path: path.score, reverse=True)
+        kept = candidates[:beam_width]
+        candidates = [deepcopy(path) for _ in range(num_beams) for path in kept]
+    scores = [path.score for path in candidates]
+    return ["".join(path.texts) for path in candidates], scores, scores.index(max(scores))
