@@ -13,7 +13,9 @@ HEADS = {
     "scalar": lambda h: tk.ScoreHead.scalar(torch.randn(h) / h**0.5, bias=0.25),
     "identity": lambda h: tk.ScoreHead.scalar(torch.randn(h), bias=torch.tensor([1.5]), activation="identity"),
     "two_class": lambda h: tk.ScoreHead.two_class(torch.randn(2, h) / h**0.5, torch.randn(2), good=0),
-    "mlp": lambda h: tk.ScoreHead.mlp(torch.randn(h + 3, h) / h**0.5, torch.randn(h + 3), torch.randn(2, h + 3) / h**0.5, None),
+    "mlp": lambda h: tk.ScoreHead.mlp(
+        torch.randn(h + 3, h) / h**0.5, torch.randn(h + 3), torch.randn(2, h + 3) / h**0.5, None
+    ),
     "normed": lambda h: tk.ScoreHead.scalar(torch.randn(h) / h**0.5).with_norm(torch.rand(h) + 0.5, 1e-5),
 }
 
@@ -45,12 +47,37 @@ def test_strided_rows_and_mixed_dtypes() -> None:
     torch.testing.assert_close(tk.step_scores(hidden, positions, head).double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_strided_columns_and_a_normed_hidden_layer() -> None:
+    hidden, positions = torch.randn(40, 70).bfloat16().T, torch.tensor([0, 69, 3])
+    head = HEADS["mlp"](40).with_norm(torch.rand(40) + 0.5, 1e-6)
+    exact = reference.step_scores(hidden.double(), positions, *double(head))
+    torch.testing.assert_close(tk.step_scores(hidden, positions, head).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_layer_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    """bfloat16 states with bfloat16 weights are multiplied as they are: the products are exact."""
+    hidden, positions = torch.randn(90, 200).to(dtype), torch.randint(0, 90, (75,))
+    rows = ((torch.randn(131, 200) / 14).to(dtype), torch.randn(131).to(dtype), torch.randn(2, 131).to(dtype) / 11)
+    head = tk.ScoreHead.mlp(*rows, torch.randn(2).to(dtype), good=0)
+    exact = reference.step_scores(hidden.double(), positions, *double(head))
+    assert_rule(
+        tk.step_scores(hidden, positions, head), exact, reference.step_scores(hidden, positions, *head.unpack())
+    )
+
+
 def test_difference_of_labels_is_not_rounded() -> None:
     """Two nearly equal bfloat16 rows: their difference needs more bits than either has."""
     good = torch.tensor([1.0078125, -3.0], dtype=torch.bfloat16)
     bad = torch.tensor([1.0, -3.015625], dtype=torch.bfloat16)
     score = tk.step_scores(torch.tensor([[100.0, 1.0]]), torch.tensor([0]), tk.ScoreHead.label_pair(good, bad))
     torch.testing.assert_close(score, torch.sigmoid(torch.tensor([100 * 0.0078125 + 0.015625])))
+
+
+def test_nan_passes_a_hidden_layer() -> None:
+    head = tk.ScoreHead.mlp(torch.ones(3, 2), None, torch.ones(2, 3), None)
+    out = tk.step_scores(torch.tensor([[torch.nan, 1.0], [1.0, 1.0]]), torch.arange(2), head)
+    assert out.isnan().tolist() == [True, False]
 
 
 def test_non_finite_hidden_states_show() -> None:
@@ -62,17 +89,17 @@ def test_non_finite_hidden_states_show() -> None:
 
 
 def test_threads_do_not_change_the_result() -> None:
-    hidden, head = torch.randn(300, 257), HEADS["label_pair"](257)
-    positions = torch.randint(0, 300, (200,))
-    results = []
+    hidden, positions = torch.randn(300, 257), torch.randint(0, 300, (200,))
     before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(tk.step_scores(hidden, positions, head))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], r) for r in results)
+    for head in (HEADS["label_pair"](257), HEADS["mlp"](257)):
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(tk.step_scores(hidden, positions, head))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(results[0], r) for r in results)
 
 
 def test_opcheck_and_compile() -> None:
@@ -97,6 +124,7 @@ def test_bad_input_names_the_argument() -> None:
     assert_names(ValueError, "positions", tk.step_scores, hidden, positions[None], head)
     assert_names(IndexError, "positions", tk.step_scores, hidden, torch.tensor([0, 5]), head)
     assert_names(IndexError, "positions", tk.step_scores, hidden, torch.tensor([-1]), head)
+    assert_names(TypeError, "head", tk.step_scores, hidden, positions, torch.randn(4))
     assert_names(ValueError, "head.weight", tk.step_scores, torch.randn(5, 3), positions, head)
 
 

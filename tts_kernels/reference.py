@@ -7,6 +7,8 @@ dtype (tests call it in float64) and is what the kernels are held against.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,29 +42,85 @@ def step_scores(
 
 
 def aggregate_steps(scores: Tensor, indptr: Tensor, how: str) -> Tensor:
-    """One reduction a segment, in float64 for products; [C]."""
-    return _aggregate([scores[a:b] for a, b in _segments(indptr)], how, scores)
+    """One reduction a segment, in float64; [C]."""
+    return _aggregate([scores[a:b].double() for a, b in _segments(indptr)], how, scores.device).to(_wide(scores))
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """``log softmax(hidden @ weight.T / temperature)[targets]`` from full logits; [N]."""
+    wide = _wide(hidden, weight)
+    logits = hidden.to(wide) @ weight.to(wide).T / temperature
+    return logits.log_softmax(-1).gather(-1, targets.long()[:, None])[:, 0]
+
+
+def prune(scores: Tensor, indptr: Tensor, width: int, k: Tensor | None, keep_order: bool) -> tuple[Tensor, Tensor]:
+    """The first of each group in the order: higher score, lower index, NaN last; [G, K] and [G]."""
+    segments = _segments(indptr)
+    indices = torch.full((len(segments), width), -1, dtype=torch.int64, device=scores.device)
+    counts = torch.zeros(len(segments), dtype=torch.int32, device=scores.device)
+    for g, (a, b) in enumerate(segments):
+        group = scores[a:b]
+        order = torch.where(group.isnan(), -torch.inf, group).argsort(stable=True, descending=True)
+        order = order[group.isnan()[order].byte().argsort(stable=True)]
+        kept = order[: width if k is None else int(k[g])]
+        kept = kept.sort().values if keep_order else kept
+        indices[g, : kept.numel()] = a + kept
+        counts[g] = kept.numel()
+    return indices, counts
+
+
+def score_and_prune(
+    hidden: Tensor,
+    positions: Tensor,
+    step_indptr: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    sigmoid: bool,
+    group_indptr: Tensor,
+    width: int,
+    k: Tensor | None,
+    how: str,
+    prior: Tensor | None,
+    prior_counts: Tensor | None,
+    keep_order: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`step_scores`, then each chain's aggregate from its prior on, then `prune`; [G, K], [G], [C], [S]."""
+    scores = step_scores(hidden, positions, weight, bias, w1, b1, norm_weight, eps, sigmoid)
+    chains = [scores[a:b].double() for a, b in _segments(step_indptr)]
+    if prior is not None and prior_counts is not None:
+        counts = prior_counts.tolist()
+        # An aggregate over n steps weighs as n times its value in a mean, as one value in the others.
+        chains = [
+            torch.cat([prior[c : c + 1].double().expand(n if how == "mean" else min(n, 1)), chain])
+            for c, (n, chain) in enumerate(zip(counts, chains, strict=True))
+        ]
+    candidates = _aggregate(chains, how, scores.device).to(_wide(scores))
+    return (*prune(candidates, group_indptr, width, k, keep_order), candidates, scores)
 
 
 def _segments(indptr: Tensor) -> list[tuple[int, int]]:
     offsets = indptr.tolist()
-    return list(zip(offsets, offsets[1:], strict=False))
+    return list(pairwise(offsets))
 
 
-def _aggregate(segments: list[Tensor], how: str, like: Tensor) -> Tensor:
-    reduce = {
-        "last": lambda s: s[-1],
+def _aggregate(chains: list[Tensor], how: str, device: torch.device) -> Tensor:
+    """One float64 number a chain of float64 scores; -inf for an empty one."""
+    reductions: dict[str, Callable[[Tensor], Tensor]] = {
+        "last": lambda chain: chain[-1],
         "min": torch.amin,
         "prod": torch.prod,
         "mean": torch.mean,
         "max": torch.amax,
         "sum": torch.sum,
-    }[how]
-    wide = _wide(like)
-    out = like.new_full((len(segments),), -torch.inf, dtype=wide)
-    for c, segment in enumerate(segments):
-        if segment.numel():
-            out[c] = reduce(segment.double()).to(wide)
+    }
+    out = torch.full((len(chains),), -torch.inf, dtype=torch.float64, device=device)
+    for c, chain in enumerate(chains):
+        if chain.numel():
+            out[c] = reductions[how](chain)
     return out
 
 

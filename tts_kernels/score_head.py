@@ -130,6 +130,13 @@ class ScoreHead:
         return (self.weight, self.bias, self.w1, self.b1, self.norm_weight, self.eps, self.sigmoid)
 
 
+def unpacked(head: ScoreHead) -> tuple[Any, ...]:
+    """``head.unpack()``; TypeError for anything but a head."""
+    if not isinstance(head, ScoreHead):
+        raise TypeError(f"head: expected a ScoreHead, got {checks.describe(head)}")
+    return head.unpack()
+
+
 def check_head(
     hidden: Tensor,
     weight: Tensor,

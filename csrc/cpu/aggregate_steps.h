@@ -12,7 +12,9 @@ struct AggregateStepsArgs {
     FloatArray scores;  // [S]
     IndexArray indptr;  // [C + 1], checked
     Aggregate how;
-    float* out;  // [C]
+    FloatArray prior;         // [C] aggregates to continue, or null
+    IndexArray prior_counts;  // [C]: over how many steps each was taken
+    float* out;               // [C]
 };
 
 }  // namespace tts

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "aggregate_steps.h"
+#include "linear_logprob.h"
+#include "prune.h"
 #include "sample.h"
 #include "step_scores.h"
 
@@ -12,7 +14,12 @@
     X(sample_plan)         \
     X(sample_weigh)        \
     X(sample_draw)         \
-    X(step_scores)
+    X(step_scores)         \
+    X(linear_logprob)      \
+    X(prune)               \
+    X(gather_steps)        \
+    X(hidden_layer)        \
+    X(finish_steps)
 
 namespace tts {
 

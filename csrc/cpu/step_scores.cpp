@@ -6,8 +6,13 @@
 // step costs one dot product of length H instead of a row of vocabulary logits. RMSNorm needs no pass of its
 // own: w . (x g / rms) = (w g . x) / rms, and the sum of squares is taken in the same loop.
 // Bytes: S rows of H elements and one row of the head.
+//
+// With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: the rows are gathered, then W1 [H1, H] is read
+// once, in blocks of 48 rows for all steps; a block's units are folded into one number a step, so no [S, H1]
+// is kept.
 #include "step_scores.h"
 
+#include "matmul_nt.h"
 #include "vec.h"
 
 TTS_BEGIN_ISA
@@ -45,27 +50,124 @@ Sums normed_sums(const T* x, const float* w, const G* g, int64_t n) {
     return {reduce_add(d0 + d1), reduce_add(q0 + q1)};
 }
 
+// 1 / rms of a row whose squares sum to `squares`.
+float inverse_rms(float squares, const StepScoresArgs& args) {
+    return 1.0f / __builtin_sqrtf(squares / static_cast<float>(args.width) + args.head.eps);
+}
+
 template <class T>
-float logit(const T* x, const HeadArgs& head, int64_t width) {
+float logit(const T* x, const StepScoresArgs& args) {
+    const HeadArgs& head = args.head;
     const float bias = head.bias ? *head.bias : 0.0f;
-    if (!head.norm_weight.data) return dot(x, head.weight, width) + bias;
-    return dispatch(head.norm_weight.dtype, [&](auto* type) {
-        const auto* g = static_cast<decltype(type)>(const_cast<void*>(head.norm_weight.data));
-        const Sums sums = normed_sums(x, head.weight, g, width);
-        return sums.dot / __builtin_sqrtf(sums.squares / static_cast<float>(width) + head.eps) + bias;
+    if (!head.norm_weight.data) return dot(x, head.weight, args.width) + bias;
+    return visit(head.norm_weight, [&](const auto* g) {
+        const Sums sums = normed_sums(x, head.weight, g, args.width);
+        return sums.dot * inverse_rms(sums.squares, args) + bias;
     });
+}
+
+// ---- the hidden layer
+// ----------------------------------------------------------------------------------------
+
+template <class T>
+void norm_row(const T* x, float* out, const StepScoresArgs& args) {
+    constexpr int W = Vec::width;
+    const int64_t n = args.width;
+    const float scale = inverse_rms(dot(x, x, n), args);
+    visit(args.head.norm_weight, [&](const auto* g) {
+        int64_t i = 0;
+        for (; i + W <= n; i += W) (Vec::load(x + i) * Vec::all(scale) * Vec::load(g + i)).store(out + i);
+        if (const int rest = static_cast<int>(n - i); rest > 0) {
+            (Vec::load(x + i, rest) * Vec::all(scale) * Vec::load(g + i, rest)).store(out + i, rest);
+        }
+    });
+}
+
+template <class T>
+void widen_row(const T* x, float* out, int64_t n) {
+    constexpr int W = Vec::width;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) Vec::load(x + i).store(out + i);
+    if (const int rest = static_cast<int>(n - i); rest > 0) Vec::load(x + i, rest).store(out + i, rest);
+}
+
+// sum over n hidden units of w[j] relu(z[j] + b1[j]); a NaN stays one.
+template <class T>
+float fold_units(const float* z, const T* b1, const float* w, int n) {
+    constexpr int W = Vec::width;
+    Vec sum = Vec::zero();
+    for (int j = 0; j < n; j += W) {
+        const int lanes = n - j < W ? n - j : W;
+        Vec v = Vec::load(z + j, lanes);
+        if (b1) v = v + Vec::load(b1 + j, lanes);
+        sum = fma(max(Vec::zero(), v), Vec::load(w + j, lanes), sum);
+    }
+    return reduce_add(sum);
+}
+
+constexpr int kStepBlock = 64;  // rows of logits [kStepBlock, kHiddenBlock] on the stack
+
+template <class A, class B>
+void hidden_block(const StepScoresArgs& args, const A* rows, const B* w1, int64_t block) {
+    const HeadArgs& head = args.head;
+    const int64_t first = block * kHiddenBlock, rest = head.hidden_width - first;
+    const int units = static_cast<int>(rest < kHiddenBlock ? rest : kHiddenBlock);
+    float z[kStepBlock * kHiddenBlock];
+    for (int64_t s = 0; s < args.steps; s += kStepBlock) {
+        const int64_t steps = args.steps - s < kStepBlock ? args.steps - s : kStepBlock;
+        matmul_nt(rows + s * args.width, args.width, steps, w1 + first * args.width, args.width, units,
+                  args.width, z, kHiddenBlock);
+        visit(head.b1, [&](const auto* b1) {
+            for (int64_t i = 0; i < steps; ++i) {
+                args.partials[block * args.steps + s + i] =
+                    fold_units(z + i * kHiddenBlock, b1 ? b1 + first : b1, head.weight + first, units);
+            }
+        });
+    }
 }
 
 }  // namespace
 
 void step_scores(const StepScoresArgs& args, int64_t begin, int64_t end) {
-    dispatch(args.hidden.dtype, [&](auto* type) {
-        const auto* hidden = static_cast<decltype(type)>(const_cast<void*>(args.hidden.data));
+    visit(args.hidden, [&](const auto* hidden) {
         for (int64_t s = begin; s < end; ++s) {
             const auto* row = hidden + at(args.positions, s) * args.stride;
-            args.out[s] = activate(logit(row, args.head, args.width), args.head.sigmoid);
+            args.out[s] = activate(logit(row, args), args.head.sigmoid);
         }
     });
+}
+
+void gather_steps(const StepScoresArgs& args, int64_t begin, int64_t end) {
+    const int64_t n = args.width;
+    visit(args.hidden, [&](const auto* hidden) {
+        for (int64_t s = begin; s < end; ++s) {
+            const auto* row = hidden + at(args.positions, s) * args.stride;
+            if (args.bf16_rows) {
+                __builtin_memcpy(static_cast<bf16*>(args.rows) + s * n, row,
+                                 static_cast<uint64_t>(n) * sizeof(bf16));
+            } else if (args.head.norm_weight.data) {
+                norm_row(row, static_cast<float*>(args.rows) + s * n, args);
+            } else {
+                widen_row(row, static_cast<float*>(args.rows) + s * n, n);
+            }
+        }
+    });
+}
+
+void hidden_layer(const StepScoresArgs& args, int64_t begin, int64_t end) {
+    const FloatArray rows = {args.rows, args.bf16_rows ? DType::bf16 : DType::f32};
+    visit_operands(rows, args.head.w1, [&](const auto* a, const auto* w1) {
+        for (int64_t block = begin; block < end; ++block) hidden_block(args, a, w1, block);
+    });
+}
+
+void finish_steps(const StepScoresArgs& args, int64_t begin, int64_t end) {
+    const int64_t blocks = (args.head.hidden_width + kHiddenBlock - 1) / kHiddenBlock;
+    for (int64_t s = begin; s < end; ++s) {
+        float z = args.head.bias ? *args.head.bias : 0.0f;
+        for (int64_t b = 0; b < blocks; ++b) z += args.partials[b * args.steps + s];
+        args.out[s] = activate(z, args.head.sigmoid);
+    }
 }
 
 TTS_END_ISA

@@ -20,16 +20,21 @@ struct HeadArgs {
 };
 
 struct StepScoresArgs {
-    FloatArray hidden;  // [T, H]
-    int64_t stride;     // elements from one row of hidden to the next
-    int64_t width;      // H
-    IndexArray positions;
+    FloatArray hidden;     // [T, H]
+    int64_t stride;        // elements from one row of hidden to the next
+    int64_t width;         // H
+    IndexArray positions;  // [S]
+    int64_t steps;         // S
     HeadArgs head;
-    float* rows;      // [S, H] workspace for gathered, normed rows, with a hidden layer only
-    float* partials;  // [S, blocks of H1] workspace, with a hidden layer only
-    int64_t steps;    // S
-    float* out;       // [S]
+    float* out;  // [S]
+    // With a hidden layer only:
+    void* rows;       // [S, H] gathered, normed rows: bfloat16 if `bf16_rows`, else float32
+    bool bf16_rows;   // hidden and w1 are bfloat16 and no norm widens the rows
+    float* partials;  // [blocks, S]: each block of hidden units' part of the logits
 };
+
+// Hidden units of one block of an MLP head: the unit of work and of the sum's order.
+inline constexpr int64_t kHiddenBlock = 48;
 
 }  // namespace tts
 
@@ -37,5 +42,11 @@ TTS_BEGIN_ISA
 
 // Steps [begin, end) of a one-row head.
 void step_scores(const StepScoresArgs& args, int64_t begin, int64_t end);
+
+// A head with a hidden layer, in three passes: gather steps [begin, end), take blocks [begin, end) of hidden
+// units for all steps, finish steps [begin, end).
+void gather_steps(const StepScoresArgs& args, int64_t begin, int64_t end);
+void hidden_layer(const StepScoresArgs& args, int64_t begin, int64_t end);
+void finish_steps(const StepScoresArgs& args, int64_t begin, int64_t end);
 
 TTS_END_ISA

@@ -50,4 +50,11 @@ inline auto dispatch(DType dtype, F f) {
     }
 }
 
+// Calls f with the array's pointer in its own type.
+template <class F>
+inline auto visit(FloatArray a, F f) {
+    return dispatch(a.dtype,
+                    [&](auto* type) { return f(static_cast<decltype(type)>(const_cast<void*>(a.data))); });
+}
+
 TTS_END_ISA

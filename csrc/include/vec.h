@@ -258,7 +258,7 @@ inline Vec round(Vec a) {
 inline Vec select_less(Vec x, Vec y, Vec a, Vec b) { return {x.v < y.v ? a.v : b.v}; }
 inline Vec scale_exponent(Vec p, Vec n) {
     const Vec::ints e = (__builtin_convertvector(n.v, Vec::ints) + 127) << 23;
-    return {p.v * reinterpret_cast<const Vec::floats&>(e)};
+    return {p.v * (Vec::floats)e};  // the same bits
 }
 
 #endif

@@ -1,5 +1,5 @@
 // torch.ops.tts_kernels.aggregate_steps
-#include "common.h"
+#include "scoring.h"
 
 namespace tts::ops {
 namespace {
@@ -7,10 +7,10 @@ namespace {
 Tensor aggregate_steps(const Tensor& scores_in, const Tensor& indptr_in, const std::string& how) {
     const Tensor scores = dense(scores_in), indptr = dense(indptr_in);
     require(scores.dim() == 1, "scores");
+    AggregateStepsArgs args = aggregate_args(indptr, scores.numel(), how);
     const int64_t candidates = indptr.numel() - 1;
-    AggregateStepsArgs args{.scores = floats(scores), .indptr = indices(indptr), .how = aggregate(how), .out = nullptr};
-    require_indptr(args.indptr, candidates + 1, scores.numel());
     Tensor out = empty(scores, {candidates}, ScalarType::Float);
+    args.scores = floats(scores);
     args.out = data<float>(out);
     torch::stable::parallel_for(0, candidates, 2048, [&](int64_t begin, int64_t end) {
         kernels().aggregate_steps(args, begin, end);

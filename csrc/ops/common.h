@@ -1,7 +1,7 @@
 // What every operator file shares: short names for torch's stable ABI, and the checks.
 //
-// A failed check throws a bare message. The Python function then repeats the checks slowly and raises the error
-// that names the argument (tts_kernels/checks.py), so a call that succeeds pays for these alone.
+// A failed check throws a bare message. The Python function then repeats the checks slowly and raises the
+// error that names the argument (tts_kernels/checks.py), so a call that succeeds pays for these alone.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,8 @@ inline void require(bool condition, const char* what) {
     if (!condition) throw std::runtime_error(what);
 }
 
-// ---- tensors to plain pointers -------------------------------------------------------------------------------
+// ---- tensors to plain pointers
+// -------------------------------------------------------------------------------
 
 inline bool is_float(const Tensor& t) {
     const ScalarType s = t.scalar_type();
@@ -60,12 +61,23 @@ inline const float* float32(const std::optional<Tensor>& t) { return t ? float32
 // An int32 or int64 vector; the caller keeps `dense(t)` alive.
 inline IndexArray indices(const Tensor& t) {
     const bool is_int64 = t.scalar_type() == ScalarType::Long;
-    require(t.is_cpu() && t.dim() == 1 && t.is_contiguous() && (is_int64 || t.scalar_type() == ScalarType::Int),
-            "index vector");
+    require(
+        t.is_cpu() && t.dim() == 1 && t.is_contiguous() && (is_int64 || t.scalar_type() == ScalarType::Int),
+        "index vector");
     return {t.const_data_ptr(), is_int64};
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
+}
+
+// A matrix whose rows are contiguous, wherever they lie.
+inline Tensor dense_rows(const Tensor& t) {
+    require(t.dim() == 2, "matrix");
+    return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
+}
 
 template <class T>
 T* data(Tensor& t) {
@@ -85,7 +97,8 @@ inline Aggregate aggregate(const std::string& how) {
     throw std::runtime_error("how");
 }
 
-// ---- checks of values ----------------------------------------------------------------------------------------
+// ---- checks of values
+// ----------------------------------------------------------------------------------------
 
 // Every value in [low, high).
 inline void require_range(IndexArray values, int64_t count, int64_t low, int64_t high) {

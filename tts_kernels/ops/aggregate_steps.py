@@ -47,7 +47,8 @@ def aggregate_steps(scores: Tensor, indptr: Tensor, how: str) -> Tensor:
     >>> tk.aggregate_steps(torch.tensor([0.9, 0.5, 0.8]), torch.tensor([0, 2, 3]), "min")
     tensor([0.5000, 0.8000])
     """
-    return _op(scores, indptr, how)
+    out: Tensor = _op(scores, indptr, how)
+    return out
 
 
 def _check(scores: Tensor, indptr: Tensor, how: str) -> None:
@@ -56,7 +57,7 @@ def _check(scores: Tensor, indptr: Tensor, how: str) -> None:
     checks.indptr("indptr", indptr, scores.shape[0], scores.device)
 
 
-def _fake(scores: Tensor, indptr: Tensor, how: str) -> Tensor:  # noqa: ARG001
+def _fake(scores: Tensor, indptr: Tensor, _how: str) -> Tensor:
     return scores.new_empty(indptr.shape[0] - 1, dtype=torch.float32)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..op import Op
-from ..score_head import ScoreHead, check_head
+from ..score_head import ScoreHead, check_head, unpacked
 
 
 def step_scores(hidden: Tensor, positions: Tensor, head: ScoreHead) -> Tensor:
@@ -52,7 +52,8 @@ def step_scores(hidden: Tensor, positions: Tensor, head: ScoreHead) -> Tensor:
     >>> tk.step_scores(torch.tensor([[0.0, 0.0], [9.0, 1.0]]), torch.tensor([0]), head)
     tensor([0.5000])
     """
-    return _op(hidden, positions, *head.unpack())
+    out: Tensor = _op(hidden, positions, *unpacked(head))
+    return out
 
 
 def _check(hidden: Tensor, positions: Tensor, *head: Any) -> None:
@@ -62,7 +63,7 @@ def _check(hidden: Tensor, positions: Tensor, *head: Any) -> None:
     checks.index_range("positions", positions, 0, hidden.shape[0])
 
 
-def _fake(hidden: Tensor, positions: Tensor, *head: Any) -> Tensor:
+def _fake(hidden: Tensor, positions: Tensor, *_head: Any) -> Tensor:
     return hidden.new_empty(positions.shape[0], dtype=torch.float32)
 
 

@@ -1,0 +1,141 @@
+// C = A B^T in float32, for a block of rows of A that stays in cache while B streams past.
+//
+//   A [rows, depth] activations, B [cols, depth] weights as a checkpoint stores them (torch.nn.Linear), C
+//   [rows, cols]
+//
+// Both operands are read along `depth`, where they are contiguous, so neither is packed: a register tile
+// holds one vector of partial sums for each of kTileRows x kTileCols outputs and sums its lanes once, at the
+// end. One step of the tile loads 4 + 6 vectors for 24 multiply-adds. A tile of B (6 rows) is read once and
+// stays in L1 while all rows of A pass.
+//
+// An output's order of summation depends on `depth` alone, not on the tile that it falls in: a row's result
+// is the same to the bit whatever other rows there are.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "isa.h"
+#include "vec.h"
+
+TTS_BEGIN_ISA
+
+// ---- one step of a dot product
+// -------------------------------------------------------------------------------
+
+// `width` elements of either operand, multiplied into a vector of float32 sums.
+template <class A, class B>
+struct DotStep {
+    static constexpr int width = Vec::width;
+    using Operand = Vec;
+    template <class T>
+    static Vec load(const T* p) {
+        return Vec::load(p);
+    }
+    template <class T>
+    static Vec load(const T* p, int n) {
+        return Vec::load(p, n);
+    }
+    static Vec add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+
+// 32 bfloat16 pairs at once: lane i sums elements 2i and 2i + 1.
+template <>
+struct DotStep<bf16, bf16> {
+    static constexpr int width = 32;
+    using Operand = __m512bh;
+    static __m512bh load(const bf16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+    static __m512bh load(const bf16* p, int n) {
+        const __mmask32 lanes = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+        return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(lanes, p));
+    }
+    static Vec add(__m512bh a, __m512bh b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
+};
+
+#endif
+
+// ---- the register tile
+// ---------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+inline constexpr int kTileRows = 4, kTileCols = 6;  // 24 of 32 registers hold sums
+#elif defined(__AVX2__)
+inline constexpr int kTileRows = 4, kTileCols = 3;  // 12 of 16
+#else
+inline constexpr int kTileRows = 4,
+                     kTileCols = 2;  // 8 of 16: without a fused multiply-add, products need room
+#endif
+
+// c[r][j] = a[r] . b[j] for a full tile; lda, ldb, ldc are elements between rows.
+template <int Rows, int Cols, class A, class B>
+inline void dot_tile(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, float* c, int64_t ldc) {
+    using Step = DotStep<A, B>;
+    Vec sums[Rows][Cols];
+    for (auto& row : sums) {
+        for (Vec& sum : row) sum = Vec::zero();
+    }
+    const auto step = [&](int64_t k, auto... rest) {
+        typename Step::Operand x[Rows];
+        for (int r = 0; r < Rows; ++r) x[r] = Step::load(a + r * lda + k, rest...);
+        for (int j = 0; j < Cols; ++j) {
+            const auto y = Step::load(b + j * ldb + k, rest...);
+            for (int r = 0; r < Rows; ++r) sums[r][j] = Step::add(x[r], y, sums[r][j]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + Step::width <= depth; k += Step::width) step(k);
+    if (k < depth) step(k, static_cast<int>(depth - k));
+    for (int r = 0; r < Rows; ++r) {
+        for (int j = 0; j < Cols; ++j) c[r * ldc + j] = reduce_add(sums[r][j]);
+    }
+}
+
+// All rows of A against `Cols` rows of B.
+template <int Cols, class A, class B>
+inline void dot_panel(const A* a, int64_t lda, int64_t rows, const B* b, int64_t ldb, int64_t depth, float* c,
+                      int64_t ldc) {
+    int64_t i = 0;
+    for (; i + kTileRows <= rows; i += kTileRows) {
+        dot_tile<kTileRows, Cols>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc);
+    }
+    a += i * lda;
+    c += i * ldc;
+    switch (rows - i) {
+        case 3:
+            return dot_tile<3, Cols>(a, lda, b, ldb, depth, c, ldc);
+        case 2:
+            return dot_tile<2, Cols>(a, lda, b, ldb, depth, c, ldc);
+        case 1:
+            return dot_tile<1, Cols>(a, lda, b, ldb, depth, c, ldc);
+        default:
+            return;
+    }
+}
+
+template <class A, class B>
+inline void matmul_nt(const A* a, int64_t lda, int64_t rows, const B* b, int64_t ldb, int64_t cols,
+                      int64_t depth, float* c, int64_t ldc) {
+    int64_t j = 0;
+    for (; j + kTileCols <= cols; j += kTileCols) {
+        dot_panel<kTileCols>(a, lda, rows, b + j * ldb, ldb, depth, c + j, ldc);
+    }
+    for (; j < cols; ++j) dot_panel<1>(a, lda, rows, b + j * ldb, ldb, depth, c + j, ldc);
+}
+
+// ---- dtypes
+// --------------------------------------------------------------------------------------------------
+
+// Calls f with the typed pointers of A and B. A is float32, or bfloat16 where B is too: activations are few,
+// so the caller converts other kinds to float32 first.
+template <class F>
+inline void visit_operands(FloatArray a, FloatArray b, F f) {
+    if (a.dtype == DType::bf16) {
+        f(static_cast<const bf16*>(a.data), static_cast<const bf16*>(b.data));
+    } else {
+        visit(b, [&](const auto* typed) { f(static_cast<const float*>(a.data), typed); });
+    }
+}
+
+TTS_END_ISA

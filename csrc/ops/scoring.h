@@ -1,0 +1,131 @@
+// What score_and_prune is made of: the scores of steps, the aggregate of a chain, pruning. Each checks its
+// arguments and turns them into plain structs; the ops of the same names run one of them.
+#pragma once
+
+#include <algorithm>
+
+#include "head.h"
+
+namespace tts::ops {
+
+// ---- scores of steps
+// -----------------------------------------------------------------------------------------
+
+// One step reads 2 H bytes or so; below this many steps a second thread costs more than it brings.
+inline constexpr int64_t kStepsPerThread = 16;
+
+// Arguments for the kernels, after checks; `out` is not set. `hidden` has dense rows, `positions` is
+// contiguous, and both outlive the result.
+inline StepScoresArgs step_scores_args(const Tensor& hidden, const Tensor& positions, const Head& head) {
+    StepScoresArgs args{.hidden = {hidden.const_data_ptr(), dtype(hidden)},
+                        .stride = hidden.stride(0),
+                        .width = hidden.size(1),
+                        .positions = indices(positions),
+                        .steps = positions.numel(),
+                        .head = head.args(hidden.size(1)),
+                        .out = nullptr,
+                        .rows = nullptr,
+                        .bf16_rows = false,
+                        .partials = nullptr};
+    require_range(args.positions, args.steps, 0, hidden.size(0));
+    return args;
+}
+
+// Scores every step of a head with a hidden layer; `like` gives the workspace its device.
+inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
+    const int64_t blocks = (args.head.hidden_width + kHiddenBlock - 1) / kHiddenBlock;
+    args.bf16_rows =
+        args.hidden.dtype == DType::bf16 && args.head.w1.dtype == DType::bf16 && !args.head.norm_weight.data;
+    Tensor rows =
+        empty(like, {args.steps, args.width}, args.bf16_rows ? ScalarType::BFloat16 : ScalarType::Float);
+    Tensor partials = empty(like, {blocks, args.steps}, ScalarType::Float);
+    args.rows = rows.mutable_data_ptr();
+    args.partials = data<float>(partials);
+    const auto run = [&](auto kernel, int64_t count, int64_t grain) {
+        torch::stable::parallel_for(0, count, grain,
+                                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    };
+    run(kernels().gather_steps, args.steps, kStepsPerThread);
+    run(kernels().hidden_layer, args.steps > 0 ? blocks : 0, 1);
+    run(kernels().finish_steps, args.steps, 1024);
+}
+
+// ---- aggregates of chains
+// ------------------------------------------------------------------------------------
+
+// Arguments for the kernel, after checks; `scores` and `out` are not set. The tensors are contiguous and
+// outlive it.
+inline AggregateStepsArgs aggregate_args(const Tensor& indptr, int64_t steps, const std::string& how,
+                                         const std::optional<Tensor>& prior = std::nullopt,
+                                         const std::optional<Tensor>& prior_counts = std::nullopt) {
+    AggregateStepsArgs args{.scores = {nullptr, DType::f32},
+                            .indptr = indices(indptr),
+                            .how = aggregate(how),
+                            .prior = floats(prior),
+                            .prior_counts = {nullptr, false},
+                            .out = nullptr};
+    require_indptr(args.indptr, indptr.numel(), steps);
+    require(prior.has_value() == prior_counts.has_value(), "prior");
+    if (prior) {
+        const int64_t candidates = indptr.numel() - 1;
+        args.prior_counts = indices(*prior_counts);
+        require(prior->dim() == 1 && prior->numel() == candidates, "prior");
+        require(prior_counts->numel() == candidates, "prior_counts");
+        require_range(args.prior_counts, candidates, 0, INT64_MAX);
+    }
+    return args;
+}
+
+// ---- pruning
+// -------------------------------------------------------------------------------------------------
+
+// Below this many scores a second thread costs more than it brings.
+inline constexpr int64_t kScoresPerThread = 32768;
+
+struct Pruned {
+    Tensor indices, counts;
+};
+
+// The checks that need no scores, so that score_and_prune can make them before it writes anything.
+struct PrunePlan {
+    Tensor indptr;
+    std::optional<Tensor> k;
+    int64_t width;
+    bool keep_order;
+
+    PrunePlan(const Tensor& indptr_in, int64_t candidates, int64_t width_in,
+              const std::optional<Tensor>& k_in, bool keep)
+        : indptr(dense(indptr_in)), width(width_in), keep_order(keep) {
+        require_indptr(indices(indptr), indptr.numel(), candidates);
+        require(width >= (k_in ? 0 : 1), "k");
+        if (!k_in) return;
+        k = dense(*k_in);
+        require(k->numel() == groups(), "k");
+        require_range(indices(*k), groups(), 0, width + 1);
+    }
+
+    int64_t groups() const { return indptr.numel() - 1; }
+
+    Pruned run(const Tensor& scores) const {
+        const int64_t candidates = scores.numel();
+        Pruned out{empty(scores, {groups(), width}, ScalarType::Long),
+                   empty(scores, {groups()}, ScalarType::Int)};
+        std::optional<Tensor> keys;
+        if (width > kFewSurvivors) keys = empty(scores, {candidates}, ScalarType::Int);
+        const PruneArgs args{.scores = floats(scores),
+                             .indptr = indices(indptr),
+                             .k = k ? indices(*k) : IndexArray{nullptr, false},
+                             .width = width,
+                             .keep_order = keep_order,
+                             .keys = keys ? data<int32_t>(*keys) : nullptr,
+                             .indices = data<int64_t>(out.indices),
+                             .counts = data<int32_t>(out.counts)};
+        const int64_t grain =
+            std::max<int64_t>(1, kScoresPerThread * groups() / std::max<int64_t>(1, candidates));
+        torch::stable::parallel_for(0, groups(), grain,
+                                    [&](int64_t begin, int64_t end) { kernels().prune(args, begin, end); });
+        return out;
+    }
+};
+
+}  // namespace tts::ops
