@@ -7,29 +7,39 @@ prefix, attend over the tree reading each shared token once, prune its branches,
 from __future__ import annotations
 
 from .backend import BackendInfo, backend_info, debug_checks, use_backend
+from .kv_cache import KVCache
 from .ops.aggregate_steps import aggregate_steps
+from .ops.append_kv import append_kv_
+from .ops.copy_pages import copy_pages_
 from .ops.linear_logprob import linear_logprob
+from .ops.merge_states import merge_states
 from .ops.prune import Pruned, prune
 from .ops.sample import Sampled, sample
 from .ops.score_and_prune import ScoredPruned, score_and_prune
 from .ops.step_scores import step_scores
+from .ops.tree_attention import tree_attention
 from .score_head import ScoreHead
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendInfo",
+    "KVCache",
     "Pruned",
     "Sampled",
     "ScoreHead",
     "ScoredPruned",
     "aggregate_steps",
+    "append_kv_",
     "backend_info",
+    "copy_pages_",
     "debug_checks",
     "linear_logprob",
+    "merge_states",
     "prune",
     "sample",
     "score_and_prune",
     "step_scores",
+    "tree_attention",
     "use_backend",
 ]

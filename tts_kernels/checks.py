@@ -47,6 +47,19 @@ def tensor(
         _fail(ValueError, name, f"a tensor on {device}", value)
 
 
+def cache(
+    name: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype] = FLOAT,
+    shape: Sequence[int | str] = ("P", "page_size", "Hkv", "D"),
+    device: torch.device | None = None,
+) -> None:
+    """One layer's pages: [P, page_size, Hkv, D] with a contiguous last dimension. TypeError, ValueError."""
+    tensor(name, value, dtypes, shape, device)
+    if value.stride(3) != 1 and value.shape[3] > 1:
+        _fail(ValueError, name, "a contiguous last dimension", f"strides {value.stride()}")
+
+
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
     """A finite number in [low, high], or (low, high] with `open_low`. TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -7,7 +7,7 @@ dtype (tests call it in float64) and is what the kernels are held against.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -226,3 +226,75 @@ def _philox(seed: int, offset: int) -> int:
         x = [b >> 32 ^ x[1] ^ key[0], b & low, a >> 32 ^ x[3] ^ key[1], a & low]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
     return x[1] << 32 | x[0]
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    pages: Tensor,
+    segments: Tensor,
+    tasks: Tensor,  # noqa: ARG001  (how the work is cut changes nothing)
+    merge_indptr: Tensor,  # noqa: ARG001
+    merge_slots: Tensor,  # noqa: ARG001
+    sizes: Tensor,
+    page_size: int,
+    num_kv_heads: int,
+    max_slots: int,  # noqa: ARG001
+    scale: float,
+    softcap: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """A softmax over the keys of each row's segments; (out [T, Hq, D], lse [T, Hq])."""
+    wide = _wide(q)
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+    tables = segments[: int(sizes[0])].tolist()
+    for r, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        slots = [
+            int(pages[begin + i // page_size]) * page_size + i % page_size
+            for begin, start, length, first, last in tables
+            if first <= r < last
+            for i in range(length)
+            if start + i <= position and (window <= 0 or start + i > position - window)
+        ]
+        if slots:
+            seen = torch.tensor(slots, device=q.device)
+            keys, values = (c.flatten(0, 1)[seen].to(wide) for c in (k_cache, v_cache))  # [n, Hkv, D]
+            out[row], lse[row] = _attend(q[row].to(wide), keys, values, num_kv_heads, scale, softcap)
+    return out, lse
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, num_kv_heads: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """One row [Hq, D] over keys and values [n, Hkv, D]."""
+    grouped = q.unflatten(0, (num_kv_heads, -1))
+    scores = torch.einsum("hgd,nhd->hgn", grouped, keys) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values)
+    return out.flatten(0, 1), scores.logsumexp(-1).flatten()
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted by the exponentials of the log-sum-exps; (out [T, H, D], lse [T, H])."""
+    wide = _wide(out_a)
+    lse = torch.logaddexp(lse_a.to(wide), lse_b.to(wide))
+    weighted = out_a.to(wide) * (lse_a - lse).exp()[..., None] + out_b.to(wide) * (lse_b - lse).exp()[..., None]
+    no_a, no_b = (x.isneginf()[..., None] for x in (lse_a, lse_b))
+    return torch.where(no_a, out_b, torch.where(no_b, out_a, weighted.to(out_a.dtype))), lse
+
+
+def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """One row a token."""
+    page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
+    k_cache[page, offset] = k
+    v_cache[page, offset] = v
+
+
+def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
+    """Whole pages of each cache."""
+    for cache in caches:
+        cache[dst.long()] = cache[src.long()]

@@ -2,24 +2,34 @@
 #pragma once
 
 #include "aggregate_steps.h"
+#include "append_kv.h"
+#include "copy_pages.h"
 #include "linear_logprob.h"
+#include "merge_states.h"
 #include "prune.h"
 #include "sample.h"
 #include "step_scores.h"
+#include "tree_attention.h"
 
 // Every CPU kernel, by name.
 #define TTS_CPU_KERNELS(X) \
-    X(aggregate_steps)     \
-    X(sample_scan)         \
-    X(sample_plan)         \
-    X(sample_weigh)        \
-    X(sample_draw)         \
-    X(step_scores)         \
-    X(linear_logprob)      \
-    X(prune)               \
-    X(gather_steps)        \
-    X(hidden_layer)        \
-    X(finish_steps)
+    X(aggregate_steps)         \
+    X(append_kv)               \
+    X(copy_page)               \
+    X(finish_steps)            \
+    X(gather_steps)            \
+    X(hidden_layer)            \
+    X(linear_logprob)          \
+    X(merge_states)            \
+    X(prune)                   \
+    X(sample_draw)             \
+    X(sample_plan)             \
+    X(sample_scan)             \
+    X(sample_weigh)            \
+    X(step_scores)             \
+    X(tree_attention)          \
+    X(tree_attention_merge)    \
+    X(tree_attention_scratch)
 
 namespace tts {
 

@@ -1,0 +1,63 @@
+// torch.ops.tts_kernels.copy_pages_
+#include <algorithm>
+
+#include "attention.h"
+
+namespace tts::ops {
+namespace {
+
+// Page copies a thread: a page is 16 KB or more.
+constexpr int64_t kPagesPerThread = 4;
+
+// Each page is written once, and no page that is written is read: so the order of the copies is free.
+void require_independent(IndexArray src, IndexArray dst, int64_t count) {
+    std::vector<int64_t> written(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) written[static_cast<size_t>(i)] = at(dst, i);
+    std::sort(written.begin(), written.end());
+    require(std::adjacent_find(written.begin(), written.end()) == written.end(), "dst");
+    for (int64_t i = 0; i < count; ++i) {
+        require(!std::binary_search(written.begin(), written.end(), at(src, i)), "dst");
+    }
+}
+
+PageCopyArgs page_args(Tensor& cache) {
+    const int64_t item = cache.element_size();
+    return {.cache = static_cast<char*>(cache.mutable_data_ptr()),
+            .page = cache.stride(0) * item,
+            .token = cache.stride(1) * item,
+            .head = cache.stride(2) * item,
+            .page_size = cache.size(1),
+            .heads = cache.size(2),
+            .row_bytes = cache.size(3) * item};
+}
+
+void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
+    const Tensor src_tensor = dense(src_in), dst_tensor = dense(dst_in);
+    const IndexArray src = indices(src_tensor), dst = indices(dst_tensor);
+    const int64_t count = src_tensor.numel();
+    require(dst_tensor.numel() == count, "dst");
+    std::vector<PageCopyArgs> args;
+    for (Tensor& cache : caches) {
+        require(is_cache(cache), "caches");
+        require_range(src, count, 0, cache.size(0));
+        require_range(dst, count, 0, cache.size(0));
+        args.push_back(page_args(cache));
+    }
+    require_independent(src, dst, count);
+    const auto copies = static_cast<int64_t>(args.size()) * count;
+    torch::stable::parallel_for(0, copies, kPagesPerThread, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            kernels().copy_page(args[static_cast<size_t>(i / count)], at(src, i % count), at(dst, i % count));
+        }
+    });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
+    m.def("copy_pages_(Tensor(a!)[] caches, Tensor src, Tensor dst) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("copy_pages_", TORCH_BOX(&copy_pages)); }
+
+}  // namespace tts::ops

@@ -1,0 +1,199 @@
+// torch.ops.tts_kernels.tree_attention
+#include <algorithm>
+#include <atomic>
+
+#include "attention.h"
+
+namespace tts::ops {
+namespace {
+
+constexpr int64_t kAlign = 16;      // floats: a cache line
+constexpr int64_t kMergeRows = 16;  // rows a thread merges at a time
+
+// ---- the plan, checked
+// -----------------------------------------------------------------------------------------
+
+const int32_t* int32s(const Tensor& t, int64_t dim, const char* what) {
+    require(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Int && t.dim() == dim, what);
+    return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+bool in_range(const int32_t* values, int64_t count, int64_t low, int64_t high) {
+    bool good = true;
+    for (int64_t i = 0; i < count; ++i) good &= values[i] >= low && values[i] < high;
+    return good;
+}
+
+struct Plan {
+    const Tensor &rows, &positions, &pages, &segments, &tasks, &merge_indptr, &merge_slots, &sizes;
+    int64_t page_size, max_slots;
+    int64_t num_rows = 0, num_segments = 0, num_tasks = 0, num_slots = 0, num_pages = 0, max_hull = 0;
+
+    // Fills the plan's part of `args`; every index that a kernel will follow is in range afterwards.
+    void check(TreeAttentionArgs& args, int64_t cache_pages) {
+        num_rows = rows.numel();
+        args.rows = int32s(rows, 1, "rows");
+        args.positions = int32s(positions, 1, "positions");
+        args.pages = int32s(pages, 1, "pages");
+        args.segments = reinterpret_cast<const Segment*>(int32s(segments, 2, "segments"));
+        args.tasks = reinterpret_cast<const Task*>(int32s(tasks, 2, "tasks"));
+        args.merge_indptr = int32s(merge_indptr, 1, "merge_indptr");
+        args.merge_slots = int32s(merge_slots, 1, "merge_slots");
+        require(positions.numel() == num_rows && merge_indptr.numel() == num_rows + 1,
+                "positions, merge_indptr");
+        require(segments.size(1) == 5 && tasks.size(1) == 5, "segments, tasks");
+        check_sizes();
+        require(in_range(args.pages, num_pages, 0, cache_pages), "pages");
+        check_rows(args.rows);
+        for (int64_t i = 0; i < num_segments; ++i) check_segment(args.segments[i]);
+        for (int64_t i = 0; i < num_tasks; ++i) check_task(args.tasks[i], args.segments);
+        check_merge(args.merge_indptr, args.merge_slots);
+    }
+
+  private:
+    void check_sizes() {
+        const int32_t* used = int32s(sizes, 1, "sizes");
+        require(sizes.numel() == 4 && page_size >= 1 && in_range(used, 4, 0, INT32_MAX), "sizes");
+        num_segments = used[0], num_tasks = used[1], num_slots = used[2], num_pages = used[3];
+        require(num_segments <= segments.size(0) && num_tasks <= tasks.size(0) && num_slots <= max_slots &&
+                    num_pages <= pages.numel(),
+                "sizes");
+    }
+
+    // A permutation: each row of out is written once.
+    void check_rows(const int32_t* row) const {
+        require(in_range(row, num_rows, 0, num_rows), "rows");
+        std::vector<uint8_t> seen(static_cast<size_t>(num_rows), 0);
+        for (int64_t i = 0; i < num_rows; ++i) seen[static_cast<size_t>(row[i])] = 1;
+        require(std::count(seen.begin(), seen.end(), 1) == num_rows, "rows");
+    }
+
+    void check_segment(const Segment& s) const {
+        const int64_t pages_needed = (s.length + page_size - 1) / page_size;
+        require(s.page_begin >= 0 && s.start >= 0 && s.length > 0 && s.page_begin + pages_needed <= num_pages,
+                "segments");
+        require(0 <= s.row_begin && s.row_begin < s.row_end && s.row_end <= num_rows, "segments");
+    }
+
+    void check_task(const Task& t, const Segment* segment) {
+        require(0 <= t.seg_begin && t.seg_begin <= t.seg_end && t.seg_end <= num_segments, "tasks");
+        require(0 <= t.row_begin && t.row_begin <= t.row_end && t.row_end <= num_rows, "tasks");
+        const int64_t hull = t.row_end - t.row_begin;
+        require(t.slot >= 0 && t.slot + hull <= num_slots, "tasks");
+        for (int64_t i = t.seg_begin; i < t.seg_end; ++i) {
+            require(segment[i].row_begin >= t.row_begin && segment[i].row_end <= t.row_end, "tasks");
+        }
+        max_hull = std::max(max_hull, hull);
+    }
+
+    void check_merge(const int32_t* indptr, const int32_t* slots) const {
+        bool good = indptr[0] == 0 && indptr[num_rows] <= merge_slots.numel();
+        for (int64_t i = 0; i < num_rows; ++i) good &= indptr[i] <= indptr[i + 1];
+        require(good, "merge_indptr");
+        require(in_range(slots, indptr[num_rows], 0, num_slots), "merge_slots");
+    }
+};
+
+// ---- the tensors
+// -----------------------------------------------------------------------------------------------
+
+void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Plan& plan,
+                   int64_t num_kv_heads) {
+    require(q.dim() == 3 && rows_contiguous(q), "q");
+    require(same_cache(k_cache, v_cache) && k_cache.scalar_type() == q.scalar_type(), "caches");
+    require(
+        k_cache.size(1) == plan.page_size && k_cache.size(2) == num_kv_heads && k_cache.size(3) == q.size(2),
+        "caches");
+    require(q.size(0) == plan.rows.numel() && num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
+}
+
+// Work items are claimed one by one: which thread runs one changes nothing.
+void run_items(const TreeAttentionArgs& args, int64_t items, int64_t lanes, const Tensor& like) {
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+    const int64_t size = kernels().tree_attention_scratch(lanes, args.head_dim);
+    Tensor scratch = empty(like, {threads * size + kAlign}, ScalarType::Float);
+    float* base = aligned(data<float>(scratch));
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+                kernels().tree_attention(args, item, base + t * size);
+            }
+        }
+    });
+}
+
+void run_merge(const TreeAttentionArgs& args) {
+    torch::stable::parallel_for(0, args.num_rows, kMergeRows, [&](int64_t begin, int64_t end) {
+        std::vector<float> sum(static_cast<size_t>(args.head_dim + kAlign));
+        kernels().tree_attention_merge(args, begin, end, sum.data());
+    });
+}
+
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
+                                          const Tensor& rows, const Tensor& positions, const Tensor& pages,
+                                          const Tensor& segments, const Tensor& tasks,
+                                          const Tensor& merge_indptr, const Tensor& merge_slots,
+                                          const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
+                                          int64_t max_slots, double scale, double softcap, int64_t window) {
+    const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
+    Plan plan{rows,         positions,   pages, segments,  tasks,
+              merge_indptr, merge_slots, sizes, page_size, max_slots};
+    check_tensors(q, k_cache, v_cache, plan, num_kv_heads);
+    require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
+    TreeAttentionArgs args{.dtype = dtype(q),
+                           .q = q.const_data_ptr(),
+                           .q_row_stride = q.stride(0),
+                           .q_head_stride = q.stride(1),
+                           .k = paged(k_cache),
+                           .v = paged(v_cache),
+                           .page_size = page_size,
+                           .num_rows = q.size(0),
+                           .num_q_heads = q.size(1),
+                           .num_kv_heads = num_kv_heads,
+                           .head_dim = q.size(2),
+                           .rows = nullptr,
+                           .positions = nullptr,
+                           .pages = nullptr,
+                           .segments = nullptr,
+                           .tasks = nullptr,
+                           .merge_indptr = nullptr,
+                           .merge_slots = nullptr,
+                           .scale = static_cast<float>(scale),
+                           .softcap = static_cast<float>(softcap),
+                           .window = std::max<int64_t>(window, 0),
+                           .out = nullptr,
+                           .lse = nullptr,
+                           .partial_rows = nullptr,
+                           .partial_states = nullptr};
+    plan.check(args, k_cache.size(0));
+    Tensor out = empty(q, {args.num_rows, args.num_q_heads, args.head_dim}, q.scalar_type());
+    Tensor lse = empty(q, {args.num_rows, args.num_q_heads}, ScalarType::Float);
+    if (args.num_rows * args.num_q_heads == 0) return {out, lse};
+    const int64_t partials = plan.num_slots * args.num_q_heads;
+    Tensor workspace = empty(q, {partials * (args.head_dim + 2)}, ScalarType::Float);
+    args.out = out.mutable_data_ptr();
+    args.lse = data<float>(lse);
+    args.partial_rows = data<float>(workspace);
+    args.partial_states = args.partial_rows + partials * args.head_dim;
+    const int64_t lanes = plan.max_hull * (args.num_q_heads / num_kv_heads);
+    if (plan.num_tasks > 0) run_items(args, plan.num_tasks * num_kv_heads, lanes, q);
+    run_merge(args);
+    return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
+    m.def(
+        "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows, Tensor positions, Tensor "
+        "pages, "
+        "Tensor segments, Tensor tasks, Tensor merge_indptr, Tensor merge_slots, Tensor sizes, int "
+        "page_size, "
+        "int num_kv_heads, int max_slots, float scale, float softcap, int window) -> (Tensor out, Tensor "
+        "lse)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("tree_attention", TORCH_BOX(&tree_attention)); }
+
+}  // namespace tts::ops

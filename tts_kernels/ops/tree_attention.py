@@ -1,0 +1,242 @@
+"""Attention of many branches over a tree of KV pages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..op import Op
+
+if TYPE_CHECKING:
+    from ..plan import AttentionPlan
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend each query row to the keys of its branch, reading a token that many branches share once for all of them.
+
+    ``out[r, h] = softmax(cap(scale * q[r, h] @ K.T)) @ V`` over the keys that row r sees: those of its branch at
+    positions up to its own, and after its own - window.
+
+    Parameters
+    ----------
+    q
+        [T, Hq, D] float: the packed query rows of the plan's branches. Rows and heads may be strided.
+    k_cache, v_cache
+        [P, page_size, Hkv, D], of q's dtype: one layer's pages. May be strided views, last dimension contiguous. Slots
+        that no row sees may hold anything, NaN included.
+    plan
+        What `KVForest.plan` or `plan_attention` made; it serves every layer.
+    scale
+        Factor of the scores; D**-0.5 by default.
+    softcap
+        s > 0: scores x become ``s * tanh(x / s)``; 0: they do not.
+    window
+        w: a row at position i sees positions i - w + 1 to i; None: all up to i.
+    return_lse
+        Return the log-sum-exp too.
+
+    Returns
+    -------
+    out : Tensor
+        [T, Hq, D] of q's dtype; 0 for a row without keys.
+    lse : Tensor
+        [T, Hq] float32, natural log, after scale and softcap; -inf for a row without keys. With `return_lse` only.
+
+    Raises
+    ------
+    TypeError
+        For a wrong dtype.
+    ValueError
+        For a wrong shape, device or option, or a plan made for other sizes.
+    IndexError
+        For a page of the plan that the caches do not have.
+
+    Notes
+    -----
+    With N unique and L logical tokens (counted once a branch): reads 2 N Hkv D elements, O(L Hq D) operations, one
+    launch and one for merging. The tree is walked as in DeFT (arXiv 2404.00242) and FastTree (MLSys 2025); partial
+    results merge as in "FlashInfer" (arXiv 2501.01005), in an order fixed by the plan, so that threads change nothing.
+    bfloat16 products are accumulated in float32; weights are rounded to bfloat16 before they meet the values where the
+    processor multiplies pairs of bfloat16.
+
+    Examples
+    --------
+    Two branches share a token and have one of their own each, in pages of one token:
+
+    >>> import torch, tts_kernels as tk
+    >>> plan = tk.plan_attention(torch.tensor([[0, 1], [0, 2]]), torch.tensor([2, 2]), page_size=1,
+    ...                          num_q_heads=1, num_kv_heads=1, head_dim=2)
+    >>> k = torch.zeros(3, 1, 1, 2)
+    >>> v = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1).expand(3, 1, 1, 2).contiguous()
+    >>> tk.tree_attention(torch.ones(2, 1, 2), k, v, plan)[:, 0, 0]
+    tensor([1.5000, 2.5000])
+    """
+    if scale is None:
+        scale = float(q.shape[-1]) ** -0.5
+    checks.number("scale", scale)
+    checks.number("softcap", softcap, 0.0)
+    if window is not None:
+        checks.integer("window", window, 1)
+    out, lse = _op(
+        q,
+        k_cache,
+        v_cache,
+        plan.rows,
+        plan.positions,
+        plan.pages,
+        plan.segments,
+        plan.tasks,
+        plan.merge_indptr,
+        plan.merge_slots,
+        plan.sizes,
+        plan.page_size,
+        plan.num_kv_heads,
+        plan.max_slots,
+        float(scale),
+        float(softcap),
+        window or 0,
+    )
+    return (out, lse) if return_lse else out
+
+
+_INT32 = (torch.int32,)
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    pages: Tensor,
+    segments: Tensor,
+    tasks: Tensor,
+    merge_indptr: Tensor,
+    merge_slots: Tensor,
+    sizes: Tensor,
+    page_size: int,
+    num_kv_heads: int,
+    max_slots: int,
+    scale: float,
+    softcap: float,
+    window: int,  # noqa: ARG001
+) -> None:
+    checks.tensor("q", q, shape=["T", "Hq", "D"])
+    head_dim = q.shape[2]
+    cache_shape: list[int | str] = ["P", page_size, num_kv_heads, head_dim]
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.cache(name, cache, (q.dtype,), cache_shape, q.device)
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"v_cache: expected shape {list(k_cache.shape)} like k_cache, got {list(v_cache.shape)}")
+    if num_kv_heads < 1 or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q: expected a multiple of {num_kv_heads} heads, got {q.shape[1]}")
+    checks.number("scale", scale)
+    checks.number("softcap", softcap, 0.0)
+    num_rows = q.shape[0]
+    checks.tensor("plan.rows", rows, _INT32, ["T"], q.device)
+    if rows.shape[0] != num_rows:
+        raise ValueError(f"q: expected {rows.shape[0]} rows, as the plan has, got {num_rows}")
+    checks.tensor("plan.positions", positions, _INT32, [num_rows], q.device)
+    checks.tensor("plan.pages", pages, _INT32, ["n"], q.device)
+    checks.tensor("plan.segments", segments, _INT32, ["n", 5], q.device)
+    checks.tensor("plan.tasks", tasks, _INT32, ["n", 5], q.device)
+    checks.tensor("plan.merge_indptr", merge_indptr, _INT32, [num_rows + 1], q.device)
+    checks.tensor("plan.merge_slots", merge_slots, _INT32, ["n"], q.device)
+    checks.tensor("plan.sizes", sizes, _INT32, [4])
+    if checks.readable(rows, pages, segments, tasks, merge_indptr, merge_slots, sizes):
+        _check_values(
+            k_cache.shape[0], rows, pages, segments, tasks, merge_indptr, merge_slots, sizes, page_size, max_slots
+        )
+
+
+def _check_values(
+    num_pages: int,
+    rows: Tensor,
+    pages: Tensor,
+    segments: Tensor,
+    tasks: Tensor,
+    merge_indptr: Tensor,
+    merge_slots: Tensor,
+    sizes: Tensor,
+    page_size: int,
+    max_slots: int,
+) -> None:
+    """The plan's indices: pages by the caches, the rest by the plan itself."""
+    num_rows = rows.shape[0]
+    used_segments, used_tasks, used_slots, used_pages = sizes.tolist()
+    capacity = (segments.shape[0], tasks.shape[0], max_slots, pages.shape[0])
+    if any(not 0 <= n <= room for n, room in zip(sizes.tolist(), capacity, strict=True)):
+        raise ValueError(f"plan.sizes: expected values in [0, {list(capacity)}], got {sizes.tolist()}")
+    checks.index_range("plan.pages", pages[:used_pages], 0, num_pages)
+    if not torch.equal(rows.sort().values, torch.arange(num_rows, dtype=torch.int32, device=rows.device)):
+        raise ValueError(f"plan.rows: expected a permutation of 0..{num_rows - 1}, got another")
+    for i, (begin, start, length, first, last) in enumerate(segments[:used_segments].tolist()):
+        fits = begin >= 0 and begin + -(-length // page_size) <= used_pages
+        if not (fits and start >= 0 and length > 0 and 0 <= first < last <= num_rows):
+            raise ValueError(
+                f"plan.segments: expected pages and rows of the plan, got {segments[i].tolist()} at index {i}"
+            )
+    for i, (begin, end, first, last, slot) in enumerate(tasks[:used_tasks].tolist()):
+        good = 0 <= begin <= end <= used_segments and 0 <= first <= last <= num_rows
+        if not (good and slot >= 0 and slot + last - first <= used_slots):
+            raise ValueError(
+                f"plan.tasks: expected segments, rows and slots of the plan, got {tasks[i].tolist()} at index {i}"
+            )
+        inner = segments[begin:end]
+        if begin < end and not (int(inner[:, 3].min()) >= first and int(inner[:, 4].max()) <= last):
+            raise ValueError(
+                f"plan.tasks: expected rows that hold those of its segments, got {tasks[i].tolist()} at index {i}"
+            )
+    total = int(merge_indptr[-1])
+    if total > merge_slots.shape[0]:
+        raise ValueError(f"plan.merge_indptr: expected offsets up to {merge_slots.shape[0]}, got {total}")
+    checks.indptr("plan.merge_indptr", merge_indptr, total)
+    checks.index_range("plan.merge_slots", merge_slots[:total], 0, used_slots)
+
+
+def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+_op = Op("tree_attention", reference=reference.tree_attention, check=_check, fake=_fake)
