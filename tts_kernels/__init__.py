@@ -7,6 +7,7 @@ prefix, attend over the tree reading each shared token once, prune its branches,
 from __future__ import annotations
 
 from .backend import BackendInfo, backend_info, debug_checks, use_backend
+from .forest import Append, ForestStats, KVForest, OutOfPages
 from .kv_cache import KVCache
 from .ops.aggregate_steps import aggregate_steps
 from .ops.append_kv import append_kv_
@@ -18,13 +19,19 @@ from .ops.sample import Sampled, sample
 from .ops.score_and_prune import ScoredPruned, score_and_prune
 from .ops.step_scores import step_scores
 from .ops.tree_attention import tree_attention
+from .plan import AttentionPlan, plan_attention
 from .score_head import ScoreHead
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Append",
+    "AttentionPlan",
     "BackendInfo",
+    "ForestStats",
     "KVCache",
+    "KVForest",
+    "OutOfPages",
     "Pruned",
     "Sampled",
     "ScoreHead",
@@ -36,6 +43,7 @@ __all__ = [
     "debug_checks",
     "linear_logprob",
     "merge_states",
+    "plan_attention",
     "prune",
     "sample",
     "score_and_prune",

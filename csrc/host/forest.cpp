@@ -1,0 +1,422 @@
+#include "forest.h"
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+namespace tts {
+namespace {
+
+constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();  // slots are handed out as int32
+
+[[noreturn]] void bad_value(const std::string& argument, const std::string& expected,
+                            const std::string& got) {
+    throw std::invalid_argument(argument + ": expected " + expected + ", got " + got);
+}
+
+// The name of an argument, or of an entry of it.
+std::string entry(const char* name, int64_t i) {
+    return i < 0 ? name : std::string(name) + "[" + std::to_string(i) + "]";
+}
+
+// Sums of page counts that no pool could serve stay at the largest value.
+int64_t saturating_add(int64_t a, int64_t b) {
+    int64_t sum;
+    return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
+}
+
+}  // namespace
+
+// ---- BranchTable
+// -------------------------------------------------------------------------------------------
+
+int64_t BranchTable::add(int32_t run, int32_t length) {
+    if (next_id_ % kBlock == 0) blocks_.push_back(std::make_unique<Block>());
+    Block& block = *blocks_.back();
+    block.branches[next_id_ % kBlock] = {.run = run, .length = length};
+    ++block.live;
+    ++size_;
+    return next_id_++;
+}
+
+void BranchTable::remove(int64_t id) {
+    std::unique_ptr<Block>& block = blocks_[id / kBlock];
+    block->branches[id % kBlock].run = Branch::kDead;
+    --size_;
+    const bool full = next_id_ / kBlock > id / kBlock;  // no further id will fall into it
+    if (--block->live == 0 && full) block.reset();
+    while (first_ < blocks_.size() && !blocks_[first_]) ++first_;
+}
+
+Branch* BranchTable::find(int64_t id) {
+    if (!was_issued(id) || !blocks_[id / kBlock]) return nullptr;
+    Branch& branch = blocks_[id / kBlock]->branches[id % kBlock];
+    return branch.run == Branch::kDead ? nullptr : &branch;
+}
+
+// ---- PagePool
+// ----------------------------------------------------------------------------------------------
+
+int32_t PagePool::take() {
+    if (returned_.empty()) return static_cast<int32_t>(fresh_++);
+    const int32_t page = returned_.back();
+    returned_.pop_back();
+    return page;
+}
+
+// ---- Runs
+// --------------------------------------------------------------------------------------------------
+
+int32_t Forest::new_run(int32_t parent, int32_t first_column) {
+    int32_t run = static_cast<int32_t>(runs_.size());
+    if (free_runs_.empty()) {
+        runs_.emplace_back();
+    } else {
+        run = free_runs_.back();
+        free_runs_.pop_back();
+        runs_[run] = Run{};
+    }
+    runs_[run].parent = parent;
+    runs_[run].first_column = first_column;
+    if (parent != kNone) add_child(parent, run);
+    return run;
+}
+
+void Forest::add_child(int32_t parent, int32_t child) {
+    Run& run = runs_[parent];
+    ++run.refs;
+    ++run.children;
+    run.child_xor ^= child;
+}
+
+void Forest::remove_child(int32_t parent, int32_t child) {
+    Run& run = runs_[parent];
+    --run.refs;
+    --run.children;
+    run.child_xor ^= child;
+}
+
+// Gives back a branch's reference to its run, and whatever nobody holds any more above it.
+void Forest::drop(int32_t run) {
+    --runs_[run].refs;
+    while (runs_[run].refs == 0) {
+        const int32_t parent = runs_[run].parent;
+        pool_.give_back(runs_[run].pages);
+        runs_[run] = Run{};
+        free_runs_.push_back(run);
+        if (parent == kNone) return;
+        remove_child(parent, run);
+        run = parent;
+    }
+    if (runs_[run].refs == 1 && runs_[run].children == 1) join_with_child(run);
+}
+
+// A run that nothing but its only child holds becomes the front of that child. The child's branches and
+// children stay as they are.
+void Forest::join_with_child(int32_t run) {
+    const int32_t child = runs_[run].child_xor, parent = runs_[run].parent;
+    std::vector<int32_t> pages = std::move(runs_[run].pages);
+    pages.insert(pages.end(), runs_[child].pages.begin(), runs_[child].pages.end());
+    runs_[child].pages = std::move(pages);
+    runs_[child].first_column = runs_[run].first_column;
+    runs_[child].parent = parent;
+    if (parent != kNone) {
+        remove_child(parent, run);
+        add_child(parent, child);
+    }
+    runs_[run] = Run{};
+    free_runs_.push_back(run);
+}
+
+// Cuts a run after its first `count` pages. They become a new run above it (which is returned), so that
+// nothing that points at the run has to move.
+int32_t Forest::split(int32_t run, size_t count) {
+    const int32_t parent = runs_[run].parent;
+    const int32_t upper = new_run(kNone, runs_[run].first_column);
+    Run& above = runs_[upper];
+    Run& below = runs_[run];
+    above.pages = std::move(below.pages);
+    below.pages.assign(above.pages.begin() + static_cast<ptrdiff_t>(count), above.pages.end());
+    above.pages.resize(count);
+    above.parent = parent;
+    below.parent = upper;
+    below.first_column = end_column(above);
+    if (parent != kNone) {
+        remove_child(parent, run);
+        add_child(parent, upper);
+    }
+    add_child(upper, run);
+    return upper;
+}
+
+// ---- Branches
+// ----------------------------------------------------------------------------------------------
+
+Branch& Forest::live(int64_t id, const char* name, int64_t i) {
+    if (Branch* branch = branches_.find(id)) return *branch;
+    const char* fate = branches_.was_issued(id) ? ", which was freed" : ", which never was one";
+    throw std::out_of_range(entry(name, i) + ": expected a live branch, got " + std::to_string(id) + fate);
+}
+
+Branch& Forest::live_once(int64_t id, const char* name, int64_t i) {
+    Branch& branch = live(id, name, i);
+    if (branch.mark == operation_)
+        bad_value(entry(name, i), "each branch once", std::to_string(id) + " again");
+    branch.mark = operation_;
+    return branch;
+}
+
+void Forest::check_live(std::span<const int64_t> branches, const char* name) const {
+    for (size_t i = 0; i < branches.size(); ++i) live(branches[i], name, static_cast<int64_t>(i));
+}
+
+Forest::Forest(int64_t num_pages, int64_t page_size) : page_size_(page_size), pool_(num_pages) {
+    if (num_pages < 1) bad_value("num_pages", "at least 1", std::to_string(num_pages));
+    if (page_size < 1) bad_value("page_size", "at least 1", std::to_string(page_size));
+    if (num_pages > kMaxSlots / page_size) {
+        bad_value("num_pages", "num_pages * page_size below 2**31",
+                  std::to_string(num_pages) + " pages of " + std::to_string(page_size));
+    }
+}
+
+int64_t Forest::length(int64_t branch) const { return live(branch, "branch").length; }
+
+std::vector<int64_t> Forest::fork(std::span<const int64_t> parents) {
+    check_live(parents, "parents");
+    std::vector<int64_t> children;
+    children.reserve(parents.size());
+    for (const int64_t id : parents) {
+        const Branch parent = *branches_.find(id);
+        if (parent.run != Branch::kEmpty) ++runs_[parent.run].refs;
+        logical_tokens_ += parent.length;
+        children.push_back(branches_.add(parent.run, parent.length));
+    }
+    return children;
+}
+
+void Forest::free(std::span<const int64_t> branches) {
+    ++operation_;
+    for (size_t i = 0; i < branches.size(); ++i) live_once(branches[i], "branches", static_cast<int64_t>(i));
+    for (const int64_t id : branches) {
+        const Branch branch = *branches_.find(id);
+        if (branch.run != Branch::kEmpty) drop(branch.run);
+        logical_tokens_ -= branch.length;
+        branches_.remove(id);
+    }
+}
+
+// ---- Append
+// ------------------------------------------------------------------------------------------------
+
+// Checks an append and counts what it will take, changing nothing. A branch must copy its partly filled last
+// page if, when its turn comes, anyone else still holds it: references less the earlier entries that will
+// have left the run.
+Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const int64_t> counts) {
+    Demand total;
+    ++operation_;
+    for (size_t i = 0; i < branches.size(); ++i) {
+        const Branch& branch = live_once(branches[i], "branches", static_cast<int64_t>(i));
+        const int64_t count = counts[i];
+        if (count < 0)
+            bad_value(entry("counts", static_cast<int64_t>(i)), "at least 0", std::to_string(count));
+        if (count == 0) continue;
+        if (branch.length % page_size_ != 0) {
+            Run& run = runs_[branch.run];
+            if (run.mark != operation_) {
+                run.mark = operation_;
+                run.scratch = 0;
+            }
+            const bool shared = run.refs - run.scratch > 1;
+            run.scratch += shared;
+            total.copies += shared;
+        }
+        const int64_t room = columns(branch.length) * page_size_ - branch.length;
+        const int64_t pages = count > room ? (count - room - 1) / page_size_ + 1 : 0;
+        total.pages = saturating_add(total.pages, pages);
+        total.tokens = saturating_add(total.tokens, count);
+    }
+    total.pages = saturating_add(total.pages, total.copies);
+    return total;
+}
+
+// Moves a branch off its run, onto a run of one fresh page in place of the last one. Returns (that page, the
+// fresh one).
+std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch) {
+    const int32_t shared = branch.run;
+    const size_t pages = runs_[shared].pages.size();
+    const int32_t source = runs_[shared].pages.back(), last_column = end_column(runs_[shared]) - 1;
+    const int32_t above = pages > 1 ? split(shared, pages - 1) : runs_[shared].parent;
+    branch.run = new_run(above, last_column);
+    runs_[branch.run].refs = 1;
+    const int32_t copy = pool_.take();
+    runs_[branch.run].pages.push_back(copy);
+    drop(shared);
+    return {source, copy};
+}
+
+// Adds pages for `count` > 0 more tokens to a branch that may write to its last page.
+void Forest::grow(Branch& branch, int32_t count) {
+    const int32_t old_columns = static_cast<int32_t>(columns(branch.length));
+    const bool in_place = branch.run != Branch::kEmpty && runs_[branch.run].refs == 1;
+    if (!in_place) {
+        const int32_t parent = branch.run;
+        branch.run = new_run(parent == Branch::kEmpty ? kNone : parent, old_columns);
+        runs_[branch.run].refs = 1;
+        if (parent != Branch::kEmpty)
+            --runs_[parent].refs;  // from a branch to a child run: never the last one
+    }
+    branch.length += count;
+    logical_tokens_ += count;
+    std::vector<int32_t>& pages = runs_[branch.run].pages;
+    for (int64_t n = columns(branch.length) - old_columns; n > 0; --n) pages.push_back(pool_.take());
+}
+
+// The slots of a branch's last `count` tokens, all of which lie in its own run.
+void Forest::write_slots(const Branch& branch, int32_t count, int32_t* slots) const {
+    const Run& run = runs_[branch.run];
+    const int32_t size = static_cast<int32_t>(page_size_);
+    int32_t position = branch.length - count;
+    while (count > 0) {
+        const int32_t offset = position % size, n = std::min(size - offset, count);
+        const int32_t first = run.pages[position / size - run.first_column] * size + offset;
+        for (int32_t i = 0; i < n; ++i) *slots++ = first + i;
+        position += n;
+        count -= n;
+    }
+}
+
+Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t> counts) {
+    if (branches.size() != counts.size()) {
+        bad_value("counts", "one a branch, " + std::to_string(branches.size()),
+                  std::to_string(counts.size()));
+    }
+    const Demand total = demand(branches, counts);
+    if (total.pages > pool_.available()) throw OutOfPages(total.pages, pool_.available());
+
+    const auto tokens = static_cast<size_t>(total.tokens), copies = static_cast<size_t>(total.copies);
+    Append result{IntBuffer(tokens), IntBuffer(copies), IntBuffer(copies)};
+    int32_t* slots = result.slots.data();
+    size_t copied = 0;
+    for (size_t i = 0; i < branches.size(); ++i) {
+        const auto count = static_cast<int32_t>(counts[i]);
+        if (count == 0) continue;
+        Branch& branch = *branches_.find(branches[i]);
+        if (branch.length % page_size_ != 0 && runs_[branch.run].refs > 1) {
+            std::tie(result.copy_src[copied], result.copy_dst[copied]) = copy_tail(branch);
+            ++copied;
+        }
+        grow(branch, count);
+        write_slots(branch, count, slots);
+        slots += count;
+    }
+    return result;
+}
+
+// ---- Truncate
+// ----------------------------------------------------------------------------------------------
+
+void Forest::truncate(int64_t id, int64_t length) {
+    Branch& branch = live(id, "branch");
+    if (length < 0 || length > branch.length) {
+        bad_value("length", "0 to " + std::to_string(branch.length) + ", the branch's length",
+                  std::to_string(length));
+    }
+    logical_tokens_ -= branch.length - length;
+    branch.length = static_cast<int32_t>(length);
+    if (branch.run == Branch::kEmpty) return;
+
+    // Move up to the run that holds the new last page, then cut that run unless others need it whole.
+    const auto end = static_cast<int32_t>(columns(length));
+    const int32_t old = branch.run;
+    int32_t run = old;
+    while (run != kNone && runs_[run].first_column >= end) run = runs_[run].parent;
+    if (run != old) {
+        if (run != kNone) ++runs_[run].refs;
+        drop(old);
+    }
+    branch.run = run == kNone ? Branch::kEmpty : run;
+    if (run == kNone || end_column(runs_[run]) == end) return;
+
+    const auto kept = static_cast<size_t>(end - runs_[run].first_column);
+    if (runs_[run].refs == 1) {
+        pool_.give_back(std::span(runs_[run].pages).subspan(kept));
+        runs_[run].pages.resize(kept);
+        return;
+    }
+    branch.run = split(run, kept);
+    ++runs_[branch.run].refs;
+    drop(run);
+}
+
+// ---- What the branches read
+// --------------------------------------------------------------------------------
+
+PageTable Forest::page_table(std::span<const int64_t> branches) const {
+    PageTable table;
+    table.lengths = IntBuffer(branches.size());
+    for (size_t i = 0; i < branches.size(); ++i) {
+        const int32_t length = live(branches[i], "branches", static_cast<int64_t>(i)).length;
+        table.lengths[i] = length;
+        table.width = std::max(table.width, columns(length));
+    }
+    table.pages = IntBuffer(branches.size() * static_cast<size_t>(table.width));
+    int32_t* row = table.pages.data();
+    for (const int64_t id : branches) {
+        const Branch& branch = *branches_.find(id);
+        std::fill(row + columns(branch.length), row + table.width, -1);
+        for (int32_t run = branch.run; run >= 0; run = runs_[run].parent) {
+            std::ranges::copy(runs_[run].pages, row + runs_[run].first_column);
+        }
+        row += table.width;
+    }
+    return table;
+}
+
+PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
+    check_live(branches, "branches");
+    PlanTree tree;
+    tree.leaf.reserve(branches.size());
+    tree.kv_lens.reserve(branches.size());
+    ++operation_;
+    for (const int64_t id : branches) {
+        const Branch& branch = *branches_.find(id);
+        tree.kv_lens.push_back(branch.length);
+        tree.leaf.push_back(-1);
+        // Walk up to a run that is already a node, giving each run on the way the next index.
+        int32_t below = -1;
+        for (int32_t run = branch.run; run >= 0; run = runs_[run].parent) {
+            Run& r = runs_[run];
+            const bool known = r.mark == operation_;
+            const int32_t node = known ? r.scratch : static_cast<int32_t>(tree.nodes.size());
+            (below < 0 ? tree.leaf.back() : tree.nodes[below].parent) = node;
+            if (known) break;
+            r.mark = operation_;
+            r.scratch = below = node;
+            tree.nodes.push_back({.parent = -1, .first_column = r.first_column, .pages = r.pages});
+        }
+    }
+    return tree;
+}
+
+ForestStats Forest::stats() const {
+    // Every page before a run's last one is full. The last one is if there are child runs, else the longest
+    // of the branches that end in it says how far it is read.
+    std::vector<int64_t> end(runs_.size(), 0);
+    branches_.for_each([&](const Branch& branch) {
+        if (branch.run >= 0) end[branch.run] = std::max<int64_t>(end[branch.run], branch.length);
+    });
+    int64_t unique = 0;
+    for (size_t i = 0; i < runs_.size(); ++i) {
+        const Run& run = runs_[i];
+        if (run.refs == 0) continue;
+        const int64_t tokens = run.children > 0 ? end_column(run) * page_size_ : end[i];
+        unique += tokens - run.first_column * page_size_;
+    }
+    return {.branches = branches_.size(),
+            .pages_total = pool_.total(),
+            .pages_free = pool_.available(),
+            .logical_tokens = logical_tokens_,
+            .unique_tokens = unique};
+}
+
+}  // namespace tts

@@ -1,0 +1,99 @@
+// The attention planner: cuts attention over a tree of KV nodes into tasks, so that a token which many
+// branches share is read from memory once for all of them.
+//
+// Branches' query rows are put in depth-first order of the tree; then the rows below any node are one range.
+// "Row" below always means a position in that order. A *segment* is a stretch of keys and the range of rows
+// that read it; a *task* is a list of segments that one thread works through for one KV head, keeping an
+// online-softmax state for each row; a row that several tasks have read is merged from their partial states.
+//
+// The cut never depends on the number of threads:
+//   1. Rows are blocked so that a task's states stay in cache. A block ends where neighbours share the least.
+//   2. In each block the nodes that its rows read become segments, in depth-first order; a node and its child
+//   that the
+//      same rows read become one.
+//   3. A block's segments are gathered into tasks of about equal cost, and cut at pages where need be.
+//      Cost of a segment = tokens * max(rows * group, 24) + overhead: with fewer rows the memory is the
+//      bound.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "int_buffer.h"
+#include "plan_tree.h"
+
+namespace tts {
+
+struct PlanShape {
+    int64_t page_size, num_q_heads, num_kv_heads;
+};
+
+// How the work is cut. The numbers are those of the CPU kernels.
+struct PlanRules {
+    int64_t max_query_rows = 512;  // rows * group of a task: float32 states of 512 x 128 are 256 KB
+    int64_t work_items = 32;       // tasks * num_kv_heads to aim at
+    int64_t min_task_cost = 1 << 16;
+    int64_t min_query_rows = 24;  // rows * group below which reading keys costs more than the arithmetic
+    int64_t min_chunk = 256;      // tokens of a segment that was cut
+    int64_t segment_overhead = 1024;
+};
+
+struct Segment {
+    int32_t page_begin;  // its first page, as an index into the plan's pages
+    int32_t start;       // position of its first token, a multiple of page_size
+    int32_t length;      // tokens
+    int32_t row_begin, row_end;
+};
+
+struct Task {
+    int32_t seg_begin, seg_end;
+    int32_t row_begin, row_end;  // hull of its segments' rows
+    int32_t slot;                // of row_begin; row r's partial state is slot + r - row_begin
+};
+
+// A plan as the kernels read it: fields one after another in one int32 buffer, each with room to grow.
+class PlanBuffer {
+  public:
+    enum Field {
+        kSizes,
+        kRows,
+        kPositions,
+        kMergeIndptr,
+        kTasks,
+        kSegments,
+        kMergeSlots,
+        kPages,
+        kNumFields
+    };
+    using Lengths = std::array<int64_t, kNumFields>;  // of each field, in int32
+
+    PlanBuffer(const Lengths& lengths, int64_t max_slots);
+
+    const Lengths& lengths() const { return lengths_; }
+    int64_t max_slots() const { return max_slots_; }
+    int64_t num_rows() const { return lengths_[kRows]; }
+    IntBuffer& data() { return data_; }
+    std::span<int32_t> field(Field f) {
+        return data_.span().subspan(static_cast<size_t>(begins_[f]), static_cast<size_t>(lengths_[f]));
+    }
+
+  private:
+    Lengths lengths_, begins_;
+    int64_t max_slots_;
+    IntBuffer data_;
+};
+
+// Plans attention of the tree's branches, q_lens[b] query rows each, the last of which is the branch's newest
+// token (without q_lens: one row each, also for an empty branch). O(branches + rows + nodes + pages).
+PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const int64_t>> q_lens,
+                          const PlanShape& shape);
+
+// The same into an earlier plan's buffer. Throws std::invalid_argument, having written nothing, if it does
+// not fit.
+void refill_plan(const PlanTree& tree, std::optional<std::span<const int64_t>> q_lens, const PlanShape& shape,
+                 PlanBuffer& out);
+
+}  // namespace tts

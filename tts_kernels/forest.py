@@ -1,0 +1,319 @@
+"""The KV forest: search trees over a paged KV cache, forked without copying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _host
+from .plan import AttentionPlan, HeadShape, host_ints, make_plan
+
+OutOfPages = _host.OutOfPages
+
+Ints: TypeAlias = "Sequence[int] | Tensor"
+
+
+class Append(NamedTuple):
+    """Where the tokens of a `KVForest.append` go. All int32, on the CPU.
+
+    Attributes
+    ----------
+    slots
+        [sum(counts)]: ``page * page_size + offset`` of each new token, entry by entry; for `append_kv_`.
+    copy_src, copy_dst
+        [copies]: pages to copy before anything is written to the slots; for `copy_pages_`.
+    """
+
+    slots: Tensor
+    copy_src: Tensor
+    copy_dst: Tensor
+
+
+class ForestStats(NamedTuple):
+    """What a forest holds.
+
+    Attributes
+    ----------
+    branches
+        Live branches.
+    pages_total, pages_free
+        Pages in the pool, and those that no branch holds.
+    logical_tokens
+        Sum of the branches' lengths: the tokens that a cache without sharing would hold.
+    unique_tokens
+        Slots that some live branch reads.
+    """
+
+    branches: int
+    pages_total: int
+    pages_free: int
+    logical_tokens: int
+    unique_tokens: int
+
+
+class KVForest:
+    """All search trees in flight, as page tables over one pool of KV pages.
+
+    A branch is a sequence of tokens whose KV lies in pages of ``page_size`` token slots. Branches that were forked from
+    each other share the pages of their common prefix; a partly filled last page is copied only when a branch writes to
+    it while another still holds it. The forest knows page numbers alone; the cache itself is a `KVCache` or any other
+    tensors [num_pages, page_size, Hkv, D].
+
+    Branches are ints that count up from 0 and are never used again. An operation that raises has changed nothing.
+    Arguments named ``branches``, ``counts`` and the like take a list, tuple, range, array or one-dimensional CPU tensor
+    of int. A forest is not thread-safe.
+
+    Parameters
+    ----------
+    num_pages
+        Pages in the pool.
+    page_size
+        Token slots of a page. The pool may hold fewer than 2**31 slots.
+
+    Raises
+    ------
+    TypeError
+        For anything but ints.
+    ValueError
+        For numbers below 1, or too many slots.
+
+    Notes
+    -----
+    Paged KV is from vLLM (arXiv 2309.06180). Here the pages are gathered into a tree of runs and references are counted
+    on the runs, so that a fork costs O(children) and never O(tokens).
+
+    Examples
+    --------
+    >>> import tts_kernels as tk
+    >>> forest = tk.KVForest(num_pages=8, page_size=4)
+    >>> root = forest.add_root()
+    >>> forest.append([root], [6]).slots.tolist()
+    [0, 1, 2, 3, 4, 5]
+    >>> a, b = forest.fork([root, root])
+    >>> forest.free([root])
+    >>> slots, copy_src, copy_dst = forest.append([a, b], [1, 1])
+    >>> slots.tolist(), copy_src.tolist(), copy_dst.tolist()
+    ([10, 6], [1], [2])
+    >>> forest.page_table([a, b])[0].tolist()
+    [[0, 2], [0, 1]]
+    """
+
+    def __init__(self, num_pages: int, page_size: int = 16) -> None:
+        self._forest = _host.Forest(num_pages, page_size)
+        self.num_pages = int(num_pages)
+        self.page_size = int(page_size)
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={value}" for name, value in self.stats()._asdict().items())
+        return f"KVForest(page_size={self.page_size}, {numbers})"
+
+    def add_root(self) -> int:
+        """Add an empty branch: the root of a new tree."""
+        branch: int = self._forest.add_root()
+        return branch
+
+    def append(self, branches: Ints, counts: Ints) -> Append:
+        """Give each branch room for more tokens.
+
+        Entries are served in order, so of the branches that share a partly filled last page all but the last of the
+        entries (if nobody else holds it) get a copy.
+
+        Parameters
+        ----------
+        branches
+            [B]: different live branches.
+        counts
+            [B]: new tokens of each; 0 is fine.
+
+        Returns
+        -------
+        Append
+            The new tokens' slots, and the pages to copy first.
+
+        Raises
+        ------
+        TypeError
+            For anything but ints.
+        ValueError
+            For a branch named twice, a negative count, or another number of counts than of branches.
+        IndexError
+            For a branch that does not live.
+        OutOfPages
+            With ``needed`` and ``free``.
+
+        Notes
+        -----
+        O(B + tokens).
+        """
+        slots, copy_src, copy_dst = self._forest.append(_ints("branches", branches), _ints("counts", counts))
+        return Append(_tensor(slots), _tensor(copy_src), _tensor(copy_dst))
+
+    def fork(self, parents: Ints) -> list[int]:
+        """One child for each entry, equal to its parent. Parents live on, and no token is copied. O(children).
+
+        Raises
+        ------
+        TypeError
+            For anything but ints.
+        IndexError
+            For a parent that does not live.
+        """
+        children: list[int] = self._forest.fork(_ints("parents", parents))
+        return children
+
+    def free(self, branches: Ints) -> None:
+        """End branches; pages that nobody else holds become free. O(branches + pages that become free).
+
+        Raises
+        ------
+        TypeError
+            For anything but ints.
+        ValueError
+            For a branch named twice.
+        IndexError
+            For a branch that does not live.
+        """
+        self._forest.free(_ints("branches", branches))
+
+    def truncate(self, branch: int, length: int) -> None:
+        """Keep the first ``length`` tokens of a branch. O(pages behind the cut), however many branches share them.
+
+        Raises
+        ------
+        TypeError
+            For anything but ints.
+        ValueError
+            For a negative length, or more than the branch has.
+        IndexError
+            For a branch that does not live.
+        """
+        self._forest.truncate(branch, length)
+
+    def length(self, branch: int) -> int:
+        """How many tokens a branch has. O(1).
+
+        Raises
+        ------
+        TypeError
+            For anything but an int.
+        IndexError
+            For a branch that does not live.
+        """
+        length: int = self._forest.length(branch)
+        return length
+
+    def page_table(self, branches: Ints) -> tuple[Tensor, Tensor]:
+        """The pages of branches, as other paged attention kernels take them.
+
+        Parameters
+        ----------
+        branches
+            [B]: live branches; one may be named more than once.
+
+        Returns
+        -------
+        page_table
+            [B, max] int32: row b holds the pages of branch b in order, then -1.
+        kv_lens
+            [B] int32: lengths.
+
+        Raises
+        ------
+        TypeError
+            For anything but ints.
+        IndexError
+            For a branch that does not live.
+
+        Notes
+        -----
+        O(B max).
+        """
+        pages, lengths, width = self._forest.page_table(_ints("branches", branches))
+        return _tensor(pages).view(-1, width) if width else _tensor(pages).view(len(lengths), 0), _tensor(lengths)
+
+    def plan(
+        self,
+        branches: Ints,
+        q_lens: Ints | None = None,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        out: AttentionPlan | None = None,
+    ) -> AttentionPlan:
+        """Plan `tree_attention` of these branches: what is read once for all who share it, and in which pieces.
+
+        Parameters
+        ----------
+        branches
+            [B]: live branches; branch b owns the next ``q_lens[b]`` rows of q.
+        q_lens
+            [B]: query rows of each, the last of which is the branch's newest token; at most its length. None: one each
+            (an empty branch's row has no keys).
+        num_q_heads, num_kv_heads, head_dim
+            Hq, a multiple of Hkv; Hkv; D.
+        device
+            Where the plan's tensors go; the CPU by default, with ``out`` its device.
+        out
+            An earlier plan for the same numbers and as many rows, whose tensors are filled again. It has room for some
+            hundreds of tokens more in each branch.
+
+        Returns
+        -------
+        AttentionPlan
+            Serves every layer of a forward; ``out`` itself if it was given.
+
+        Raises
+        ------
+        TypeError
+            For anything but ints.
+        ValueError
+            For row counts outside [0, length], head numbers that do not fit, or an ``out`` that does not fit (nothing
+            is written then).
+        IndexError
+            For a branch that does not live.
+
+        Notes
+        -----
+        O(B + rows + pages read), the last at the speed of a memory copy.
+
+        Examples
+        --------
+        >>> import tts_kernels as tk
+        >>> forest = tk.KVForest(num_pages=64)
+        >>> root = forest.add_root()
+        >>> _ = forest.append([root], [100])
+        >>> plan = forest.plan(forest.fork([root] * 4), num_q_heads=8, num_kv_heads=2, head_dim=64)
+        >>> plan.segments[: plan.sizes[0]].tolist()  # one segment of 100 tokens, read by rows 0 to 4
+        [[0, 0, 100, 0, 4]]
+        """
+        shape = HeadShape(self.page_size, num_q_heads, num_kv_heads, head_dim)
+        branches = _ints("branches", branches)
+        q_lens = None if q_lens is None else _ints("q_lens", q_lens)
+
+        def fill(buffer: object) -> object:
+            return self._forest.plan(branches, q_lens, num_q_heads, num_kv_heads, buffer)
+
+        return make_plan(fill, shape, device, out)
+
+    def stats(self) -> ForestStats:
+        """Count branches, pages and tokens. O(branches)."""
+        return ForestStats(*self._forest.stats())
+
+
+def _ints(name: str, values: Ints) -> Ints:
+    """What the host module takes: a tensor as a buffer, anything else as it is."""
+    if not isinstance(values, Tensor):
+        return values
+    if values.device.type != "cpu":
+        raise ValueError(f"{name}: expected ints on the CPU, got a tensor on {values.device}")
+    return host_ints(name, values)
+
+
+def _tensor(buffer: _host.IntBuffer) -> Tensor:
+    """An int32 tensor over a host buffer, uncopied."""
+    return torch.frombuffer(buffer, dtype=torch.int32) if len(buffer) else torch.empty(0, dtype=torch.int32)

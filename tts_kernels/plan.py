@@ -1,0 +1,282 @@
+"""The attention plan: which keys which rows of q read, and in which pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _host, checks
+
+Ints: TypeAlias = "Sequence[int] | Tensor"
+
+
+class _Source(NamedTuple):
+    """The memory behind a plan's tensors."""
+
+    buffer: _host.PlanBuffer  # where the planner writes
+    host: Tensor  # over the same memory
+    flat: Tensor  # on the plan's device; `host` itself on a CPU
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """How `tree_attention` reads the KV cache; made by `KVForest.plan` and `plan_attention`.
+
+    A plan serves every layer of a forward. It is a pytree: its tensors are the leaves, so it passes into a compiled
+    function. All tensors are int32 and lie in one allocation; a tensor may be longer than what is used of it.
+
+    "Row" below means a position in ``rows``: query rows in depth-first order of the tree, in which the rows that read
+    any one page are next to each other.
+
+    Attributes
+    ----------
+    rows
+        [T]: row of q and out that each row stands for; a permutation.
+    positions
+        [T]: the row's position in its branch; it sees the keys at positions up to its own. -1: it sees none.
+    pages
+        [>= used]: page numbers.
+    segments
+        [>= used, 5]: page_begin (in ``pages``), start (position of the first token, a multiple of ``page_size``),
+        length (tokens), row_begin, row_end: these keys are read by these rows, each up to its position.
+    tasks
+        [>= used, 5]: seg_begin, seg_end, row_begin, row_end (hull of its segments' rows), slot (of row_begin). The unit
+        of work, for one KV head; a row's partial state goes to slot + row - row_begin.
+    merge_indptr, merge_slots
+        [T + 1], [>= used]: row r's partial states are ``merge_slots[merge_indptr[r]:merge_indptr[r + 1]]``, to be
+        merged in this order. A single one is the result; without any, the output is 0 and its lse -inf.
+    sizes
+        [4]: segments, tasks, slots and pages in use.
+    page_size, num_q_heads, num_kv_heads, head_dim
+        What the plan was made for.
+    max_slots
+        Room for partial states: at least the slots in use.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    pages: Tensor
+    segments: Tensor
+    tasks: Tensor
+    merge_indptr: Tensor
+    merge_slots: Tensor
+    sizes: Tensor
+    page_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_slots: int
+    _source: _Source | None = field(default=None, init=False, repr=False)
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={getattr(self, name)}" for name in _NUMBERS)
+        return f"AttentionPlan(num_rows={self.num_rows}, {numbers}, device={self.rows.device})"
+
+    @property
+    def num_rows(self) -> int:
+        """T: rows of q and out."""
+        return int(self.rows.shape[0])
+
+
+_TENSORS = ("rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes")
+_NUMBERS = ("page_size", "num_q_heads", "num_kv_heads", "head_dim", "max_slots")
+
+
+def _flatten(plan: AttentionPlan) -> tuple[list[Tensor], tuple[int, ...]]:
+    return [getattr(plan, name) for name in _TENSORS], tuple(getattr(plan, name) for name in _NUMBERS)
+
+
+def _flatten_with_keys(plan: AttentionPlan) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], tuple[int, ...]]:
+    tensors, numbers = _flatten(plan)
+    return [(pytree.GetAttrKey(name), tensor) for name, tensor in zip(_TENSORS, tensors, strict=True)], numbers
+
+
+def _unflatten(tensors: Any, numbers: Any) -> AttentionPlan:
+    return AttentionPlan(*tensors, *numbers)
+
+
+pytree.register_pytree_node(
+    AttentionPlan,
+    _flatten,
+    _unflatten,
+    serialized_type_name="tts_kernels.AttentionPlan",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+
+
+def plan_attention(
+    page_table: Tensor,
+    kv_lens: Ints,
+    q_lens: Ints | None = None,
+    *,
+    page_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device | str | None = None,
+    out: AttentionPlan | None = None,
+) -> AttentionPlan:
+    """Plan `tree_attention` over another framework's page table; the sharing of pages is found in it.
+
+    Two branches share a page if both have it in the same column and agree in all columns before.
+
+    Parameters
+    ----------
+    page_table
+        [B, max] int32 or int64: pages of each branch in order. Entries behind a branch's length may be anything. A
+        table that is not on the CPU is copied there, which waits for its device.
+    kv_lens
+        [B]: tokens of each branch.
+    q_lens
+        [B]: query rows of each, the last of which is the branch's newest token; at most its length. None: one each (an
+        empty branch's row has no keys).
+    page_size
+        Token slots of a page.
+    num_q_heads, num_kv_heads, head_dim
+        Hq, a multiple of Hkv; Hkv; D.
+    device
+        Where the plan's tensors go; the CPU by default, with ``out`` its device.
+    out
+        An earlier plan for the same numbers and as many rows, whose tensors are filled again.
+
+    Returns
+    -------
+    AttentionPlan
+        Serves every layer of a forward; ``out`` itself if it was given.
+
+    Raises
+    ------
+    TypeError
+        For anything but ints.
+    ValueError
+        For shapes, lengths or row counts that do not fit each other, or an ``out`` that does not fit (nothing is
+        written then).
+    IndexError
+        For a negative page within a branch's length.
+
+    Notes
+    -----
+    O(B + rows + used entries of the table): a radix tree over its rows.
+
+    Examples
+    --------
+    >>> import torch, tts_kernels as tk
+    >>> table = torch.tensor([[7, 3, 5], [7, 3, 4], [7, 2, 0]])
+    >>> plan = tk.plan_attention(table, [40, 41, 20], page_size=16, num_q_heads=8, num_kv_heads=8, head_dim=64)
+    >>> plan.segments[: plan.sizes[0], 1:].tolist()  # start, length, row_begin, row_end
+    [[0, 16, 0, 3], [16, 16, 0, 2], [32, 8, 0, 1], [32, 9, 1, 2], [16, 4, 2, 3]]
+    """
+    checks.tensor("page_table", page_table, checks.INDEX, ["B", "max"])
+    shape = HeadShape(page_size, num_q_heads, num_kv_heads, head_dim)
+    table = page_table.cpu()
+    kv_lens = _to_host("kv_lens", kv_lens)
+    q_lens = None if q_lens is None else _to_host("q_lens", q_lens)
+
+    def fill(buffer: object) -> object:
+        return _host.plan_table(
+            table.data_ptr(),
+            table.element_size(),
+            tuple(table.shape),
+            table.stride(),
+            kv_lens,
+            q_lens,
+            page_size,
+            num_q_heads,
+            num_kv_heads,
+            buffer,
+        )
+
+    return make_plan(fill, shape, device, out)
+
+
+class HeadShape(NamedTuple):
+    """The numbers that a plan is made for."""
+
+    page_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def check(self) -> None:
+        """TypeError, ValueError."""
+        for name, value in zip(self._fields, self, strict=True):
+            checks.integer(name, value, 1)
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_q_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_q_heads}"
+            )
+
+
+def make_plan(
+    fill: Callable[[object], _host.PlanBuffer],
+    shape: HeadShape,
+    device: torch.device | str | None,
+    out: AttentionPlan | None,
+) -> AttentionPlan:
+    """The plan that ``fill`` makes: ``fill(None)`` returns a new buffer, ``fill(buffer)`` writes an old one again."""
+    shape.check()
+    if out is None:
+        return _wrap(fill(None), shape, torch.device("cpu" if device is None else device))
+    source = _reusable(out, shape, device)
+    fill(source.buffer)
+    if source.flat is not source.host:
+        source.flat.copy_(source.host, non_blocking=True)
+    return out
+
+
+def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> AttentionPlan:
+    host = torch.frombuffer(buffer, dtype=torch.int32)
+    flat = host if device.type == "cpu" else host.to(device, non_blocking=True)
+    sizes, rows, positions, merge_indptr, tasks, segments, merge_slots, pages = flat.split(buffer.lengths)
+    plan = AttentionPlan(
+        rows=rows,
+        positions=positions,
+        pages=pages,
+        segments=segments.view(-1, 5),
+        tasks=tasks.view(-1, 5),
+        merge_indptr=merge_indptr,
+        merge_slots=merge_slots,
+        sizes=sizes,
+        **shape._asdict(),
+        max_slots=buffer.max_slots,
+    )
+    object.__setattr__(plan, "_source", _Source(buffer, host, flat))
+    return plan
+
+
+def _reusable(out: AttentionPlan, shape: HeadShape, device: torch.device | str | None) -> _Source:
+    """The memory of ``out``, if a plan of this shape may be written to it. TypeError, ValueError."""
+    if not isinstance(out, AttentionPlan):
+        raise TypeError(f"out: expected an AttentionPlan, got {type(out).__name__}")
+    for name, value in shape._asdict().items():
+        if getattr(out, name) != value:
+            raise ValueError(f"out: expected a plan for {name} = {value}, got one for {getattr(out, name)}")
+    if device is not None:
+        device = torch.device(device)
+        here = out.rows.device
+        if device.type != here.type or device.index not in (None, here.index):
+            raise ValueError(f"out: expected a plan on {device}, got one on {here}")
+    if out._source is None:
+        raise ValueError("out: expected a plan from KVForest.plan or plan_attention, got a copy of one")
+    return out._source
+
+
+def host_ints(name: str, values: Tensor) -> Any:
+    """A CPU tensor of ints [n] as the host module takes it, a buffer. TypeError, ValueError."""
+    if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"{name}: expected ints, got {checks.describe(values)}")
+    if values.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got {checks.describe(values)}")
+    try:
+        return values.numpy()
+    except RuntimeError:  # torch runs without NumPy
+        return values.tolist()
+
+
+def _to_host(name: str, values: Ints) -> Any:
+    return host_ints(name, values.cpu()) if isinstance(values, Tensor) else values
