@@ -10,7 +10,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 from scripted import RandomTree
-
 from tts_search import Step, StepParams
 from tts_search.algorithms.branch import split_steps
 from tts_search.seeds import stream
@@ -27,7 +26,9 @@ class World:
     problem: str
     seed: int
 
-    def sample(self, texts: list[str], path: tuple[int, ...], *, delimiter: str | None = DELIMITER, t: float = 1.0) -> Step:
+    def sample(
+        self, texts: list[str], path: tuple[int, ...], *, delimiter: str | None = DELIMITER, t: float = 1.0
+    ) -> Step:
         params = StepParams(temperature=t, delimiter=delimiter)
         return self.tree.step(self.problem, tuple(texts), 0, stream(self.seed, self.problem, path), params)
 
@@ -124,7 +125,7 @@ def search_and_learn_dvts(world, *, n, beam_width, num_iterations, lookahead, ag
             scores = [candidate[0] for candidate in candidates]
             best = scores.index(max(scores))
             report[id(beam)] = [("".join(texts), score) for score, texts, *_ in candidates]
-            _, beam.texts, beam.path, stops, text = candidates[best]
+            _, beam.texts, beam.path, stops, _text = candidates[best]
             beam.pruned = stops or "boxed{" in beam.text
     entries = [entry for beam in beams for entry in report[id(beam)]]
     scores = [score for _, score in entries]

@@ -63,7 +63,8 @@ class ScriptedPolicy(Driver):
         assert request.params.max_tokens >= 1
         steps = []
         for number, (child, seed) in enumerate(zip(request.children, request.seeds, strict=True)):
-            assert child not in problem.live and child not in problem.released
+            assert child not in problem.live
+            assert child not in problem.released
             step = self.step_fn(problem.text, request.steps, number, seed, request.params)
             problem.live[child] = (*request.steps, step.text) if step.text else request.steps
             steps.append(step)
@@ -82,9 +83,11 @@ class ScriptedVerifier(Driver):
     def _score(self, request: Score) -> Sequence[float]:
         problem = self.problems[request.problem]
         prefix = problem.live[request.parent]
-        assert request.steps[: len(prefix)] == prefix and len(request.steps) > len(prefix)
+        assert request.steps[: len(prefix)] == prefix
+        assert len(request.steps) > len(prefix)
         assert all(step.strip() for step in request.steps + request.lookahead)
-        assert request.branch not in problem.live and request.branch not in problem.released
+        assert request.branch not in problem.live
+        assert request.branch not in problem.released
         problem.live[request.branch] = request.steps
         return self.score_fn(problem.text, request.steps + request.lookahead)
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier, by_name, name_of, names, score_names
-
 from tts_search import SearchConfig, SearchError, SearchResult, Step, search
 
 
@@ -188,9 +187,7 @@ class TestDVTS:
         assert len(policy.calls[1]) == 4
 
     def test_a_subtree_ends_by_itself(self):
-        result, policy, _ = run(
-            by_name(finished="01"), score_names({}), method="dvts", n=4, expand=2, max_steps=3
-        )
+        result, policy, _ = run(by_name(finished="01"), score_names({}), method="dvts", n=4, expand=2, max_steps=3)
         assert [len(call) for call in policy.calls] == [1, 1, 1]
         assert completions(result) == ["0", "1", "2.0.0", "2.0.1"]
 
@@ -244,7 +241,7 @@ class TestBestOfN:
         assert all(math.isnan(completion.score) for completion in result.completions)
         assert result.completions[0].step_scores == ()
         assert result.answer("majority") == "0"
-        with pytest.raises(ValueError, match="majority"):
+        with pytest.raises(ValueError, match=r"majority"):
             result.answer("prm_max")
 
     def test_token_limit(self):
@@ -253,9 +250,7 @@ class TestBestOfN:
             assert policy.calls[0][0].params.max_tokens == limit
 
     def test_sorted(self):
-        result, _, _ = run(
-            by_name(), score_names({"1": 0.5, "2": 0.5}), method="best_of_n", n=4, sort_completed=True
-        )
+        result, _, _ = run(by_name(), score_names({"1": 0.5, "2": 0.5}), method="best_of_n", n=4, sort_completed=True)
         assert completions(result) == ["1", "2", "0", "3"]
 
 
@@ -324,15 +319,13 @@ class TestLookahead:
 class TestTokens:
     def test_max_tokens_caps_a_branch(self):
         step_fn = lambda _, __, ___, ____, params: Step("x\n\n", False, min(4, params.max_tokens))  # noqa: E731
-        result, policy, _ = run(
-            step_fn, score_names({}), n=2, expand=2, max_steps=9, max_step_tokens=6, max_tokens=10
-        )
+        result, policy, _ = run(step_fn, score_names({}), n=2, expand=2, max_steps=9, max_step_tokens=6, max_tokens=10)
         assert [call[0].params.max_tokens for call in policy.calls] == [6, 6, 2]
         assert [completion.num_tokens for completion in result.completions] == [10, 10]
         assert not any(completion.finished for completion in result.completions)
 
     def test_a_capped_branch_leaves_the_beam(self):
-        def step_fn(_, steps, number, __, params):
+        def step_fn(_, steps, number, *__):
             return Step(f"{number}\n\n", False, 10 if number == 0 and not steps else 1)
 
         result, policy, _ = run(step_fn, score_names({"0": 0.9}), n=2, expand=2, max_steps=2, max_tokens=10)
@@ -344,7 +337,7 @@ class TestBlankSteps:
     def test_blank_step_joins_the_next(self):
         blank = Step("\n\n", False, 1)
 
-        def step_fn(problem, steps, number, seed, params):
+        def step_fn(_, steps, number, *__):
             return blank if not steps else Step("a" if number else "b", True, 1)
 
         result, policy, verifier = run(step_fn, lambda _, steps: [0.5] * len(steps), n=2, expand=2)
@@ -355,7 +348,7 @@ class TestBlankSteps:
         assert result.tree.nodes[1].score == -math.inf  # no step yet
 
     def test_blank_end_stays_with_the_last_step(self):
-        def step_fn(problem, steps, number, seed, params):
+        def step_fn(_, steps, *__):
             return Step("a\n\n", False) if not steps else Step(" \n", True)
 
         result, _, verifier = run(step_fn, lambda _, steps: [0.25] * len(steps), n=2, expand=2)
@@ -365,7 +358,7 @@ class TestBlankSteps:
         assert result.best.text == "".join(result.best.steps)
 
     def test_empty_finished_text_adds_no_step(self):
-        def step_fn(problem, steps, number, seed, params):
+        def step_fn(_, steps, number, *__):
             return Step("", True) if steps and number else Step(f"{len(steps)}\n\n", False)
 
         result, _, verifier = run(step_fn, lambda _, steps: [0.5, 0.75][: len(steps)], n=2, expand=2, max_steps=2)
@@ -377,7 +370,9 @@ class TestBlankSteps:
     def test_empty_answer(self):
         result, _, verifier = run(lambda *_: Step("", True), score_names({}), n=2, expand=2)
         assert verifier.calls == []
-        assert result.best.text == "" and result.best.steps == () and result.best.score == -math.inf
+        assert result.best.text == ""
+        assert result.best.steps == ()
+        assert result.best.score == -math.inf
 
     def test_one_empty_sample_is_dropped(self):
         step_fn = by_name(**{"1": Step("", False)})
@@ -397,7 +392,7 @@ class TestBadDrivers:
 
     def test_policy_returns_nothing_later(self):
         step_fn = lambda _, steps, *__: Step("", False) if len(steps) == 2 else Step("a\n\n", False)  # noqa: E731
-        with pytest.raises(SearchError, match="problem 0, round 3: policy: .*nothing"):
+        with pytest.raises(SearchError, match=r"problem 0, round 3: policy: .*nothing"):
             run(step_fn, score_names({}), n=4, expand=2)
 
     def test_policy_returns_too_few(self):
@@ -405,26 +400,26 @@ class TestBadDrivers:
             def expand(self, requests):
                 return [steps[:-1] for steps in super().expand(requests)]
 
-        with pytest.raises(SearchError, match="round 1: policy: expected 4 steps for branch 0, one a sample, got 3"):
+        with pytest.raises(SearchError, match=r"round 1: policy: expected 4 steps for branch 0, one a sample, got 3"):
             search(["p"], Short(by_name()), ScriptedVerifier(score_names({})), SearchConfig(n=4), progress=False)
 
     def test_policy_returns_no_steps(self):
-        with pytest.raises(SearchError, match="policy: expected a Step"):
+        with pytest.raises(SearchError, match=r"policy: expected a Step"):
             run(lambda *_: Step(None, True), score_names({}), n=4)  # type: ignore[arg-type]
 
     def test_verifier_returns_nan(self):
         scores = lambda _, steps: [math.nan if len(steps) == 2 else 0.5] * len(steps)  # noqa: E731
-        with pytest.raises(SearchError, match="problem 0, round 2: verifier: expected numbers for branch .*NaN"):
+        with pytest.raises(SearchError, match=r"problem 0, round 2: verifier: expected numbers for branch .*NaN"):
             run(by_name(), scores, n=4)
 
     @pytest.mark.parametrize("count", [0, 1, 3])
     def test_verifier_returns_another_number_of_scores(self, count):
         scores = lambda _, steps: [0.5] * (len(steps) if len(steps) < 2 else count)  # noqa: E731
-        with pytest.raises(SearchError, match=f"round 2: verifier: expected 2 scores for branch .*, got {count}"):
+        with pytest.raises(SearchError, match=rf"round 2: verifier: expected 2 scores for branch .*, got {count}"):
             run(by_name(), scores, n=4)
 
     def test_verifier_returns_no_numbers(self):
-        with pytest.raises(SearchError, match="verifier: expected numbers"):
+        with pytest.raises(SearchError, match=r"verifier: expected numbers"):
             run(by_name(), lambda _, steps: ["good"] * len(steps), n=4)
 
     def test_infinite_scores_are_scores(self):

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import World, compute_optimal, its_hub_beam, search_and_learn_beam, search_and_learn_dvts
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
-
 from tts_search import ConfigError, SearchConfig, search
 
 EXAMPLES = 300
@@ -117,5 +116,5 @@ def test_parameters_are_the_peers_own():
     ],
 )
 def test_bad_parameters(call, name):
-    with pytest.raises(ConfigError, match=f"^{name}: expected"):
+    with pytest.raises(ConfigError, match=rf"^{name}: expected"):
         call()

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+
+import pytest
+from tts_search import VOTES, Completion, boxed, equivalent, vote
+from tts_search.answers import Equivalence
+from tts_search.voting import aggregate
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"The answer is \boxed{42}.", "42"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{ \left\{ 1, 2 \right\} }", r"\left\{ 1, 2 \right\}"),
+        (r"\boxed {7}", "7"),
+        (r"$\boxed 12.$", "12"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{5} and \boxed{6", "5"),
+        (r"} \boxed{8}", "8"),
+        (r"\boxed{\boxed{9}}", "9"),
+        ("no box", ""),
+        ("", ""),
+        (r"\boxed{}", ""),
+        (r"\boxedx{1}", ""),
+    ],
+)
+def test_boxed(text, answer):
+    assert boxed(text) == answer
+
+
+def test_boxed_takes_linear_time():
+    began = time.perf_counter()
+    assert boxed(r"\boxed{" * 20_000) == ""
+    assert time.perf_counter() - began < 10  # a scan for each box would take minutes
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("42", "42"),
+        ("42", " 42 "),
+        ("42", "42.0"),
+        ("1000", "1,000"),
+        ("42", "$42$"),
+        (r"\frac{1}{2}", r"\dfrac{1}{2}"),
+        (r"(1,2)", r"\left( 1, 2 \right)"),
+        ("90", r"90^\circ"),
+        ("-7", "-07"),
+    ],
+)
+def test_equivalent_by_text_and_number(gold, answer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
+    assert equivalent(gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"), [("42", "43"), ("42", ""), ("42", " "), ("1.5", "15"), ("x", "y"), ("42", "42a")]
+)
+def test_not_equivalent(gold, answer):
+    assert not equivalent(gold, answer)
+
+
+def test_equivalent_by_math_verify():
+    pytest.importorskip("math_verify")
+    assert equivalent(r"\frac{1}{2}", "0.5")
+    assert equivalent(r"\frac{\sqrt{8}}{2}", r"\sqrt{2}")
+    assert equivalent("2x + 2", "2(x+1)")
+    assert not equivalent("2x + 2", "2x + 3")
+
+
+def test_hostile_answers_do_not_hang():
+    pytest.importorskip("math_verify")
+    began = time.perf_counter()
+    assert not equivalent("1/3", "9^{9^{9^{9^{9}}}}")
+    assert not equivalent("1/3", "(" * 10_000)
+    assert time.perf_counter() - began < 60
+
+
+def test_other_threads_compare_text():
+    result = []
+    thread = threading.Thread(target=lambda: result.append(equivalent("a+b", "b+a")))
+    thread.start()
+    thread.join()
+    assert result == [False]  # the time limit of math-verify is a signal, which only the main thread gets
+
+
+def test_classes_keep_the_first_spelling():
+    same = Equivalence()
+    assert [same.first(answer) for answer in ("1.0", "2", "1", "2.00", "3")] == ["1.0", "2", "1.0", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("how", "value"),
+    [("last", 0.2), ("min", 0.2), ("prod", 0.5 * 0.8 * 0.2), ("mean", 0.5), ("max", 0.8), ("sum", 1.5)],
+)
+def test_aggregate(how, value):
+    assert aggregate((0.5, 0.8, 0.2), how) == pytest.approx(value)
+    assert aggregate((), how) == -math.inf
+    assert math.isnan(aggregate((0.5, math.nan, 0.2), how))
+
+
+def completion(answer: str, *scores: float, score: float | None = None) -> Completion:
+    return Completion("", (), scores, scores[-1] if score is None else score, True, 0, answer)
+
+
+COMPLETIONS = [
+    completion("a", 0.9, 0.1),
+    completion("b", 0.2, 0.8),
+    completion("a", 0.6, 0.5),
+    completion("c", 0.7, 0.7),
+    completion("c", 0.7, 0.2),
+    completion("", 1.0, 1.0),  # no answer: does not vote
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "answer"),
+    [
+        ("majority", "a"),  # a and c have two each: the first
+        ("prm_max", "b"),
+        ("prm_vote", "c"),  # 0.9; b has 0.8, a 0.6
+        ("prm_last_max", "b"),
+        ("prm_last_vote", "c"),
+        ("prm_min_max", "c"),
+        ("prm_min_vote", "c"),  # 0.7 + 0.2; a 0.1 + 0.5
+        ("prm_mean_max", "c"),
+        ("prm_mean_vote", "c"),  # 1.15; a 1.05
+        ("prm_avg_max", "c"),
+        ("prm_avg_vote", "c"),
+        ("prm_prod_max", "c"),
+        ("prm_prod_vote", "c"),
+    ],
+)
+def test_votes(how, answer):
+    assert vote(COMPLETIONS, how) == answer
+    assert how in VOTES or "avg" in how
+
+
+def test_votes_by_the_default_aggregate():
+    assert vote(COMPLETIONS, "prm_max", "min") == "c"
+    assert vote(COMPLETIONS, "prm_vote", "max") == "a"
+
+
+def test_ties_go_to_the_first():
+    tied = [completion("x", 0.5), completion("y", 0.5)]
+    for how in VOTES:
+        assert vote(tied, how) == "x"
+        assert vote(tied[::-1], how) == "y"
+
+
+def test_equal_answers_vote_together_in_their_first_spelling():
+    tied = [completion("1", 0.3), completion("2.0", 0.2), completion("2", 0.2)]
+    assert vote(tied, "majority") == vote(tied, "prm_vote") == "2.0"
+    assert vote(tied, "prm_max") == "1"
+
+
+def test_no_answers():
+    assert vote([], "majority") == ""
+    assert vote([completion("", 0.5)], "prm_max") == ""
+
+
+@pytest.mark.parametrize("how", ["", "prm", "max", "prm_median_max", "prm_min", "majority_vote", "prm_min_min"])
+def test_unknown_votes(how):
+    with pytest.raises(ValueError, match=r"^vote: expected one of majority, prm_max, "):
+        vote(COMPLETIONS, how)
+
+
+def test_without_scores_only_majority():
+    unscored = [completion("a", score=math.nan), completion("b", score=math.nan), completion("b", score=math.nan)]
+    assert vote(unscored, "majority") == "b"
+    with pytest.raises(ValueError, match=r"majority"):
+        vote(unscored, "prm_min_max")

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import tts_search
+from tts_search import ConfigError, SearchConfig, SearchError
+
+
+def test_defaults():
+    config = SearchConfig()
+    assert dataclasses.asdict(config) | {"_rules": None} == {
+        "method": "beam_search",
+        "n": 16,
+        "expand": 4,
+        "keep": None,
+        "max_steps": 40,
+        "max_step_tokens": 2048,
+        "max_tokens": None,
+        "temperature": 0.8,
+        "top_p": 1.0,
+        "top_k": 0,
+        "delimiter": "\n\n",
+        "aggregate": "last",
+        "completed": "leave",
+        "dedupe": False,
+        "lookahead": 0,
+        "sort_completed": False,
+        "stop_when_full": False,
+        "seed": 0,
+        "_rules": None,
+    }
+    assert config._rules == type(config._rules)()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"method": "mcts"}, "method"),
+        ({"n": 0}, "n"),
+        ({"n": 2.0}, "n"),
+        ({"n": True}, "n"),
+        ({"expand": 0}, "expand"),
+        ({"keep": 0}, "keep"),
+        ({"keep": 17}, "keep"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"max_step_tokens": 0}, "max_step_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"delimiter": ""}, "delimiter"),
+        ({"delimiter": None}, "delimiter"),
+        ({"aggregate": "median"}, "aggregate"),
+        ({"completed": "stay"}, "completed"),
+        ({"dedupe": 1}, "dedupe"),
+        ({"lookahead": -1}, "lookahead"),
+        ({"seed": 1.5}, "seed"),
+        ({"n": 10, "expand": 4}, r"keep \* expand"),  # keep is 2, and 2 * 4 < 10
+        ({"n": 16, "expand": 2, "keep": 4}, r"keep \* expand"),
+        ({"method": "dvts", "n": 10}, "n"),
+        ({"method": "dvts", "n": 16, "keep": 2}, "keep"),
+    ],
+)
+def test_bad_options(options, name):
+    with pytest.raises(ConfigError, match=rf"^{name}: expected .*got") as caught:
+        SearchConfig(**options)
+    assert isinstance(caught.value, SearchError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_options_that_are_fine():
+    assert SearchConfig(n=10, expand=4, keep=3).places == 3
+    assert SearchConfig(n=1, expand=4).places == 1
+    assert SearchConfig(method="best_of_n", n=10, expand=4).n == 10
+    assert SearchConfig(method="dvts", n=16, keep=1).groups == 4
+    assert SearchConfig(aggregate="avg").aggregate == "mean"
+
+
+def test_config_is_frozen_and_survives_pickling():
+    config = SearchConfig.compute_optimal_tts("dvts", tree_max_width=4, num_q=4)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, seed=1)._rules == config._rules
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.n = 3  # type: ignore[misc]
+
+
+def test_errors_say_where():
+    assert str(SearchError("no", 3, 2)) == "problem 3, round 2: no"
+    assert str(SearchError("no", 3)) == "problem 3: no"
+    assert str(SearchError("no")) == "no"
+    error = pickle.loads(pickle.dumps(SearchError("no", 3, 2)))
+    assert (error.message, error.problem, error.round) == ("no", 3, 2)
+
+
+def test_public_names_are_there():
+    assert set(tts_search.__all__) - {"HFPolicy", "HFVerifier"} <= set(vars(tts_search))
+    with pytest.raises(AttributeError, match=r"has no attribute 'Nothing'"):
+        tts_search.Nothing  # noqa: B018
+
+
+def test_imports_nothing_that_an_extra_installs():
+    code = (
+        "import sys, tts_search, tts_search.cli, tts_search.evaluate, tts_search.demo;"
+        "heavy = {'torch', 'numpy', 'transformers', 'rich', 'typer', 'math_verify', 'sympy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

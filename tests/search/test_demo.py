@@ -1,0 +1,172 @@
+"""The demo and the command line, on scripted models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from arithmetic_models import policy, verifier
+from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
+from tts_search import SearchConfig, SearchError, cli, search
+from tts_search.demo import Models, load_models, run_demo
+from tts_search.evaluate import read_records
+
+HOSTILE = "\x1b[31m\x1b]0;owned\x07"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    models = Models(
+        {"policy-0.1m": policy(0.3, HOSTILE), "policy-0.6m": policy(0.15), "policy-3m": policy(0.1)},
+        {"prm-strong": verifier(0.1, HOSTILE), "prm-weak": verifier(0.5, HOSTILE)},
+    )
+    out = tmp_path_factory.mktemp("demo")
+    printed: list[str] = []
+    records = run_demo(models, out, levels=(2, 4), count=5, budgets=(1, 4, 16), emit=printed.append, progress=False)
+    return out, "\n".join(printed), records
+
+
+def test_demo_prints_its_tables(demo):
+    out, text, _ = demo
+    for method in ("best-of-N", "majority vote", "beam search", "DVTS"):
+        assert f"\npolicy-0.1m, {method}, n=16 " in text
+    assert "\npolicy-0.1m, beam search, n=16, prm-weak " in text
+    assert "\npolicy-3m, greedy " in text
+    assert "level 2" in text
+    assert "level 4" in text
+    assert "level 1" not in text
+    assert "KV shared" in text
+    assert "KV unshared" in text
+    assert "Does policy-0.1m with search beat policy-3m alone" in text
+    assert "sign test" in text
+    assert str(out / "results.jsonl") in text
+
+
+def test_demo_shows_a_tree_that_search_solved_and_greedy_did_not(demo):
+    _, text, records = demo
+    shown = text[text.index("A search tree") :].splitlines()
+    problem = shown[1].strip()
+    solved = {record.label: record.is_correct("prm_max") for record in records if record.problem == problem}
+    assert solved["policy-0.1m, beam search, n=16"]
+    assert not solved["policy-0.1m, greedy"]
+    assert shown[3].startswith("problem")
+    assert sum("\\boxed{" in line for line in shown) >= 1
+
+
+def test_demo_strips_control_sequences(demo):
+    _, text, records = demo
+    assert any(HOSTILE in record.best for record in records)  # the results file has the texts as they are
+    assert "\x1b" not in text
+    assert "owned" not in text
+
+
+def test_demo_writes_everything(demo):
+    out, _, records = demo
+    written = read_records(out / "results.jsonl")
+    assert len(written) == len(records) == 10 * (6 + 6 + 3)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["experiments"]) == {record.experiment for record in records}
+    assert manifest["count"] == 5
+
+
+def test_demo_finds_what_is_there(demo):
+    _, _, records = demo
+
+    def right(label):
+        return sum(record.is_correct("prm_max") for record in records if record.label == label)
+
+    assert right("policy-0.1m, beam search, n=16") > right("policy-0.1m, one sample")
+    assert right("policy-0.1m, greedy") == 0
+
+
+def test_demo_without_models(tmp_path):
+    with pytest.raises(SearchError, match=r"policy-0.1m.* not found in .*examples/demo_models"):
+        load_models(tmp_path)
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "tts_search.cli", *arguments], capture_output=True, text=True)
+
+
+def test_help():
+    pytest.importorskip("typer")
+    done = run_cli("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("demo", "solve", "eval"))
+
+
+def test_without_typer_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"typer is not installed: pip install 'tts-kernels\[search\]'"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve", "p", "--policy", "x", "--set", "lookahead"], "--set: expected NAME=VALUE"),
+        (["solve", "p", "--policy", "x", "--set", "beam_width=4"], "--set: expected NAME=VALUE"),
+        (["solve", "p", "--policy", "x", "--n", "10"], "keep * expand: expected"),
+        (["eval", "no-such-file.jsonl", "--policy", "x"], "no-such-file.jsonl"),
+    ],
+)
+def test_bad_arguments_end_with_a_line(arguments, message):
+    pytest.importorskip("typer")
+    done = run_cli(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tts-search: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings():
+    config = cli.make_config("dvts", 8, 3, 0.5, ["lookahead=1", "dedupe=true", "delimiter=##", "max-tokens=99"])
+    assert config == SearchConfig(
+        method="dvts", n=8, seed=3, temperature=0.5, lookahead=1, dedupe=True, delimiter="##", max_tokens=99
+    )
+
+
+def searched(scored=True):
+    tree = RandomTree(2, end=0.3, marker=f"{HOSTILE} \\boxed{{7}}")
+    drivers = ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores) if scored else None
+    config = SearchConfig(method="beam_search" if scored else "best_of_n", n=4, max_steps=5)
+    return search(["p"], *drivers, config, progress=False)[0]
+
+
+def test_result_as_text():
+    text = cli.result_as_text(searched(), "prm_max", show_tree=True)
+    assert "answer (prm_max): 7" in text
+    assert "problem" in text.splitlines()[-1 - text.count("─")] or "\nproblem" in text
+    assert "\x1b" not in text
+    assert "owned" not in text
+    assert "step scores: none" in cli.result_as_text(searched(scored=False), "majority")
+
+
+def test_result_as_json():
+    for scored, vote in ((True, "prm_max"), (False, "majority")):
+        result = searched(scored)
+        text = cli.result_as_json(result, vote)
+        data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert data["answer"] == result.answer(vote)
+        assert len(data["completions"]) == len(result.completions)
+        assert data["config"]["n"] == 4
+        assert len(data["tree"]["nodes"]) == len(result.tree.nodes)
+
+
+def test_run_experiments(tmp_path, capsys):
+    from tts_search.evaluate import Experiment, Task
+
+    tree = RandomTree(2, end=0.3, marker=" \\boxed{7}")
+    experiment = Experiment(
+        "mine", SearchConfig(n=4, max_steps=3), ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores)
+    )
+    tasks = [Task("1", "p", "7"), Task("2", "", "8")]
+    cli.run_experiments(tasks, [experiment], tmp_path / "results.jsonl", "prm_max", 8)
+    cli.write_manifest(tmp_path / "manifest.json", [experiment], tmp_path / "data.jsonl")
+    printed = capsys.readouterr().out
+    assert "mine" in printed
+    assert "cost a problem" in printed
+    assert "1 searches failed and count as wrong; the first one: problem 1, round 0: expected a problem" in printed
+    assert json.loads((tmp_path / "manifest.json").read_text())["versions"]["torch"]

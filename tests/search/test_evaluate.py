@@ -1,0 +1,192 @@
+"""Evaluation: every finished task is on disk, a broken run goes on, the tables say what the records say."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from scripted import ScriptedPolicy, ScriptedVerifier
+from tts_search import SearchConfig, Step
+from tts_search.evaluate import Experiment, Task, evaluate, load_tasks, read_records
+from tts_search.report import Row, accuracy_table, cost_table, format_table, sign_test, wilson
+
+TASKS = [Task(str(i), f"problem {i}", str(i), str(i % 2 + 1)) for i in range(6)]
+
+
+class Solver(ScriptedPolicy):
+    """Answers "problem i" with i, except 3 (wrong) and those in `broken` (which fail)."""
+
+    def __init__(self, broken=()):
+        super().__init__(self.solve)
+        self.broken = set(broken)
+
+    def solve(self, problem, *_):
+        number = problem.split()[1]
+        if number in self.broken:
+            return Step("", False)
+        return Step(f"it is \\boxed{{{'x' if number == '3' else number}}}", True, 4)
+
+
+def experiment(policy, **options):
+    verifier = ScriptedVerifier(lambda _, steps: [0.5] * len(steps))
+    return Experiment("test", SearchConfig(n=4, **options), policy, verifier, ("policy", "verifier"))
+
+
+def solved_problems(policy):
+    return sorted(problem.text for problem in policy.ended)
+
+
+def test_records(tmp_path):
+    path = tmp_path / "results" / "results.jsonl"
+    records = evaluate(TASKS, [experiment(Solver())], path, progress=False)
+    assert [record.task for record in records] == [task.id for task in TASKS]
+    assert [record.is_correct("prm_max") for record in records] == [True, True, True, False, True, True]
+    assert [record.solved for record in records] == [True, True, True, False, True, True]
+    assert records[2].answers["majority"] == "2"
+    assert records[2].score == 0.5
+    assert (records[2].label, records[2].level, records[2].gold) == ("test", "1", "2")
+    assert records[2].stats["rounds"] == 1
+    assert sorted(read_records(path), key=lambda one: one.task) == records
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_second_run_runs_nothing(tmp_path):
+    path = tmp_path / "results.jsonl"
+    first = evaluate(TASKS, [experiment(Solver())], path, progress=False)
+    again = Solver()
+    assert evaluate(TASKS, [experiment(again)], path, progress=False) == first
+    assert again.ended == []
+
+
+def test_another_config_or_model_is_another_experiment(tmp_path):
+    path = tmp_path / "results.jsonl"
+    evaluate(TASKS, [experiment(Solver())], path, progress=False)
+    other = Solver()
+    evaluate(TASKS, [experiment(other, seed=1)], path, progress=False)
+    assert len(other.ended) == 6
+    assert len(read_records(path)) == 12
+
+
+def test_errors_are_recorded_and_tried_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    records = evaluate(TASKS, [experiment(Solver(broken="24"))], path, progress=False)
+    assert [record.task for record in records if record.error] == ["2", "4"]
+    assert records[2].error.startswith("problem 2, round 1: policy: ")
+    assert not records[2].is_correct("prm_max")
+    policy = Solver(broken="4")
+    records = evaluate(TASKS, [experiment(policy)], path, progress=False)
+    assert solved_problems(policy) == ["problem 2", "problem 4"]
+    assert [record.task for record in records if record.error] == ["4"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_loses_no_finished_task(tmp_path, interruption):
+    class Interrupted(Solver):
+        def solve(self, problem, *rest):
+            if problem == "problem 4":
+                raise interruption
+            return super().solve(problem, *rest)
+
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(interruption):
+        evaluate(TASKS, [experiment(Interrupted())], path, progress=False, max_in_flight=1)
+    assert [record.task for record in read_records(path)] == ["0", "1", "2", "3"]
+    policy = Solver()
+    assert len(evaluate(TASKS, [experiment(policy)], path, progress=False)) == 6
+    assert solved_problems(policy) == ["problem 4", "problem 5"]
+
+
+def test_a_half_written_line_is_passed_over(tmp_path):
+    path = tmp_path / "results.jsonl"
+    evaluate(TASKS[:3], [experiment(Solver())], path, progress=False)
+    written = path.read_bytes()
+    path.write_bytes(written[:-20])  # killed in the middle of a line
+    assert len(read_records(path)) == 2
+    evaluate(TASKS[:3], [experiment(Solver())], path, progress=False)
+    assert [record.task for record in read_records(path)] == ["0", "1", "2"]
+
+
+def test_foreign_lines_are_passed_over(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('[]\n{}\n{"experiment": 1}\nnonsense\n\n')
+    assert read_records(path) == []
+    assert read_records(tmp_path / "nothing") == []
+
+
+def test_ids_must_differ(tmp_path):
+    with pytest.raises(ValueError, match=r"^tasks: expected different ids"):
+        evaluate([TASKS[0], TASKS[0]], [experiment(Solver())], tmp_path / "results.jsonl")
+
+
+def test_without_a_verifier_only_majority(tmp_path):
+    one = Experiment("alone", SearchConfig(method="best_of_n", n=2), Solver(), None)
+    records = evaluate(TASKS, [one], tmp_path / "results.jsonl", progress=False)
+    assert records[0].answers == {"majority": "0"}
+    assert records[0].is_correct("majority")
+    assert records[0].is_correct("prm_max")
+    assert records[0].score is None
+
+
+def test_load_tasks(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        '{"problem": "a", "answer": "1", "level": 3, "unique_id": "x/1"}\n'
+        "\n"
+        '{"question": "b", "solution": "so \\\\boxed{2}", "id": 7}\n'
+        '{"problem": "c", "answer": 3}\n'
+    )
+    assert load_tasks(path) == [
+        Task("x/1", "a", "1", "3"),
+        Task("7", "b", "2", ""),
+        Task("3", "c", "3", ""),
+    ]
+    assert len(load_tasks(path, limit=2)) == 2
+    path.write_text('{"problem": "a", "answer": "1"}\n{"problem": "b"}\n')
+    with pytest.raises(ValueError, match=r"data.jsonl, line 2: expected an object with problem and answer"):
+        load_tasks(path)
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (0, 0, 0, 1)],
+)
+def test_wilson(successes, total, low, high):
+    assert wilson(successes, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_format_table():
+    assert format_table(["name", "n"], [["a", "1"], ["long name", "100"]]) == "\n".join(
+        ["name         n", "---------  ---", "a            1", "long name  100"]
+    )
+
+
+def test_tables(tmp_path):
+    records = evaluate(TASKS, [experiment(Solver(broken="5"))], tmp_path / "results.jsonl", progress=False)
+    lines = accuracy_table([Row("mine", records)]).splitlines()
+    assert lines[0].split() == ["accuracy", "%", "(95%", "interval)", "level", "1", "level", "2", "all"]
+    assert lines[2].split() == ["mine", "100", "(44-100)", "33", "(6-79)", "67", "(30-90)"]
+    lines = cost_table([Row("mine", records)], {"mine": 1.25}).splitlines()
+    assert lines[2].split() == ["mine", "0", "0", "0", "0", "-", "1.2"]
+
+
+def test_sign_test():
+    def row(right):
+        task_record = evaluate_record
+        return Row("row", [task_record(str(i), one) for i, one in enumerate(right)], "majority")
+
+    difference, p = sign_test(row([1, 1, 1, 1, 1, 1, 0, 1]), row([0, 0, 0, 0, 0, 0, 0, 1]))
+    assert difference == 0.75
+    assert p == pytest.approx(2 / 2**6)
+    assert sign_test(row([1, 0]), row([0, 1])) == (0.0, 1.0)
+    assert sign_test(row([1]), row([1])) == (0.0, 1.0)
+    difference, p = sign_test(row([0] * 8), row([1] * 8))
+    assert difference == -1
+    assert p == pytest.approx(2 * math.comb(8, 0) / 2**8)
+
+
+def evaluate_record(task, right):
+    from tts_search.evaluate import Record
+
+    return Record("e", task, "row", "", "", "", correct={"majority": bool(right)})
