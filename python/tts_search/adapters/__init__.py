@@ -1,0 +1,1 @@
+"""Adapters to third parties, one module each; imported on use."""

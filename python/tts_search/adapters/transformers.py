@@ -1,0 +1,360 @@
+"""Runs the decoder models of transformers over a KV forest, through the places that transformers gives to such things.
+
+`register` adds ``attn_implementation="tts_kernels"``. Its forward is packed and ragged: ``input_ids`` [1, T] holds the
+new tokens of many branches, branch after branch, with ``position_ids`` from the forest; a `ForestCache` stands for the
+KV cache and writes keys and values to the forest's pages; the attention plan travels as a keyword argument from the
+model's forward to the attention of every layer. Nothing is padded, no mask is built, and prefill goes beside decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.decoder import Batch, DecoderShape
+
+if TYPE_CHECKING:
+    from tts_search.verifiers.formats import VerifierFormat
+
+try:
+    import transformers
+    from transformers.cache_utils import Cache
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+except ImportError as error:  # pragma: no cover
+    raise ImportError(
+        "Models of transformers need the package transformers: pip install 'tts-kernels[search]'"
+    ) from error
+
+ATTENTION: Final = "tts_kernels"
+# Keyword arguments of an attention function that change its result in a way that tree_attention cannot follow.
+_UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
+def register() -> None:
+    """Add ``attn_implementation="tts_kernels"`` to transformers. Calling it again changes nothing.
+
+    Examples
+    --------
+    >>> from transformers import AutoModelForCausalLM
+    >>> register()
+    >>> model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="tts_kernels")  # doctest: +SKIP
+    """
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+class ForestCache(Cache):  # type: ignore[misc]
+    """The KV cache of transformers over a pool of pages.
+
+    Parameters
+    ----------
+    kv
+        Keys and values of every layer.
+
+    Examples
+    --------
+    >>> pool = KVPool(model_shape(model), num_pages=256)  # doctest: +SKIP
+    >>> root = pool.forest.add_root()  # doctest: +SKIP
+    >>> cache = ForestCache(pool.kv)  # doctest: +SKIP
+    >>> logits = model(**cache.inputs(pool.pack([root], [token_ids]))).logits  # [1, T, V]  # doctest: +SKIP
+    """
+
+    def __init__(self, kv: tk.KVCache) -> None:
+        super().__init__(layers=[])
+        self.kv = kv
+        self._slots: Tensor | None = None
+        self.appended = 0
+        self.attended = 0
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of a model's forward that run ``batch``."""
+        self._slots = batch.slots
+        self.appended = self.attended = 0
+        return {
+            "input_ids": batch.tokens[None],
+            "position_ids": batch.positions[None],
+            "past_key_values": self,
+            "use_cache": True,
+            "plan": batch.plan,
+            "forest_cache": self,
+        }
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values [1, Hkv, T, D] of a layer; return its pages [P, page_size, Hkv, D]."""
+        if self._slots is None:
+            raise RuntimeError(
+                "ForestCache: a plain forward has no slots to write to; call model(**cache.inputs(batch))"
+            )
+        k_pages, v_pages = self.kv.k[layer_idx], self.kv.v[layer_idx]
+        tk.append_kv_(k_pages, v_pages, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), self._slots)
+        self.appended += 1
+        return k_pages, v_pages
+
+    def check_layers(self, model_name: str) -> None:
+        """Raise if the last forward left the keys or the attention of some layer to something else.
+
+        Raises
+        ------
+        RuntimeError
+            Naming the model and the counts.
+        """
+        expected = len(self.kv.k)
+        if (self.appended, self.attended) != (expected, expected):
+            raise RuntimeError(
+                f"{model_name} wrote {self.appended} and attended {self.attended} of {expected} layers through "
+                f'attn_implementation="{ATTENTION}": its attention is not pluggable in every layer'
+            )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: branches differ in length, so position_ids must be given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+        """Of a mask that nobody builds."""
+        return query_length, 0
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Builds nothing: the plan says which keys a row sees."""
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    plan: tk.AttentionPlan | None = None,
+    forest_cache: ForestCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """tree_attention of query [1, Hq, T, D] over the pages that `ForestCache.update` returned -> [1, T, Hq, D]."""
+    if plan is None or forest_cache is None:
+        raise RuntimeError(
+            f'attn_implementation="{ATTENTION}" runs as model(**cache.inputs(batch)) with a ForestCache; '
+            f"{type(module).__name__} was called without a plan (or its model drops keyword arguments)"
+        )
+    if attention_mask is not None or dropout:
+        raise ValueError(f'attn_implementation="{ATTENTION}" takes no attention_mask and no dropout')
+    if unsupported := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(unsupported)} is not supported")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"{type(module).__name__} is not causal")
+    forest_cache.attended += 1
+    out = tk.tree_attention(
+        query[0].transpose(0, 1), key, value, plan, scale=scaling, softcap=softcap or 0.0, window=sliding_window
+    )
+    return out[None], None
+
+
+class TransformersDecoder:
+    """A model of transformers as a `tts_search.decoder.Decoder`.
+
+    Parameters
+    ----------
+    model
+        A causal language model, or a bare decoder (then without logits), loaded with
+        ``attn_implementation="tts_kernels"``.
+
+    Raises
+    ------
+    ValueError
+        If the model has attention that this implementation cannot stand for; the message says which.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.shape = model_shape(model)
+        self.device = torch.device(model.device)
+        self.dtype: torch.dtype = model.dtype
+        self._cache: ForestCache | None = None
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        cache = self._cache_of(kv)
+        states: Tensor = self.model.base_model(**cache.inputs(batch)).last_hidden_state[0]
+        cache.check_layers(type(self.model).__name__)
+        return states if rows is None else states.index_select(0, rows)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        cache = self._cache_of(kv)
+        logits: Tensor = self.model(**cache.inputs(batch), logits_to_keep=0 if rows is None else rows).logits[0]
+        cache.check_layers(type(self.model).__name__)
+        return logits
+
+    def _cache_of(self, kv: tk.KVCache) -> ForestCache:
+        if self._cache is None or self._cache.kv is not kv:
+            self._cache = ForestCache(kv)
+        return self._cache
+
+
+def load_decoder(
+    path_or_id: str,
+    *,
+    causal_lm: bool = True,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> TransformersDecoder:
+    """Load a checkpoint (folder or hub id) with attention over the forest; ``causal_lm=False`` leaves its head out.
+
+    By default the checkpoint's dtype, on a GPU if there is one.
+    """
+    register()
+    auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
+    try:
+        model = auto.from_pretrained(path_or_id, dtype=dtype or "auto", attn_implementation=ATTENTION)
+    except ValueError as error:
+        if ATTENTION in str(error):
+            raise ValueError(f"{path_or_id}: this model does not support pluggable attention ({error})") from error
+        raise
+    return TransformersDecoder(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def model_shape(model: PreTrainedModel) -> DecoderShape:
+    """Sizes of a model of transformers; ValueError if it cannot run over a forest."""
+    config = model.config.get_text_config(decoder=True)
+    _check_supported(model, config)
+    num_heads = config.num_attention_heads
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = head is not None and head.weight is embedding.weight
+    total = sum(parameter.numel() for parameter in model.parameters())
+    head_parameters = 0 if head is None else head.weight.numel()
+    return DecoderShape(
+        num_layers=config.num_hidden_layers,
+        num_q_heads=num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        max_length=config.max_position_embeddings,
+        body_parameters=total - embedding.weight.numel() - (0 if shared else head_parameters),
+        head_parameters=head_parameters,
+    )
+
+
+def _check_supported(model: PreTrainedModel, config: Any) -> None:
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise ValueError(f"{name}: its attention does not go through transformers' AttentionInterface")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: expected a decoder-only model, got an encoder-decoder")
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        raise ValueError(f"{name}: expected layers of full or sliding attention, got {', '.join(sorted(others))}")
+    head_dim, v_head_dim = getattr(config, "head_dim", None), getattr(config, "v_head_dim", None)
+    if v_head_dim is not None and v_head_dim != head_dim:
+        raise ValueError(f"{name}: expected keys and values of one head size, got v_head_dim {v_head_dim}")
+
+
+def load_tokenizer(path_or_id: str) -> Any:
+    """The fast tokenizer of a checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If there is only a slow one: offsets of tokens in the text are needed.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{path_or_id}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def load_config(path_or_id: str) -> Any:
+    """The configuration of a checkpoint."""
+    return transformers.AutoConfig.from_pretrained(path_or_id)
+
+
+def eos_tokens(tokenizer: Any, decoder: TransformersDecoder) -> frozenset[int]:
+    """The ids that end an answer: of the generation config and of the tokenizer."""
+    generation = getattr(decoder.model, "generation_config", None)
+    ids: set[int] = set()
+    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        ids.update(value if isinstance(value, Sequence) else () if value is None else (value,))
+    return frozenset(ids)
+
+
+def score_head(path_or_id: str, entry: VerifierFormat, decoder: TransformersDecoder, tokenizer: Any) -> tk.ScoreHead:
+    """The head of a verifier's format, from the LM head or from tensors of the checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If a label is not one token, the LM head cannot be cut into rows, or a tensor is missing; naming it.
+    """
+    if entry.head == "two_class":
+        names = [entry.weight] if entry.bias is None else [entry.weight, entry.bias]
+        tensors = read_tensors(path_or_id, names)
+        if missing := [name for name in names if name not in tensors]:
+            raise ValueError(
+                f"{path_or_id}: format {entry.name!r} found no {' and no '.join(missing)} in the checkpoint"
+            )
+        return tk.ScoreHead.two_class(tensors[entry.weight], tensors.get(entry.bias or ""), entry.good)
+    head = decoder.model.get_output_embeddings()
+    if getattr(decoder.model.config, "final_logit_softcapping", None) is not None or head is None:
+        raise ValueError(f"{path_or_id}: format {entry.name!r} needs logits that are a plain LM head's")
+    good, bad = (label_token(tokenizer, label) for label in entry.labels)
+    if getattr(head, "bias", None) is None:
+        return tk.ScoreHead.label_pair(head.weight[good], head.weight[bad])
+    difference = head.weight[good].float() - head.weight[bad].float()
+    return tk.ScoreHead.scalar(difference, head.bias[good].float() - head.bias[bad].float())
+
+
+def label_token(tokenizer: Any, label: str | int) -> int:
+    """The id of a label that is an id, or the text of one token; ValueError else."""
+    if isinstance(label, int):
+        if not 0 <= label < len(tokenizer):
+            raise ValueError(f"labels: expected a token id below {len(tokenizer)}, got {label}")
+        return label
+    ids: list[int] = tokenizer(label, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"labels: expected the text of one token, got {label!r}, which is {len(ids)} tokens: {ids}")
+    return ids[0]
+
+
+def read_tensors(path_or_id: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors checkpoint by name, whole or in shards; those that are there.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the checkpoint has no safetensors weights.
+    """
+    import json
+
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    def file(name: str) -> str | None:
+        found: str | None = cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    if whole := file("model.safetensors"):
+        shards = dict.fromkeys(names, whole)
+    elif index := file("model.safetensors.index.json"):
+        with open(index, encoding="utf-8") as opened:
+            weight_map = json.load(opened)["weight_map"]
+        shards = {name: file(weight_map[name]) or "" for name in names if name in weight_map}
+    else:
+        raise FileNotFoundError(f"{path_or_id}: no model.safetensors (weights in pickle files are not read)")
+    tensors = {}
+    for name, shard in shards.items():
+        with safe_open(shard, framework="pt") as opened_shard:
+            if name in opened_shard.keys():  # noqa: SIM118  (not a dict)
+                tensors[name] = opened_shard.get_tensor(name)
+    return tensors
