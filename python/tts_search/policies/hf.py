@@ -1,0 +1,367 @@
+"""`HFPolicy`: a causal language model of transformers that grows the branches of a search over a KV forest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.branches import Branch, BranchPool, Meter, PoolTooSmallError
+from tts_search.decoder import pool_for
+from tts_search.errors import require
+from tts_search.protocol import Expand, Usage
+from tts_search.types import Step
+
+if TYPE_CHECKING:
+    from tts_search.decoder import Decoder
+
+__all__ = ["HFPolicy"]
+
+# Tokens before a step that are decoded with it: enough for any decoder that looks at the neighbours of a token.
+_CONTEXT: Final = 8
+
+
+class HFPolicy:
+    r"""Samples steps from a causal language model of transformers.
+
+    The prompt of a problem is read once; branches share it, and each other's steps, in a `tts_kernels.KVForest`. All
+    branches of all problems in flight decode in one packed batch, and a branch leaves it when its step ends.
+
+    A step ends at the first token after which the step's text holds the delimiter, with something other than white
+    space before it. Its text is what was generated, all of the last token included: a token ``".\n\n"`` ends a step in
+    ``".\n\n"``, a token ``"\n\n\n"`` in ``"\n\n\n"``, and ``"\n"``, ``"\n"`` end one together. Special tokens give no
+    text. A step that is cut by its token limit ends at a whole character; one that is cut by the end of the context
+    ends its branch.
+
+    Parameters
+    ----------
+    path_or_id
+        Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer; a chat template if it has one.
+        Without one, the prompt is the system prompt and the problem, each followed by a blank line.
+    system_prompt
+        The system message before the problem; by default none.
+    dtype
+        Of weights and KV cache, such as ``torch.bfloat16`` or ``"bfloat16"``; by default the checkpoint's.
+    device
+        By default a GPU if there is one, else the CPU.
+    kv_memory
+        Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
+        a quarter of the free memory. A search that needs more runs in waves: idle branches give their KV up and read
+        their tokens again when it is their turn.
+
+    Raises
+    ------
+    MissingExtraError
+        Without transformers.
+    ValueError
+        If the model's attention is not pluggable, or ``kv_memory`` is no size.
+
+    Examples
+    --------
+    >>> from tts_search import HFPolicy, search  # doctest: +SKIP
+    >>> policy = HFPolicy("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="bfloat16", kv_memory="1GiB")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path_or_id: str,
+        *,
+        system_prompt: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        kv_memory: int | str | None = None,
+    ) -> None:
+        require("transformers", "search")
+        from tts_search.adapters import transformers as adapter
+
+        self.tokenizer = adapter.load_tokenizer(path_or_id)
+        decoder = adapter.load_decoder(path_or_id, dtype=dtype, device=device)
+        self.system_prompt = system_prompt
+        self.decoder: Decoder = decoder
+        self._eos = adapter.eos_tokens(self.tokenizer, decoder)
+        self._pool = BranchPool(pool_for(decoder, kv_memory))
+        self._problems: dict[int, _Problem] = {}
+        self._delimiters: dict[str | None, _Delimiter] = {}
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem. Its prompt is read with the first step."""
+        tokens = self._encode(self._prompt(text))
+        root = Branch(Meter(), tokens=tokens, given=len(tokens))
+        self._problems[problem] = _Problem(root, {0: _Node(root, "")})
+
+    def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
+        """Sample a step for each child of each request.
+
+        The answer to a request is an exception if its prompt or its branch does not fit the model's context or the KV
+        pool, or if the model gives no finite logits for it.
+        """
+        jobs = [self._job(request) for request in requests]
+        runs: list[_Source | _Child] = self._sources(jobs)
+        while runs:
+            runs = self._wave(runs)
+            for meter in {id(run.branch.meter): run.branch.meter for run in runs}.values():
+                meter.waves += 1
+        return [self._finish(job) for job in jobs]
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget branches; children keep what they share with them."""
+        nodes = self._problems[problem].nodes
+        self._pool.release(node.branch for branch in branches if (node := nodes.pop(branch, None)) is not None)
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of a problem; what it cost."""
+        state = self._problems.pop(problem)
+        self._pool.close(state.root.meter)
+        return state.root.meter.usage(state.sampled)
+
+    def _prompt(self, text: str) -> str:
+        if self.tokenizer.chat_template is None:
+            bos = self.tokenizer.bos_token or ""
+            return bos + "".join(f"{part}\n\n" for part in (self.system_prompt, text) if part)
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        messages.append({"role": "user", "content": text})
+        rendered: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return rendered
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _job(self, request: Expand) -> _Job:
+        """The children that a request asks for, or why it cannot have them."""
+        state = self._problems[request.problem]
+        parent = self._parent(state, request)
+        job = _Job(request, state, parent)
+        room = self.decoder.shape.max_length - parent.length
+        if not parent.length:
+            job.error = ValueError("the prompt has no tokens")
+        elif room <= 0 and parent is state.root:
+            job.error = ValueError(
+                f"the prompt of {parent.length} tokens leaves no room in the model's context of "
+                f"{self.decoder.shape.max_length} tokens"
+            )
+        limit = min(request.params.max_tokens, room)
+        job.children = [_Child(job, seed, limit, Branch(parent.meter, parent, parent.length)) for seed in request.seeds]
+        return job
+
+    def _parent(self, state: _Problem, request: Expand) -> Branch:
+        """The branch to continue: one that this policy made, or the text of the steps read anew."""
+        text = "".join(request.steps)
+        node = state.nodes.get(request.branch)
+        if node is None or node.text != text:
+            tokens = self._encode(text)
+            node = _Node(Branch(state.root.meter, state.root, state.root.length, tokens, given=len(tokens)), text)
+            state.nodes[request.branch] = node
+        return node.branch
+
+    def _sources(self, jobs: Sequence[_Job]) -> list[_Source | _Child]:
+        """The branches to expand, each once, with the children that wait for its logits."""
+        sources: dict[Branch, _Source] = {}
+        for job in jobs:
+            if job.error is None and job.children and job.children[0].limit > 0:
+                sources.setdefault(job.parent, _Source(job.parent, [])).waiting += job.children
+        for branch in sources:
+            self._pool.rewind(branch)
+        return list(sources.values())
+
+    def _wave(self, runs: list[_Source | _Child]) -> list[_Source | _Child]:
+        """Run branches until their steps end; those that found no room are returned, to come in another wave."""
+        later: list[_Source | _Child] = []
+        while runs:
+            by_branch = {run.branch: run for run in runs}
+            try:
+                forwarded = self._pool.forward(list(by_branch), self.decoder.logits, head=True)
+            except PoolTooSmallError as error:
+                for child in by_branch[error.branch].waiting:
+                    child.job.error = error
+                runs = [run for run in runs if run.branch is not error.branch]
+                continue
+            later = [by_branch[branch] for branch in forwarded.postponed] + later
+            follow = self._sample([by_branch[branch] for branch in forwarded.done], forwarded.outputs)
+            follow |= {branch: [] for branch in forwarded.postponed}
+            runs = [run for branch in by_branch for run in follow.get(branch, [by_branch[branch]])]
+        return later
+
+    def _sample(self, runs: Sequence[_Source | _Child], logits: Tensor) -> dict[Branch, list[_Source | _Child]]:
+        """Draw a token for each child that got its logits; for each run, the children that go on."""
+        if not runs:  # a chunk of a prompt
+            return {}
+        children = [child for run in runs for child in run.waiting]
+        if len(children) != len(runs):
+            rows = [row for row, run in enumerate(runs) for _ in run.waiting]
+            logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
+        tokens, logprobs = tk.sample(logits, **_sampling(children, logits.device))
+        for child, token, logprob in zip(children, tokens.tolist(), logprobs.tolist(), strict=True):
+            self._push(child, token, logprob)
+        self._pool.release(child.branch for child in children if child.step is not None and child.step.finished)
+        return {run.branch: [child for child in run.waiting if child.goes_on] for run in runs}
+
+    def _push(self, child: _Child, token: int, logprob: float) -> None:
+        """Give a child its next token and see whether its step ends there."""
+        if token < 0:
+            child.job.error = FloatingPointError("the model gave no finite logits")
+            return
+        own, job = child.branch.tokens, child.job
+        child.num_tokens += 1
+        child.logprob += logprob
+        job.state.sampled += 1
+        if token in self._eos:
+            child.end(self._text(job, own), "eos")
+            return
+        own.append(token)
+        delimiter = self._delimiter(job.request.params.delimiter)
+        if delimiter.may_close(token) and delimiter.closes(text := self._text(job, own)):
+            child.end(text, "stop")
+        elif child.num_tokens == child.limit:
+            whole = self._whole_characters(job, own)
+            self._pool.trim(child.branch, whole)
+            child.end(self._text(job, own), "length")
+
+    def _text(self, job: _Job, own: Sequence[int]) -> str:
+        """The text of a step's tokens in the context of those before them."""
+        if not job.context:
+            job.context = job.parent.path()[-_CONTEXT:]
+            job.context_text = self._decode(job.context)
+        text = self._decode([*job.context, *own])
+        return text[len(job.context_text) :] if text.startswith(job.context_text) else self._decode(own)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _whole_characters(self, job: _Job, own: Sequence[int]) -> int:
+        """How many tokens of a step to keep so that its text does not end within a character (of 4 bytes at most)."""
+        for count in range(len(own), max(0, len(own) - 4), -1):
+            if not self._text(job, own[:count]).endswith("\ufffd"):
+                return count
+        return len(own)
+
+    def _delimiter(self, text: str | None) -> _Delimiter:
+        if text not in self._delimiters:
+            self._delimiters[text] = _Delimiter(text, self._decode, self._encode("a"))
+        return self._delimiters[text]
+
+    def _finish(self, job: _Job) -> list[Step] | Exception:
+        """The answer to a request; branches that go on become nodes of the tree."""
+        if job.error is not None:
+            self._pool.release(child.branch for child in job.children)
+            return job.error
+        steps: list[Step] = []
+        for number, child in zip(job.request.children, job.children, strict=True):
+            step = child.step or Step("", True, reason="length")  # no room in the context for a single token
+            steps.append(step)
+            if step.finished:
+                self._pool.release([child.branch])
+            else:
+                job.state.nodes[number] = _Node(child.branch, "".join(job.request.steps) + step.text)
+        return steps
+
+
+class _Delimiter:
+    """Finds the end of a step without decoding at every token."""
+
+    def __init__(self, text: str | None, decode: Callable[[Sequence[int]], str], before: Sequence[int]) -> None:
+        self.text = text
+        self._decode = decode
+        self._before = list(before)
+        self._before_text = decode(before)
+        self._closing: dict[int, bool] = {}
+
+    def may_close(self, token: int) -> bool:
+        """Whether a token can complete the delimiter: if it adds its last character, or a part of a character."""
+        if self.text is None:
+            return False
+        if token not in self._closing:
+            piece = self._decode([*self._before, token])
+            clean = piece.startswith(self._before_text) and "\ufffd" not in piece
+            self._closing[token] = not clean or self.text[-1] in piece[len(self._before_text) :]
+        return self._closing[token]
+
+    def closes(self, text: str) -> bool:
+        """Whether a step's text holds the delimiter after something other than white space."""
+        blank = len(text) - len(text.lstrip())
+        return self.text is not None and text.find(self.text, blank + 1) >= 0
+
+
+@dataclass(slots=True)
+class _Problem:
+    """A problem in flight: its prompt, the branches that may be asked for, the tokens sampled so far."""
+
+    root: Branch
+    nodes: dict[int, _Node]
+    sampled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A branch and the text of its steps."""
+
+    branch: Branch
+    text: str
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request on its way; ``context`` are the last tokens before its steps."""
+
+    request: Expand
+    state: _Problem
+    parent: Branch
+    children: list[_Child] = field(default_factory=list)
+    error: Exception | None = None
+    context: list[int] = field(default_factory=list)
+    context_text: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """A step on its way; ``step`` is there when it has ended."""
+
+    job: _Job
+    seed: int
+    limit: int
+    branch: Branch
+    num_tokens: int = 0
+    logprob: float = 0.0
+    step: Step | None = None
+
+    @property
+    def waiting(self) -> list[_Child]:
+        """Those that sample from this branch's logits."""
+        return [self]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next token is wanted."""
+        return self.step is None and self.job.error is None
+
+    def end(self, text: str, reason: str) -> None:
+        """The step is complete. A branch ends with its answer, when its context is full, or if a step had no text."""
+        full = self.limit < self.job.request.params.max_tokens and self.num_tokens == self.limit
+        finished = reason == "eos" or (reason == "length" and (full or not text))
+        self.step = Step(text, finished, self.num_tokens, self.logprob, reason)
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    """A branch to expand: the first tokens of its children are drawn from its logits."""
+
+    branch: Branch
+    waiting: list[_Child]
+
+
+def _sampling(children: Sequence[_Child], device: torch.device) -> dict[str, Any]:
+    """Options of `tts_kernels.sample` for the next token of each child: numbers where all agree, else a tensor."""
+    params = [child.job.request.params for child in children]
+    options: dict[str, Any] = {}
+    for name, dtype in (("temperature", torch.float32), ("top_p", torch.float32), ("top_k", torch.int64)):
+        values = [getattr(each, name) for each in params]
+        same = values.count(values[0]) == len(values)
+        options[name] = values[0] if same else torch.tensor(values, dtype=dtype, device=device)
+    options["seeds"] = torch.tensor([child.seed for child in children], dtype=torch.int64, device=device)
+    options["offsets"] = torch.tensor([child.num_tokens for child in children], dtype=torch.int64, device=device)
+    return options
