@@ -1,0 +1,232 @@
+"""The branch pool: whatever is evicted, released or cut short, each branch's output is that of its own full text."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import small_pool, tiny_model
+from torch import Tensor
+from tts_search.adapters.transformers import ATTENTION, TransformersDecoder, register
+from tts_search.branches import Branch, BranchPool, Meter, PoolTooSmallError
+from tts_search.decoder import Batch, DecoderShape, parse_bytes
+
+
+@pytest.fixture(scope="module")
+def decoder() -> TransformersDecoder:
+    register()
+    model = tiny_model()
+    model.set_attn_implementation(ATTENTION)
+    return TransformersDecoder(model)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tiny_model()
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(7, 250) for _ in range(count)]
+
+
+class Recorder:
+    """`Decoder.hidden` that counts the tokens it is given."""
+
+    def __init__(self, decoder: TransformersDecoder) -> None:
+        self.decoder = decoder
+        self.sizes: list[int] = []
+
+    def __call__(self, batch: Batch, kv, rows: Tensor | None) -> Tensor:
+        self.sizes.append(batch.tokens.numel())
+        return self.decoder.hidden(batch, kv, rows)
+
+
+def run(pool: BranchPool, branches: list[Branch], model) -> dict[Branch, Tensor]:
+    """Forward branches to their ends, in waves where there is no room."""
+    outputs: dict[Branch, Tensor] = {}
+    while branches:
+        later = []
+        while branches:
+            result = pool.forward(branches, model, head=False)
+            outputs |= {
+                branch: output
+                for (branch, position), output in zip(result.rows, result.outputs, strict=True)
+                if position == branch.length - 1
+            }
+            assert result.done == [branch for branch in branches if branch in outputs]
+            later += result.postponed
+            gone = {*result.done, *result.postponed}
+            branches = [branch for branch in branches if branch not in gone]
+        branches = later
+    return outputs
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("num_pages", "page_size"), [(1000, 1), (60, 1), (300, 4), (15, 4)])
+def test_random_trees(decoder: TransformersDecoder, plain, num_pages: int, page_size: int, seed: int) -> None:
+    rng = random.Random(seed)
+    pool = small_pool(decoder, num_pages, page_size, max_tokens=rng.choice((7, 40, 1000)))
+    recorder = Recorder(decoder)
+    meters = [Meter(), Meter()]
+    tree = [Branch(meter, tokens=(prompt := tokens(rng, 9)), given=len(prompt)) for meter in meters]
+    grown: list[Branch] = []
+    for _ in range(8):
+        parents = rng.choices(tree, k=rng.randint(1, 5))
+        wanted = [*tree[:2]] if not grown else []
+        for parent in parents:
+            start = rng.randint(max(parent.start, parent.length - 2), parent.length)
+            wanted.append(Branch(parent.meter, parent, start, tokens(rng, rng.randint(1, 6))))
+        wanted = [branch for branch in wanted if branch.length < 50]
+        outputs = run(pool, list(wanted), recorder)
+        assert outputs.keys() == set(wanted)
+        for branch, output in outputs.items():
+            exact = plain.model(torch.tensor([branch.path()]), use_cache=False).last_hidden_state[0, -1]
+            assert (output - exact).abs().max() <= 1e-4 * exact.abs().max()
+        grown += wanted
+        tree = [*tree, *(branch for branch in wanted if branch not in tree)]
+        pool.release(released := rng.sample(tree[2:], k=rng.randint(0, len(tree[2:]) // 2)))
+        tree = [branch for branch in tree if branch not in released]
+        stats = pool.pool.forest.stats()
+        assert sum(meter.logical for meter in meters) == stats.logical_tokens
+        if page_size == 1:  # else copies of pages that are not full count twice there
+            assert sum(meter.unique for meter in meters) == stats.unique_tokens
+    assert sum(recorder.sizes) == sum(meter.prompt + meter.read + meter.recomputed for meter in meters)
+    assert max(recorder.sizes) <= pool.max_tokens
+    assert sum(meter.prompt for meter in meters) == 18
+    assert sum(meter.read for meter in meters) == sum(len(branch.tokens) for branch in {*grown} - {*tree[:2]})
+    if num_pages * page_size > 1000:
+        assert sum(meter.recomputed for meter in meters) == 0
+    assert max(meter.peak_unique for meter in meters) <= num_pages * page_size
+    pool.release(grown)
+    assert pool.pool.forest.stats().pages_free == num_pages
+    assert all((meter.logical, meter.unique) == (0, 0) for meter in meters)
+
+
+def test_a_pool_that_is_too_small_did_make_branches_wait(decoder: TransformersDecoder) -> None:
+    """What the small pool of the test above is for."""
+    rng = random.Random(0)
+    pool = small_pool(decoder, 30, page_size=1)
+    meter = Meter()
+    root = Branch(meter, tokens=tokens(rng, 10), given=10)
+    children = [Branch(meter, root, 10, tokens(rng, 8)) for _ in range(5)]
+    first = pool.forward(children, decoder.hidden, head=False)
+    assert first.done == children[:2]
+    assert first.postponed == children[2:]
+    assert pool.forward(children[2:], decoder.hidden, head=False).done == children[2:4]
+    assert [child.kv is None for child in children] == [True, True, False, False, True]
+    assert meter.recomputed == 0
+    run(pool, [Branch(meter, children[0], 18, tokens(rng, 1))], decoder.hidden)
+    assert meter.recomputed == 8
+
+
+@pytest.mark.parametrize(("page_size", "sizes"), [(1, [8]), (3, [6, 2]), (4, [3, 2, 3])])
+def test_ancestors_come_along(decoder: TransformersDecoder, page_size: int, sizes: list[int]) -> None:
+    """In the same forward, unless a branch has to copy a page that is only written then."""
+    pool = small_pool(decoder, 100, page_size)
+    meter, recorder = Meter(), Recorder(decoder)
+    root = Branch(meter, tokens=[10, 11, 12], given=3)
+    middle = Branch(meter, root, 3, [13, 14])
+    leaves = [Branch(meter, middle, 5, [15]), Branch(meter, middle, 5, [16, 17])]
+    if page_size == 3:
+        middle.tokens.append(18)
+        leaves = [Branch(meter, root, 3, [15, 16, 17]), Branch(meter, root, 2, [16, 17])]
+    run(pool, list(leaves), recorder)
+    assert recorder.sizes == sizes
+    assert (meter.prompt, meter.read, meter.recomputed) == (3, 5, 0)
+
+
+def test_outputs_of_marked_positions(decoder: TransformersDecoder, plain) -> None:
+    pool = small_pool(decoder, 100, max_tokens=4)
+    root = Branch(Meter(), tokens=[10, 11, 12, 13, 14, 15], marks=[1, 4, 5])
+    child = Branch(root.meter, root, 5, [16, 17, 18], marks=[6])
+    rows, outputs = [], []
+    while root.pending or child.pending:
+        result = pool.forward([branch for branch in (root, child) if branch.pending], decoder.hidden, head=False)
+        rows += result.rows
+        outputs += result.outputs
+    assert rows == [(root, 1), (root, 4), (root, 5), (child, 6), (child, 7)]
+    for (branch, position), output in zip(rows, outputs, strict=True):
+        exact = plain.model(torch.tensor([branch.path()])).last_hidden_state[0, position]
+        assert torch.allclose(output, exact, atol=1e-4)
+
+
+def test_a_released_parent_is_taken_back_from_its_child(decoder: TransformersDecoder) -> None:
+    pool = small_pool(decoder, 100)
+    meter = Meter()
+    root = Branch(meter, tokens=[10, 11, 12], given=3)
+    child = Branch(meter, root, 3, [13])
+    run(pool, [child], decoder.hidden)
+    pool.release([root])
+    sibling = Branch(meter, root, 3, [14])
+    run(pool, [sibling], decoder.hidden)
+    assert meter.recomputed == 0
+    assert root.kv is None
+    assert meter.logical == pool.pool.forest.stats().logical_tokens == 8
+
+
+def test_a_branch_larger_than_the_pool_is_an_error_and_others_go_on(decoder: TransformersDecoder) -> None:
+    rng = random.Random(0)
+    pool = small_pool(decoder, 5)
+    small, large = (Branch(Meter(), tokens=tokens(rng, count)) for count in (6, 21))
+    with pytest.raises(PoolTooSmallError, match=r"KV pool of 20 tokens .* branch of 21 tokens"):
+        pool.forward([large, small], decoder.hidden, head=False)
+    assert large.kv is None
+    assert pool.forward([small], decoder.hidden, head=False).done == [small]
+
+
+def test_a_forward_that_fails_leaves_no_half_written_branch(decoder: TransformersDecoder, plain) -> None:
+    pool = small_pool(decoder, 100)
+    root = Branch(Meter(), tokens=[10, 11, 12])
+    child = Branch(root.meter, root, 3, [13, 14])
+
+    def interrupted(*_) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.forward([child], interrupted, head=False)
+    assert pool.pool.forest.stats().pages_free == 100
+    (output,) = run(pool, [child], decoder.hidden).values()
+    exact = plain.model(torch.tensor([[10, 11, 12, 13, 14]])).last_hidden_state[0, -1]
+    assert torch.allclose(output, exact, atol=1e-4)
+
+
+def test_rewind_and_trim(decoder: TransformersDecoder, plain) -> None:
+    pool = small_pool(decoder, 100)
+    branch = Branch(Meter(), tokens=[10, 11, 12, 13])
+    first = run(pool, [branch], decoder.hidden)[branch]
+    pool.rewind(branch)
+    assert branch.pending == 1
+    assert torch.allclose(run(pool, [branch], decoder.hidden)[branch], first, atol=1e-4)
+    assert (branch.meter.read, branch.meter.recomputed) == (5, 0)
+    pool.trim(branch, 2)
+    pool.rewind(branch)
+    exact = plain.model(torch.tensor([[10, 11]])).last_hidden_state[0, -1]
+    assert torch.allclose(run(pool, [branch], decoder.hidden)[branch], exact, atol=1e-4)
+
+
+def test_flops_are_two_a_weight_and_four_a_head_dimension_and_key(decoder: TransformersDecoder) -> None:
+    pool = small_pool(decoder, 100)
+    branch = Branch(Meter(), tokens=[10, 11, 12])
+    pool.forward([branch], decoder.logits, head=True)
+    shape = decoder.shape
+    attention = 4 * 3 * 4 * 16 * (1 + 2 + 3)
+    assert branch.meter.flops == 2 * shape.body_parameters * 3 + 2 * shape.head_parameters + attention
+    assert shape.kv_bytes(torch.bfloat16) == 2 * 3 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "number"), [(5, 5), ("5", 5), ("2GiB", 2**31), ("1.5 kB", 1500), ("3mib", 3 * 2**20), ("1T", 10**12)]
+)
+def test_sizes(size: int | str, number: int) -> None:
+    assert parse_bytes(size) == number
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 1.5, "", "GiB", "2 XB", "0", "1e9", None])
+def test_sizes_that_are_none(size) -> None:
+    with pytest.raises(ValueError, match="kv_memory"):
+        parse_bytes(size)
+
+
+def test_shapes_are_values() -> None:
+    assert DecoderShape(1, 2, 1, 4, 8, 9, 9) == DecoderShape(1, 2, 1, 4, 8, 9, 9)
