@@ -454,8 +454,10 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
     const Plan plan(tree, q_lens, shape);
     PlanBuffer::Lengths room = plan.used();
     const int64_t rows = room[PlanBuffer::kRows], branches = static_cast<int64_t>(tree.leaf.size());
-    room[PlanBuffer::kTasks] = 2 * room[PlanBuffer::kTasks] + 5 * 16;
-    room[PlanBuffer::kSegments] = 5 * with_slack(room[PlanBuffer::kSegments] / 5, branches + 32);
+    // A branch that copies its last page gets a node of its own, and every task that reads it a segment more.
+    const int64_t tasks = room[PlanBuffer::kTasks] / 5, segments = room[PlanBuffer::kSegments] / 5;
+    room[PlanBuffer::kTasks] = 5 * with_slack(tasks, tasks + 16);
+    room[PlanBuffer::kSegments] = 5 * with_slack(segments, branches + tasks + 32);
     room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], rows);
     room[PlanBuffer::kPages] =
         with_slack(room[PlanBuffer::kPages], branches * (kSpareTokens / shape.page_size + 1));
