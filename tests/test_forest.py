@@ -215,7 +215,7 @@ class ForestMachine(RuleBasedStateMachine):
 
 
 TestForest = ForestMachine.TestCase
-TestForest.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestForest.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 # ---- Semantics, one at a time ------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(forest, live, branches, q_lens, heads)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_plans_of_a_forest_read_every_key_once(case: Case) -> None:
     plan = case.plan()
@@ -152,7 +152,7 @@ def test_plans_of_a_forest_read_every_key_once(case: Case) -> None:
     assert_reads(plan, table, kv_lens.tolist(), case.q_lens)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_the_page_table_alone_gives_the_same_plan(case: Case) -> None:
     # The tree found in a table lacks the nodes that only unlisted branches tell apart; what is planned is the same.
@@ -161,14 +161,14 @@ def test_the_page_table_alone_gives_the_same_plan(case: Case) -> None:
     assert_equal_plans(a, b)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_a_shared_token_is_read_once(case: Case) -> None:
     case.branches, case.q_lens, case.heads = case.live, None, {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 8}
     assert tokens_read(case.plan()) == case.forest.stats().unique_tokens
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=cases())
 def test_a_plan_does_not_depend_on_threads(case: Case) -> None:
     threads = torch.get_num_threads()
@@ -206,7 +206,7 @@ def foreign_tables(draw: st.DrawFn) -> tuple[Tensor, list[int], int]:
     return table, kv_lens, page_size
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(foreign=foreign_tables(), data=st.data())
 def test_plans_of_a_foreign_table(foreign: tuple[Tensor, list[int], int], data: st.DataObject) -> None:
     table, kv_lens, page_size = foreign
@@ -307,7 +307,7 @@ def test_a_long_branch_is_cut_into_chunks_of_whole_pages() -> None:
 # ---- Filling a plan again ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(), counts=st.lists(st.integers(0, 60), min_size=80, max_size=80))
 def test_a_refill_equals_a_fresh_plan_in_the_same_tensors(case: Case, counts: list[int]) -> None:
     out = case.plan()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import _host
+from ._host import OutOfPages as OutOfPages
 from .plan import AttentionPlan, HeadShape, host_ints, make_plan
-
-OutOfPages = _host.OutOfPages
 
 Ints: TypeAlias = "Sequence[int] | Tensor"
 
@@ -112,8 +111,7 @@ class KVForest:
 
     def add_root(self) -> int:
         """Add an empty branch: the root of a new tree."""
-        branch: int = self._forest.add_root()
-        return branch
+        return self._forest.add_root()
 
     def append(self, branches: Ints, counts: Ints) -> Append:
         """Give each branch room for more tokens.
@@ -161,8 +159,7 @@ class KVForest:
         IndexError
             For a parent that does not live.
         """
-        children: list[int] = self._forest.fork(_ints("parents", parents))
-        return children
+        return self._forest.fork(_ints("parents", parents))
 
     def free(self, branches: Ints) -> None:
         """End branches; pages that nobody else holds become free. O(branches + pages that become free).
@@ -202,8 +199,7 @@ class KVForest:
         IndexError
             For a branch that does not live.
         """
-        length: int = self._forest.length(branch)
-        return length
+        return self._forest.length(branch)
 
     def page_table(self, branches: Ints) -> tuple[Tensor, Tensor]:
         """The pages of branches, as other paged attention kernels take them.
@@ -292,11 +288,12 @@ class KVForest:
         [[0, 0, 100, 0, 4]]
         """
         shape = HeadShape(self.page_size, num_q_heads, num_kv_heads, head_dim)
-        branches = _ints("branches", branches)
-        q_lens = None if q_lens is None else _ints("q_lens", q_lens)
+        shape.check()
+        host_branches = _ints("branches", branches)
+        host_q_lens = None if q_lens is None else _ints("q_lens", q_lens)
 
-        def fill(buffer: object) -> object:
-            return self._forest.plan(branches, q_lens, num_q_heads, num_kv_heads, buffer)
+        def fill(buffer: _host.PlanBuffer | None) -> _host.PlanBuffer:
+            return self._forest.plan(host_branches, host_q_lens, num_q_heads, num_kv_heads, buffer)
 
         return make_plan(fill, shape, device, out)
 
@@ -305,7 +302,7 @@ class KVForest:
         return ForestStats(*self._forest.stats())
 
 
-def _ints(name: str, values: Ints) -> Ints:
+def _ints(name: str, values: Ints) -> Any:
     """What the host module takes: a tensor as a buffer, anything else as it is."""
     if not isinstance(values, Tensor):
         return values

@@ -173,18 +173,19 @@ def plan_attention(
     """
     checks.tensor("page_table", page_table, checks.INDEX, ["B", "max"])
     shape = HeadShape(page_size, num_q_heads, num_kv_heads, head_dim)
+    shape.check()
     table = page_table.cpu()
-    kv_lens = _to_host("kv_lens", kv_lens)
-    q_lens = None if q_lens is None else _to_host("q_lens", q_lens)
+    host_kv_lens = _to_host("kv_lens", kv_lens)
+    host_q_lens = None if q_lens is None else _to_host("q_lens", q_lens)
 
-    def fill(buffer: object) -> object:
+    def fill(buffer: _host.PlanBuffer | None) -> _host.PlanBuffer:
         return _host.plan_table(
             table.data_ptr(),
             table.element_size(),
-            tuple(table.shape),
-            table.stride(),
-            kv_lens,
-            q_lens,
+            (table.shape[0], table.shape[1]),
+            (table.stride(0), table.stride(1)),
+            host_kv_lens,
+            host_q_lens,
             page_size,
             num_q_heads,
             num_kv_heads,
@@ -213,13 +214,12 @@ class HeadShape(NamedTuple):
 
 
 def make_plan(
-    fill: Callable[[object], _host.PlanBuffer],
+    fill: Callable[[_host.PlanBuffer | None], _host.PlanBuffer],
     shape: HeadShape,
     device: torch.device | str | None,
     out: AttentionPlan | None,
 ) -> AttentionPlan:
     """The plan that ``fill`` makes: ``fill(None)`` returns a new buffer, ``fill(buffer)`` writes an old one again."""
-    shape.check()
     if out is None:
         return _wrap(fill(None), shape, torch.device("cpu" if device is None else device))
     source = _reusable(out, shape, device)
@@ -232,7 +232,8 @@ def make_plan(
 def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> AttentionPlan:
     host = torch.frombuffer(buffer, dtype=torch.int32)
     flat = host if device.type == "cpu" else host.to(device, non_blocking=True)
-    sizes, rows, positions, merge_indptr, tasks, segments, merge_slots, pages = flat.split(buffer.lengths)
+    fields: tuple[Tensor, ...] = torch.split_with_sizes(flat, buffer.lengths)
+    sizes, rows, positions, merge_indptr, tasks, segments, merge_slots, pages = fields
     plan = AttentionPlan(
         rows=rows,
         positions=positions,
