@@ -17,7 +17,7 @@ from typing import Any
 from tts_search.api import search
 from tts_search.config import SearchConfig
 from tts_search.errors import MissingExtraError, SearchError, require
-from tts_search.evaluate import Experiment, Task, evaluate, load_tasks
+from tts_search.evaluate import Experiment, Task, evaluate, load_tasks, read_records
 from tts_search.protocol import Policy, Verifier
 from tts_search.report import Row, accuracy_table, cost_table
 from tts_search.result import SearchResult
@@ -148,10 +148,12 @@ def run_experiments(
     """Run experiments into a results file and print their tables."""
     seconds: dict[str, float] = {}
     rows = []
+    begun = {record.experiment for record in read_records(results)}  # of these, the time is not known
     for experiment in experiments:
         begin = time.perf_counter()
         records = evaluate(tasks, [experiment], results, max_in_flight=max_in_flight)
-        seconds[experiment.label] = time.perf_counter() - begin
+        if experiment.key not in begun:
+            seconds[experiment.label] = time.perf_counter() - begin
         rows.append(Row(experiment.label, records, vote))
     print(f"{accuracy_table(rows)}\n\n{cost_table(rows, seconds)}\n\n{len(tasks)} tasks; results: {results}")
     errors = [record.error for row in rows for record in row.records if record.error]

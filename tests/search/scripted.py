@@ -132,6 +132,7 @@ class RandomTree:
     end: float = 0.2
     length: float = 0.0
     empty: float = 0.0
+    blank: float = 0.0
     words: int = 3
     marker: str | None = None
     levels: int = 4  # of scores
@@ -148,6 +149,8 @@ class RandomTree:
             return Step(word, False, 1, reason="length")
         if kind < self.end + self.length + 0.2 * self.empty:
             return Step("", False)
+        if rng.random() < self.blank:
+            return Step("\n\n", False, 1)
         if params.delimiter is None:
             return Step(f"{word}\n\n{word}", rng.random() < 0.8, 2, reason="eos")
         return Step(word + params.delimiter, False, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from tts_search import SearchConfig, SearchError, Step, beam_search, best_of_n, dvts, search, search_iter
 from tts_search.protocol import Policy, Release, Verifier
+from tts_search.seeds import Streams, stream
 
 PROBLEMS = [f"problem {i}" for i in range(7)]
 CONFIGS = st.builds(
@@ -32,6 +34,7 @@ TREES = st.builds(
     end=st.sampled_from([0.0, 0.2, 0.7]),
     length=st.sampled_from([0.0, 0.2]),
     empty=st.sampled_from([0.0, 0.3]),
+    blank=st.sampled_from([0.0, 0.0, 0.3]),
 )
 
 
@@ -153,10 +156,15 @@ class TestSeeds:
     def test_seeds_are_of_paths(self):
         policy, verifier = ScriptedPolicy(by_name()), ScriptedVerifier(score_names({"1": 0.9}))
         search(["p"], policy, verifier, SearchConfig(n=2, expand=2, max_steps=2, seed=3), progress=False)
-        from tts_search.seeds import stream
-
         assert policy.calls[0][0].seeds == (stream(3, "p", (0,)), stream(3, "p", (1,)))
         assert policy.calls[1][0].seeds == (stream(3, "p", (1, 0)), stream(3, "p", (1, 1)))
+
+    def test_streams_are_the_same_on_every_machine(self):
+        head = hashlib.blake2b(b"7\nWhat is 1 + 1?\n0.3.1", digest_size=8).digest()
+        assert stream(7, "What is 1 + 1?", (0, 3, 1)) == int.from_bytes(head, "big") >> 1 == 1030468918574127126
+        assert Streams(7, "What is 1 + 1?").of((0, 3, 1)) == 1030468918574127126
+        others = {stream(7, "p", (1, 2)), stream(7, "p", (12,)), stream(7, "p", ()), stream(7, "q", (1, 2))}
+        assert len(others | {stream(-7, "p", (1, 2))}) == 5
 
     def test_smaller_best_of_n_is_the_beginning_of_a_larger_one(self):
         few, many = (
