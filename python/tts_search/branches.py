@@ -224,6 +224,11 @@ class BranchPool:
             branch.released = True
             self._drop_kv(branch)
 
+    def hold(self, branch: Branch) -> None:
+        """Keep the parent's KV for a branch that has none of its own yet, whatever becomes of the parent."""
+        if branch.kv is None and branch.parent is not None and _is_ready(branch):
+            self._give_kv([branch], [branch.parent])
+
     def close(self, meter: Meter) -> None:
         """Release all branches of a problem."""
         self.release([branch for branch in self._resident if branch.meter is meter])

@@ -344,6 +344,15 @@ def test_a_branch_can_be_expanded_again(policy: HFPolicy) -> None:
     assert [step.text for step in again] == [step.text for step in first]
 
 
+def test_a_step_of_one_token_keeps_what_its_parent_read(policy: HFPolicy) -> None:
+    scripted(policy, ["a", NL2, ".ĊĊ", "b", NL2])
+    policy.expand([expand(0, (1,))])
+    policy.expand([expand(1, (2,), ("a\n\n",))])
+    policy.release(0, [0, 1])
+    assert policy.expand([expand(2, (3,), ("a\n\n", ".\n\n"))])[0][0].text == "b\n\n"
+    assert policy.end(0).recomputed_tokens == 0
+
+
 def test_a_model_without_finite_logits_fails_its_problem(policy: HFPolicy) -> None:
     scripted(policy, ["a"] * 9)
     logits = policy.decoder.logits

@@ -234,6 +234,17 @@ def test_many_steps_at_once_are_read_in_one_forward(tmp_path: Path) -> None:
     assert len(counter.sizes) == 3  # the prompt, whose last page is not full, "a", and the rest
 
 
+def test_released_branches_can_be_read_again(tmp_path: Path) -> None:
+    name = "special token"
+    verifier = HFVerifier(save_checkpoint(tmp_path, model_of(name), verifier=FORMATS[name]), kv_memory="4MiB")
+    verifier.begin(0, PROBLEM)
+    (first,) = verifier.score([Score(0, 1, ("a", "b"), 0)])
+    verifier.release(0, [0, 1, 5])
+    assert verifier._pool.pool.forest.stats().branches == 0
+    (again,) = verifier.score([Score(0, 2, ("a", "b"), 1)])
+    assert again == pytest.approx(first, abs=1e-5)
+
+
 def test_an_own_head(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, model_of("pieces"))
     head = tk.ScoreHead.scalar(torch.linspace(-1, 1, 64), 0.25, "identity")

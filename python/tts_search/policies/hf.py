@@ -151,6 +151,8 @@ class HFPolicy:
     def _parent(self, state: _Problem, request: Expand) -> Branch:
         """The branch to continue: one that this policy made, or the text of the steps read anew."""
         text = "".join(request.steps)
+        if not text:
+            return state.root
         node = state.nodes.get(request.branch)
         if node is None or node.text != text:
             tokens = self._encode(text)
@@ -257,6 +259,7 @@ class HFPolicy:
             if step.finished:
                 self._pool.release([child.branch])
             else:
+                self._pool.hold(child.branch)  # a step of one token was never forwarded
                 job.state.nodes[number] = _Node(child.branch, "".join(job.request.steps) + step.text)
         return steps
 

@@ -106,7 +106,10 @@ class HFVerifier:
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""
         nodes = self._problems[problem]
-        self._pool.release(node.branch for branch in branches if (node := nodes.pop(branch, None)) is not None)
+        self._pool.release(nodes[branch].branch for branch in branches if branch in nodes)
+        for branch in branches:
+            if branch:  # the root stays: any text can be read from there
+                nodes.pop(branch, None)
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem; what it cost."""

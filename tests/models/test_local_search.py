@@ -1,0 +1,93 @@
+"""Whole searches on models in this process: policy and verifier together, in pools of any size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tiny import save_checkpoint, small_pool, talkative, tiny_model
+from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchResult, search
+from tts_search.protocol import Score
+
+PROBLEMS = ["What is the sum?", "Which is it, then?", "Is the no. 3?"]
+READING = {
+    "head": "label_pair",
+    "prompt": "<|user|>{problem}<|assistant|>{steps}",
+    "boundary": "<|step|>",
+    "labels": ["+", "-"],
+}
+CONFIGS = {
+    "best_of_n": SearchConfig("best_of_n", n=6, max_tokens=40),
+    "beam_search": SearchConfig(n=6, expand=3, max_steps=4, max_step_tokens=20),
+    "lookahead": SearchConfig(n=4, expand=2, max_steps=3, max_step_tokens=12, lookahead=1, aggregate="min"),
+    "compete": SearchConfig(n=6, expand=3, max_steps=4, max_step_tokens=20, completed="compete", dedupe=True),
+    "dvts": SearchConfig("dvts", n=6, expand=3, max_steps=4, max_step_tokens=20, top_p=0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return (
+        save_checkpoint(folder / "policy", talkative(tiny_model())),
+        save_checkpoint(folder / "verifier", tiny_model("qwen2", seed=3), verifier=READING),
+    )
+
+
+def assert_same(found: list[SearchResult], wanted: list[SearchResult]) -> None:
+    """Equal texts; scores equal up to rounding."""
+    for one, other in zip(found, wanted, strict=True):
+        for mine, theirs in zip(one.completions, other.completions, strict=True):
+            assert (mine.text, mine.finished, mine.num_tokens) == (theirs.text, theirs.finished, theirs.num_tokens)
+            assert mine.step_scores == pytest.approx(theirs.step_scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_search_is_the_same_in_a_pool_far_too_small(paths: tuple[str, str], name: str) -> None:
+    config = CONFIGS[name]
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    large = search(PROBLEMS, policy, verifier, config, progress=False)
+    small_policy, small_verifier = HFPolicy(paths[0]), HFVerifier(paths[1])
+    small_policy._pool = small_pool(small_policy.decoder, 36)
+    small_verifier._pool = small_pool(small_verifier.decoder, 72)
+    small = search(PROBLEMS, small_policy, small_verifier, config, progress=False)
+    assert_same(small, large)
+    for each in (policy, verifier, small_policy, small_verifier):
+        assert each._pool.pool.forest.stats().branches == 0
+    assert sum(result.stats.recomputed_tokens + result.stats.waves for result in small) > 0
+    assert sum(result.stats.recomputed_tokens + result.stats.waves for result in large) == 0
+    assert [(r.stats.policy_tokens, r.stats.verifier_tokens) for r in small] == [
+        (r.stats.policy_tokens, r.stats.verifier_tokens) for r in large
+    ]
+
+
+def test_scores_are_those_of_the_final_texts(paths: tuple[str, str]) -> None:
+    """Scores that were read step by step along the search, against the finished texts read in one go."""
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    for config in CONFIGS.values():
+        for result in search(PROBLEMS, policy, verifier, replace(config, lookahead=0), progress=False):
+            verifier.begin(7, result.problem)
+            steps = [completion.steps for completion in result.completions if completion.steps]
+            again = verifier.score([Score(7, number, each, 0) for number, each in enumerate(steps, 1)])
+            verifier.end(7)
+            assert [pytest.approx(c.step_scores, abs=1e-4) for c in result.completions if c.steps] == again
+
+
+def test_the_seed_fixes_a_search_whatever_else_is_in_flight(paths: tuple[str, str]) -> None:
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    config = CONFIGS["beam_search"]
+    together = search(PROBLEMS, policy, verifier, config, progress=False)
+    alone = [search([problem], policy, verifier, config, progress=False)[0] for problem in PROBLEMS]
+    assert_same(alone, together)
+    other = search(PROBLEMS, policy, verifier, replace(config, seed=1), progress=False)
+    assert [c.text for r in other for c in r.completions] != [c.text for r in together for c in r.completions]
+
+
+def test_the_prefix_is_shared(paths: tuple[str, str]) -> None:
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    (result,) = search(PROBLEMS[:1], policy, verifier, CONFIGS["beam_search"], progress=False)
+    stats = result.stats
+    assert stats.peak_unique_kv_tokens < stats.peak_logical_kv_tokens / 2
+    sampled = sum(node.num_tokens for node in result.tree.nodes)
+    assert stats.policy_tokens == sampled
+    assert stats.policy_prefill_tokens == len(policy._encode(policy._prompt(PROBLEMS[0])))
