@@ -16,7 +16,7 @@ from tts_search.result import SearchResult
 
 __all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter"]
 
-MAX_IN_FLIGHT = 32
+BRANCHES_IN_FLIGHT = 1024  # of all problems together
 
 _DEFAULT = SearchConfig()
 
@@ -29,7 +29,7 @@ def search_iter(
     *,
     extract_answer: Callable[[str], str | None] = boxed,
     progress: bool = True,
-    max_in_flight: int = MAX_IN_FLIGHT,
+    max_in_flight: int | None = None,
 ) -> Iterator[tuple[int, SearchResult | SearchError]]:
     """Search many problems; yield (index, result) as they finish, in any order.
 
@@ -50,8 +50,9 @@ def search_iter(
         Takes the answer out of a completion's text.
     progress : bool
         Show a progress bar on stderr, if that is a terminal and rich is installed.
-    max_in_flight : int
-        Problems that are searched side by side: more of them make larger batches and need more memory.
+    max_in_flight : int or None
+        Problems that are searched side by side: more of them make larger batches and need more memory. By default as
+        many as have about 1000 branches together.
 
     Raises
     ------
@@ -60,6 +61,8 @@ def search_iter(
     """
     if isinstance(problems, str):
         raise SearchError("problems: expected a list of texts, got one text")
+    if max_in_flight is None:
+        max_in_flight = max(1, BRANCHES_IN_FLIGHT // config.n)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
         raise SearchError(f"max_in_flight: expected an int >= 1, got {max_in_flight!r}")
     if verifier is None and config.method != "best_of_n":
@@ -90,7 +93,7 @@ def search(
     *,
     extract_answer: Callable[[str], str | None] = boxed,
     progress: bool = True,
-    max_in_flight: int = MAX_IN_FLIGHT,
+    max_in_flight: int | None = None,
 ) -> list[SearchResult]:
     """Search problems and return their results in order; arguments as for :func:`search_iter`.
 

@@ -115,7 +115,7 @@ def build_app() -> Callable[[], None]:
         settings: list[str] = set_option,
         out: Path = typer.Option(Path("eval-results"), help="Folder of the results; what it holds is not run again."),
         limit: int = typer.Option(None, help="Only the first tasks."),
-        in_flight: int = typer.Option(32, help="Problems searched side by side."),
+        in_flight: int = typer.Option(None, help="Problems searched side by side; by default, by their size."),
         vote: str = vote_option,
         trees: bool = typer.Option(False, "--trees", help="Keep the search trees."),
         system_prompt: str = system_option,
@@ -143,7 +143,7 @@ def build_app() -> Callable[[], None]:
 
 
 def run_experiments(
-    tasks: Sequence[Task], experiments: Sequence[Experiment], results: Path, vote: str, max_in_flight: int
+    tasks: Sequence[Task], experiments: Sequence[Experiment], results: Path, vote: str, max_in_flight: int | None
 ) -> None:
     """Run experiments into a results file and print their tables."""
     seconds: dict[str, float] = {}

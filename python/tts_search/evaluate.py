@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tts_search.answers import boxed, equivalent
-from tts_search.api import MAX_IN_FLIGHT, search_iter
+from tts_search.api import search_iter
 from tts_search.config import SearchConfig
 from tts_search.errors import SearchError
 from tts_search.protocol import Policy, Verifier
@@ -154,7 +154,7 @@ def evaluate(
     path: str | Path,
     *,
     progress: bool = True,
-    max_in_flight: int = MAX_IN_FLIGHT,
+    max_in_flight: int | None = None,
 ) -> list[Record]:
     """Run experiments over tasks; append a line to a results file for each task as it finishes.
 
@@ -171,8 +171,8 @@ def evaluate(
         The results file (JSONL, append-only).
     progress : bool
         Show a progress bar.
-    max_in_flight : int
-        Problems searched side by side.
+    max_in_flight : int or None
+        Problems searched side by side, as in :func:`~tts_search.search_iter`.
 
     Returns
     -------
@@ -200,7 +200,9 @@ def evaluate(
     return [records[experiment.key, task.id] for experiment in experiments for task in tasks]
 
 
-def _run(experiment: Experiment, tasks: Sequence[Task], *, progress: bool, max_in_flight: int) -> Iterator[Record]:
+def _run(
+    experiment: Experiment, tasks: Sequence[Task], *, progress: bool, max_in_flight: int | None
+) -> Iterator[Record]:
     outcomes = search_iter(
         [task.problem for task in tasks],
         experiment.policy,

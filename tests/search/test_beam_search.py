@@ -395,6 +395,12 @@ class TestBadDrivers:
         with pytest.raises(SearchError, match=r"problem 0, round 3: policy: .*nothing"):
             run(step_fn, score_names({}), n=4, expand=2)
 
+    def test_nothing_more_is_fine_where_something_is_finished(self):
+        step_fn = lambda _, steps, number, *__: Step("" if steps else f"{number}", not steps and number == 0)  # noqa: E731
+        for completed in ("leave", "occupy", "compete"):
+            result, _, _ = run(step_fn, score_names({"0": 0.9}), n=4, expand=2, completed=completed)
+            assert completions(result) == ["0"]
+
     def test_policy_returns_too_few(self):
         class Short(ScriptedPolicy):
             def expand(self, requests):

@@ -26,10 +26,11 @@ def search_groups(run: Run) -> Moves[list[Branch]]:
         deals = [group.turns() for group in active]
         parents = [branch for turns in deals for branch in turns if not branch.ended]
         children = yield from expand(run, parents, last=last)
-        _check_any(run, children, groups)
         new = iter(children)
         for group, turns in zip(active, deals, strict=True):
             group.gather(turns, new)
+        if not any(group.pool or group.ended for group in groups):
+            raise run.error("policy: it returned nothing, an empty text for each sample")
         candidates = [branch for group in active for branch in group.pool if branch.round == run.round]
         yield from score(run, candidates, last=last)
         for group in active:
@@ -180,11 +181,6 @@ def _has_grown(branch: Branch) -> bool:
     return bool(branch.text) or branch.finished or branch.stopped
 
 
-def _check_any(run: Run, children: list[Branch], groups: list[Group]) -> None:
-    if not any(map(_has_grown, children)) and not any(group.ended for group in groups):
-        raise run.error("policy: it returned nothing, an empty text for each sample")
-
-
 def _is_full(run: Run, groups: list[Group]) -> bool:
     members = (branch for group in groups for branch in [*group.ended, *group.survivors])
     return run.config.stop_when_full and sum(branch.finished for branch in members) >= run.config.n
@@ -201,11 +197,10 @@ def _report(run: Run, groups: list[Group]) -> list[Branch]:
         return [branch for group in groups for branch in group.turns()]
     members = [branch for group in groups for branch in [*group.ended, *group.survivors]]
     members.sort(key=lambda branch: branch.id)  # rounds in order, and the candidates of a round in order
-    ended = [branch for branch in members if branch.finished]
     if rules.report == "ended":
-        ended = [branch for branch in members if branch.ended]
+        members = [branch for branch in members if branch.ended]
     else:
-        ended += [branch for branch in members if not branch.finished]
+        members.sort(key=lambda branch: not branch.finished)
     if config.sort_completed:
-        ended.sort(key=lambda branch: -branch.score)
-    return list(islice(cycle(ended), config.n)) if rules.pad else ended
+        members.sort(key=lambda branch: -branch.score)
+    return list(islice(cycle(members), config.n)) if rules.pad else members
