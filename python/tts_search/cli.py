@@ -137,7 +137,12 @@ def build_app() -> Callable[[], None]:
         experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
         out.mkdir(parents=True, exist_ok=True)
         write_manifest(out / "manifest.json", experiments, data)
-        run_experiments(tasks, experiments, out / "results.jsonl", vote or _default_vote(verifier), in_flight)
+        results = out / "results.jsonl"
+        try:
+            run_experiments(tasks, experiments, results, vote or _default_vote(verifier), in_flight)
+        except KeyboardInterrupt:
+            print(f"interrupted; finished tasks are in {results}, run it again to go on", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return app
 
@@ -277,12 +282,6 @@ def _errors_as_text() -> Iterator[None]:
         yield
     except (SearchError, MissingExtraError, ValueError, OSError) as error:
         sys.exit(f"tts-search: {sanitize(str(error))}")
-    except KeyboardInterrupt:
-        print(
-            "tts-search: interrupted; finished problems of eval and demo are saved, run it again to go on",
-            file=sys.stderr,
-        )
-        sys.exit(130)
 
 
 if __name__ == "__main__":

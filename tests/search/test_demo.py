@@ -155,6 +155,33 @@ def test_result_as_json():
         assert len(data["tree"]["nodes"]) == len(result.tree.nodes)
 
 
+INTERRUPTED = """
+import sys
+from tts_search import Step, TextPolicy, cli
+
+def generate(requests):
+    if any(request.problem == "third" for request in requests):
+        raise KeyboardInterrupt
+    return [[Step(r"\\boxed{1}", True)] * request.num_samples for request in requests]
+
+cli._load = lambda *_: (TextPolicy(generate), None)
+sys.argv = ["tts-search", "eval", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_interrupted_eval_saves_what_it_has(tmp_path):
+    pytest.importorskip("typer")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"problem": p, "answer": "1"}) + "\n" for p in ("first", "second", "third")))
+    arguments = [str(data), "--policy", "x", "--out", str(out), "--in-flight", "1"]
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert f"interrupted; finished tasks are in {out / 'results.jsonl'}, run it again" in done.stderr
+    assert [record.problem for record in read_records(out / "results.jsonl")] == ["first", "second"]
+    assert (out / "manifest.json").exists()
+
+
 def test_run_experiments(tmp_path, capsys):
     from tts_search.evaluate import Experiment, Task
 
