@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tts_kernels.forest import ForestStats, KVForest, OutOfPages
+from tts_kernels import ForestStats, KVForest, OutOfPages
 
 CONTAINERS: dict[str, Callable[[list[int]], Any]] = {
     "list": list,

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tts_kernels.forest import KVForest
-from tts_kernels.plan import AttentionPlan, plan_attention
+from tts_kernels import AttentionPlan, KVForest, plan_attention
 
 MAX_QUERY_ROWS = 512  # rows of a task times query heads of a group, on the CPU
 MIN_CHUNK = 256  # tokens of a segment that was cut
