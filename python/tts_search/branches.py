@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.decoder import Batch, KVPool
+from tts_search.decoder import Batch, DecoderShape, KVPool
 from tts_search.protocol import Usage
 
 MAX_FORWARD_TOKENS: Final = 2048
@@ -28,30 +28,34 @@ class Meter:
 
     Attributes
     ----------
-    prompt, read, recomputed
+    prompt, read, recomputed : int
         Tokens forwarded: of the prompt, others, and both kinds again. Their sum is all that was forwarded.
-    waves, flops
-        As in `Usage`.
-    unique, logical, peak_unique, peak_logical
+    keys, logit_rows : int
+        Pairs of a token forwarded and a key that it sees; rows that got logits.
+    waves : int
+        As in :class:`~tts_search.Usage`.
+    unique, logical, peak_unique, peak_logical : int
         KV tokens that it holds, and the most that it held: each token once, and the sum of its branches' lengths.
     """
 
     prompt: int = 0
     read: int = 0
     recomputed: int = 0
+    keys: int = 0
+    logit_rows: int = 0
     waves: int = 0
-    flops: float = 0.0
     unique: int = 0
     logical: int = 0
     peak_unique: int = 0
     peak_logical: int = 0
 
-    def usage(self, tokens: int | None = None) -> Usage:
-        """The public form; ``tokens`` are those read unless given."""
+    def usage(self, shape: DecoderShape, tokens: int | None = None) -> Usage:
+        """The public form, for a decoder; ``tokens`` are those read unless given."""
+        forwarded = self.prompt + self.read + self.recomputed
         return Usage(
             tokens=self.read if tokens is None else tokens,
             prefill_tokens=self.prompt,
-            flops=self.flops,
+            flops=shape.flops(forwarded, self.keys, self.logit_rows),
             peak_unique_kv_tokens=self.peak_unique,
             peak_logical_kv_tokens=self.peak_logical,
             recomputed_tokens=self.recomputed,
@@ -65,23 +69,28 @@ class Branch:
 
     Attributes
     ----------
-    meter
+    meter : Meter
         Where its cost is counted.
-    parent, start, tokens
-        ``start`` is 0 without a parent, and else at least the parent's own start.
-    given
-        How many of ``tokens`` were not sampled but read (a prompt): they count as prefill.
-    marks
+    parent : Branch or None
+    start : int
+        0 without a parent, and else at least the parent's own start.
+    tokens : list of int
+        Its own tokens; it grows at this end.
+    given : int
+        How many of `tokens` were not sampled but read (a prompt): they count as prefill.
+    marks : list of int
         Positions in the path whose outputs are wanted, besides that of the last token.
-    kv, cached
+    kv, cached : int
         Its forest branch while it has one, and how many tokens of the path have KV through it.
-    reached
+    reached : int
         The most tokens of the path that ever had KV; what is forwarded below that is forwarded again.
-    held, holders
-        How many of ``tokens`` have KV that this branch or a descendant reads, and the children that do.
-    released
+    held : int
+        How many of `tokens` have KV that this branch or a descendant reads.
+    holders : set of Branch
+        The children that have KV or have such children: they read this branch's.
+    released : bool
         Nobody asks for it any more; its descendants may.
-    used
+    used : int
         When it was last forwarded.
     """
 
@@ -110,7 +119,8 @@ class Branch:
     @property
     def pending(self) -> int:
         """Tokens of its own that have no KV."""
-        return self.length - max(self.cached, self.start)
+        have = self.cached if self.cached > self.start else self.start
+        return self.start + len(self.tokens) - have
 
     def path(self) -> list[int]:
         """All tokens from the root on."""
@@ -140,14 +150,14 @@ class Forwarded:
 
     Attributes
     ----------
-    outputs
+    outputs : Tensor
         [len(rows), ...]: what the model gave.
-    rows
+    rows : list of (Branch, int)
         The branch and the position in its path that each output is of: branch after branch in the order they were asked
         for, the marked positions that were reached and, for those that are done, the last one.
-    done
+    done : list of Branch
         Branches without pending tokens now, in the order they were asked for.
-    postponed
+    postponed : list of Branch
         Branches that found no room and hold no KV now: they wait until others have finished.
     """
 
@@ -160,11 +170,15 @@ class Forwarded:
 class BranchPool:
     """Keeps the KV of as many branches as fit a pool; those used longest ago make room.
 
+    `forward` packs the branches that it is given, the first ones first. When pages run out it takes the KV of idle
+    branches, then puts the last of the given ones off. So the first one always gets on, and a caller who comes back
+    with those put off after the others have finished is done in a finite number of waves.
+
     Parameters
     ----------
-    pool
+    pool : KVPool
         Where the KV lives.
-    max_tokens
+    max_tokens : int
         The most tokens of one forward; longer prompts are read in chunks.
     """
 
@@ -182,10 +196,12 @@ class BranchPool:
 
         Parameters
         ----------
-        branches
+        branches : sequence of Branch
             Each once, with at least one pending token. A branch whose ancestors lack KV takes their tokens along.
-        model
-            `Decoder.hidden` or `Decoder.logits`; ``head`` says that it is the latter.
+        model : callable
+            The decoder's ``hidden`` or ``logits``.
+        head : bool
+            Whether it is the latter.
 
         Raises
         ------
@@ -366,12 +382,11 @@ class BranchPool:
             meter.recomputed += again
             meter.prompt += prompt
             meter.read += take - again - prompt
-            keys = take * begin + take * (take + 1) // 2
-            meter.flops += self.pool.shape.flops(take, keys, 0)
+            meter.keys += take * begin + take * (take + 1) // 2
             meter.peak_unique = max(meter.peak_unique, meter.unique)
             meter.peak_logical = max(meter.peak_logical, meter.logical)
         for node, _ in logit_rows:
-            node.meter.flops += self.pool.shape.flops(0, 0, 1)
+            node.meter.logit_rows += 1
 
     def _evict(self, active: Sequence[Branch], takes: dict[Branch, int]) -> bool:
         """Take the KV of an idle branch; False if there is none.

@@ -1,7 +1,7 @@
 """What a local model looks like to a policy or a verifier: a decoder that runs packed rows over a paged KV pool.
 
-`Decoder` is the seam. ``adapters/transformers.py`` implements it for every model with pluggable attention; a decoder
-that is written for one model family implements the same three members and serves the same drivers.
+:class:`Decoder` is the seam. ``adapters/transformers.py`` implements it for every model with pluggable attention; a
+decoder that is written for one family of models implements the same members and serves the same drivers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class DecoderShape:
 
     Attributes
     ----------
-    num_layers, num_q_heads, num_kv_heads, head_dim
+    num_layers, num_q_heads, num_kv_heads, head_dim : int
         Of the attention; the same in every layer.
-    max_length
+    max_length : int
         Longest sequence in tokens.
-    body_parameters, head_parameters
-        Weights that one token multiplies on its way to the last hidden state, and from there to the logits.
+    body_parameters, head_parameters : int
+        Weights between a token's embedding and its last hidden state (all experts counted), and from there to logits.
     """
 
     num_layers: int
@@ -62,11 +62,11 @@ class Batch:
 
     Attributes
     ----------
-    tokens, positions
+    tokens, positions : Tensor
         [T] int64: token ids, and where they stand in their branch.
-    slots
+    slots : Tensor
         [T] int32: where the keys and values of the tokens go in the pool.
-    plan
+    plan : AttentionPlan
         The attention of these rows, the same for every layer.
     """
 
@@ -93,7 +93,7 @@ class Decoder(Protocol):
         ...
 
     def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
-        """Run a batch; logits [R, V] of the batch's ``rows`` [R] int64 (all of them if None)."""
+        """Run a batch; logits [R, V] of the batch's ``rows`` [R] int64 (all of them if None), and of no others."""
         ...
 
 
@@ -102,9 +102,9 @@ class KVPool:
 
     Parameters
     ----------
-    shape
+    shape : DecoderShape
         Sizes of the decoder.
-    num_pages, page_size
+    num_pages, page_size : int
         Of the pool; it holds ``num_pages * page_size`` tokens.
     dtype, device
         Of keys and values.

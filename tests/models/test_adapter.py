@@ -16,6 +16,8 @@ from tts_search.adapters.transformers import (
     ATTENTION,
     ForestCache,
     TransformersDecoder,
+    _Mask,
+    _mask,
     load_decoder,
     model_shape,
     read_tensors,
@@ -183,6 +185,33 @@ def test_attention_sinks_are_refused() -> None:
         decoder.model(**inputs, s_aux=torch.ones(4))
 
 
+def test_the_mask_that_a_model_asks_for_is_recognised() -> None:
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        chunked_causal_mask_function,
+        sliding_window_causal_mask_function,
+    )
+
+    assert _mask(mask_function=causal_mask_function) == _Mask(None)
+    for window in (1, 2, 7, 4096):
+        function = sliding_window_causal_mask_function(window)
+        assert _mask(mask_function=function, local_size=window) == _Mask(window)
+    chunks = chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.int64))
+    assert not _mask(mask_function=chunks, local_size=8).known
+    assert not _mask(mask_function=bidirectional_mask_function).known
+    with pytest.raises(ValueError, match="no padding"):
+        _mask(mask_function=causal_mask_function, attention_mask=torch.ones(1, 3))
+
+
+def test_a_mask_that_is_not_causal_is_refused() -> None:
+    model = tiny_model("gemma2", use_bidirectional_attention=True)
+    model.config.is_causal = False
+    decoder, pool = over_forest(model)
+    with pytest.raises(NotImplementedError, match="Gemma2Attention: expected a causal mask"):
+        decoder.logits(pool.pack([pool.forest.add_root()], [[10, 11]]), pool.kv)
+
+
 def test_shape_counts_the_weights_that_a_token_multiplies() -> None:
     tied, free = tiny_model("llama", tie_word_embeddings=True), tiny_model("llama", tie_word_embeddings=False)
     layers = sum(p.numel() for p in free.model.layers.parameters()) + free.model.norm.weight.numel()
@@ -200,6 +229,13 @@ def test_checkpoints_load_in_the_dtype_asked_for(tmp_path: Path) -> None:
     decoder = load_decoder(path, dtype="bfloat16")
     assert decoder.dtype == torch.bfloat16
     assert decoder.model.config._attn_implementation == ATTENTION
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, tiny_model(head="tokens"))
+    assert load_decoder(path, causal_lm=False).shape.head_parameters == 0
+    with pytest.raises(ValueError, match=r"found no lm_head.weight in the checkpoint"):
+        load_decoder(path)
 
 
 def test_tensors_are_read_by_name_from_shards(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Runs the decoder models of transformers over a KV forest, through the places that transformers gives to such things.
 
-`register` adds ``attn_implementation="tts_kernels"``. Its forward is packed and ragged: ``input_ids`` [1, T] holds the
-new tokens of many branches, branch after branch, with ``position_ids`` from the forest; a `ForestCache` stands for the
-KV cache and writes keys and values to the forest's pages; the attention plan travels as a keyword argument from the
-model's forward to the attention of every layer. Nothing is padded, no mask is built, and prefill goes beside decode.
+:func:`register` adds ``attn_implementation="tts_kernels"``. Its forward is packed and ragged: ``input_ids`` [1, T]
+holds the new tokens of many branches, branch after branch, with ``position_ids`` from the forest; a
+:class:`ForestCache` stands for the KV cache and writes keys and values to the forest's pages; the attention plan
+travels as a keyword argument from the model's forward to the attention of every layer. Nothing is padded, no mask is
+built, and prefill goes beside decode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 try:
     import transformers
     from transformers.cache_utils import Cache
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 except ImportError as error:  # pragma: no cover
     raise ImportError(
@@ -31,6 +33,9 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 ATTENTION: Final = "tts_kernels"
+# Options of a configuration that do something to what comes out of the LM head.
+_LOGIT_OPTIONS: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_NO_LIMIT: Final = 2**17  # context of a model whose configuration names none
 # Keyword arguments of an attention function that change its result in a way that tree_attention cannot follow.
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 
@@ -45,7 +50,7 @@ def register() -> None:
     >>> model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="tts_kernels")  # doctest: +SKIP
     """
     AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 class ForestCache(Cache):  # type: ignore[misc]
@@ -53,7 +58,7 @@ class ForestCache(Cache):  # type: ignore[misc]
 
     Parameters
     ----------
-    kv
+    kv : tts_kernels.KVCache
         Keys and values of every layer.
 
     Examples
@@ -126,8 +131,37 @@ class ForestCache(Cache):  # type: ignore[misc]
         return query_length, 0
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Builds nothing: the plan says which keys a row sees."""
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """What a mask would have been: causal, and with a window only over the last ``window`` keys; or another one."""
+
+    window: int | None = None
+    known: bool = True
+
+
+def _mask(
+    *,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **_: Any,
+) -> _Mask:
+    """Builds no mask, but notes what the model asks for, which comes as a function of indices.
+
+    A window is recognised by its edges. Another mask (chunks, a bidirectional prefix) is an error where it is used.
+    """
+    if attention_mask is not None:
+        raise ValueError(f'attn_implementation="{ATTENTION}" takes no attention_mask: there is no padding in a forest')
+    if mask_function is causal_mask_function:
+        return _Mask()
+    if local_size is not None and local_size > 0:
+        query = 2 * local_size + 1
+        keys = torch.tensor([0, query - local_size, query - local_size + 1, query, query + 1])
+        zero = torch.tensor(0)
+        seen = mask_function(zero, zero, torch.tensor(query), keys)
+        if seen.tolist() == [False, False, True, True, False]:
+            return _Mask(local_size)
+    return _Mask(known=False)
 
 
 def _attention(
@@ -135,7 +169,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: _Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -150,25 +184,29 @@ def _attention(
             f'attn_implementation="{ATTENTION}" runs as model(**cache.inputs(batch)) with a ForestCache; '
             f"{type(module).__name__} was called without a plan (or its model drops keyword arguments)"
         )
-    if attention_mask is not None or dropout:
+    if dropout or isinstance(attention_mask, Tensor):
         raise ValueError(f'attn_implementation="{ATTENTION}" takes no attention_mask and no dropout')
+    # Some models pass a window that they do not mask, or the other way round; their eager attention obeys the mask.
+    mask = _Mask(sliding_window) if attention_mask is None else attention_mask
+    if not mask.known:
+        raise NotImplementedError(
+            f"{type(module).__name__}: expected a causal mask or a sliding window, got another one"
+        )
     if unsupported := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(unsupported)} is not supported")
-    if not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"{type(module).__name__} is not causal")
     forest_cache.attended += 1
     out = tk.tree_attention(
-        query[0].transpose(0, 1), key, value, plan, scale=scaling, softcap=softcap or 0.0, window=sliding_window
+        query[0].transpose(0, 1), key, value, plan, scale=scaling, softcap=softcap or 0.0, window=mask.window
     )
     return out[None], None
 
 
 class TransformersDecoder:
-    """A model of transformers as a `tts_search.decoder.Decoder`.
+    """A model of transformers as a :class:`tts_search.decoder.Decoder`.
 
     Parameters
     ----------
-    model
+    model : transformers.PreTrainedModel
         A causal language model, or a bare decoder (then without logits), loaded with
         ``attn_implementation="tts_kernels"``.
 
@@ -187,6 +225,7 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        """Final hidden states [R, H] of the batch's rows, behind the last norm."""
         cache = self._cache_of(kv)
         states: Tensor = self.model.base_model(**cache.inputs(batch)).last_hidden_state[0]
         cache.check_layers(type(self.model).__name__)
@@ -194,6 +233,7 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of the batch's rows."""
         cache = self._cache_of(kv)
         logits: Tensor = self.model(**cache.inputs(batch), logits_to_keep=0 if rows is None else rows).logits[0]
         cache.check_layers(type(self.model).__name__)
@@ -215,15 +255,19 @@ def load_decoder(
     """Load a checkpoint (folder or hub id) with attention over the forest; ``causal_lm=False`` leaves its head out.
 
     By default the checkpoint's dtype, on a GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot run over a forest, or the checkpoint lacks weights; the message says which.
     """
     register()
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
-    try:
-        model = auto.from_pretrained(path_or_id, dtype=dtype or "auto", attn_implementation=ATTENTION)
-    except ValueError as error:
-        if ATTENTION in str(error):
-            raise ValueError(f"{path_or_id}: this model does not support pluggable attention ({error})") from error
-        raise
+    model, loading = auto.from_pretrained(
+        path_or_id, dtype=dtype or "auto", attn_implementation=ATTENTION, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{path_or_id}: found no {', '.join(missing)} in the checkpoint")
     return TransformersDecoder(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
@@ -241,7 +285,7 @@ def model_shape(model: PreTrainedModel) -> DecoderShape:
         num_q_heads=num_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        max_length=config.max_position_embeddings,
+        max_length=getattr(config, "max_position_embeddings", None) or _NO_LIMIT,
         body_parameters=total - embedding.weight.numel() - (0 if shared else head_parameters),
         head_parameters=head_parameters,
     )
@@ -305,8 +349,8 @@ def score_head(path_or_id: str, entry: VerifierFormat, decoder: TransformersDeco
                 f"{path_or_id}: format {entry.name!r} found no {' and no '.join(missing)} in the checkpoint"
             )
         return tk.ScoreHead.two_class(tensors[entry.weight], tensors.get(entry.bias or ""), entry.good)
-    head = decoder.model.get_output_embeddings()
-    if getattr(decoder.model.config, "final_logit_softcapping", None) is not None or head is None:
+    head, config = decoder.model.get_output_embeddings(), decoder.model.config
+    if head is None or any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_OPTIONS):
         raise ValueError(f"{path_or_id}: format {entry.name!r} needs logits that are a plain LM head's")
     good, bad = (label_token(tokenizer, label) for label in entry.labels)
     if getattr(head, "bias", None) is None:

@@ -1,4 +1,4 @@
-"""`HFPolicy`: a causal language model of transformers that grows the branches of a search over a KV forest."""
+"""A policy over a causal language model of transformers: it grows the branches of a search over a KV forest."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _CONTEXT: Final = 8
 class HFPolicy:
     r"""Samples steps from a causal language model of transformers.
 
-    The prompt of a problem is read once; branches share it, and each other's steps, in a `tts_kernels.KVForest`. All
-    branches of all problems in flight decode in one packed batch, and a branch leaves it when its step ends.
+    The prompt of a problem is read once; branches share it, and each other's steps, in a :class:`tts_kernels.KVForest`.
+    All branches of all problems in flight decode in one packed batch, and a branch leaves it when its step ends.
 
     A step ends at the first token after which the step's text holds the delimiter, with something other than white
     space before it. Its text is what was generated, all of the last token included: a token ``".\n\n"`` ends a step in
@@ -39,16 +39,16 @@ class HFPolicy:
 
     Parameters
     ----------
-    path_or_id
+    path_or_id : str
         Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer; a chat template if it has one.
         Without one, the prompt is the system prompt and the problem, each followed by a blank line.
-    system_prompt
+    system_prompt : str or None
         The system message before the problem; by default none.
-    dtype
+    dtype : torch.dtype or str or None
         Of weights and KV cache, such as ``torch.bfloat16`` or ``"bfloat16"``; by default the checkpoint's.
-    device
+    device : torch.device or str or None
         By default a GPU if there is one, else the CPU.
-    kv_memory
+    kv_memory : int or str or None
         Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
         a quarter of the free memory. A search that needs more runs in waves: idle branches give their KV up and read
         their tokens again when it is their turn.
@@ -89,6 +89,8 @@ class HFPolicy:
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem. Its prompt is read with the first step."""
+        if problem in self._problems:
+            raise ValueError(f"problem {problem} is in flight: an HFPolicy serves one search at a time")
         tokens = self._encode(self._prompt(text))
         root = Branch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = _Problem(root, {0: _Node(root, "")})
@@ -116,7 +118,7 @@ class HFPolicy:
         """Forget what is left of a problem; what it cost."""
         state = self._problems.pop(problem)
         self._pool.close(state.root.meter)
-        return state.root.meter.usage(state.sampled)
+        return state.root.meter.usage(self.decoder.shape, state.sampled)
 
     def _prompt(self, text: str) -> str:
         if self.tokenizer.chat_template is None:
@@ -232,7 +234,7 @@ class HFPolicy:
         return text[len(job.context_text) :] if text.startswith(job.context_text) else self._decode(own)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def _whole_characters(self, job: _Job, own: Sequence[int]) -> int:
@@ -276,7 +278,7 @@ class _Delimiter:
 
     def may_close(self, token: int) -> bool:
         """Whether a token can complete the delimiter: if it adds its last character, or a part of a character."""
-        if self.text is None:
+        if not self.text:
             return False
         if token not in self._closing:
             piece = self._decode([*self._before, token])

@@ -8,7 +8,7 @@ and the hidden state at the last token of a boundary is what the head scores. Wi
 ``{steps}`` in the prompt is read behind each step, scored at its last token and taken back: a question about the text
 so far.
 
-New formats are data: construct a `VerifierFormat`, `register_format` it, or write one into a checkpoint's
+New formats are data: construct a :class:`VerifierFormat`, :func:`register_format` it, or write one into a checkpoint's
 ``config.json`` as ``"tts_verifier"``.
 """
 
@@ -35,32 +35,32 @@ class VerifierFormat:
 
     Attributes
     ----------
-    name
+    name : str
         What ``HFVerifier(format=...)`` calls it.
-    head
+    head : str
         How hidden states become scores. ``"label_pair"``: the rows of the LM head for the two ``labels``.
         ``"two_class"``: the tensors ``weight`` [2, H] and ``bias`` [2] of the checkpoint.
-    prompt
+    prompt : str
         Text with ``{problem}`` and, where the solution goes, ``{steps}``. The token that the tokenizer puts before a
         text (bos) comes first.
-    chat
+    chat : tuple of (str, str)
         Messages (role, content) to use instead of ``prompt``, through the tokenizer's chat template; the same two marks
         in their contents. If the last one is not the assistant's, the template's generation prompt follows.
-    boundary, separator
+    boundary, separator : str
         Text after each step, and between a boundary and the next step. Both stay in the context.
-    score_at
+    score_at : str
         ``"boundary"``: the last token of the boundary is scored. ``"closing"``: the last token of the text after
         ``{steps}``, which is read for the score alone.
-    strip
+    strip : bool
         Whether white space around a step is taken off (a step as generated holds its delimiter).
-    encoding
+    encoding : str
         ``"text"``: prompt, steps and boundaries are one text for the tokenizer. ``"pieces"``: each is encoded by
         itself, as in training with TRL.
-    labels
+    labels : pair of str or int
         Good and bad label of a label pair: token ids, or texts of one token each.
-    weight, bias, good
+    weight, bias, good : str, str or None, int
         Names of the tensors of a two-class head (``bias`` None: it has none), and the class that is good.
-    matches
+    matches : callable
         Tells from a model's configuration that it wants this format.
 
     Raises
@@ -133,7 +133,7 @@ FORMATS: Final[dict[str, VerifierFormat]] = {}
 
 
 def register_format(entry: VerifierFormat) -> VerifierFormat:
-    """Add a format to `FORMATS`, or replace the one of that name; returns it."""
+    """Add a format to ``FORMATS``, or replace the one of that name; returns it."""
     FORMATS[entry.name] = entry
     return entry
 

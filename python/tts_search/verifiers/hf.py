@@ -1,4 +1,4 @@
-"""`HFVerifier`: a process reward model of transformers that reads each token of a search once."""
+"""A verifier over a process reward model of transformers: it reads each token of a search once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["HFVerifier"]
 class HFVerifier:
     """Scores steps with a discriminative process reward model, or any language model that is asked about them.
 
-    Candidates share a `tts_kernels.KVForest` of their own, forked by the same parents as the policy's: a candidate
-    costs the tokens of its new step and its boundary, whatever came before. Hidden states are read where a step is
-    scored and nowhere else, and no logits are made: the head is a `tts_kernels.ScoreHead`.
+    Candidates share a :class:`tts_kernels.KVForest` of their own, forked by the same parents as the policy's: a
+    candidate costs the tokens of its new step and its boundary, whatever came before. Hidden states are read where a
+    step is scored and nowhere else, and no logits are made: the head is a :class:`tts_kernels.ScoreHead`.
 
     The score of a step is that of the text up to its boundary. Where a tokenizer does not cut the text at a boundary,
     the tokens that change when text follows are taken back and read again, so the result is that of encoding the whole
@@ -36,15 +36,15 @@ class HFVerifier:
 
     Parameters
     ----------
-    path_or_id
+    path_or_id : str
         Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer.
-    format
-        A name in `FORMATS`, a `VerifierFormat` or such an entry as a dict. By default what the checkpoint's config
-        says: its ``"tts_verifier"``, or a format that knows the architecture.
-    head
+    format : str or VerifierFormat or dict
+        A name in ``FORMATS``, a :class:`~tts_search.verifiers.VerifierFormat`, or such an entry as a dict. By default
+        what the checkpoint's config says: its ``"tts_verifier"``, or a format that knows the architecture.
+    head : ScoreHead or None
         Use this head instead of the format's.
     dtype, device, kv_memory
-        As in `HFPolicy`.
+        As in :class:`~tts_search.HFPolicy`.
 
     Raises
     ------
@@ -86,6 +86,8 @@ class HFVerifier:
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem. It is read with the first step."""
+        if problem in self._problems:
+            raise ValueError(f"problem {problem} is in flight: an HFVerifier serves one search at a time")
         tokens, tail = self._reader.prompt(text)
         root = Branch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = {0: _Node(root, tail, (), [])}
@@ -115,7 +117,7 @@ class HFVerifier:
         """Forget what is left of a problem; what it cost."""
         meter = self._problems.pop(problem)[0].branch.meter
         self._pool.close(meter)
-        return meter.usage()
+        return meter.usage(self.decoder.shape)
 
     def _job(self, request: Score) -> _Job:
         """What a request adds to the tree: the tokens of the steps that were not scored before."""
@@ -315,15 +317,15 @@ class _Job:
 
     Attributes
     ----------
-    base, node
+    base, node : _Node
         What it builds on, and what stays in the tree for the request's branch.
-    chain
+    chain : list of Branch
         The branches that hold the new steps, each one's parent before it.
-    questions
+    questions : list of Branch
         Branches behind the steps whose last token is scored, if the steps' own is not.
     places, found
         Where each new step is scored, and what came out.
-    tail
+    tail : _Tail
         The end of the text so far.
     """
 

@@ -1,0 +1,226 @@
+"""Decode steps of a policy: N branches that share a prompt of P tokens, sampling included.
+
+    python benchmarks/bench_decode.py --checkpoint /tmp/smollm2/checkpoint     # see examples/smollm2
+    python benchmarks/bench_decode.py                                          # random weights of the same shape
+
+A step is what `HFPolicy` does for one token of every branch: reserve KV slots, plan, forward, sample, look for the end
+of the step. It is timed from one forward's start to the next one's. Cases are run in turn, several times, and each
+case's number is the median of all its steps. The baseline, with ``--baseline``, is the same model in transformers with
+its own attention (SDPA) and a `DynamicCache` of N full rows, sampled from by `tts_kernels.sample` as well.
+
+The bound is the larger of two times, with rates measured here: the weights and the unique KV read once from memory, and
+the operations of the linear layers and the attention at the speed of a large matrix product in the same type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tts_search import HFPolicy, StepParams
+from tts_search.branches import Branch, BranchPool, Meter
+from tts_search.decoder import Batch, Decoder, KVPool
+from tts_search.policies import hf
+from tts_search.protocol import Expand
+
+import tts_kernels as tk
+
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """N branches on P shared tokens."""
+
+    branches: int
+    prefix: int
+
+
+@dataclass
+class Times:
+    """Milliseconds of each step, and of the model's forward in it."""
+
+    step: list[float]
+    forward: list[float]
+
+    def row(self, case: Case, name: str, bound: float) -> dict[str, float | str]:
+        step = statistics.median(self.step)
+        return {
+            "engine": name,
+            **asdict(case),
+            "step_ms": round(step, 1),
+            "forward_ms": round(statistics.median(self.forward), 1),
+            "tokens_per_s": round(1000 * case.branches / step),
+            "bound_ms": round(bound, 1),
+            "steps": len(self.step),
+        }
+
+
+class Stopwatch:
+    """A decoder that notes when each forward begins and how long it takes."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.shape = decoder, decoder.shape
+        self.begins: list[float] = []
+        self.lengths: list[float] = []
+
+    def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        self.begins.append(time.perf_counter())
+        out = self.decoder.logits(batch, kv, rows)
+        self.lengths.append(time.perf_counter() - self.begins[-1])
+        return out
+
+
+def run_ours(policy: HFPolicy, case: Case, num_tokens: int, times: Times) -> None:
+    """Sample ``num_tokens`` in each branch; the last of its steps count, when all branches decode together."""
+    policy._pool = BranchPool(KVPool(policy.decoder.shape, pages_for(case, num_tokens), 16, policy.decoder.dtype))
+    root = Branch(Meter(), tokens=prompt(case), given=case.prefix)
+    policy._problems[0] = hf._Problem(root, {0: hf._Node(root, "")})
+    watch = Stopwatch(policy.decoder)
+    policy.decoder = watch
+    params = StepParams(temperature=0.8, top_p=0.95, max_tokens=num_tokens, delimiter="\n\n\n\n\n\n")
+    children = tuple(range(1, case.branches + 1))
+    policy.expand([Expand(0, 0, children, (), tuple(range(case.branches)), params)])
+    policy.decoder = watch.decoder
+    policy.end(0)
+    # The first forward reads the prompt; the second one copies the prompt's last page for each branch.
+    times.step += [1000 * (after - before) for before, after in itertools.pairwise(watch.begins[-num_tokens + 2 :])]
+    times.forward += [1000 * length for length in watch.lengths[-num_tokens + 2 : -1]]
+
+
+@torch.inference_mode()
+def run_transformers(model: LlamaForCausalLM, case: Case, num_tokens: int, times: Times) -> None:
+    """The usual way: N rows, each with the whole prompt in its cache."""
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([prompt(case)]), past_key_values=cache, logits_to_keep=1)
+    cache.batch_repeat_interleave(case.branches)
+    tokens = torch.arange(10, 10 + case.branches)
+    seeds = torch.arange(case.branches)
+    for number in range(num_tokens):
+        begin = time.perf_counter()
+        logits = model(tokens[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        middle = time.perf_counter()
+        tokens, _ = tk.sample(logits, temperature=0.8, top_p=0.95, seeds=seeds, offsets=seeds * 0 + number)
+        times.step.append(1000 * (time.perf_counter() - begin))
+        times.forward.append(1000 * (middle - begin))
+
+
+def prompt(case: Case) -> list[int]:
+    """P tokens that mean nothing."""
+    return [10 + (7 * i) % 40000 for i in range(case.prefix)]
+
+
+def pages_for(case: Case, num_tokens: int) -> int:
+    """Room for the prompt and the branches' own tokens."""
+    return case.prefix // 16 + 2 + case.branches * (num_tokens // 16 + 3)
+
+
+def median_rate(work: Callable[[], object], amount: float, repeats: int = 9) -> float:
+    """Amount of work a second, the median of several runs."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return amount / statistics.median(seconds)
+
+
+def bound_ms(decoder: Decoder, case: Case, num_tokens: int, read_rate: float, gemm_rate: float) -> float:
+    """The larger of the time to read weights and unique KV once, and the time of the arithmetic."""
+    shape, size = decoder.shape, decoder.dtype.itemsize
+    own = num_tokens // 2
+    weights = size * (shape.body_parameters + shape.head_parameters)
+    kv = shape.kv_bytes(decoder.dtype) * (case.prefix + case.branches * own)
+    flops = shape.flops(case.branches, case.branches * (case.prefix + own), case.branches)
+    return 1000 * max((weights + kv) / read_rate, flops / gemm_rate)
+
+
+def checkpoint_of_shape(folder: str, dtype: str) -> str:
+    """A checkpoint of SmolLM2's shape with random weights and a tokenizer that is never asked."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(getattr(torch, dtype)).save_pretrained(folder)
+    vocab = {f"<{number}>": number for number in range(SMOLLM2["vocab_size"])}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, "<0>"))).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="a checkpoint; by default random weights of SmolLM2's shape")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--branches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--prefix", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each case, in turn with the others")
+    parser.add_argument("--baseline", action="store_true", help="time transformers' own attention as well")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.checkpoint or checkpoint_of_shape(scratch, options.dtype)
+        policy = HFPolicy(path, dtype=options.dtype, kv_memory="16MiB")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=policy.decoder.dtype) if options.baseline else None
+    policy._eos = frozenset()  # every branch runs to its limit
+    cases = [Case(branches, prefix) for branches in options.branches for prefix in options.prefix]
+    ours, theirs = ({case: Times([], []) for case in cases} for _ in range(2))
+    for _ in range(options.repeats):
+        for case in cases:
+            run_ours(policy, case, options.tokens, ours[case])
+            if model is not None:
+                run_transformers(model, case, 4, theirs[case])
+
+    block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
+    read_rate = median_rate(block.sum, 2**28)
+    square = torch.randn(2048, 2048, dtype=policy.decoder.dtype)
+    gemm_rate = median_rate(lambda: square @ square, 2 * 2048**3)
+    rows = []
+    for case in cases:
+        bound = bound_ms(policy.decoder, case, options.tokens, read_rate, gemm_rate)
+        rows.append(ours[case].row(case, "tts_search, transformers' layers", bound))
+        if model is not None:
+            rows.append(theirs[case].row(case, "transformers, SDPA", bound))
+    report(rows, options, read_rate, gemm_rate)
+
+
+def report(rows: list[dict[str, float | str]], options: argparse.Namespace, read_rate: float, gemm_rate: float) -> None:
+    """Print a table, and what it was measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    facts = {
+        "checkpoint": options.checkpoint or "random weights of SmolLM2-135M's shape",
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "cpu_isa": tk.backend_info().cpu_isa,
+        "read_gb_per_s": round(read_rate / 1e9, 1),
+        "gemm_gflop_per_s": round(gemm_rate / 1e9),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "commit": commit.stdout.strip(),
+    }
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+    for row in rows:
+        print("| " + " | ".join(str(row[name]) for name in names) + " |")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
