@@ -179,7 +179,7 @@ void a_full_page_is_never_copied() {
 void the_last_page_can_be_filled() {
     Forest forest(2, 4);
     const Ints root{forest.add_root()};
-    for (const int64_t count : {3, 1, 4}) forest.append(root, Ints{count});
+    for (const int64_t count : {3, 4, 1}) forest.append(root, Ints{count});
     CHECK(forest.length(root[0]) == 8 && free_pages(forest) == 0);
     CHECK(contains(thrown<tts::OutOfPages>([&] { forest.append(root, Ints{1}); }), "1 needed, 0 free"));
 }
