@@ -18,7 +18,9 @@ from tts_search.adapters.transformers import (
     TransformersDecoder,
     _Mask,
     _mask,
+    load_config,
     load_decoder,
+    load_tokenizer,
     model_shape,
     read_tensors,
     register,
@@ -236,6 +238,12 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     assert load_decoder(path, causal_lm=False).shape.head_parameters == 0
     with pytest.raises(ValueError, match=r"found no lm_head.weight in the checkpoint"):
         load_decoder(path)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    for load in (load_tokenizer, load_config):
+        with pytest.raises(FileNotFoundError, match="path_or_id: expected the folder of a checkpoint"):
+            load(str(tmp_path / "nothing"))
 
 
 def test_tensors_are_read_by_name_from_shards(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -310,9 +311,12 @@ def load_tokenizer(path_or_id: str) -> Any:
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such folder.
     ValueError
         If there is only a slow one: offsets of tokens in the text are needed.
     """
+    _check_exists(path_or_id)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
     if not tokenizer.is_fast:
         raise ValueError(f"{path_or_id}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
@@ -320,8 +324,15 @@ def load_tokenizer(path_or_id: str) -> Any:
 
 
 def load_config(path_or_id: str) -> Any:
-    """The configuration of a checkpoint."""
+    """The configuration of a checkpoint; FileNotFoundError if there is no such folder."""
+    _check_exists(path_or_id)
     return transformers.AutoConfig.from_pretrained(path_or_id)
+
+
+def _check_exists(path_or_id: str) -> None:
+    """A path that is not there is not looked for on the hub."""
+    if path_or_id.startswith((".", "/", "~")) and not Path(path_or_id).is_dir():
+        raise FileNotFoundError(f"path_or_id: expected the folder of a checkpoint or a hub id, got {path_or_id!r}")
 
 
 def eos_tokens(tokenizer: Any, decoder: TransformersDecoder) -> frozenset[int]:
