@@ -66,7 +66,7 @@ def build_app() -> Callable[[], None]:
     @app.command()
     def demo(
         out: Path = typer.Option(Path("demo-results"), help="Folder of the full results."),
-        problems: int = typer.Option(20, help="Problems of each level."),
+        problems: int = typer.Option(30, help="Problems of each level."),
         budgets: str = typer.Option("1,4,16,64", help="Sizes of the search."),
         seed: int = typer.Option(0, help="Fixes the problems and every draw."),
     ) -> None:

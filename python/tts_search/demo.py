@@ -76,7 +76,7 @@ def run_demo(
     out: str | Path,
     *,
     levels: Sequence[int] = LEVELS,
-    count: int = 20,
+    count: int = 30,
     budgets: Sequence[int] = BUDGETS,
     seed: int = 0,
     emit: Callable[[str], None] = print,
@@ -204,8 +204,10 @@ def _verdict(models: Models, rows: Mapping[str, Row]) -> str:
             difference, _ = sign_test(_at(row, level), _at(rival, level))
             (ahead if difference > 0 else behind if difference < 0 else []).append(level)
         difference, p = sign_test(row, rival)
-        levels = f"ahead on level {_list(ahead)}, behind on {_list(behind)}"
-        lines.append(f"  {name}: {100 * difference:+.0f} points over all levels (p = {p:.2g}, sign test); {levels}")
+        lines.append(
+            f"  {name}: {100 * difference:+.0f} points over all levels (p = {p:.2g}, sign test); "
+            f"ahead on {_levels(ahead)}, behind on {_levels(behind)}"
+        )
     return "\n".join(lines)
 
 
@@ -213,8 +215,8 @@ def _at(row: Row, level: str) -> Row:
     return replace(row, records=[record for record in row.records if record.level == level])
 
 
-def _list(items: Sequence[str]) -> str:
-    return ", ".join(items) if items else "none"
+def _levels(levels: Sequence[str]) -> str:
+    return f"level {', '.join(levels)}" if levels else "no level"
 
 
 def _one_tree(models: Models, rows: Mapping[str, Row]) -> str:
