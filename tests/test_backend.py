@@ -34,12 +34,12 @@ def test_reference_backend_checks_its_input_too() -> None:
     scores = torch.rand(4)
     with tk.use_backend("reference"):
         assert tk.aggregate_steps(scores, torch.tensor([0, 4]), "max") == scores.max()
-        with pytest.raises(ValueError, match="^indptr"):
+        with pytest.raises(ValueError, match=r"^indptr"):
             tk.aggregate_steps(scores, torch.tensor([0, 5]), "max")
 
 
 def test_unknown_and_missing_backends_say_so() -> None:
-    with pytest.raises(ValueError, match=r"^name: expected one of auto, cpp, triton, reference, got 'fast'"):
+    with pytest.raises(ValueError, X):
         tk.use_backend("fast")
     for name, missing in tk.backend_info().available.items():
         if missing:

@@ -12,7 +12,9 @@ import pytest
 import tts_kernels as tk
 
 HERE = Path(__file__).parent
-FILES = sorted(str(f) for f in HERE.glob("test_*.py") if (HERE.parent / "csrc" / "cpu" / f.name[5:]).with_suffix(".cpp").exists())
+FILES = sorted(
+    str(f) for f in HERE.glob("test_*.py") if (HERE.parent / "csrc" / "cpu" / f.name[5:]).with_suffix(".cpp").exists()
+)
 
 
 @pytest.mark.timeout(900)
@@ -20,7 +22,18 @@ FILES = sorted(str(f) for f in HERE.glob("test_*.py") if (HERE.parent / "csrc" /
 def test_kernels_at(isa: str) -> None:
     """The last of the list is what the rest of the suite runs with."""
     assert FILES
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *FILES]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not slow and not gpu",
+        "-p",
+        "no:cacheprovider",
+        *FILES,
+    ]
     done = subprocess.run(
         command, env={**os.environ, "TTS_KERNELS_CPU_ISA": isa}, capture_output=True, text=True, check=False
     )

@@ -20,9 +20,11 @@ def load() -> None:
     if not PATH.exists():
         raise ImportError(f"{PATH} is missing: build the package with `pip install .`")
     try:
-        torch.ops.load_library(str(PATH))
+        torch.ops.load_library(str(PATH))  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise ImportError(f"{PATH} does not load in torch {torch.__version__} (2.10 or newer is needed): {error}") from error
+        raise ImportError(
+            f"{PATH} does not load in torch {torch.__version__} (2.10 or newer is needed): {error}"
+        ) from error
 
 
 load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -40,7 +41,9 @@ def tensor(
     if value.dtype not in dtypes:
         _fail(TypeError, name, " or ".join(str(d) for d in dtypes), value)
     if shape is not None:
-        fits = value.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True))
+        fits = value.dim() == len(shape) and all(
+            isinstance(s, str) or s == n for s, n in zip(shape, value.shape, strict=True)
+        )
         if not fits:
             _fail(ValueError, name, f"shape [{', '.join(str(s) for s in shape)}]", value)
     if device is not None and value.device != device:
@@ -113,6 +116,6 @@ def indptr(name: str, value: Any, total: int, device: torch.device | None = None
     offsets = value.tolist()
     if offsets[0] != 0 or offsets[-1] != total:
         _fail(ValueError, name, f"offsets from 0 to {total}", f"{offsets[0]} to {offsets[-1]}")
-    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(offsets)):
         if b < a:
             _fail(ValueError, name, "offsets that do not fall", f"{b} after {a} at index {i + 1}")

@@ -270,7 +270,7 @@ def _attend(
     q: Tensor, keys: Tensor, values: Tensor, num_kv_heads: int, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """One row [Hq, D] over keys and values [n, Hkv, D]."""
-    grouped = q.unflatten(0, (num_kv_heads, -1))
+    grouped = q.reshape(num_kv_heads, -1, q.shape[-1])
     scores = torch.einsum("hgd,nhd->hgn", grouped, keys) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -12,23 +12,23 @@
 #include "tree_attention.h"
 
 // Every CPU kernel, by name.
-#define TTS_CPU_KERNELS(X) \
-    X(aggregate_steps)         \
-    X(append_kv)               \
-    X(copy_page)               \
-    X(finish_steps)            \
-    X(gather_steps)            \
-    X(hidden_layer)            \
-    X(linear_logprob)          \
-    X(merge_states)            \
-    X(prune)                   \
-    X(sample_draw)             \
-    X(sample_plan)             \
-    X(sample_scan)             \
-    X(sample_weigh)            \
-    X(step_scores)             \
-    X(tree_attention)          \
-    X(tree_attention_merge)    \
+#define TTS_CPU_KERNELS(X)  \
+    X(aggregate_steps)      \
+    X(append_kv)            \
+    X(copy_page)            \
+    X(finish_steps)         \
+    X(gather_steps)         \
+    X(hidden_layer)         \
+    X(linear_logprob)       \
+    X(merge_states)         \
+    X(prune)                \
+    X(sample_draw)          \
+    X(sample_plan)          \
+    X(sample_scan)          \
+    X(sample_weigh)         \
+    X(step_scores)          \
+    X(tree_attention)       \
+    X(tree_attention_merge) \
     X(tree_attention_scratch)
 
 namespace tts {

@@ -16,7 +16,8 @@
 
 TTS_BEGIN_ISA
 
-// ---- scalars -----------------------------------------------------------------------------------------------
+// ---- scalars
+// -----------------------------------------------------------------------------------------------
 
 inline float bit_float(uint32_t bits) {
     float x;
@@ -77,7 +78,8 @@ inline f16 from_float<f16>(float x) {
     return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-// ---- vectors -----------------------------------------------------------------------------------------------
+// ---- vectors
+// -----------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 
@@ -105,7 +107,9 @@ struct Vec {
     static Vec widen(__m256i h) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
     }
-    static __m256i half(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static __m256i half(__m512 x) {
+        return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
     static __m256i narrow(__m512 x) {
         const __m512i bits = _mm512_castps_si512(x);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -132,7 +136,8 @@ inline Vec select_less(Vec x, Vec y, Vec a, Vec b) {
 }
 // p * 2**n for whole n in [-126, 127]
 inline Vec scale_exponent(Vec p, Vec n) {
-    const __m512i e = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+    const __m512i e =
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
     return {_mm512_mul_ps(p.v, _mm512_castsi512_ps(e))};
 }
 
@@ -148,7 +153,9 @@ struct Vec {
         const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
     }
-    static Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+    static Vec load(const f16* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+    }
     template <class T>
     static Vec load(const T* p, int n) {
         T all[width] = {};
@@ -199,7 +206,8 @@ inline Vec select_less(Vec x, Vec y, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LT_OQ))};
 }
 inline Vec scale_exponent(Vec p, Vec n) {
-    const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+    const __m256i e =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(e))};
 }
 

@@ -51,7 +51,8 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     >>> lse
     tensor([[0.6931]])
     """
-    return _op(out_a, lse_a, out_b, lse_b)
+    out: tuple[Tensor, Tensor] = _op(out_a, lse_a, out_b, lse_b)
+    return out
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
