@@ -19,7 +19,7 @@ SOLUTION = ("47 + 38 = 85\n\n", "85 * 6 = 10\n\n", "10 - 11 = 99\n\n", "The answ
 def test_the_same_seed_gives_the_same_problems_everywhere() -> None:
     problems = [problem for level in LEVELS for split in ("train", "test") for problem in generate(split, level, 20, 3)]
     digest = hashlib.sha256("\n".join(problem.problem for problem in problems).encode()).hexdigest()
-    assert digest[:16] == "23efe8214d85a5b4"
+    assert digest[:16] == "2724fcfbe52608d2"
     assert generate("test", 5, 20, 3) == generate("test", 5, 20, 3) == generate("test", 5, 50, 3)[:20]
     assert generate("test", 5, 20, 3) != generate("test", 5, 20, 4)
 

@@ -52,7 +52,7 @@ _SIZES = {
     2: _Level(3, 3, max_addend=9, max_factor=4),
     3: _Level(4, 5, max_addend=12, max_factor=5),
     4: _Level(6, 7, max_addend=16, max_factor=6),
-    5: _Level(8, 10, max_addend=30, max_factor=9),
+    5: _Level(8, 10, max_addend=40, max_factor=9),
 }
 _TEST_SHARE = 10  # one problem in ten is a test problem
 _GIVE_UP = 1000  # this many known problems in a row: a level has no more
