@@ -1,0 +1,402 @@
+"""tree_attention against branch-by-branch attention in float64, on plans cut at random by brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from rules import DTYPES, assert_names, assert_rule
+from torch import Tensor
+from torch.library import opcheck
+from trees import Plan, Tree, brute_plan, caches, dense_attention, grow, poison, with_short_branches
+
+import tts_kernels as tk
+from tts_kernels import reference
+
+
+def star(page_size: int, branches: int = 9, prefix: int = 150) -> Tree:
+    return grow(page_size, [-1] + [0] * branches, [prefix] + [7 * i % 41 + 1 for i in range(branches)])
+
+
+def chain(page_size: int) -> Tree:
+    """A caterpillar: at each of 16 nodes one branch ends and one goes on."""
+    parents = [-1]
+    for _ in range(16):
+        parents += [len(parents) - 1] * 2
+    return grow(page_size, parents, [11 * i % 37 + 1 for i in range(len(parents))])
+
+
+def dvts(page_size: int) -> Tree:
+    """Two problems; one of them a root prompt, three trunks, four tails each."""
+    parents = [-1, 0, 0, 0] + [1 + i // 4 for i in range(12)] + [-1]
+    return grow(page_size, parents, [70, 100, 33, 64] + [5 * i % 29 + 1 for i in range(12)] + [90])
+
+
+def random_forest(page_size: int, seed: int) -> Tree:
+    rng = random.Random(seed)
+    parents = [-1, -1]
+    parents += [rng.randrange(n) for n in range(2, 22)]
+    return grow(page_size, parents, [rng.randint(1, 80) for _ in parents], seed)
+
+
+def lone(page_size: int) -> Tree:
+    return grow(page_size, [-1], [301])
+
+
+TREES = {
+    "star": star,
+    "chain": chain,
+    "dvts": dvts,
+    "lone": lone,
+    "random": lambda page_size: random_forest(page_size, 5),
+    "empty": lambda page_size: Tree(page_size, [[], []], [0, 0], 1),
+}
+
+
+def assert_attends(
+    tree: Tree,
+    q_lens: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    poisoned: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """The tolerance rule for out and lse."""
+    plan = brute_plan(tree, q_lens, *heads, head_dim, seed)
+    k, v = caches(tree, heads[1], head_dim, dtype)
+    if poisoned:
+        k, v = poison(tree, k), poison(tree, v)
+    q = torch.randn(sum(q_lens), heads[0], head_dim).to(dtype)
+    out, lse = tk.tree_attention(q, k, v, plan, return_lse=True, **options)
+    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), tree, q_lens, **options)
+    plain, plain_lse = dense_attention(q, k, v, tree, q_lens, **options)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert_rule(out, exact, plain)
+    assert_rule(lse, exact_lse, plain_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("name", TREES)
+def test_one_row_a_branch(name: str, page_size: int, dtype: torch.dtype) -> None:
+    tree = TREES[name](page_size)
+    assert_attends(tree, [1] * len(tree.pages), (8, 2), 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 7, 32, 64, 80, 96, 112, 128, 256, 300])
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    assert_attends(star(16, branches=5), [1] * 5, (8, 2), head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (9, 3), (5, 1), (12, 2), (7, 7), (16, 1)])
+def test_heads(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    tree = dvts(16)
+    assert_attends(tree, [1] * len(tree.pages), heads, 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_numbers_of_rows(seed: int, group: int, dtype: torch.dtype) -> None:
+    """0, 1 and many rows a branch, causal among them; branches that end inside pages that others go on to fill."""
+    tree = with_short_branches(random_forest([1, 16, 64, 4][seed], seed), [0, 1, 20, 33])
+    rng = random.Random(seed)
+    q_lens = [min(n, rng.choice([0, 1, 3, 50])) or int(n == 0) for n in tree.kv_lens]
+    assert_attends(tree, q_lens, (2 * group, 2), 48, dtype, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_prefill(dtype: torch.dtype) -> None:
+    tree = grow(16, [-1, -1, -1], [130, 1, 67])
+    assert_attends(tree, list(tree.kv_lens), (8, 4), 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 20},
+        {"window": 1000},
+        {"softcap": 0.5},
+        {"softcap": 30.0, "scale": 0.3},
+        {"scale": 0.0},
+        {"scale": -0.1},
+        {"window": 33, "softcap": 5.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_options(options: dict[str, Any], q_len: int, dtype: torch.dtype) -> None:
+    tree = with_short_branches(star(16), [12, 77])
+    assert_attends(tree, [min(n, q_len) for n in tree.kv_lens], (8, 2), 64, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_hidden_slots_may_hold_anything(page_size: int, group: int, dtype: torch.dtype) -> None:
+    """NaN and infinities in every slot that no branch owns, and in those that only the longest branch owns."""
+    tree = with_short_branches(star(page_size), [3, 40, 77, 100, 131, 149, 150])
+    q_lens = [min(n, 3) for n in tree.kv_lens]
+    assert_attends(tree, q_lens, (2 * group, 2), 64, dtype, poisoned=True)
+    assert_attends(tree, q_lens, (2 * group, 2), 64, dtype, poisoned=True, window=9)
+
+    plan = brute_plan(tree, q_lens, 2 * group, 2, 64)
+    k, v = caches(tree, 2, 64, dtype)
+    q = torch.randn(sum(q_lens), 2 * group, 64).to(dtype)
+    before = tk.tree_attention(q, k, v, plan)
+    last = tree.pages[0][(tree.kv_lens[0] - 1) // page_size]  # branch 0's newest token: no other branch has it
+    offset = (tree.kv_lens[0] - 1) % page_size
+    shared = tree.pages[0][148 // page_size]  # position 148: hidden from the branches of 3 to 131 tokens
+    for cache in (k, v):
+        cache[last, offset, :, ::2] = torch.nan
+        cache[shared, 148 % page_size, :, 1::2] = torch.inf
+    after = tk.tree_attention(q, k, v, plan)
+    short = [b for b, n in enumerate(tree.kv_lens) if n <= 148]
+    rows = [sum(q_lens[:b]) + j for b in short for j in range(q_lens[b])]
+    assert len(rows) > 3
+    assert torch.equal(after[rows], before[rows])
+    assert not after[:3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_visible_nan_shows_where_it_is_read(dtype: torch.dtype) -> None:
+    tree = star(16)
+    q_lens = [1] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 8, 2, 64)
+    k, v = caches(tree, 2, 64, dtype)
+    own = tree.pages[4][-1]
+    k[own, 0, 1, 5] = torch.nan
+    v[tree.pages[0][2], 3, 0, 7] = torch.nan  # shared by all, one head, one element
+    out, lse = tk.tree_attention(torch.randn(9, 8, 64).to(dtype), k, v, plan, return_lse=True)
+    expected = torch.zeros(9, 8, 64, dtype=torch.bool)
+    expected[4, 4:] = True
+    expected[:, :4, 7] = True
+    assert torch.equal(out.isnan(), expected)
+    assert torch.equal(lse.isnan(), expected.all(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
+    tree = star(16)
+    q_lens = [1] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 8, 2, 64)
+    k, v = caches(tree, 2, 64, dtype)
+    q = (torch.randn(9, 8, 64) * 300).to(dtype)
+    out, lse = tk.tree_attention(q, k, v, plan, return_lse=True)
+    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), tree, q_lens)
+    plain, plain_lse = dense_attention(q, k, v, tree, q_lens)
+    assert_rule(out, exact, plain)
+    assert_rule(lse, exact_lse, plain_lse)
+
+
+def test_rows_without_keys_are_empty() -> None:
+    tree = Tree(16, [[], [0]], [0, 3], 1)
+    plan = brute_plan(tree, [1, 1], 4, 2, 8)
+    k, v = caches(tree, 2, 8, torch.float32)
+    out, lse = tk.tree_attention(torch.randn(2, 4, 8), k, v, plan, return_lse=True)
+    assert torch.equal(out[0], torch.zeros(4, 8))
+    assert torch.equal(lse[0], torch.full((4,), -torch.inf))
+    assert lse[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    """Caches as views of [layers, 2, Hkv, P, page_size, D + 8], q as a slice of a fused projection."""
+    tree = dvts(16)
+    q_lens = [1] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 8, 2, 64)
+    pool = torch.randn(2, 2, 2, tree.num_pages, 16, 72).to(dtype)
+    k, v = (pool[1, i, ..., 4:68].permute(1, 2, 0, 3) for i in range(2))
+    fused = torch.randn(len(q_lens), 12, 64).to(dtype)
+    expected = tk.tree_attention(fused[:, :8].contiguous(), k.contiguous(), v.contiguous(), plan)
+    assert torch.equal(tk.tree_attention(fused[:, :8], k, v, plan), expected)
+    backwards = torch.randn(64, 8, len(q_lens)).to(dtype).permute(2, 1, 0)
+    assert torch.equal(tk.tree_attention(backwards, k, v, plan), tk.tree_attention(backwards.contiguous(), k, v, plan))
+
+
+def test_threads_do_not_change_the_result() -> None:
+    tree = dvts(16)
+    q_lens = [1] * len(tree.pages)
+    before = torch.get_num_threads()
+    for dtype in DTYPES:
+        plan = brute_plan(tree, q_lens, 8, 2, 64)
+        k, v = caches(tree, 2, 64, dtype)
+        q = torch.randn(len(q_lens), 8, 64).to(dtype)
+        results = []
+        try:
+            for threads in (1, 2, 3, 2, 1):
+                torch.set_num_threads(threads)
+                results.append(
+                    torch.cat([t.flatten().float() for t in tk.tree_attention(q, k, v, plan, return_lse=True)])
+                )
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(results[0], r) for r in results)
+
+
+def test_how_the_work_is_cut_hardly_changes_the_result() -> None:
+    tree = random_forest(16, 3)
+    q_lens = [1] * len(tree.pages)
+    k, v = caches(tree, 2, 64, torch.float32)
+    q = torch.randn(len(q_lens), 8, 64)
+    whole = tk.tree_attention(q, k, v, brute_plan(tree, q_lens, 8, 2, 64, cuts=False))
+    for seed in range(5):
+        cut = tk.tree_attention(q, k, v, brute_plan(tree, q_lens, 8, 2, 64, seed))
+        torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_reference_is_the_definition(dtype: torch.dtype) -> None:
+    tree = with_short_branches(dvts(4), [0, 5, 30])
+    q_lens = [min(n, 2) or 1 for n in tree.kv_lens]
+    k, v = caches(tree, 2, 16, dtype)
+    q = torch.randn(sum(q_lens), 4, 16).to(dtype)
+    for window, softcap in ((0, 0.0), (9, 2.0)):
+        args = operator_args(q, k, v, brute_plan(tree, q_lens, 4, 2, 16), softcap=softcap, window=window)
+        out, lse = reference.tree_attention(*args)
+        exact, exact_lse = dense_attention(
+            q.double(), k.double(), v.double(), tree, q_lens, softcap=softcap, window=window or None
+        )
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+        lse_tolerance = 1e-12 if dtype == torch.float64 else 2e-6  # scores are taken in float32 at least
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=lse_tolerance, atol=lse_tolerance)
+
+
+def operator_args(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float = 0.0, window: int = 0
+) -> tuple[Tensor | int | float, ...]:
+    tensors = [getattr(plan, f.name) for f in dataclasses.fields(plan) if f.type == "Tensor"]
+    return (q, k, v, *tensors, plan.page_size, plan.num_kv_heads, plan.max_slots, 0.25, softcap, window)
+
+
+def test_opcheck_and_compile() -> None:
+    tree = star(16)
+    plan = brute_plan(tree, [1] * 9, 8, 2, 16)
+    k, v = caches(tree, 2, 16, torch.float32)
+    q = torch.randn(9, 8, 16)
+    opcheck(torch.ops.tts_kernels.tree_attention.default, operator_args(q, k, v, plan))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = tk.tree_attention(q * 2, k, v, plan, window=70, return_lse=True)
+        return out * lse[..., None]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+
+
+def test_reference_backend_agrees() -> None:
+    tree = dvts(16)
+    q_lens = [1] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 4, 2, 32)
+    k, v = caches(tree, 2, 32, torch.float32)
+    q = torch.randn(len(q_lens), 4, 32)
+    with tk.use_backend("reference"):
+        expected = tk.tree_attention(q, k, v, plan, return_lse=True)
+    torch.testing.assert_close(tk.tree_attention(q, k, v, plan, return_lse=True), expected)
+
+
+def test_bad_input_names_the_argument() -> None:
+    tree = star(16)
+    plan = brute_plan(tree, [1] * 9, 8, 2, 16)
+    k, v = caches(tree, 2, 16, torch.float32)
+    q = torch.randn(9, 8, 16)
+    attend = tk.tree_attention
+    assert_names(TypeError, "q", attend, q.double(), k, v, plan)
+    assert_names(TypeError, "k_cache", attend, q, k.half(), v, plan)
+    assert_names(TypeError, "v_cache", attend, q, k, v.half(), plan)
+    assert_names(ValueError, "q", attend, q[0], k, v, plan, scale=1.0)
+    assert_names(ValueError, "q", attend, q[:8], k, v, plan)
+    assert_names(ValueError, "q", attend, q[:, :7], k, v, plan)
+    assert_names(ValueError, "k_cache", attend, q, k[0], v, plan)
+    assert_names(ValueError, "k_cache", attend, q, k[..., :8], v, plan)
+    assert_names(ValueError, "k_cache", attend, q, k.transpose(2, 3).contiguous().transpose(2, 3), v, plan)
+    assert_names(ValueError, "v_cache", attend, q, k, v[:-1], plan)
+    assert_names(ValueError, "scale", attend, q, k, v, plan, scale=float("nan"))
+    assert_names(TypeError, "scale", attend, q, k, v, plan, scale="1")
+    assert_names(ValueError, "softcap", attend, q, k, v, plan, softcap=-1.0)
+    assert_names(ValueError, "softcap", attend, q, k, v, plan, softcap=float("inf"))
+    assert_names(ValueError, "window", attend, q, k, v, plan, window=0)
+    assert_names(TypeError, "window", attend, q, k, v, plan, window=1.5)
+
+
+def spoiled(plan: Plan, field: str, index: Any, value: int) -> Plan:
+    tensor = getattr(plan, field).clone()
+    tensor[index] = value
+    return dataclasses.replace(plan, **{field: tensor})
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "index", "value"),
+    [
+        (IndexError, "pages", 0, 10**6),
+        (IndexError, "pages", 1, -1),
+        (ValueError, "rows", 0, 9),
+        (ValueError, "rows", 0, -1),
+        (ValueError, "segments", (0, 0), -1),
+        (ValueError, "segments", (0, 0), 2**31 - 1),
+        (ValueError, "segments", (0, 1), -16),
+        (ValueError, "segments", (0, 2), 2**31 - 1),
+        (ValueError, "segments", (0, 2), 0),
+        (ValueError, "segments", (0, 3), -1),
+        (ValueError, "segments", (0, 4), 10),
+        (ValueError, "tasks", (0, 0), -1),
+        (ValueError, "tasks", (0, 1), 10**6),
+        (ValueError, "tasks", (0, 2), 9),
+        (ValueError, "tasks", (0, 3), 10),
+        (ValueError, "tasks", (0, 4), -1),
+        (ValueError, "tasks", (0, 4), 2**31 - 1),
+        (ValueError, "merge_indptr", 0, 1),
+        (ValueError, "merge_indptr", -1, 10**6),
+        (ValueError, "merge_indptr", 4, -1),
+        (IndexError, "merge_slots", 0, -1),
+        (IndexError, "merge_slots", 0, 10**6),
+        (ValueError, "sizes", 0, 10**6),
+        (ValueError, "sizes", 1, 10**6),
+        (ValueError, "sizes", 2, 10**6),
+        (ValueError, "sizes", 3, 10**6),
+        (ValueError, "sizes", 0, -1),
+    ],
+)
+def test_a_broken_plan_is_refused(kind: type[Exception], field: str, index: Any, value: int) -> None:
+    tree = star(16)
+    plan = brute_plan(tree, [1] * 9, 8, 2, 16)
+    k, v = caches(tree, 2, 16, torch.float32)
+    q = torch.randn(9, 8, 16)
+    assert_names(kind, f"plan.{field}", tk.tree_attention, q, k, v, spoiled(plan, field, index, value))
+
+
+def test_any_plan_is_safe() -> None:
+    """Random tables either run or are refused: nothing is read or written out of bounds."""
+    tree = star(16)
+    plan = brute_plan(tree, [1] * 9, 8, 2, 16)
+    k, v = caches(tree, 2, 16, torch.float32)
+    q = torch.randn(9, 8, 16)
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(300):
+        bad = plan
+        for _ in range(rng.randint(1, 3)):
+            field = rng.choice(
+                ["rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes"]
+            )
+            tensor = getattr(bad, field)
+            index = tuple(rng.randrange(n) for n in tensor.shape)
+            bad = spoiled(bad, field, index, rng.choice([rng.randint(-3, 12), -(2**31), 2**31 - 1]))
+        try:
+            tk.tree_attention(q, k, v, bad)
+            outcomes.add("ran")
+        except (ValueError, IndexError):
+            outcomes.add("refused")
+    assert outcomes == {"ran", "refused"}
