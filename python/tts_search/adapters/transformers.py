@@ -264,9 +264,15 @@ def load_decoder(
     """
     register()
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
-    model, loading = auto.from_pretrained(
-        path_or_id, dtype=dtype or "auto", attn_implementation=ATTENTION, output_loading_info=True
-    )
+    level = transformers.logging.get_verbosity()
+    if not causal_lm:
+        transformers.logging.set_verbosity_error()  # it would warn of the head, which is read by itself
+    try:
+        model, loading = auto.from_pretrained(
+            path_or_id, dtype=dtype or "auto", attn_implementation=ATTENTION, output_loading_info=True
+        )
+    finally:
+        transformers.logging.set_verbosity(level)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{path_or_id}: found no {', '.join(missing)} in the checkpoint")
     return TransformersDecoder(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
