@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# A process a core, one thread each; tests of threading set their own number.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -24,10 +26,10 @@ test: $(VENV)/.built  ## Build, then run the C++ and the Python tests (not those
 	cmake --build build/cpp --target host_tests > build/cpp.log || { cat build/cpp.log; exit 1; }
 	ctest --test-dir build/cpp --output-on-failure
 	@echo "== Python tests"
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 bench: $(VENV)/.built  ## Run the microbenchmarks
 	@echo "== microbenchmarks (pytest-benchmark)"
