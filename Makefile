@@ -22,6 +22,7 @@ demo: $(VENV)/.built  ## Build, then let small models solve problems by best-of-
 
 test: $(VENV)/.built  ## Build, then run the C++ and the Python tests (not those marked slow)
 	@echo "== C++ tests"
+	@mkdir -p build
 	cmake -S . -B build/cpp -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build/cpp.log || { cat build/cpp.log; exit 1; }
 	cmake --build build/cpp --target host_tests > build/cpp.log || { cat build/cpp.log; exit 1; }
 	ctest --test-dir build/cpp --output-on-failure
