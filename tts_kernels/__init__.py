@@ -12,12 +12,16 @@ from .kv_cache import KVCache
 from .ops.aggregate_steps import aggregate_steps
 from .ops.append_kv import append_kv_
 from .ops.copy_pages import copy_pages_
+from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.linear_logprob import linear_logprob
 from .ops.merge_states import merge_states
 from .ops.prune import Pruned, prune
+from .ops.rms_norm import rms_norm
+from .ops.rope_append import rope_append_
 from .ops.sample import Sampled, sample
 from .ops.score_and_prune import ScoredPruned, score_and_prune
 from .ops.step_scores import step_scores
+from .ops.swiglu import swiglu
 from .ops.tree_attention import tree_attention
 from .plan import AttentionPlan, plan_attention
 from .score_head import ScoreHead
@@ -32,6 +36,7 @@ __all__ = [
     "KVCache",
     "KVForest",
     "OutOfPages",
+    "PackedLinear",
     "Pruned",
     "Sampled",
     "ScoreHead",
@@ -41,13 +46,18 @@ __all__ = [
     "backend_info",
     "copy_pages_",
     "debug_checks",
+    "linear",
     "linear_logprob",
     "merge_states",
+    "pack_linear",
     "plan_attention",
     "prune",
+    "rms_norm",
+    "rope_append_",
     "sample",
     "score_and_prune",
     "step_scores",
+    "swiglu",
     "tree_attention",
     "use_backend",
 ]

@@ -298,3 +298,75 @@ def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     """Whole pages of each cache."""
     for cache in caches:
         cache[dst.long()] = cache[src.long()]
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """Panels of 16 rows [ceil(N / 16), ceil(K / s), 16, s], zero-padded; s is 2 in bfloat16, else 1."""
+    step = 2 if weight.dtype == torch.bfloat16 else 1
+    rows, depth = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -depth % step, 0, -rows % 16))
+    panels = padded.reshape(padded.shape[0] // 16, 16, padded.shape[1] // step, step)
+    return panels.transpose(1, 2).contiguous()
+
+
+def unpack_linear(weight: Tensor, in_features: int, out_features: int) -> Tensor:
+    """The inverse of `pack_linear`; [N, K]."""
+    panels, steps, rows, step = weight.shape
+    return weight.transpose(1, 2).reshape(panels * rows, steps * step)[:out_features, :in_features].contiguous()
+
+
+def linear(
+    x: Tensor, weight: Tensor, in_features: int, out_features: int, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """``x @ unpacked.T + bias + residual`` in the dtype of x."""
+    wide = _wide(x, weight)
+    y = x.to(wide) @ unpack_linear(weight, in_features, out_features).to(wide).T
+    for added in (bias, residual):
+        y = y if added is None else y + added.to(wide)
+    return y.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``h / sqrt(mean(h**2) + eps) * weight`` and h = x + residual; h is empty without a residual."""
+    wide = _wide(x)
+    h = x if residual is None else x + residual
+    normed = h.to(wide) * torch.rsqrt(h.to(wide).square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    return normed.to(x.dtype), x.new_empty(0, x.shape[1]) if residual is None else h
+
+
+def rope_append_(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Norm and rotate the heads of q and k, write k and v at ``slots``; q [T, Hq, D]."""
+    wide, head_dim = _wide(qkv), cos_sin.shape[1]
+    heads = qkv.reshape(qkv.shape[0], num_q_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = torch.split(heads, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos, sin = cos_sin[positions.long()].to(wide)[:, None].chunk(2, dim=-1)
+
+    def rotated(x: Tensor, norm: Tensor | None) -> Tensor:
+        x = x.to(wide)
+        if norm is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.to(wide)
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(qkv.dtype)
+
+    page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
+    k_cache[page, offset] = rotated(k, k_norm)
+    v_cache[page, offset] = v
+    return rotated(q, q_norm)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``; [T, I]."""
+    gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)

@@ -4,11 +4,15 @@
 #include "aggregate_steps.h"
 #include "append_kv.h"
 #include "copy_pages.h"
+#include "linear.h"
 #include "linear_logprob.h"
 #include "merge_states.h"
 #include "prune.h"
+#include "rms_norm.h"
+#include "rope_append.h"
 #include "sample.h"
 #include "step_scores.h"
+#include "swiglu.h"
 #include "tree_attention.h"
 
 // Every CPU kernel, by name.
@@ -19,14 +23,21 @@
     X(finish_steps)         \
     X(gather_steps)         \
     X(hidden_layer)         \
+    X(linear)               \
+    X(linear_cut)           \
     X(linear_logprob)       \
+    X(linear_pack_rows)     \
     X(merge_states)         \
+    X(pack_linear)          \
     X(prune)                \
+    X(rms_norm)             \
+    X(rope_append)          \
     X(sample_draw)          \
     X(sample_plan)          \
     X(sample_scan)          \
     X(sample_weigh)         \
     X(step_scores)          \
+    X(swiglu)               \
     X(tree_attention)       \
     X(tree_attention_merge) \
     X(tree_attention_scratch)

@@ -88,6 +88,10 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType d
     return torch::stable::new_empty(like, shape, dtype);
 }
 
+// Rows of `width` elements that are worth a thread of their own in an op that reads each element once or
+// twice.
+inline int64_t row_grain(int64_t width) { return 1 + (1 << 15) / (width + 1); }
+
 // The aggregate of that name.
 inline Aggregate aggregate(const std::string& how) {
     static constexpr const char* names[] = {"last", "min", "prod", "mean", "max", "sum"};

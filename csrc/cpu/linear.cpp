@@ -1,0 +1,140 @@
+// linear: out = x W^T + bias + residual for weights that were packed once, made for few rows.
+//
+//   x [T, K], W [N, K] packed into panels of 16 rows  ->  out [T, N]
+//
+// For up to 24 rows or so the time is that of reading W, so W is stored as the tile reads it: one stream of
+// whole cache lines a panel, without a gather or a conversion of layout. The rows of x are packed for each
+// call into the tile's order (a few percent of the work), which frees the inner loop of strides: it is one
+// load a panel and one multiply-add a row. Beyond 24 rows the tiles of a block go through the same panels one
+// after another, which then come from L2. Work is cut into groups of panels x blocks of about 256 rows; a sum
+// is computed by one thread from start to end (tile.h), so results depend neither on threads nor on the
+// number of rows.
+#include "linear.h"
+
+#include "rows.h"
+
+TTS_BEGIN_ISA
+
+namespace {
+
+constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while the panels pass
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Row tiles differ in height by at most one.
+struct Tiles {
+    int64_t rows, count;
+    int64_t begin(int64_t tile) const { return tile * (rows / count) + min(tile, rows % count); }
+    int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+};
+
+template <class T>
+void pack_panel(const PackLinearArgs& args, int64_t panel) {
+    constexpr int S = kStep<T>;
+    const auto* weight = static_cast<const T*>(args.weight.data);
+    const int64_t steps = divide_up(args.depth, S);
+    T* out = static_cast<T*>(args.out) + panel * steps * kPanel * S;
+    for (int64_t s = 0; s < steps; ++s) {
+        for (int64_t c = 0; c < kPanel; ++c) {
+            const int64_t n = panel * kPanel + c;
+            for (int64_t j = 0; j < S; ++j) {
+                const int64_t k = s * S + j;
+                const bool inside = n < args.columns && k < args.depth;
+                out[(s * kPanel + c) * S + j] = inside ? weight[n * args.stride + k] : T{};
+            }
+        }
+    }
+}
+
+// out = sums + bias + residual for the first `width` of a tile's columns.
+template <class T, int P>
+void finish(const LinearArgs& args, const float* sums, int64_t row, int64_t height, int64_t column,
+            int64_t width) {
+    const auto* bias = static_cast<const T*>(args.bias.data);
+    const auto* residual = static_cast<const T*>(args.residual);
+    auto* out = static_cast<T*>(args.out);
+    width = min(width, args.columns - column);
+    for (int64_t i = row; i < row + height; ++i, sums += P * kPanel) {
+        for_vectors(width, [&](int64_t c, int n) {
+            Vec y = Vec::load(sums + c);
+            if (bias) y = y + load(bias + column + c, n);
+            if (residual) y = y + load(residual + i * args.residual_stride + column + c, n);
+            store(y, out + i * args.columns + column + c, n);
+        });
+    }
+}
+
+// A row tile of height R through panels [begin, end), P of them at a time; panels that are left over go one
+// by one, P times each (no panel apart), which costs nothing where memory is the bound.
+template <class T, int R>
+void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end) {
+    constexpr int P = tile_panels(R);
+    const int64_t steps = divide_up(args.depth, kStep<T>), panel = steps * kPanel * kStep<T>;
+    const float* rows = args.packed + row * packed_row<T>(steps);
+    const auto* weight = static_cast<const T*>(args.weight);
+    alignas(64) float sums[R * P * kPanel];
+    for (int64_t width; begin < end; begin += width) {
+        width = begin + P <= end ? P : 1;
+        tile<T, R, P>(rows, weight + begin * panel, width == P ? panel : 0, steps, sums);
+        finish<T, P>(args, sums, row, R, begin * kPanel, width * kPanel);
+    }
+}
+
+template <class T, int R = kTileRows>
+void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t begin, int64_t end) {
+    if constexpr (R > 0) {
+        if (height == R) return run_tile<T, R>(args, row, begin, end);
+        run_tile_of<T, R - 1>(height, args, row, begin, end);
+    }
+}
+
+}  // namespace
+
+void pack_linear(const PackLinearArgs& args, int64_t begin, int64_t end) {
+    dispatch(args.weight.dtype, [&]<class T>(T*) {
+        for (int64_t panel = begin; panel < end; ++panel) pack_panel<T>(args, panel);
+    });
+}
+
+LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype) {
+    const int64_t height = rows <= kTileRows ? kTileRows : kManyTileRows;
+    const int64_t tiles = divide_up(rows, height), panels = divide_up(columns, kPanel);
+    const int64_t at_once = tile_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
+    const int64_t block = min(tiles, kBlockRows / height), group = panels >= 512 ? 8
+                                                                   : at_once > 2 ? at_once
+                                                                                 : 2;
+    const int64_t row =
+        dispatch(dtype, [&]<class T>(T*) { return packed_row<T>(divide_up(depth, kStep<T>)); });
+    const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;
+    return {tiles, block, panels, group, units, row};
+}
+
+void linear_pack_rows(const LinearArgs& args, int64_t begin, int64_t end) {
+    const Tiles tiles{args.rows, args.cut.tiles};
+    dispatch(args.x.dtype, [&]<class T>(T*) {
+        const int64_t steps = divide_up(args.depth, kStep<T>);
+        for (int64_t t = begin; t < end; ++t) {
+            const T* x = static_cast<const T*>(args.x.data) + tiles.begin(t) * args.x_stride;
+            float* out = args.packed + tiles.begin(t) * args.cut.row;
+            pack_rows(x, args.x_stride, tiles.height(t), args.depth, steps, out);
+        }
+    });
+}
+
+void linear(const LinearArgs& args, int64_t begin, int64_t end) {
+    const LinearCut& cut = args.cut;
+    const Tiles tiles{args.rows, cut.tiles};
+    const int64_t groups = divide_up(cut.panels, cut.group);
+    dispatch(args.x.dtype, [&]<class T>(T*) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t first = unit / groups * cut.block, panel = unit % groups * cut.group;
+            for (int64_t t = first; t < min(first + cut.block, cut.tiles); ++t) {
+                run_tile_of<T>(tiles.height(t), args, tiles.begin(t), panel,
+                               min(panel + cut.group, cut.panels));
+            }
+        }
+    });
+}
+
+TTS_END_ISA

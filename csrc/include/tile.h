@@ -1,0 +1,194 @@
+// Register tiles of the product C = X W^T over packed operands, float32 sums.
+//
+//   rows     [steps][values][R]: R <= kTileRows rows of X; what one step multiplies lies next to each other
+//   weights  panels of 16 rows of W, [steps][16][elements]
+//
+// A step is one element of the depth K, or two of them in bfloat16, as `vdpbf16ps` multiplies them; a last
+// odd element has a zero beside it. The layout of the weights is the same for every instruction set. That of
+// the rows is not, as they are packed for each call: a row's value is 32 bits wide, the pair of a step where
+// there is bfloat16 arithmetic, else one element in float32.
+//
+// A tile holds R x (16 P) sums in registers, P panels wide. Each sum is one chain over the depth, in order,
+// cut at multiples of kChain steps: it depends neither on the tile's shape nor on the other rows.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "vec_math.h"
+
+namespace tts {
+
+inline constexpr int kPanel = 16;
+
+// Elements of the depth in one step.
+template <class T>
+inline constexpr int kStep = 1;
+template <>
+inline constexpr int kStep<bf16> = 2;
+
+}  // namespace tts
+
+TTS_BEGIN_ISA
+
+// Steps that are summed in one chain before they join the total. Short chains keep the rounding of float32
+// small; for 16-bit types it is far below that of the inputs.
+template <class T>
+inline constexpr int64_t kChain = sizeof(T) == 4 ? 128 : 1024;
+
+// Rows of a tile, by registers: of the only tile of a few rows, and of one of many. The first has one panel,
+// so that memory is read once and at an even rate while up to 24 rows are multiplied; the second loads less.
+#if defined(__AVX512F__)
+inline constexpr int kTileRows = 24, kManyTileRows = 12;
+inline constexpr int tile_panels(int rows) { return rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
+#elif defined(__AVX2__)
+inline constexpr int kTileRows = 6, kManyTileRows = 6;
+inline constexpr int tile_panels(int rows) { return rows <= 2 ? 2 : 1; }
+#else
+inline constexpr int kTileRows = 2, kManyTileRows = 2;
+inline constexpr int tile_panels(int) { return 1; }
+#endif
+
+// One step, by the type of the weights: values of a row in it, a vector of its weights, sums + row * weights.
+// `values` are those of row i at i, the second one R floats behind.
+template <class T>
+struct TileStep {
+    static constexpr int values = 1;
+    using Weights = Vec;
+    // Vec::width values of a row from x on, zero beyond its last `left` elements.
+    static Vec load_values(const T* x, int64_t left) {
+        return left >= Vec::width ? Vec::load(x) : Vec::load(x, left > 0 ? static_cast<int>(left) : 0);
+    }
+    static Weights load(const T* w) { return Vec::load(w); }
+    template <int R>
+    static Vec add(const float* value, Weights w, Vec sums) {
+        return fma(Vec::all(*value), w, sums);
+    }
+};
+
+#if defined(__AVX512BF16__)
+
+template <>
+struct TileStep<bf16> {
+    static constexpr int values = 1;
+    using Weights = __m512bh;
+    static Vec load_values(const bf16* x, int64_t left) {
+        if (left >= 2 * Vec::width) return {_mm512_loadu_ps(x)};
+        const __mmask32 mask = left > 0 ? (1u << left) - 1u : 0u;
+        return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x))};
+    }
+    static Weights load(const bf16* w) { return reinterpret_cast<Weights>(_mm512_loadu_si512(w)); }
+    template <int R>
+    static Vec add(const float* pair, Weights w, Vec sums) {
+        return {_mm512_dpbf16_ps(sums.v, reinterpret_cast<Weights>(_mm512_set1_ps(*pair)), w)};
+    }
+};
+
+#else
+
+// Without bfloat16 arithmetic the halves of a 32-bit lane become two vectors, the low one by a shift, the
+// high one by a mask, and meet two values of the row.
+template <>
+struct TileStep<bf16> {
+    static constexpr int values = 2;
+    struct Weights {
+        Vec low, high;
+    };
+    static Vec load_values(const bf16* x, int64_t left) {
+        return left >= Vec::width ? Vec::load(x) : Vec::load(x, left > 0 ? static_cast<int>(left) : 0);
+    }
+    static Weights load(const bf16* w) {
+#if defined(__AVX512F__)
+        const __m512i pairs = _mm512_loadu_si512(w), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
+                { _mm512_castsi512_ps(_mm512_and_si512(pairs, high)) }};
+#elif defined(__AVX2__)
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+        return {{_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))},
+                { _mm256_castsi256_ps(_mm256_and_si256(pairs, high)) }};
+#else
+        Weights r;
+        for (int i = 0; i < Vec::width; ++i) {
+            r.low.v[i] = to_float(w[2 * i]);
+            r.high.v[i] = to_float(w[2 * i + 1]);
+        }
+        return r;
+#endif
+    }
+    template <int R>
+    static Vec add(const float* value, Weights w, Vec sums) {
+        return fma(Vec::all(value[R]), w.high, fma(Vec::all(value[0]), w.low, sums));
+    }
+};
+
+#endif
+
+// Floats of a packed row of `steps` steps.
+template <class T>
+inline constexpr int64_t packed_row(int64_t steps) {
+    return steps * TileStep<T>::values;
+}
+
+// Packs `height` rows of `depth` elements into a tile, in blocks of W x W values that are transposed.
+template <class T>
+inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth, int64_t steps, float* tile) {
+    constexpr int W = Vec::width, elements = kStep<T> / TileStep<T>::values;
+    float from[W * W], to[W * W];
+    const int64_t count = packed_row<T>(steps);
+    for (int64_t value = 0; value < count; value += W) {
+        const int64_t values = count - value < W ? count - value : W, k = value * elements;
+        for (int64_t row = 0; row < height; row += W) {
+            const int rows = height - row < W ? static_cast<int>(height - row) : W;
+            for (int i = 0; i < rows; ++i) {
+                TileStep<T>::load_values(x + (row + i) * stride + k, depth - k).store(from + i * W);
+            }
+            transpose(from, W, to, W);
+            float* out = tile + value * height + row;
+            for (int64_t j = 0; j < values; ++j) {
+                const Vec v = Vec::load(to + j * W);
+                rows == W ? v.store(out + j * height) : v.store(out + j * height, rows);
+            }
+        }
+    }
+}
+
+// sums [R][P][16] = rows . panels over all steps; `panel` elements lie between panels.
+template <class T, int R, int P>
+inline void tile(const float* rows, const T* weights, int64_t panel, int64_t steps, float* sums) {
+    using Step = TileStep<T>;
+    constexpr int V = kPanel / Vec::width;  // vectors in a panel
+    constexpr bool kPrefetch = R >= 8;      // fewer rows run at the pace of the hardware's own prefetching
+    for (int64_t begin = 0; begin < steps || begin == 0; begin += kChain<T>) {
+        const int64_t end = begin + kChain<T> < steps ? begin + kChain<T> : steps;
+        Vec acc[R][P * V];
+        for (int i = 0; i < R; ++i) {
+            for (int v = 0; v < P * V; ++v) acc[i][v] = Vec::zero();
+        }
+        for (int64_t s = begin; s < end; ++s) {
+            typename Step::Weights w[P * V];
+#pragma GCC unroll 32
+            for (int v = 0; v < P * V; ++v) {
+                const T* p = weights + (v / V) * panel + (s * kPanel + (v % V) * Vec::width) * kStep<T>;
+                if (kPrefetch && v % V == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048);
+                w[v] = Step::load(p);
+            }
+            const float* value = rows + s * Step::values * R;
+#pragma GCC unroll 32
+            for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 32
+                for (int v = 0; v < P * V; ++v) {
+                    acc[i][v] = Step::template add<R>(value + i, w[v], acc[i][v]);
+                }
+            }
+        }
+        for (int i = 0; i < R; ++i) {
+            for (int v = 0; v < P * V; ++v) {
+                float* sum = sums + (i * P * V + v) * Vec::width;
+                (begin ? Vec::load(sum) + acc[i][v] : acc[i][v]).store(sum);
+            }
+        }
+    }
+}
+
+TTS_END_ISA

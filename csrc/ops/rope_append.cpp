@@ -1,0 +1,69 @@
+// torch.ops.tts_kernels.rope_append_
+#include "attention.h"
+
+namespace tts::ops {
+namespace {
+
+CachePages writable(Tensor cache) {
+    return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
+}
+
+const void* head_norm(const std::optional<Tensor>& weight, int64_t head_dim, DType type) {
+    if (!weight) return nullptr;
+    require(weight->dim() == 1 && weight->size(0) == head_dim, "norm");
+    const FloatArray array = floats(*weight);
+    require(array.dtype == type, "norm");
+    return array.data;
+}
+
+Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v_cache,
+                    const Tensor& positions_in, const Tensor& cos_sin_in, const Tensor& slots_in,
+                    int64_t num_q_heads, int64_t num_kv_heads, const std::optional<Tensor>& q_norm,
+                    const std::optional<Tensor>& k_norm, double eps) {
+    const Tensor qkv = dense_rows(qkv_in), positions = dense(positions_in), slots = dense(slots_in);
+    const Tensor cos_sin = dense(cos_sin_in);
+    const DType type = dtype(qkv);
+    require(cos_sin.dim() == 2 && num_q_heads >= 1 && num_kv_heads >= 1 && eps >= 0.0 && eps < 1e300,
+            "options");
+    const int64_t count = qkv.size(0), head_dim = cos_sin.size(1);
+    require(head_dim % 2 == 0 && qkv.size(1) == (num_q_heads + 2 * num_kv_heads) * head_dim, "qkv");
+    require(same_cache(k_cache, v_cache) && k_cache.size(2) == num_kv_heads && k_cache.size(3) == head_dim &&
+                dtype(k_cache) == type,
+            "caches");
+    RopeAppendArgs args{.qkv = {qkv.const_data_ptr(), type},
+                        .stride = qkv.stride(0),
+                        .num_q_heads = num_q_heads,
+                        .num_kv_heads = num_kv_heads,
+                        .head_dim = head_dim,
+                        .positions = indices(positions),
+                        .cos_sin = float32(cos_sin),
+                        .q_norm = head_norm(q_norm, head_dim, type),
+                        .k_norm = head_norm(k_norm, head_dim, type),
+                        .eps = static_cast<float>(eps),
+                        .slots = indices(slots),
+                        .page_size = k_cache.size(1),
+                        .k_cache = writable(k_cache),
+                        .v_cache = writable(v_cache),
+                        .q = nullptr};
+    require(positions.numel() == count && slots.numel() == count, "positions and slots");
+    require_range(args.positions, count, 0, cos_sin.size(0));
+    require_range(args.slots, count, 0, k_cache.size(0) * k_cache.size(1));
+    Tensor q = empty(qkv, {count, num_q_heads, head_dim}, qkv.scalar_type());
+    args.q = q.mutable_data_ptr();
+    torch::stable::parallel_for(0, count, row_grain(qkv.size(1)),
+                                [&](int64_t begin, int64_t end) { kernels().rope_append(args, begin, end); });
+    return q;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
+    m.def(
+        "rope_append_(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, Tensor cos_sin, "
+        "Tensor slots, int num_q_heads, int num_kv_heads, Tensor? q_norm, Tensor? k_norm, float eps) -> "
+        "Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("rope_append_", TORCH_BOX(&rope_append_)); }
+
+}  // namespace tts::ops

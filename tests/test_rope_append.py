@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from rules import DTYPES, assert_names, assert_rule
+from torch.library import opcheck
+
+import tts_kernels as tk
+from tts_kernels import reference
+
+
+def angles(positions: int, head_dim: int) -> torch.Tensor:
+    """cos and sin [positions, D] in float32, as Llama has them."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    theta = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([theta.cos(), theta.sin()], dim=-1).float()
+
+
+@dataclass
+class Case:
+    """The arguments of rope_append_."""
+
+    qkv: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    positions: torch.Tensor
+    cos_sin: torch.Tensor
+    slots: torch.Tensor
+    num_q_heads: int
+    num_kv_heads: int
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    eps: float = 1e-5
+
+    @classmethod
+    def random(
+        cls, tokens: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, norms: bool = False
+    ) -> Case:
+        torch.manual_seed(tokens * 31 + head_dim)
+        cache = torch.randn(2, 9, 16, kv_heads, head_dim).to(dtype)
+        norm = (torch.rand(2, head_dim) + 0.5).to(dtype)
+        return cls(
+            torch.randn(tokens, (q_heads + 2 * kv_heads) * head_dim).to(dtype),
+            cache[0],
+            cache[1],
+            torch.randint(0, 200, (tokens,)),
+            angles(200, head_dim),
+            torch.randperm(9 * 16)[:tokens].int(),
+            q_heads,
+            kv_heads,
+            *((norm[0], norm[1]) if norms else (None, None)),
+        )
+
+    def double(self) -> Case:
+        wide = {n: v.double() for n, v in vars(self).items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        return replace(self, **wide)
+
+    def copy(self) -> Case:
+        return replace(self, k_cache=self.k_cache.clone(), v_cache=self.v_cache.clone())
+
+    def args(self) -> tuple[object, ...]:
+        return tuple(vars(self).values())
+
+    def run(self) -> torch.Tensor:
+        options = dict(list(vars(self).items())[6:])
+        return tk.rope_append_(*self.args()[:6], **options)
+
+
+def plain(case: Case) -> torch.Tensor:
+    """As transformers does it, in the dtype of the model, with a head's norm rounded before its rotation."""
+    head_dim = case.cos_sin.shape[1]
+    q, k, v = (
+        t.reshape(len(t), -1, head_dim)
+        for t in case.qkv.split([n * head_dim for n in (case.num_q_heads, case.num_kv_heads, case.num_kv_heads)], dim=1)
+    )
+    cos, sin = (t.repeat(1, 2).to(q.dtype)[:, None] for t in case.cos_sin[case.positions].chunk(2, dim=-1))
+
+    def rotated(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        if norm is not None:
+            h = x.float()
+            x = norm * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + case.eps)).to(x.dtype)
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+    case.k_cache.flatten(0, 1)[case.slots.long()] = rotated(k, case.k_norm)
+    case.v_cache.flatten(0, 1)[case.slots.long()] = v
+    return rotated(q, case.q_norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "head_dim"), [(1, (1, 1), 2), (5, (9, 3), 64), (40, (4, 2), 34), (100, (2, 1), 128)]
+)
+def test_equals_the_definition(
+    tokens: int, heads: tuple[int, int], head_dim: int, norms: bool, dtype: torch.dtype
+) -> None:
+    case = Case.random(tokens, *heads, head_dim, dtype, norms)
+    exact, torch_like, ours = case.double(), case.copy(), case.copy()
+    exact_q = reference.rope_append_(*exact.args())
+    plain_q, q = plain(torch_like), ours.run()
+    assert q.dtype == dtype
+    assert_rule(q, exact_q, plain_q)
+    assert_rule(ours.k_cache, exact.k_cache, torch_like.k_cache)
+    assert torch.equal(ours.v_cache, torch_like.v_cache)
+
+
+def test_other_slots_stay_as_they_are() -> None:
+    case = Case.random(7, 2, 1, 8, torch.bfloat16)
+    before = case.copy()
+    case.run()
+    others = torch.ones(9 * 16, dtype=torch.bool)
+    others[case.slots.long()] = False
+    for cache, old in ((case.k_cache, before.k_cache), (case.v_cache, before.v_cache)):
+        assert torch.equal(cache.flatten(0, 1)[others], old.flatten(0, 1)[others])
+        assert not torch.equal(cache, old)
+
+
+def test_strided_caches_rows_and_indices() -> None:
+    """Caches as the framework's interleaved [P, 2, page_size, Hkv, D] would give them."""
+    case = Case.random(6, 3, 1, 16, torch.float32)
+    expected = case.copy()
+    q = expected.run()
+    both = torch.stack([case.k_cache, case.v_cache], dim=1)
+    strided = replace(
+        case,
+        qkv=torch.cat([case.qkv, case.qkv], 1)[:, : case.qkv.shape[1]],
+        k_cache=both[:, 0],
+        v_cache=both[:, 1],
+        positions=case.positions.repeat_interleave(2)[::2],
+        slots=case.slots.long().repeat_interleave(2)[::2],
+    )
+    assert torch.equal(strided.run(), q)
+    assert torch.equal(both[:, 0], expected.k_cache)
+    assert torch.equal(both[:, 1], expected.v_cache)
+
+
+def test_empty_and_non_finite() -> None:
+    case = Case.random(3, 2, 1, 8, torch.float16)
+    assert replace(case, qkv=case.qkv[:0], positions=case.positions[:0], slots=case.slots[:0]).run().shape == (0, 2, 8)
+    clean = case.copy().run()
+    case.qkv[1, 0] = torch.nan
+    q = case.run()
+    assert q[1, 0, [0, 4]].isnan().all()
+    assert torch.equal(q[[0, 2]], clean[[0, 2]])
+
+
+def test_threads_do_not_change_the_result() -> None:
+    case, before, results = Case.random(140, 9, 3, 64, torch.bfloat16, norms=True), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            own = case.copy()
+            results.append((own.run(), own.k_cache, own.v_cache))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck_and_compile() -> None:
+    for norms in (False, True):
+        case = Case.random(4, 2, 1, 8, torch.float32, norms)
+        opcheck(torch.ops.tts_kernels.rope_append_.default, case.args())
+
+    def step(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        return replace(case, qkv=qkv, k_cache=k_cache, v_cache=v_cache).run() * k_cache.sum()
+
+    ours, theirs = case.copy(), case.copy()
+    expected = step(ours.qkv, ours.k_cache, ours.v_cache)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(theirs.qkv, theirs.k_cache, theirs.v_cache), expected)
+    assert torch.equal(theirs.k_cache, ours.k_cache)
+
+
+def test_bad_input_names_the_argument_and_writes_nothing() -> None:
+    case = Case.random(4, 2, 1, 8, torch.float32, norms=True)
+    before = case.copy()
+    bad = [
+        (TypeError, "qkv", {"qkv": case.qkv.double()}),
+        (ValueError, "qkv", {"qkv": case.qkv[:, 1:]}),
+        (ValueError, "qkv", {"num_q_heads": 3}),
+        (ValueError, "num_q_heads", {"num_q_heads": 0}),
+        (TypeError, "num_kv_heads", {"num_kv_heads": 1.0}),
+        (TypeError, "k_cache", {"k_cache": case.k_cache.half()}),
+        (ValueError, "k_cache", {"k_cache": case.k_cache[0]}),
+        (ValueError, "k_cache", {"k_cache": case.k_cache.transpose(0, 3).contiguous().transpose(0, 3)}),
+        (ValueError, "v_cache", {"v_cache": case.v_cache[:8]}),
+        (TypeError, "positions", {"positions": case.positions.float()}),
+        (ValueError, "positions", {"positions": case.positions[:3]}),
+        (IndexError, "positions", {"positions": torch.tensor([0, 1, 200, 3])}),
+        (IndexError, "positions", {"positions": torch.tensor([0, 1, -1, 3])}),
+        (TypeError, "cos_sin", {"cos_sin": case.cos_sin.double()}),
+        (ValueError, "cos_sin", {"cos_sin": case.cos_sin[0]}),
+        (ValueError, "cos_sin", {"cos_sin": case.cos_sin[:, :7]}),
+        (ValueError, "slots", {"slots": case.slots[:3]}),
+        (IndexError, "slots", {"slots": torch.tensor([0, 1, 2, 144])}),
+        (IndexError, "slots", {"slots": torch.tensor([0, 1, 2, -1])}),
+        (TypeError, "q_norm", {"q_norm": case.q_norm.half()}),
+        (ValueError, "k_norm", {"k_norm": case.k_norm[:4]}),
+        (ValueError, "eps", {"eps": -1.0}),
+    ]
+    for kind, name, change in bad:
+        assert_names(kind, name, replace(case, **change).run)
+    assert torch.equal(case.k_cache, before.k_cache)
+    assert torch.equal(case.v_cache, before.v_cache)

@@ -1,0 +1,126 @@
+"""From the projection of queries, keys and values to the KV cache: norm, rotation and append in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..op import Op
+
+
+def rope_append_(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values into their cache slots, return the queries.
+
+    Parameters
+    ----------
+    qkv
+        [T, (Hq + 2 Hkv) D] float: the query heads of a token, its key heads, its value heads; rows may be strided.
+    k_cache, v_cache
+        [P, page_size, Hkv, D] of qkv's dtype, last dimension contiguous. Written in place.
+    positions
+        [T] int: the row of ``cos_sin`` that a token takes.
+    cos_sin
+        [max_position, D] float32: the cosines of the D / 2 angles of a position, then their sines, with whatever factor
+        a scaled rope puts on them. D is even.
+    slots
+        [T] int: where a token's key and value go, ``page * page_size + offset``; no two the same.
+    num_q_heads, num_kv_heads
+        Hq and Hkv.
+    q_norm, k_norm
+        [D] of qkv's dtype, or None: RMSNorm weights of each head before the rotation (Qwen3).
+    eps
+        Of these norms.
+
+    Returns
+    -------
+    Tensor
+        Queries [T, Hq, D] of qkv's dtype.
+
+    Raises
+    ------
+    TypeError
+        For a wrong dtype.
+    ValueError
+        For a wrong shape, stride, device or number.
+    IndexError
+        For a position outside [0, max_position) or a slot outside [0, P * page_size).
+
+    Notes
+    -----
+    Reads and writes each element once; one launch; computed in float32, rounded once. "RoFormer" (arXiv 2104.09864);
+    the halves of a head are the pairs, as in transformers' Llama: ``y = x * cos + (-x[D/2:], x[:D/2]) * sin``.
+
+    Examples
+    --------
+    >>> import torch, tts_kernels as tk
+    >>> k, v = torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2)
+    >>> quarter = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # cos and sin of 0 and of 90 degrees
+    >>> qkv = torch.tensor([[1.0, 0.0, 0.0, 1.0, 5.0, 6.0]])
+    >>> at, slot = torch.tensor([1]), torch.tensor([2])
+    >>> tk.rope_append_(qkv, k, v, at, quarter, slot, num_q_heads=1, num_kv_heads=1)
+    tensor([[[0., 1.]]])
+    >>> k[0, 2, 0], v[0, 2, 0]
+    (tensor([-1.,  0.]), tensor([5., 6.]))
+    """
+    q: Tensor = _op(qkv, k_cache, v_cache, positions, cos_sin, slots, num_q_heads, num_kv_heads, q_norm, k_norm, eps)
+    return q
+
+
+def _check(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> None:
+    checks.tensor("qkv", qkv, shape=["T", "(Hq + 2 Hkv) D"])
+    checks.integer("num_q_heads", num_q_heads, 1)
+    checks.integer("num_kv_heads", num_kv_heads, 1)
+    tokens, device = int(qkv.shape[0]), qkv.device
+    checks.tensor("cos_sin", cos_sin, (torch.float32,), ["max_position", "D"], device)
+    head_dim = int(cos_sin.shape[1])
+    if head_dim % 2:
+        raise ValueError(f"cos_sin: expected an even number of columns, got {checks.describe(cos_sin)}")
+    checks.tensor("qkv", qkv, shape=["T", (num_q_heads + 2 * num_kv_heads) * head_dim])
+    checks.tensor("k_cache", k_cache, (qkv.dtype,), ["P", "page_size", num_kv_heads, head_dim], device)
+    checks.tensor("v_cache", v_cache, (qkv.dtype,), list(k_cache.shape), device)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if head_dim > 1 and cache.stride(3) != 1:
+            raise ValueError(f"{name}: expected a contiguous last dimension, got strides {cache.stride()}")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            checks.tensor(name, norm, (qkv.dtype,), [head_dim], device)
+    checks.number("eps", eps, low=0.0)
+    checks.tensor("positions", positions, checks.INDEX, [tokens], device)
+    checks.tensor("slots", slots, checks.INDEX, [tokens], device)
+    checks.index_range("positions", positions, 0, int(cos_sin.shape[0]))
+    checks.index_range("slots", slots, 0, int(k_cache.shape[0] * k_cache.shape[1]))
+
+
+def _fake(qkv: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], rest[4], k_cache.shape[3]))
+
+
+_op = Op("rope_append_", reference=reference.rope_append_, check=_check, fake=_fake)
