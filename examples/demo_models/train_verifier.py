@@ -174,8 +174,8 @@ def verifier_example(
     """Return the tokens of an attempt, the verdicts (1 good, 0 bad) read at them, and the tokens expected there.
 
     At a boundary the verdict is the label of the step, all that a search reads. At a token of a step it is whether the
-    token is the expected one, given the steps before. From labels at the boundaries alone, a model of this size learns
-    next to nothing in the same time.
+    token is the expected one, given the steps before. From labels at the boundaries alone, a model of this size had
+    learned next to nothing after half a million tokens.
     """
     boundary = tokenizer.encode(recipe.reading["boundary"])
     ids = prompt_ids(tokenizer, problem.problem, recipe.reading)
