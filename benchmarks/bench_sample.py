@@ -1,0 +1,96 @@
+"""`sample` against the chain of torch ops that transformers' logits processors run.
+
+The two alternate within a run, and `extra_info` holds the median ratio. Bounds: a row is read from memory once, at the
+rate measured here; above that, 2 V exponentials (V at temperature 1).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+
+Options = dict[str, Any]
+
+CASES: dict[str, Options] = {
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "top_k": {"temperature": 0.8, "top_k": 50},
+    "top_k, top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "min_p": {"temperature": 0.8, "min_p": 0.05},
+    "temperature": {"temperature": 0.8},
+    "plain": {},
+    "greedy": {"temperature": 0},
+}
+
+
+def logits(kind: str, rows: int, vocab: int) -> Tensor:
+    """ "flat": normal, a nucleus of 80,000 tokens. "peaked": like a language model's, a nucleus of a few."""
+    x = torch.randn(rows, vocab)
+    if kind == "peaked":
+        x *= 2
+        x[:, torch.randint(0, vocab, (200,))] += 18 * torch.rand(rows, 200)
+    return x
+
+
+def transformers_chain(
+    scores: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What transformers 5 runs for these options, and the log-probability of the draw."""
+    raw = scores
+    if temperature == 0:
+        tokens = scores.argmax(-1, keepdim=True)
+        return tokens, torch.log_softmax(raw, -1).gather(1, tokens)
+    if temperature != 1.0:
+        scores = scores / temperature
+    if top_k:
+        scores = scores.masked_fill(scores < torch.topk(scores, top_k)[0][..., -1, None], -torch.inf)
+    if top_p < 1.0:
+        ordered, indices = torch.sort(scores, descending=False)
+        remove = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        remove[..., -1:] = False
+        scores = scores.masked_fill(remove.scatter(1, indices, remove), -torch.inf)
+    if min_p:
+        probs = scores.softmax(-1)
+        scores = scores.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    tokens = torch.multinomial(scores.softmax(-1), 1)
+    return tokens, torch.log_softmax(raw, -1).gather(1, tokens)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked"])
+@pytest.mark.parametrize("rows", [64, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_sample(benchmark: Any, name: str, rows: int, kind: str) -> None:
+    torch.manual_seed(0)
+    x = logits(kind, rows, 151_936)
+    seeds, offsets = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    baseline: list[float] = []
+
+    def before() -> None:  # also empties the cache of the rows, as a model's forward does
+        baseline.append(seconds(lambda: transformers_chain(x, **CASES[name])))
+
+    def run() -> tk.Sampled:
+        return tk.sample(x, seeds=seeds, offsets=offsets, **CASES[name])
+
+    run()
+    benchmark.group = f"sample {rows} x 151,936, {kind}"
+    benchmark.pedantic(run, setup=before, rounds=5 if rows > 1 else 30)
+    rate = x.numel() * 4 / min(seconds(x.sum) for _ in range(10))
+    ours = statistics.median(benchmark.stats.stats.data)
+    benchmark.extra_info["torch_ms"] = 1e3 * statistics.median(baseline)
+    benchmark.extra_info["ratio"] = statistics.median(baseline) / ours
+    benchmark.extra_info["of_memory_bound"] = x.numel() * 4 / rate / ours
+    print(f"\n{name}, {rows} x 151,936, {kind}: {1e3 * ours:.2f} ms, {benchmark.extra_info['ratio']:.0f}x torch, "
+          f"{100 * benchmark.extra_info['of_memory_bound']:.0f}% of the memory bound")  # fmt: skip

@@ -1,0 +1,93 @@
+"""Timing ours and its baselines in turn, so that a change in the machine's load meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What the work needs at least: bytes from memory (0 if it stays in cache) and operations in a dtype."""
+
+    bytes: float = 0
+    operations: float = 0
+    dtype: torch.dtype = torch.float32
+
+    def rates(self) -> dict[str, tuple[Call, float]]:
+        """The calls that show the machine's rates, and their amounts."""
+        block, square = _block(), _square(self.dtype)
+        read = {"memory": (block.sum, 4.0 * block.numel())} if self.bytes else {}
+        gemm = {"gemm": (partial(torch.mm, square, square), 2.0 * square.shape[0] ** 3)} if self.operations else {}
+        return read | gemm
+
+    def seconds(self, rate: dict[str, float]) -> dict[str, float]:
+        """The least time at each of the rates."""
+        amounts = {"memory": self.bytes, "gemm": self.operations}
+        return {name: amounts[name] / rate[name] for name in rate}
+
+
+def compare(
+    benchmark: Any, ours: Call, baselines: dict[str, Call], *, rounds: int, repeats: int = 1, bound: Bound | None = None
+) -> None:
+    """Time ``ours`` by pytest-benchmark and, before each of its rounds, the baselines and the rates of the bound.
+
+    A round is ``repeats`` calls. Prints medians; puts them, the ratios and the fraction of the bound into
+    ``extra_info``.
+    """
+    rates = bound.rates() if bound else {}
+    times: dict[str, list[float]] = {name: [] for name in [*baselines, *rates]}
+
+    def before() -> None:
+        for name, call in baselines.items():
+            times[name].append(seconds(call, repeats))
+        for name, (call, _) in rates.items():
+            times[name].append(seconds(call))
+
+    ours()
+    before()
+    for samples in times.values():
+        samples.clear()
+    benchmark.pedantic(lambda: _repeat(ours, repeats), setup=before, rounds=rounds)
+    mine = statistics.median(benchmark.stats.stats.data) / repeats
+    theirs = {name: statistics.median(samples) for name, samples in times.items()}
+    info: dict[str, float] = {"us": 1e6 * mine}
+    for name in baselines:
+        info[f"us {name}"] = 1e6 * theirs[name]
+        info[f"times faster than {name}"] = theirs[name] / mine
+    if bound:
+        rate = {name: amount / theirs[name] for name, (_, amount) in rates.items()}
+        info |= {f"fraction of {name}": least / mine for name, least in bound.seconds(rate).items()}
+    benchmark.extra_info.update(info)
+    print(f"\n{benchmark.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in info.items()))
+
+
+def seconds(call: Call, repeats: int = 1) -> float:
+    """Of one call, the mean of ``repeats``."""
+    begin = time.perf_counter()
+    _repeat(call, repeats)
+    return (time.perf_counter() - begin) / repeats
+
+
+def _repeat(call: Call, repeats: int) -> None:
+    for _ in range(repeats):
+        call()
+
+
+@cache
+def _block() -> Tensor:
+    return torch.ones(1 << 25)  # 128 MiB: more than a cache holds
+
+
+@cache
+def _square(dtype: torch.dtype) -> Tensor:
+    return torch.randn(1024, 1024).to(dtype)
