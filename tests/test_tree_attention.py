@@ -196,7 +196,11 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
     out, lse = tk.tree_attention(q, k, v, plan, return_lse=True)
     exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), tree, q_lens)
     plain, plain_lse = dense_attention(q, k, v, tree, q_lens)
-    assert_rule(out, exact, plain)
+    # A score near 1200 has a last bit of 2**-13, and softmax makes that a relative error of the weights: the level
+    # without fused multiply-add may be as far off as one last bit of a score, whatever plain torch happens to reach.
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+    assert_rule(out, exact, plain, slack=2.0**-13)
     assert_rule(lse, exact_lse, plain_lse)
 
 
