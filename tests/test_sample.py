@@ -85,6 +85,25 @@ def test_draws_exactly_the_definition(name: str, dtype: torch.dtype, vocab: int)
     assert_rule(out.logprobs, exact, plain)
 
 
+@pytest.mark.parametrize("name", ["top_k", "top_p", "top_k, top_p", "top_p, min_p", "all"])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
+def test_a_misleading_row(name: str, spread: float) -> None:
+    """The kernel guesses where to cut from every so many logits: here those are unlike all others."""
+    vocab = 90_011
+    looked_at = (torch.arange(256) * (vocab - 16) // 255)[:, None] + torch.arange(16)
+    logits = spread * torch.randn(6, vocab)
+    logits[0, looked_at] = -20.0
+    logits[1, looked_at] += 6 * spread
+    logits[2, looked_at] -= 3 * spread
+    logits[3, looked_at] = 0.0
+    logits[4] = logits[4].sort().values
+    logits[5] = 10 * logits[5].round()
+    out = draw(logits, **OPTIONS[name])
+    with tk.use_backend("reference"):
+        expected = draw(logits, **OPTIONS[name])
+    assert torch.equal(out.tokens, expected.tokens)
+
+
 def test_the_reference_agrees_with_float64() -> None:
     """Weights are rounded to 2**-39 and float32: that moves a draw about never."""
     logits = 2 * torch.randn(300, 50)
@@ -126,7 +145,7 @@ def test_distribution_of_each_option(name: str) -> None:
 def test_distribution_over_many_blocks() -> None:
     row = torch.randn(20_011)
     for options in ({"temperature": 0.7}, {"top_p": 0.6}, {"top_k": 9000, "top_p": 0.9, "temperature": 1.2}):
-        tokens, expected = many(row, 8000, **options), kept(row, **options)
+        tokens, expected = many(row, 3000, **options), kept(row, **options)
         assert (expected[tokens] > 0).all()
         bins = torch.arange(20_011) * 40 // 20_011
         assert_distribution(bins[tokens], torch.zeros(40, dtype=torch.float64).index_add_(0, bins, expected))
@@ -214,8 +233,8 @@ def test_sets_equal_brute_force_on_random_rows() -> None:
             "top_p": 0.05 + 0.9 * torch.rand(()).item(),
             "min_p": 0.1 * torch.rand(()).item(),
         }
-        weights = reference._weights(row, options["temperature"])
-        keep = reference._kept(row, weights, *(options[o] for o in ("top_k", "top_p", "min_p")))
+        w = reference._weights(row, options["temperature"])
+        keep = reference._kept(row, w, *(options[o] for o in ("top_k", "top_p", "min_p")))
         assert torch.equal(keep, kept(row, **options) > 0), options
         assert set(support(row, **options)) <= set(keep.nonzero()[:, 0].tolist())
 

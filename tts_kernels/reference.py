@@ -159,32 +159,33 @@ def sample(
         if (x == torch.inf).any():  # certain, and shared if there are several
             x = torch.where(x == torch.inf, 0.0, -torch.inf)
         t = _float32(t)
-        weights = _ONE * (x == x.max()) if t == 0 else _weights(x, t)
-        keep = _kept(x, weights, int(k), _float32(p), _float32(m))
-        running = torch.where(keep, weights, 0).cumsum(0)
+        w = _ONE * (x == x.max()).double() if t == 0 else _weights(x, t)
+        keep = _kept(x, w, int(k), _float32(p), _float32(m))
+        running = torch.where(keep, w.round().long(), 0).cumsum(0)
         draw = _philox(int(seeds[row]), int(offsets[row])) if t > 0 else 0
         tokens[row] = (running > (draw * int(running[-1]) >> 64)).nonzero()[0, 0]
         logprobs[row] = torch.log_softmax(x, 0)[tokens[row]]
     return tokens, logprobs
 
 
-def _kept(x: Tensor, weights: Tensor, k: int, p: float, min_p: float) -> Tensor:
+def _kept(x: Tensor, w: Tensor, k: int, p: float, min_p: float) -> Tensor:
+    """Which tokens top-k, then top-p, then min-p leave."""
     keep = torch.ones_like(x, dtype=torch.bool)
     if 0 < k < len(x):
         keep = x >= x.topk(k).values[-1]
     if p < 1:
         order = x.sort(descending=True, stable=True).indices
-        mass = torch.where(keep, weights, 0)[order].cumsum(0)
+        mass = torch.where(keep, w.round().long(), 0)[order].cumsum(0)
         target = -(-math.ceil(p * 2**32) * int(mass[-1]) >> 32)  # ceil(p * total)
         keep[order[int((mass < target).sum()) + 1 :]] = False
-    return keep & (weights >= math.ceil(min_p * _ONE))
+    return keep & (w >= min_p * _ONE)
 
 
 def _weights(x: Tensor, temperature: float) -> Tensor:
-    """``round(2**39 exp((x - max) / temperature))`` as int64."""
+    """``2**39 exp((x - max) / temperature)``, to be rounded to whole numbers; float64."""
     d = x - x.max()
     if x.dtype == torch.float64:
-        return (_ONE * torch.exp(d / temperature)).round().long()
+        return _ONE * torch.exp(d / temperature)
     return _fixed_exp(d, temperature)
 
 
@@ -198,7 +199,7 @@ def _fixed_exp(d: Tensor, temperature: float) -> Tensor:
     p = torch.full_like(d, float.fromhex("0x1.5bba14p-10"))
     for c in ("0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1", "0x1p0"):
         p = _fma(p, f, torch.full_like(d, float.fromhex(c)))
-    return (p.double() * torch.exp2(n.double() + 39)).round().long()
+    return p.double() * torch.exp2(n.double() + 39)
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:

@@ -1,25 +1,28 @@
-// sample: one token a row from logits [V], after temperature, top-k, top-p and min-p.
+// sample: one token from a row of logits [V], after temperature, top-k, top-p and min-p.
 //
-// Every token's weight is an integer (fixed_exp.h), so that all sums are exact and in any order the same:
+// Every token's weight is an integer (fixed_exp.h), so that all sums are exact and alike in any order:
 //
-//   weight(l) = round(2**39 exp((l - max) / T))
+//   weight(l) = round(w(l)), w(l) = 2**39 exp((l - max) / T)
 //   top-k:  keep l >= the k-th largest
 //   top-p:  keep the fewest, best first and lower id first on ties, whose weights reach ceil(top_p * sum)
-//   min-p:  keep weight >= ceil(min_p * 2**39)
+//   min-p:  keep w(l) >= 2**39 min_p
 //   draw:   the first id at which the running sum of kept weights exceeds floor(r * sum / 2**64), r from
 //   Philox
 //
-// Nothing is sorted. Top-k and top-p each come down to one logit, the cut, and a number of tokens equal to
-// it. Pass 1 (scan) finds the maximum. Pass 2 (weigh) reads the row a second time, out of the cache: it adds
-// up the weights block by block, those above a bracket [low, high] apart, and lists the logits inside the
-// bracket. The cut is then found exactly in the short list by radix selection, and the draw looks at one
-// block again. Should the cut lie outside the bracket, pass 2 runs once more with a bracket that holds
-// everything. Cost: V exponentials (2 V if the temperature is not 1: `logprobs` are untempered), one row of
-// memory traffic.
+// Nothing is sorted. Top-k and top-p come down to one logit, the cut, and a number of tokens that equal it.
+// Pass 1 (scan) brings the row into the cache, finds the maximum and, unless T is 1, sums up exp(l) for the
+// log-probability, each block of 1024 logits relative to its own maximum: memory is waited for only once, and
+// half of the arithmetic is done meanwhile. From a sketch of the row comes a bracket [low, high] that the cut
+// should lie in. Pass 2 (weigh) adds up the weights of each block, those above the bracket apart, and lists
+// the logits inside. In the list the cut is found exactly; the draw then looks at one block again. Should the
+// bracket miss, pass 2 runs once more with one that holds everything: rare, and the result is the same. Cost:
+// one row from memory and one from the cache; 2 V exponentials, V if the temperature is 0 or 1.
 #include "sample.h"
 
 #include "fixed_exp.h"
 #include "philox.h"
+#include "select.h"
+#include "sketch.h"
 #include "vec.h"
 
 TTS_BEGIN_ISA
@@ -28,29 +31,67 @@ namespace {
 
 constexpr float kLargest = 3.40282347e38f;
 constexpr int64_t kAll = INT64_MAX;
-constexpr int64_t kBlocksPerChunk = kSampleChunk / kSampleBlock;
+constexpr int64_t kSketchFrom = 8192;  // shorter rows are listed as a whole
+constexpr int64_t kLongList = 4096;    // longer lists are shortened before selection
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+float max(float a, float b) { return a > b ? a : b; }
+float min(float a, float b) { return a < b ? a : b; }
 
 int64_t blocks_of(const SampleRow& row) { return (row.vocab + kSampleBlock - 1) / kSampleBlock; }
 
-// Calls f(logits, n) for block b of the row; n is a multiple of the vector width. The last block is copied as
-// float32 and filled up with -inf, which is never the maximum, weighs nothing and is never listed.
+int64_t whole_vectors(int64_t n) { return (n + Vec::width - 1) / Vec::width * Vec::width; }
+
+// Calls f with the row's logits as a pointer to their type.
 template <class F>
-void with_block(const SampleRow& row, int64_t b, F f) {
-    dispatch(row.logits.dtype, [&](auto* type) {
-        const auto* x = static_cast<decltype(type)>(const_cast<void*>(row.logits.data)) + b * kSampleBlock;
-        const int64_t n = least(kSampleBlock, row.vocab - b * kSampleBlock);
-        if (n % Vec::width == 0) return f(x, n);
-        alignas(64) float filled[kSampleBlock];
-        const int64_t up = (n + Vec::width - 1) / Vec::width * Vec::width;
-        for (int64_t i = 0; i < up; ++i) filled[i] = i < n ? to_float(x[i]) : -kInfinity;
-        f(static_cast<const float*>(filled), up);
+auto with_logits(const SampleRow& row, F f) {
+    return dispatch(row.logits.dtype, [&](auto* type) {
+        return f(static_cast<decltype(type)>(const_cast<void*>(row.logits.data)));
     });
 }
 
-// ---- pass 1
-// ----------------------------------------------------------------------------------------------------
+float logit_at(const SampleRow& row, int64_t i) {
+    return with_logits(row, [&](const auto* x) { return to_float(x[i]); });
+}
+
+// Calls f(logits, n) for block b of the row, n a multiple of the vector width. A last block that is not is
+// copied and filled up with -inf, which is never the maximum, weighs nothing and is never listed.
+template <class F>
+void with_block(const SampleRow& row, int64_t b, F f) {
+    with_logits(row, [&](const auto* x) {
+        x += b * kSampleBlock;
+        const int64_t n = least(kSampleBlock, row.vocab - b * kSampleBlock), filled = whole_vectors(n);
+        if (n == filled) return f(x, n);
+        float copy[kSampleBlock];
+        for (int64_t i = 0; i < filled; ++i) copy[i] = i < n ? to_float(x[i]) : -kInfinity;
+        f(static_cast<const float*>(copy), filled);
+    });
+}
+
+FixedExp weight_function(const SampleRow& row) {
+    const float temperature = row.options.temperature;
+    return FixedExp::at(temperature == 0.0f ? 1.0f : temperature);
+}
+
+bool is_greedy(const SampleRow& row) { return row.options.temperature == 0.0f; }
+bool is_tempered(const SampleRow& row) { return row.options.temperature != 1.0f; }
+bool has_top_k(const SampleRow& row) { return row.options.top_k > 0 && row.options.top_k < row.vocab; }
+bool has_top_p(const SampleRow& row) { return row.options.top_p < 1.0f; }
+bool has_min_p(const SampleRow& row) { return row.options.min_p > 0.0f; }
+bool is_cut(const SampleRow& row) { return has_top_k(row) || has_top_p(row) || has_min_p(row); }
+
+// x * weight / 2**39
+uint64_t scaled(uint64_t x, uint64_t weight) {
+    return static_cast<uint64_t>((static_cast<unsigned __int128>(x) * weight) >> kWeightBits);
+}
+
+uint64_t weight_of(FixedExp exp, float x) {
+    uint64_t lanes[Vec::width];
+    Units::of(exp(Vec::all(x))).store(lanes);
+    return lanes[0];
+}
+
+// ---- pass 1 -----------------------------------------------------------------------------------------------
 
 template <class T>
 float block_max(const T* x, int64_t n) {
@@ -64,121 +105,138 @@ float block_max(const T* x, int64_t n) {
     return nan.bits() ? __builtin_nanf("") : reduce_max(best);
 }
 
-// ---- pass 2
-// ----------------------------------------------------------------------------------------------------
+template <class T>
+uint64_t block_sum(const T* x, int64_t n, float top) {
+    const FixedExp exp = FixedExp::at(1.0f);
+    Units sum = Units::zero();
+    for (int64_t i = 0; i < n; i += Vec::width) sum.add(Units::of(exp(Vec::load(x + i) - Vec::all(top))));
+    return sum.sum();
+}
+
+// ---- the bracket ------------------------------------------------------------------------------------------
+
+// Logits below the floor weigh nothing, or less than min-p asks for.
+void choose_floor(const SampleRow& row, SampleWorkspace& space, FixedExp exp) {
+    float depth = exp.lowest;
+    // Top-p needs the sum of all that top-k left, so that min-p may not hide any of it then.
+    if (has_min_p(row) && !(has_top_k(row) && has_top_p(row))) {
+        const int octaves =
+            128 - static_cast<int>(float_bits(row.options.min_p) >> 23);  // min_p > 2**-octaves
+        depth = max(depth, static_cast<float>(-octaves) / exp.scale);
+    }
+    space.floor = max(space.max + depth, -kLargest);
+}
+
+void choose_bracket(const SampleRow& row, SampleWorkspace& space, FixedExp exp) {
+    space.low = space.floor;
+    space.high = kInfinity;
+    if (row.vocab < kSketchFrom || space.widened || !(has_top_k(row) || has_top_p(row))) return;
+    const Bracket found = with_logits(row, [&](const auto* x) {
+        const Sketch sketch(x, row.vocab, space.max, exp);
+        return has_top_k(row) ? sketch.kth(row.options.top_k)
+                              : sketch.tail_of_guess(1.0f - row.options.top_p);
+    });
+    space.low = max(space.low, found.low);
+    // What several options look at must all be in the list.
+    const bool alone = has_top_k(row) + has_top_p(row) + has_min_p(row) == 1;
+    if (alone && found.high > space.low) space.high = found.high;
+}
+
+// ---- pass 2 -----------------------------------------------------------------------------------------------
+
+// Fills the list of one block up to whole vectors; returns its new end.
+float* fill_up(const float* list, float* end) {
+    while ((end - list) % Vec::width) *end++ = -kInfinity;
+    return end;
+}
 
 // Adds up one block and appends the logits inside the bracket to `list`; returns the list's new end.
-template <bool kTempered, bool kCut, class T>
-float* weigh_block(const T* x, int64_t n, const SampleWorkspace& space, FixedExp tempered, SampleBlock& block,
+template <bool kCut, class T>
+float* weigh_block(const T* x, int64_t n, const SampleWorkspace& space, FixedExp exp, SampleBlock& block,
                    float* list) {
-    const FixedExp untempered = FixedExp::at(1.0f);
     const Vec top = Vec::all(space.max), low = Vec::all(space.low), high = Vec::all(space.high);
-    Units all = Units::zero(), plain = all, above = all;
+    Units all = Units::zero(), above = all;
     int64_t above_count = 0;
     float* end = list;
     for (int64_t i = 0; i < n; i += Vec::width) {
-        const Vec v = Vec::load(x + i), d = v - top;
-        const Units u = Units::of(tempered(d));
-        all.add(u);
-        if constexpr (kTempered) plain.add(Units::of(untempered(d)));
+        const Vec v = Vec::load(x + i);
+        const Units weights = Units::of(exp(v - top));
+        all.add(weights);
         if constexpr (kCut) {
             const Mask over = greater(v, high), inside = without(greater_equal(v, low), over);
-            above.add(u, over);
+            above.add(weights, over);
             above_count += __builtin_popcount(over.bits());
             if (inside.bits()) end += compress(v, inside, end);
         }
     }
     block.all = all.sum();
-    block.untempered = kTempered ? plain.sum() : block.all;
     block.above = kCut ? above.sum() : block.all;
     block.above_count = static_cast<int32_t>(above_count);
     block.listed = static_cast<int32_t>(end - list);
-    return end;
+    return fill_up(list, end);
 }
 
-// ---- the cut
-// ---------------------------------------------------------------------------------------------------
+// ---- the list ---------------------------------------------------------------------------------------------
 
-// Kept are the logits above `logit` and the first `ties` of those equal to it, of a weight of at least
-// min_weight.
+// Calls f(block, its list, length in whole vectors) for each block, in order.
+template <class F>
+void over_list(const SampleRow& row, SampleWorkspace& space, F f) {
+    const float* list = nullptr;
+    for (int64_t b = 0; b < blocks_of(row); ++b) {
+        if (b % kSampleChunk == 0) list = space.list + b * kSampleBlock;
+        const int64_t n = whole_vectors(space.blocks[b].listed);
+        f(space.blocks[b], list, n);
+        list += n;
+    }
+}
+
+// Narrows the bracket, and the list with it.
+void narrow(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Bracket bracket) {
+    space.low = max(space.low, bracket.low);
+    space.high = min(space.high, bracket.high);
+    const Vec top = Vec::all(space.max), low = Vec::all(space.low), high = Vec::all(space.high);
+    float *list = nullptr, *end = nullptr;  // what is written stays behind what is read
+    int64_t b = 0;
+    over_list(row, space, [&](SampleBlock& block, const float* x, int64_t n) {
+        list = end = b++ % kSampleChunk == 0 ? const_cast<float*>(x) : end;
+        Units above = Units::zero();
+        for (int64_t i = 0; i < n; i += Vec::width) {
+            const Vec v = Vec::load(x + i);
+            const Mask over = greater(v, high), inside = without(greater_equal(v, low), over);
+            above.add(Units::of(exp(v - top)), over);
+            block.above_count += __builtin_popcount(over.bits());
+            end += compress(v, inside, end);
+        }
+        block.above += above.sum();
+        block.listed = static_cast<int32_t>(end - list);
+        end = fill_up(list, end);
+    });
+}
+
+// Copies the list without its gaps, and the weights; returns the length.
+int64_t pick(const SampleRow& row, SampleWorkspace& space, FixedExp exp) {
+    int64_t count = 0;
+    over_list(row, space, [&](const SampleBlock& block, const float* x, int64_t n) {
+        for (int64_t i = 0; i < n; i += Vec::width) {
+            const Vec v = Vec::load(x + i);
+            v.store(space.picked + count + i);
+            Units::of(exp(v - Vec::all(space.max))).store(space.weights + count + i);
+        }
+        count += block.listed;
+    });
+    return count;
+}
+
+// ---- the cut ----------------------------------------------------------------------------------------------
+
+// Kept are the logits above `logit` and the first `ties` of those equal to it, if w reaches `least`.
 struct Cut {
-    float logit;
-    int64_t ties;
-    uint64_t min_weight;
-
-    bool keeps(float x, uint64_t weight, int64_t& ties_left) const {
-        if (weight < min_weight || x < logit) return false;
-        return x > logit || ties_left-- > 0;
-    }
+    float logit = -kInfinity;
+    int64_t ties = kAll;
+    float least = 0.0f;
 };
 
-// Floats in ascending order as unsigned numbers; -0.0 as 0.0.
-uint32_t order(float x) {
-    const uint32_t bits = float_bits(x + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-float from_order(uint32_t key) { return bit_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
-
-struct Selected {
-    bool found;
-    float logit;     // the largest whose measure, with all above it, reaches the target
-    uint64_t above;  // measure of all above it
-};
-
-// Finds in x [n], inside [low, high], where the measure from the top down reaches `target`. A logit measures
-// its weight, or 1 where `weights` is null. Radix selection: a histogram over the keys' leading bits, then
-// over those of the one bin that matters.
-Selected select(const float* x, const uint64_t* weights, int64_t n, float low, float high, uint64_t target,
-                SampleWorkspace& space) {
-    constexpr int kBins = 1024;
-    uint32_t first = order(low), last = order(high);
-    uint64_t above = 0;
-    for (;;) {
-        int shift = 0;
-        while (((last - first) >> shift) >= kBins) ++shift;
-        uint64_t bins[kBins] = {};
-        for (int64_t i = 0; i < n; ++i) bins[(order(x[i]) - first) >> shift] += weights ? weights[i] : 1;
-        int bin = static_cast<int>((last - first) >> shift);
-        while (bin >= 0 && above + bins[bin] < target) above += bins[bin--];
-        if (bin < 0) return {false, 0.0f, above};
-        first += static_cast<uint32_t>(bin) << shift;
-        if (shift == 0) return {true, from_order(first), above};
-        const uint32_t width = (uint32_t{1} << shift) - 1;
-        if (last - first > width) last = first + width;
-        int64_t kept = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            if (order(x[i]) - first > last - first) continue;
-            space.scratch_list[kept] = x[i];
-            if (weights) space.scratch_weights[kept] = weights[i];
-            ++kept;
-        }
-        x = space.scratch_list;
-        if (weights) weights = space.scratch_weights;
-        n = kept;
-    }
-}
-
-// Joins the chunks' lists and fills in the weights; returns the length.
-int64_t gather_list(const SampleRow& row, SampleWorkspace& space, FixedExp exp) {
-    int64_t n = 0;
-    const int64_t blocks = blocks_of(row);
-    for (int64_t b = 0; b < blocks;) {
-        const float* from = space.list + b * kSampleBlock;
-        const int64_t end = least(b + kBlocksPerChunk, blocks);
-        for (; b < end; ++b) {
-            for (int64_t i = 0; i < space.blocks[b].listed; ++i) space.list[n++] = *from++;
-        }
-    }
-    for (int i = 0; i < Vec::width; ++i) space.list[n + i] = -kInfinity;
-    const Vec top = Vec::all(space.max);
-    for (int64_t i = 0; i < n; i += Vec::width) {
-        Units::of(exp(Vec::load(space.list + i) - top)).store(space.weights + i);
-    }
-    return n;
-}
-
-// ceil(fraction * total), with the fraction rounded up to a multiple of 2**-32.
+// ceil(fraction * total), the fraction rounded up to a multiple of 2**-32.
 uint64_t part_of(float fraction, uint64_t total) {
     const double scaled = static_cast<double>(fraction) * 0x1p32;
     uint64_t parts = static_cast<uint64_t>(scaled);
@@ -186,54 +244,99 @@ uint64_t part_of(float fraction, uint64_t total) {
     return static_cast<uint64_t>((static_cast<unsigned __int128>(parts) * total + 0xffffffffu) >> 32);
 }
 
-uint64_t least_weight(float min_p) {
-    const double scaled = static_cast<double>(min_p) * static_cast<double>(kOne);
-    const uint64_t units = static_cast<uint64_t>(scaled);
-    return static_cast<double>(units) < scaled ? units + 1 : units;
+struct Totals {
+    uint64_t all = 0, above = 0, above_count = 0;
+    int64_t listed = 0;
+};
+
+Totals add_up(const SampleRow& row, const SampleWorkspace& space) {
+    Totals t;
+    for (int64_t b = 0; b < blocks_of(row); ++b) {
+        const SampleBlock& block = space.blocks[b];
+        t.all += block.all;
+        t.above += block.above;
+        t.above_count += static_cast<uint64_t>(block.above_count);
+        t.listed += block.listed;
+    }
+    return t;
 }
 
-// Top-k, then top-p of what is left, in the list [n]. False if the cut is not in the list.
-bool find_cut(const SampleRow& row, SampleWorkspace& space, int64_t n, Cut& cut) {
-    const SampleOptions& options = row.options;
-    uint64_t total = 0, above = 0, above_count = 0;
-    const int64_t blocks = blocks_of(row);
-    for (int64_t b = 0; b < blocks; ++b) {
-        total += space.blocks[b].all;
-        above += space.blocks[b].above;
-        above_count += static_cast<uint64_t>(space.blocks[b].above_count);
-    }
-    // A cut below the list is a miss, unless what is below the list cannot be drawn anyway.
-    const bool complete = space.low <= space.floor;
-    const float high = space.high < space.max ? space.high : space.max;
-    cut = {-kInfinity, kAll, least_weight(options.min_p)};
-    if (options.top_k > 0 && options.top_k < row.vocab) {
-        const uint64_t k = static_cast<uint64_t>(options.top_k);
-        if (k <= above_count) return false;
-        const Selected s = select(space.list, nullptr, n, space.low, high, k - above_count, space);
-        if (!s.found && !complete) return false;
-        if (s.found) {
-            cut.logit = s.logit;
-            total = above;
-            for (int64_t i = 0; i < n; ++i) total += space.list[i] >= s.logit ? space.weights[i] : 0;
+// Each block's kept weight; returns the sum.
+uint64_t add_kept(const SampleRow& row, SampleWorkspace& space, FixedExp exp, const Cut& cut) {
+    const Vec top = Vec::all(space.max), logit = Vec::all(cut.logit), heavy = Vec::all(cut.least);
+    uint64_t total = 0;
+    int64_t ties_left = cut.ties;
+    over_list(row, space, [&](SampleBlock& block, const float* x, int64_t n) {
+        Units kept = Units::zero(), tied = kept;
+        int64_t ties = 0;
+        for (int64_t i = 0; i < n; i += Vec::width) {
+            const Vec v = Vec::load(x + i), w = exp(v - top);
+            const Units weights = Units::of(w).where(greater_equal(w, heavy));
+            kept.add(weights, greater(v, logit));
+            const Mask equals = equal(v, logit);
+            ties += __builtin_popcount(equals.bits());
+            tied.add(weights, equals);
         }
-    }
-    if (options.top_p < 1.0f) {
-        const uint64_t target = part_of(options.top_p, total);
-        if (target <= above) return false;
-        const Selected s = select(space.list, space.weights, n, space.low, high, target - above, space);
-        if (!s.found && !complete) return false;
-        if (s.found) {
-            uint64_t weight = 0;
-            for (int64_t i = 0; !weight; ++i) weight = space.list[i] == s.logit ? space.weights[i] : 0;
-            cut.logit = s.logit;
-            cut.ties = static_cast<int64_t>((target - above - s.above + weight - 1) / weight);
-        }
-    }
+        block.kept = block.above + kept.sum();
+        block.ties = static_cast<int32_t>(least(ties, ties_left));
+        if (ties) block.kept += tied.sum() / static_cast<uint64_t>(ties) * static_cast<uint64_t>(block.ties);
+        ties_left -= block.ties;
+        total += block.kept;
+    });
+    return total;
+}
+
+Selected select_by_weight(const SampleRow& row, SampleWorkspace& space, FixedExp exp, uint64_t target) {
+    const int64_t n = pick(row, space, exp);
+    return select(space.picked, space.weights, n, space.low, min(space.high, space.max), target);
+}
+
+Selected select_by_count(const SampleRow& row, SampleWorkspace& space, FixedExp exp, uint64_t target) {
+    const int64_t n = pick(row, space, exp);
+    return select(space.picked, nullptr, n, space.low, min(space.high, space.max), target);
+}
+
+// Top-k; `all` becomes the sum of what it leaves. False if the k-th largest is not in the list.
+bool cut_top_k(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Totals& totals, Cut& cut) {
+    const uint64_t k = static_cast<uint64_t>(row.options.top_k);
+    if (k <= totals.above_count) return false;
+    const Selected s = select_by_count(row, space, exp, k - totals.above_count);
+    if (!s.found)
+        return space.low <= space.floor;  // it may be below the floor: then all that counts is listed
+    cut.logit = s.value;
+    if (has_top_p(row)) totals.all = add_kept(row, space, exp, cut);
     return true;
 }
 
-// ---- the draw
-// --------------------------------------------------------------------------------------------------
+// Top-p of `totals.all`. False if the cut is not in the list.
+bool cut_top_p(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Totals& totals, Cut& cut) {
+    const uint64_t target = part_of(row.options.top_p, totals.all);
+    if (totals.listed > kLongList && row.vocab >= kSketchFrom && !space.widened && !has_top_k(row) &&
+        !has_min_p(row)) {  // now that the sum is known, a better bracket is
+        const double tail = static_cast<double>(totals.all - target) / static_cast<double>(kOne);
+        narrow(row, space, exp, with_logits(row, [&](const auto* x) {
+                   return Sketch(x, row.vocab, space.max, exp).tail_of(tail);
+               }));
+        totals = add_up(row, space);
+    }
+    if (target <= totals.above) return false;
+    const Selected s = select_by_weight(row, space, exp, target - totals.above);
+    if (!s.found) return space.low <= space.floor;
+    const uint64_t weight = weight_of(exp, s.value - space.max);
+    cut.logit = s.value;
+    cut.ties = static_cast<int64_t>((target - totals.above - s.above + weight - 1) / weight);
+    return true;
+}
+
+bool find_cut(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Cut& cut) {
+    Totals totals = add_up(row, space);
+    if (has_top_k(row) && !cut_top_k(row, space, exp, totals, cut)) return false;
+    if (has_top_p(row) && !cut_top_p(row, space, exp, totals, cut)) return false;
+    cut.least = row.options.min_p * static_cast<float>(kOne);
+    return true;
+}
+
+// ---- the draw ---------------------------------------------------------------------------------------------
 
 // floor(r * total / 2**64)
 uint64_t draw_below(const SampleOptions& options, uint64_t total) {
@@ -241,57 +344,45 @@ uint64_t draw_below(const SampleOptions& options, uint64_t total) {
     return static_cast<uint64_t>((static_cast<unsigned __int128>(r) * total) >> 64);
 }
 
-float logit_at(const SampleRow& row, int64_t i) {
-    return dispatch(row.logits.dtype, [&](auto* type) {
-        return to_float(static_cast<decltype(type)>(const_cast<void*>(row.logits.data))[i]);
-    });
-}
-
 // The token of block b at which the running sum of kept weights exceeds `target`.
 int64_t token_in_block(const SampleRow& row, const SampleWorkspace& space, FixedExp exp, const Cut& cut,
-                       int64_t b, uint64_t target, int64_t ties_left) {
+                       int64_t b, uint64_t target) {
     int64_t token = -1;
     with_block(row, b, [&](const auto* x, int64_t n) {
-        alignas(64) uint64_t weights[kSampleBlock];
+        uint64_t weights[kSampleBlock], sum = 0;
+        const Vec logit = Vec::all(cut.logit), heavy = Vec::all(cut.least);
         for (int64_t i = 0; i < n; i += Vec::width) {
-            Units::of(exp(Vec::load(x + i) - Vec::all(space.max))).store(weights + i);
+            const Vec v = Vec::load(x + i), w = exp(v - Vec::all(space.max));
+            Units::of(w).where(greater_equal(w, heavy)).where(greater_equal(v, logit)).store(weights + i);
         }
-        uint64_t sum = 0;
-        for (int64_t i = 0; i < n && token < 0; ++i) {
-            if (cut.keeps(to_float(x[i]), weights[i], ties_left)) sum += weights[i];
+        int64_t ties_left = space.blocks[b].ties;
+        for (int64_t i = 0; token < 0; ++i) {
+            if (to_float(x[i]) != cut.logit || ties_left-- > 0) sum += weights[i];
             if (sum > target) token = b * kSampleBlock + i;
         }
     });
     return token;
 }
 
-// The kept weight of each block goes to `above`; returns their sum.
-uint64_t add_kept(const SampleRow& row, SampleWorkspace& space, const Cut& cut) {
+int64_t draw_token(const SampleRow& row, SampleWorkspace& space, FixedExp exp, const Cut& cut,
+                   uint64_t total) {
+    uint64_t target = draw_below(row.options, total);
+    int64_t b = 0;
+    for (; target >= space.blocks[b].kept; ++b) target -= space.blocks[b].kept;
+    return token_in_block(row, space, exp, cut, b, target);
+}
+
+// The sum of all exp(l - max) from the blocks' sums, which are relative to their own maxima.
+uint64_t add_untempered(const SampleRow& row, const SampleWorkspace& space) {
+    const FixedExp exp = FixedExp::at(1.0f);
     uint64_t total = 0;
-    int64_t ties_left = cut.ties, i = 0;
-    const int64_t blocks = blocks_of(row);
-    for (int64_t b = 0; b < blocks; ++b) {
-        SampleBlock& block = space.blocks[b];
-        for (const int64_t end = i + block.listed; i < end; ++i) {
-            if (cut.keeps(space.list[i], space.weights[i], ties_left)) block.above += space.weights[i];
-        }
-        total += block.above;
+    for (int64_t b = 0; b < blocks_of(row); ++b) {
+        total += scaled(space.blocks[b].untempered, weight_of(exp, space.blocks[b].max - space.max));
     }
     return total;
 }
 
-int64_t draw_token(const SampleRow& row, SampleWorkspace& space, FixedExp exp, const Cut& cut) {
-    uint64_t target = draw_below(row.options, add_kept(row, space, cut));
-    int64_t b = 0, ties_left = cut.ties;
-    const float* listed = space.list;
-    for (; target >= space.blocks[b].above; ++b) {
-        target -= space.blocks[b].above;
-        for (int64_t i = 0; i < space.blocks[b].listed; ++i) ties_left -= *listed++ == cut.logit;
-    }
-    return token_in_block(row, space, exp, cut, b, target, ties_left);
-}
-
-int64_t first_equal(const SampleRow& row, const SampleWorkspace& space) {
+int64_t first_largest(const SampleRow& row, const SampleWorkspace& space) {
     int64_t b = 0;
     while (space.blocks[b].max != space.max) ++b;
     int64_t token = b * kSampleBlock;
@@ -309,36 +400,32 @@ SampleDraw draw_infinite(const SampleRow& row) {
         finite |= x - x == 0.0f;
     }
     if (!finite) return {-1, 0.0f, 0.0f, 0};
-    const SampleOptions& options = row.options;
-    uint64_t target = 0;
-    if (options.temperature > 0.0f) target = draw_below(options, part_of(options.top_p, infinite));
+    uint64_t target = is_greedy(row) ? 0 : draw_below(row.options, part_of(row.options.top_p, infinite));
     int64_t token = 0;
-    for (;; ++token) {
-        if (logit_at(row, token) == kInfinity && target-- == 0) break;
-    }
+    while (logit_at(row, token) != kInfinity || target-- != 0) ++token;
     return {token, 0.0f, 0.0f, infinite << kWeightBits};
 }
 
 }  // namespace
 
-// ---- the steps
-// -------------------------------------------------------------------------------------------------
+// ---- the steps --------------------------------------------------------------------------------------------
 
 void sample_scan(const SampleRow& row, SampleWorkspace& space, int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-        with_block(row, b, [&](const auto* x, int64_t n) { space.blocks[b].max = block_max(x, n); });
+        with_block(row, b, [&](const auto* x, int64_t n) {
+            SampleBlock& block = space.blocks[b];
+            block.max = block_max(x, n);
+            if (is_tempered(row)) block.untempered = block_sum(x, n, block.max);
+        });
     }
 }
 
 bool sample_plan(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw) {
-    const SampleOptions& options = row.options;
-    const int64_t blocks = blocks_of(row);
-    space.max = -kInfinity;
     bool nan = false;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const float x = space.blocks[b].max;
-        nan |= is_nan(x);
-        if (x > space.max) space.max = x;
+    space.max = -kInfinity;
+    for (int64_t b = 0; b < blocks_of(row); ++b) {
+        nan |= is_nan(space.blocks[b].max);
+        space.max = max(space.max, space.blocks[b].max);
     }
     draw = {-1, 0.0f, 0.0f, 0};
     if (nan || space.max == -kInfinity) return false;
@@ -346,52 +433,47 @@ bool sample_plan(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw)
         draw = draw_infinite(row);
         return false;
     }
-    space.tempered = options.temperature != 0.0f && options.temperature != 1.0f;
-    space.cut = options.temperature != 0.0f && ((options.top_k > 0 && options.top_k < row.vocab) ||
-                                                options.top_p < 1.0f || options.min_p > 0.0f);
-    const FixedExp exp = FixedExp::at(space.tempered ? options.temperature : 1.0f);
-    const float floor = space.max + exp.lowest;
-    space.floor = floor < -kLargest ? -kLargest : floor;
-    space.low = space.floor;
-    space.high = kInfinity;
+    if (is_tempered(row)) space.untempered = add_untempered(row, space);
+    if (is_greedy(row)) {
+        draw = {first_largest(row, space), space.max, space.max, space.untempered};
+        return false;
+    }
+    space.widened = false;
+    const FixedExp exp = weight_function(row);
+    choose_floor(row, space, exp);
+    if (is_cut(row)) choose_bracket(row, space, exp);
     return true;
 }
 
 void sample_weigh(const SampleRow& row, SampleWorkspace& space, int64_t begin, int64_t end) {
-    const FixedExp exp = FixedExp::at(space.tempered ? row.options.temperature : 1.0f);
+    const FixedExp exp = weight_function(row);
+    const bool cut = is_cut(row);
     float* list = nullptr;
     for (int64_t b = begin; b < end; ++b) {
-        if (b % kBlocksPerChunk == 0) list = space.list + b * kSampleBlock;
-        SampleBlock& block = space.blocks[b];
+        if (b % kSampleChunk == 0) list = space.list + b * kSampleBlock;
         with_block(row, b, [&](const auto* x, int64_t n) {
-            if (space.cut) {
-                list = space.tempered ? weigh_block<true, true>(x, n, space, exp, block, list)
-                                      : weigh_block<false, true>(x, n, space, exp, block, list);
-            } else {
-                list = space.tempered ? weigh_block<true, false>(x, n, space, exp, block, list)
-                                      : weigh_block<false, false>(x, n, space, exp, block, list);
-            }
+            list = cut ? weigh_block<true>(x, n, space, exp, space.blocks[b], list)
+                       : weigh_block<false>(x, n, space, exp, space.blocks[b], list);
         });
     }
 }
 
 bool sample_draw(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw) {
-    const FixedExp exp = FixedExp::at(space.tempered ? row.options.temperature : 1.0f);
-    Cut cut{-kInfinity, kAll, 0};
-    if (space.cut) {
-        const int64_t n = gather_list(row, space, exp);
-        if (!find_cut(row, space, n, cut)) {
-            space.low = space.floor;
-            space.high = kInfinity;
+    const FixedExp exp = weight_function(row);
+    uint64_t all = 0;
+    for (int64_t b = 0; b < blocks_of(row); ++b) all += space.blocks[b].kept = space.blocks[b].all;
+    if (!is_tempered(row)) space.untempered = all;
+    Cut cut;
+    if (is_cut(row)) {
+        if (!find_cut(row, space, exp, cut)) {
+            space.widened = true;
+            choose_bracket(row, space, exp);
             return false;
         }
+        all = add_kept(row, space, exp, cut);
     }
-    const bool greedy = row.options.temperature == 0.0f;
-    const int64_t token = greedy ? first_equal(row, space) : draw_token(row, space, exp, cut);
-    uint64_t untempered = 0;
-    const int64_t blocks = blocks_of(row);
-    for (int64_t b = 0; b < blocks; ++b) untempered += space.blocks[b].untempered;
-    draw = {token, logit_at(row, token), space.max, untempered};
+    const int64_t token = draw_token(row, space, exp, cut, all);
+    draw = {token, logit_at(row, token), space.max, space.untempered};
     return true;
 }
 

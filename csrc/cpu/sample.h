@@ -8,7 +8,7 @@
 namespace tts {
 
 // A row is worked on in blocks of so many logits, and cut between threads at multiples of a chunk.
-inline constexpr int64_t kSampleBlock = 1024, kSampleChunk = 16 * kSampleBlock;
+inline constexpr int64_t kSampleBlock = 1024, kSampleChunk = 16;  // logits in a block, blocks in a chunk
 
 struct SampleOptions {
     float temperature;  // >= 0; 0: the largest logit
@@ -24,40 +24,43 @@ struct SampleRow {
     SampleOptions options;
 };
 
-// What one block adds up to, in units of weight.
+// What one block of logits adds up to.
 struct SampleBlock {
-    uint64_t all;  // at the row's temperature
-    uint64_t untempered;
-    uint64_t above;  // of `all`: logits above the bracket
-    int32_t above_count, listed;
-    float max;  // NaN if any logit is
+    uint64_t all;         // weights at the row's temperature
+    uint64_t untempered;  // weights at temperature 1, relative to `max`; at any other temperature only
+    uint64_t above;       // of `all`: those above the bracket
+    uint64_t kept;        // of `all`: those that may be drawn
+    int32_t above_count, listed;  // logits above the bracket and inside it
+    int32_t ties;                 // logits kept that equal the cut
+    float max;                    // NaN if any logit is
 };
 
-// What one row needs while it is worked on.
+// What a row needs while it is worked on. "Entries" is V, rounded up to a multiple of the block.
 struct SampleWorkspace {
-    SampleBlock* blocks;        // [ceil(V / block)]
-    float* list;                // [V rounded up to chunks + 64]: the logits inside the bracket
-    uint64_t* weights;          // [as list]: theirs
-    float* scratch_list;        // [as list]
-    uint64_t* scratch_weights;  // [as list]
-    float max;                  // of the row
-    float low, high;            // the bracket: logits in [low, high] are listed
-    float floor;                // logits below it are not drawn
-    bool tempered, cut;         // the temperature is neither 0 nor 1; some option removes tokens
+    SampleBlock* blocks;  // [entries / block]
+    float* list;        // [entries]: the logits inside the bracket, block by block, each block's filled up to
+                        // whole vectors with -inf; a chunk's begin where its logits would
+    float* picked;      // [entries]: the list without gaps
+    uint64_t* weights;  // [entries + 16]: theirs
+    float max;          // of the row
+    float low, high;    // the bracket: logits in [low, high] are listed
+    float floor;        // logits below it are never drawn
+    uint64_t untempered;  // the sum of all exp(logit - max), as weights
+    bool widened;         // the first bracket missed
 };
 
 struct SampleDraw {
     int64_t token;  // -1: there is none
     float logit, max;
-    uint64_t untempered;  // sum of the weights exp(logit - max)
+    uint64_t untempered;  // the sum of all exp(logit - max), as weights
 };
 
 }  // namespace tts
 
 TTS_BEGIN_ISA
 
-// The steps for one row, in this order; steps 1 and 3 take blocks [begin, end), which different threads may
-// share.
+// The steps for one row, in this order. Steps 1 and 3 take blocks [begin, end), cut at multiples of a chunk,
+// in any order and on any thread.
 void sample_scan(const SampleRow& row, SampleWorkspace& space, int64_t begin, int64_t end);
 // False if the draw is known already.
 bool sample_plan(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw);

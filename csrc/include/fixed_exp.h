@@ -24,8 +24,7 @@ TTS_BEGIN_ISA
 inline constexpr int kWeightBits = 39;  // the weight of the largest logit is 2**39
 inline constexpr uint64_t kOne = uint64_t{1} << kWeightBits;
 
-// ---- what the vectors of vec.h lack: exactly fused arithmetic, masks, integer sums
-// ------------------------------
+// ---- what the vectors of vec.h lack: exactly fused arithmetic, masks, integer sums ------------------------
 
 #if defined(__AVX512F__)
 
@@ -58,9 +57,13 @@ struct Units {
         low = _mm512_add_epi64(low, u.low);
         high = _mm512_add_epi64(high, u.high);
     }
-    void add(Units u, Mask where) {
-        low = _mm512_mask_add_epi64(low, static_cast<__mmask8>(where.m), low, u.low);
-        high = _mm512_mask_add_epi64(high, static_cast<__mmask8>(where.m >> 8), high, u.high);
+    void add(Units u, Mask which) {
+        low = _mm512_mask_add_epi64(low, static_cast<__mmask8>(which.m), low, u.low);
+        high = _mm512_mask_add_epi64(high, static_cast<__mmask8>(which.m >> 8), high, u.high);
+    }
+    Units where(Mask keep) const {
+        return {_mm512_maskz_mov_epi64(static_cast<__mmask8>(keep.m), low),
+                _mm512_maskz_mov_epi64(static_cast<__mmask8>(keep.m >> 8), high)};
     }
     void store(uint64_t* p) const {
         _mm512_storeu_si512(p, low);
@@ -107,11 +110,11 @@ struct Units {
         low = _mm256_add_epi64(low, u.low);
         high = _mm256_add_epi64(high, u.high);
     }
-    void add(Units u, Mask where) {
-        const __m256i m = _mm256_castps_si256(where.m);
-        const __m256i m_low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(m));
-        const __m256i m_high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(m, 1));
-        add({_mm256_and_si256(u.low, m_low), _mm256_and_si256(u.high, m_high)});
+    void add(Units u, Mask which) { add(u.where(which)); }
+    Units where(Mask keep) const {
+        const __m256i m = _mm256_castps_si256(keep.m);
+        return {_mm256_and_si256(low, _mm256_cvtepi32_epi64(_mm256_castsi256_si128(m))),
+                _mm256_and_si256(high, _mm256_cvtepi32_epi64(_mm256_extracti128_si256(m, 1)))};
     }
     void store(uint64_t* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), low);
@@ -192,7 +195,8 @@ struct Units {
         return {bits ^ 0x4330000000000000u};
     }
     void add(Units x) { u += x.u; }
-    void add(Units x, Mask where) { u += x.u & (Words) __builtin_convertvector(where.m, SignedWords); }
+    void add(Units x, Mask which) { add(x.where(which)); }
+    Units where(Mask keep) const { return {u & (Words) __builtin_convertvector(keep.m, SignedWords)}; }
     void store(uint64_t* p) const { __builtin_memcpy(p, &u, sizeof u); }
     uint64_t sum() const { return (u[0] + u[1]) + (u[2] + u[3]); }
 };
@@ -207,8 +211,7 @@ inline int64_t compress(Vec x, Mask where, float* out) {
 
 #endif
 
-// ---- the weight
-// ------------------------------------------------------------------------------------------------
+// ---- the weight -------------------------------------------------------------------------------------------
 
 // One temperature's constants.
 struct FixedExp {

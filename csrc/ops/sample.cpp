@@ -1,4 +1,5 @@
 // torch.ops.tts_kernels.sample
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -60,30 +61,22 @@ class Options {
     IndexArray top_ks_{nullptr, false};
 };
 
-// Memory for one row at a time.
+int64_t blocks_of(int64_t vocab) { return (vocab + kSampleBlock - 1) / kSampleBlock; }
+
+// Memory for one row at a time. Most of it is never touched: lists are short.
 class Workspace {
   public:
     Workspace(const Tensor& like, int64_t vocab) {
-        const int64_t blocks = (vocab + kSampleBlock - 1) / kSampleBlock;
-        const int64_t entries = blocks * kSampleBlock + 64;
-        constexpr int64_t kLine = 64;
-        const auto lines = [](int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; };
-        const int64_t sizes[] = {lines(blocks * static_cast<int64_t>(sizeof(SampleBlock))), entries * 4,
-                                 entries * 8, entries * 4, entries * 8};
-        int64_t bytes = kLine;
-        for (int64_t size : sizes) bytes += size;
-        memory_ = empty(like, {bytes}, ScalarType::Byte);
-        auto next = (reinterpret_cast<uintptr_t>(data<uint8_t>(memory_)) + kLine - 1) / kLine * kLine;
-        const auto take = [&](int i) {
-            void* p = reinterpret_cast<void*>(next);
-            next += static_cast<uintptr_t>(sizes[i]);
-            return p;
-        };
-        space.blocks = static_cast<SampleBlock*>(take(0));
-        space.list = static_cast<float*>(take(1));
-        space.weights = static_cast<uint64_t*>(take(2));
-        space.scratch_list = static_cast<float*>(take(3));
-        space.scratch_weights = static_cast<uint64_t*>(take(4));
+        const int64_t blocks = blocks_of(vocab), entries = blocks * kSampleBlock;
+        const auto bytes = [](int64_t n, int64_t size) { return (n * size + 63) / 64 * 64; };
+        const int64_t sizes[] = {bytes(blocks, sizeof(SampleBlock)), bytes(entries, 4), bytes(entries, 4),
+                                 bytes(entries + 16, 8)};
+        memory_ = empty(like, {sizes[0] + sizes[1] + sizes[2] + sizes[3]}, ScalarType::Byte);
+        uint8_t* p = data<uint8_t>(memory_);
+        space.blocks = reinterpret_cast<SampleBlock*>(p);
+        space.list = reinterpret_cast<float*>(p += sizes[0]);
+        space.picked = reinterpret_cast<float*>(p += sizes[1]);
+        space.weights = reinterpret_cast<uint64_t*>(p += sizes[2]);
     }
 
     SampleWorkspace space{};
@@ -145,7 +138,20 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_i
         token_logprob[r] = logprob(d);
     };
 
-    const int64_t blocks = (vocab + kSampleBlock - 1) / kSampleBlock;
+    const int64_t blocks = blocks_of(vocab), chunks = (blocks + kSampleChunk - 1) / kSampleChunk;
+    if (rows <
+        static_cast<int64_t>(torch::stable::get_num_threads())) {  // one row after the other, each cut up
+        Workspace workspace(logits, vocab);
+        SampleWorkspace& space = workspace.space;
+        for (int64_t r = 0; r < rows; ++r) {
+            one_row(r, space, [&](auto step, const SampleRow& row) {
+                torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+                    step(row, space, begin * kSampleChunk, std::min(end * kSampleChunk, blocks));
+                });
+            });
+        }
+        return {tokens, logprobs};
+    }
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         Workspace workspace(logits, vocab);
         SampleWorkspace& space = workspace.space;
