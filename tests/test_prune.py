@@ -84,6 +84,23 @@ def test_saturated_scores_keep_the_first() -> None:
     assert out.indices.tolist() == [[0, 1, 2], [5000, 5001, 5002]]
 
 
+def test_nothing_kept_of_a_group_of_the_best() -> None:
+    scores = torch.full((400,), torch.inf)
+    out = tk.prune(scores, torch.tensor([0, 200, 400]), torch.tensor([0, 2]))
+    assert out.indices.tolist() == [[-1, -1], [200, 201]]
+    assert out.counts.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("finite", [0, 1, 5])
+def test_groups_of_nan_and_minus_infinity(finite: int) -> None:
+    """Fewer scores than k are finite, in a group that is longer than the kernel's blocks."""
+    scores = torch.full((300,), torch.nan)
+    scores[250:260] = -torch.inf
+    scores[100 : 100 + finite] = torch.arange(finite) - 9.0
+    expected = model(scores.tolist(), 13, keep_order=False)
+    assert tk.prune(scores, torch.tensor([0, 300]), 13).indices[0].tolist() == expected
+
+
 def test_result_unpacks() -> None:
     indices, counts = tk.prune(torch.tensor([0.5, 0.75]), torch.tensor([0, 2]), 1)
     assert indices.tolist() == [[1]]

@@ -45,16 +45,19 @@ class Op:
         torch.library.register_fake(f"tts_kernels::{name}", self._checked(fake))
 
     def __call__(self, *args: Any) -> Any:
-        if state.backend == "reference" or not self._has_kernel(args):
-            self.check(*args)
-            return self.reference(*args)
         if torch.compiler.is_compiling():
-            return self.overload(*args)
-        try:
-            return self.overload(*args)
-        except RuntimeError:
-            self.check(*args)
-            raise
+            if state.backend != "reference" and self._has_kernel(args):
+                return self.overload(*args)
+        elif state.backend != "reference":
+            try:
+                return self.overload(*args)
+            except NotImplementedError:  # no kernel where the tensors are
+                pass
+            except RuntimeError:
+                self.check(*args)
+                raise
+        self.check(*args)
+        return self.reference(*args)
 
     @staticmethod
     def _has_kernel(args: tuple[Any, ...]) -> bool:

@@ -20,8 +20,8 @@ constexpr int kRowBlock = 64;           // rows of hidden at a time, fewer if th
 constexpr int64_t kRowBytes = 1 << 18;  // they stay in L2, and the tile of W with them
 
 int64_t row_block(int64_t row_bytes) {
-    const int64_t fit = kRowBytes / (row_bytes + 1) / kTileRows * kTileRows;
-    return fit < kTileRows ? kTileRows : fit > kRowBlock ? kRowBlock : fit;
+    const int64_t fit = kRowBytes / (row_bytes + 1) / kDotRows * kDotRows;
+    return fit < kDotRows ? kDotRows : fit > kRowBlock ? kRowBlock : fit;
 }
 
 // Folds n <= kTile logits into the state (max, sum). A row of -inf alone leaves (-inf, 0); NaN and +inf end

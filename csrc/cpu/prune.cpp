@@ -2,13 +2,12 @@
 //
 //   scores [S], group g owns scores[indptr[g] : indptr[g + 1]]  ->  indices [G, K] padded with -1, counts [G]
 //
-// Scores become integer keys (total_order.h). Groups of a beam search are small (4 to 4096 candidates) and k
-// smaller still, so two ways lead to the k best:
+// A score and its index make one integer (total_order.h), of which the greatest are wanted. Groups of a beam
+// search are small (4 to 4096 candidates) and k smaller still, so two ways lead there:
 //
-//   few (K <= 16): four vectors keep the largest key of each of their lanes; taking their maximum k times
-//   gives the k-th of these, a bound that at least k candidates reach. A group that fits in the four vectors
-//   is done with that; of a longer one, a second pass takes the candidates that reach the bound, of which
-//   there are few more than k.
+//   few (K <= 16): sixteen lanes keep the largest score that passes them; the k-th of these is a bound that
+//   at least k candidates reach, and hardly more do. A second pass collects those that do and ranks them
+//   against each other.
 //
 //   many: radix select finds the k-th largest key in four passes of a byte each, one pass collects the
 //   candidates above it and the first of its equals, and heap sort orders them.
@@ -22,101 +21,119 @@ TTS_BEGIN_ISA
 namespace {
 
 constexpr int kFew = static_cast<int>(kFewSurvivors);
-constexpr int kVectors = 4;
-constexpr int kLanes = kVectors * Keys::width;
-static_assert(kFew <= kLanes);  // the bound needs k lanes
+constexpr int kLanes = 16;      // as many as the widest vector has
+static_assert(kFew <= kLanes);  // the bound needs k of them
 
-// ---- few
-// -----------------------------------------------------------------------------------------------------
+// ---- few ------------------------------------------------------------------------------------------------
 
-// Four vectors of keys, and the lanes' numbers.
-struct Lanes {
-    Keys keys[kVectors];
+// n scores of a vector, the lanes beyond them -inf.
+template <class T>
+Vec load_scores(const T* p, int64_t n) {
+    if (n >= Vec::width) return Vec::load(p);
+    static constexpr float kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Vec scores = Vec::load(p, static_cast<int>(n));
+    return select_less(Vec::load(kLane), Vec::all(static_cast<float>(n)), scores, Vec::all(-kInfinity));
+}
 
-    // The largest key of each lane over n scores.
-    template <class T>
-    static Lanes of(const T* scores, int64_t n) {
-        Lanes lanes;
-        for (int j = 0; j < kVectors; ++j) {
-            const int64_t rest = n - j * Keys::width;
-            lanes.keys[j] = rest > 0 ? load_keys(scores + j * Keys::width, rest) : Keys::all(kNoKey);
-        }
-        for (int64_t i = kLanes; i < n; i += kLanes) {
-            for (int j = 0; j < kVectors; ++j) {
-                const int64_t at = i + j * Keys::width;
-                if (at < n) lanes.keys[j] = Keys::max(lanes.keys[j], load_keys(scores + at, n - at));
-            }
-        }
-        return lanes;
+// The k-th largest of sixteen lanes' largest scores: at least k of the n >= k scores reach it. NaN counts
+// as -inf.
+template <class T>
+float lower_bound(const T* scores, int64_t n, int k) {
+    constexpr int W = Vec::width, kVectors = 4, kKept = kLanes / W;
+    Vec top[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+        const int64_t rest = n - j * W;
+        top[j] =
+            rest > 0 ? max(load_scores(scores + j * W, rest), Vec::all(-kInfinity)) : Vec::all(-kInfinity);
     }
-
-    // Takes the largest key out, from the lowest lane that holds it.
-    int32_t take(int& lane) {
-        const Keys top = Keys::max(Keys::max(keys[0], keys[1]), Keys::max(keys[2], keys[3]));
-        const int32_t best = top.max();
-        uint64_t holders = 0;
-        for (int j = kVectors - 1; j >= 0; --j)
-            holders = holders << Keys::width | keys[j].equal(Keys::all(best));
-        const uint64_t first = holders & (~holders + 1);
-        for (int j = 0; j < kVectors; ++j) {
-            const uint64_t mine = first >> (j * Keys::width) & ((uint64_t{1} << Keys::width) - 1);
-            keys[j] = keys[j].replace(static_cast<uint32_t>(mine), kNoKey);
-        }
-        lane = __builtin_ctzll(holders);
-        return best;
+    int64_t i = kVectors * W;
+    for (; i + kVectors * W <= n; i += kVectors * W) {
+        for (int j = 0; j < kVectors; ++j) top[j] = max(Vec::load(scores + i + j * W), top[j]);
     }
-};
+    for (; i < n; i += W) top[0] = max(load_scores(scores + i, n - i), top[0]);
+    for (int j = kKept; j < kVectors; ++j) top[j % kKept] = max(top[j], top[j % kKept]);
 
-// At most k ranks, best first.
-class Best {
+    float lanes[kLanes];
+    for (int j = 0; j < kKept; ++j) top[j].store(lanes + j * W);
+    Vec larger[kKept];  // for each lane, how many lanes are larger
+    for (Vec& count : larger) count = Vec::zero();
+    for (float lane : lanes) {
+        for (int j = 0; j < kKept; ++j) {
+            larger[j] = larger[j] + select_less(top[j], Vec::all(lane), Vec::all(1.0f), Vec::zero());
+        }
+    }
+    Vec least = Vec::all(kInfinity);  // of the lanes that fewer than k lanes beat
+    for (int j = 0; j < kKept; ++j) {
+        least = min(select_less(larger[j], Vec::all(static_cast<float>(k)), top[j], least), least);
+    }
+    return -reduce_max(Vec::zero() - least);
+}
+
+// Candidates that may be among the k best, in candidate order.
+class Hits {
   public:
-    explicit Best(int k) : k_(k) {}
+    static constexpr int kBlock = 64;
 
-    void add(uint64_t rank) {
-        if (size_ == k_ && rank < ranks_[k_ - 1]) return;
-        int i = size_ < k_ ? size_++ : k_ - 1;
-        for (; i > 0 && ranks_[i - 1] < rank; --i) ranks_[i] = ranks_[i - 1];
-        ranks_[i] = rank;
+    void add(int64_t rank) { ranks_[size_++] = rank; }
+    bool full() const { return size_ + kBlock > kCapacity; }
+
+    // The k best, best first. There are hardly more than k, so all pairs are compared, without a branch.
+    void best(int k, int64_t* out) const {
+        int place[kCapacity];
+        for (int i = 0; i < size_; ++i) {
+            int better = 0;
+            for (int j = 0; j < i; ++j) {
+                const int wins = ranks_[j] > ranks_[i];
+                better += wins;
+                place[j] += 1 - wins;
+            }
+            place[i] = better;
+        }
+        for (int i = 0; i < size_; ++i) {
+            if (place[i] < k) out[place[i]] = ranks_[i];
+        }
     }
-    bool full() const { return size_ == k_; }
-    uint64_t worst() const { return ranks_[size_ - 1]; }
-    const uint64_t* data() const { return ranks_; }
+
+    // Drops all but the k best; gives the least key that a later score needs to join them.
+    int32_t cut(int k) {
+        int64_t kept[kFew];
+        best(k, kept);
+        for (size_ = 0; size_ < k; ++size_) ranks_[size_] = kept[size_];
+        return ranked_key(kept[k - 1]) + 1;  // an equal that comes later loses
+    }
 
   private:
-    int k_, size_ = 0;
-    uint64_t ranks_[kFew];
+    static constexpr int kCapacity = 2 * kBlock;
+    int size_ = 0;
+    int64_t ranks_[kCapacity];
 };
 
 // The k <= min(n, kFew) best of n scores into `ranks`, best first.
 template <class T>
-void select_few(const T* scores, int64_t n, int k, uint64_t* ranks) {
-    Lanes lanes = Lanes::of(scores, n);
-    int32_t bound = kNoKey;
-    for (int i = 0; i < k; ++i) {
-        int lane;
-        bound = lanes.take(lane);
-        ranks[i] = ranked(bound, static_cast<uint32_t>(lane));
-    }
-    if (n <= kLanes) return;
-    Best best(k);
-    Keys above = Keys::all(bound - 1);
-    for (int64_t i = 0; i < n; i += Keys::width) {
-        const Keys keys = load_keys(scores + i, n - i);
-        uint32_t hits = keys.greater(above);
-        if (!hits) continue;
-        int32_t lane_keys[Keys::width];
-        keys.store(lane_keys);
-        for (; hits; hits &= hits - 1) {
-            const int lane = __builtin_ctz(hits);
-            best.add(ranked(lane_keys[lane], static_cast<uint32_t>(i + lane)));
+void select_few(const T* scores, int64_t n, int k, int64_t* ranks) {
+    constexpr int W = Vec::width;
+    Hits hits;
+    float bound = lower_bound(scores, n, k);
+    for (int64_t i = 0; i < n; i += Hits::kBlock) {
+        const int64_t count = n - i < Hits::kBlock ? n - i : Hits::kBlock;
+        uint64_t mask = 0;
+        if (bound > -kInfinity) {
+            for (int64_t j = 0; j < count; j += W) {
+                mask |= uint64_t{at_least(load_scores(scores + i + j, count - j), Vec::all(bound))} << j;
+            }
+        } else {  // NaN may be among the k best
+            mask = ~uint64_t{0} >> (Hits::kBlock - count);
         }
-        if (best.full()) above = Keys::all(ranked_key(best.worst()));  // equals that come later lose
+        for (; mask; mask &= mask - 1) {
+            const int j = __builtin_ctzll(mask);
+            hits.add(ranked(order_key(to_float(scores[i + j])), static_cast<uint32_t>(i + j)));
+        }
+        if (hits.full()) bound = key_score(hits.cut(k));
     }
-    __builtin_memcpy(ranks, best.data(), static_cast<unsigned>(k) * sizeof *ranks);
+    hits.best(k, ranks);
 }
 
-// ---- many
-// ----------------------------------------------------------------------------------------------------
+// ---- many -------------------------------------------------------------------------------------------------
 
 // The k-th largest of n keys, and how many of its equals are among the k.
 struct Threshold {
@@ -140,8 +157,8 @@ Threshold kth_largest(const int32_t* keys, int64_t n, int64_t k) {
     return {static_cast<int32_t>(prefix ^ 0x80000000u), k};
 }
 
-void sift_down(uint64_t* heap, int64_t root, int64_t n) {
-    const uint64_t value = heap[root];
+void sift_down(int64_t* heap, int64_t root, int64_t n) {
+    const int64_t value = heap[root];
     for (int64_t child; (child = 2 * root + 1) < n; root = child) {
         if (child + 1 < n && heap[child + 1] < heap[child]) ++child;
         if (value <= heap[child]) break;
@@ -151,10 +168,10 @@ void sift_down(uint64_t* heap, int64_t root, int64_t n) {
 }
 
 // Greatest first: a heap with the least on top gives it to the end.
-void sort_ranks(uint64_t* ranks, int64_t n) {
+void sort_ranks(int64_t* ranks, int64_t n) {
     for (int64_t i = n / 2; i-- > 0;) sift_down(ranks, i, n);
     for (int64_t i = n; i-- > 1;) {
-        const uint64_t least = ranks[0];
+        const int64_t least = ranks[0];
         ranks[0] = ranks[i];
         ranks[i] = least;
         sift_down(ranks, 0, i);
@@ -163,17 +180,8 @@ void sort_ranks(uint64_t* ranks, int64_t n) {
 
 // The k <= n best of n scores into `ranks`, in candidate order.
 template <class T>
-void select_many(const T* scores, int64_t n, int64_t k, int32_t* keys, uint64_t* ranks) {
-    for (int64_t i = 0; i < n; i += Keys::width) {
-        const Keys some = load_keys(scores + i, n - i);
-        if (n - i >= Keys::width) {
-            some.store(keys + i);
-        } else {
-            int32_t lanes[Keys::width];
-            some.store(lanes);
-            __builtin_memcpy(keys + i, lanes, static_cast<uint64_t>(n - i) * sizeof *keys);
-        }
-    }
+void select_many(const T* scores, int64_t n, int64_t k, int32_t* keys, int64_t* ranks) {
+    for (int64_t i = 0; i < n; ++i) keys[i] = order_key(to_float(scores[i]));
     Threshold threshold = kth_largest(keys, n, k);
     for (int64_t i = 0; i < n; ++i) {
         if (keys[i] < threshold.key || (keys[i] == threshold.key && threshold.equals-- <= 0)) continue;
@@ -181,32 +189,31 @@ void select_many(const T* scores, int64_t n, int64_t k, int32_t* keys, uint64_t*
     }
 }
 
-// ---- one group
-// -----------------------------------------------------------------------------------------------
+// ---- one group --------------------------------------------------------------------------------------------
 
-void sort_by_index(uint64_t* ranks, int64_t n) {
+void sort_by_index(int64_t* ranks, int64_t n) {
     for (int64_t i = 1; i < n; ++i) {
-        const uint64_t rank = ranks[i];
+        const int64_t rank = ranks[i];
         int64_t j = i;
         for (; j > 0 && ranked_index(ranks[j - 1]) > ranked_index(rank); --j) ranks[j] = ranks[j - 1];
         ranks[j] = rank;
     }
 }
 
-// Indices [K] double as the place for ranks: both have 64 bits.
+// Indices [K] double as the place for ranks.
 template <class T>
 void prune_group(const T* scores, int64_t begin, int64_t n, int64_t k, const PruneArgs& args,
                  int64_t* indices) {
-    auto* ranks = reinterpret_cast<uint64_t*>(indices);
-    if (args.width <= kFew) {
-        select_few(scores + begin, n, static_cast<int>(k), ranks);
-        if (args.keep_order) sort_by_index(ranks, k);
-    } else {
-        select_many(scores + begin, n, k, args.keys + begin, ranks);
-        if (!args.keep_order) sort_ranks(ranks, k);
-    }
-    for (int64_t i = 0; i < k; ++i) indices[i] = begin + ranked_index(ranks[i]);
     for (int64_t i = k; i < args.width; ++i) indices[i] = -1;
+    if (k == 0) return;
+    if (args.width <= kFew) {
+        select_few(scores + begin, n, static_cast<int>(k), indices);
+        if (args.keep_order) sort_by_index(indices, k);
+    } else {
+        select_many(scores + begin, n, k, args.keys + begin, indices);
+        if (!args.keep_order) sort_ranks(indices, k);
+    }
+    for (int64_t i = 0; i < k; ++i) indices[i] = begin + ranked_index(indices[i]);
 }
 
 }  // namespace

@@ -66,8 +66,7 @@ float logit(const T* x, const StepScoresArgs& args) {
     });
 }
 
-// ---- the hidden layer
-// ----------------------------------------------------------------------------------------
+// ---- the hidden layer -------------------------------------------------------------------------------------
 
 template <class T>
 void norm_row(const T* x, float* out, const StepScoresArgs& args) {

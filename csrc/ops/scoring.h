@@ -8,8 +8,7 @@
 
 namespace tts::ops {
 
-// ---- scores of steps
-// -----------------------------------------------------------------------------------------
+// ---- scores of steps --------------------------------------------------------------------------------------
 
 // One step reads 2 H bytes or so; below this many steps a second thread costs more than it brings.
 inline constexpr int64_t kStepsPerThread = 16;
@@ -50,8 +49,7 @@ inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
     run(kernels().finish_steps, args.steps, 1024);
 }
 
-// ---- aggregates of chains
-// ------------------------------------------------------------------------------------
+// ---- aggregates of chains ---------------------------------------------------------------------------------
 
 // Arguments for the kernel, after checks; `scores` and `out` are not set. The tensors are contiguous and
 // outlive it.
@@ -76,8 +74,7 @@ inline AggregateStepsArgs aggregate_args(const Tensor& indptr, int64_t steps, co
     return args;
 }
 
-// ---- pruning
-// -------------------------------------------------------------------------------------------------
+// ---- pruning ----------------------------------------------------------------------------------------------
 
 // Below this many scores a second thread costs more than it brings.
 inline constexpr int64_t kScoresPerThread = 32768;
