@@ -1,7 +1,7 @@
 """What a local model looks like to a policy or a verifier: a decoder that runs packed rows over a paged KV pool.
 
-:class:`Decoder` is the seam. ``adapters/transformers.py`` implements it for every model with pluggable attention; a
-decoder that is written for one family of models implements the same members and serves the same drivers.
+:class:`Decoder` is the seam. ``adapters/transformers.py`` implements it for every model with pluggable attention,
+``decoders/llama.py`` for the Llama family on a CPU; ``decoders/loading.py`` chooses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 import tts_kernels as tk
 
 PAGE_SIZE: Final = 16
+DecoderKind = Literal["auto", "lean", "transformers"]
 _UNITS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -94,6 +95,10 @@ class Decoder(Protocol):
 
     def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
         """Run a batch; logits [R, V] of the batch's ``rows`` [R] int64 (all of them if None), and of no others."""
+        ...
+
+    def head_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Rows [len(tokens), H] of the LM head and their biases; ValueError if logits are not a plain LM head's."""
         ...
 
 

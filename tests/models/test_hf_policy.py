@@ -11,7 +11,6 @@ import torch
 from tiny import save_checkpoint, small_pool, talkative, tiny_model, tiny_tokenizer
 from torch import Tensor
 from tts_search import HFPolicy, Step, StepParams
-from tts_search.adapters.transformers import TransformersDecoder
 from tts_search.decoder import Batch, DecoderShape
 from tts_search.protocol import Expand
 
@@ -375,7 +374,7 @@ def test_the_pool_is_sized_from_memory_or_from_the_configuration(checkpoint: str
     assert HFPolicy(checkpoint)._pool.pool_tokens == 64 * 512
     half = HFPolicy(checkpoint, dtype=torch.bfloat16, kv_memory=10 * page)
     assert half._pool.pool_tokens == 320
-    assert isinstance(half.decoder, TransformersDecoder)
+    assert half.decoder.dtype == torch.bfloat16
     assert half._pool.pool.kv.k[0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"kv_memory: expected room for one page of 16 tokens"):
         HFPolicy(checkpoint, kv_memory=100)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.decoder import Batch, DecoderShape
+from tts_search.decoder import Batch, Decoder, DecoderShape
 
 if TYPE_CHECKING:
     from tts_search.verifiers.formats import VerifierFormat
@@ -240,6 +240,14 @@ class TransformersDecoder:
         cache.check_layers(type(self.model).__name__)
         return logits
 
+    def head_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Rows [len(tokens), H] of the LM head and their biases; ValueError if logits are not a plain LM head's."""
+        head, config = self.model.get_output_embeddings(), self.model.config
+        if head is None or any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_OPTIONS):
+            raise ValueError(f"{type(self.model).__name__}: its logits are not those of a plain LM head")
+        rows, bias = list(tokens), getattr(head, "bias", None)
+        return head.weight[rows], None if bias is None else bias[rows]
+
     def _cache_of(self, kv: tk.KVCache) -> ForestCache:
         if self._cache is None or self._cache.kv is not kv:
             self._cache = ForestCache(kv)
@@ -341,16 +349,19 @@ def _check_exists(path_or_id: str) -> None:
         raise FileNotFoundError(f"path_or_id: expected the folder of a checkpoint or a hub id, got {path_or_id!r}")
 
 
-def eos_tokens(tokenizer: Any, decoder: TransformersDecoder) -> frozenset[int]:
-    """The ids that end an answer: of the generation config and of the tokenizer."""
-    generation = getattr(decoder.model, "generation_config", None)
+def eos_tokens(path_or_id: str, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer: of the generation config (else the model's) and of the tokenizer."""
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(path_or_id)
+    except OSError:
+        generation = transformers.GenerationConfig.from_model_config(load_config(path_or_id))
     ids: set[int] = set()
-    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+    for value in (generation.eos_token_id, tokenizer.eos_token_id):
         ids.update(value if isinstance(value, Sequence) else () if value is None else (value,))
     return frozenset(ids)
 
 
-def score_head(path_or_id: str, entry: VerifierFormat, decoder: TransformersDecoder, tokenizer: Any) -> tk.ScoreHead:
+def score_head(path_or_id: str, entry: VerifierFormat, decoder: Decoder, tokenizer: Any) -> tk.ScoreHead:
     """The head of a verifier's format, from the LM head or from tensors of the checkpoint.
 
     Raises
@@ -366,14 +377,13 @@ def score_head(path_or_id: str, entry: VerifierFormat, decoder: TransformersDeco
                 f"{path_or_id}: format {entry.name!r} found no {' and no '.join(missing)} in the checkpoint"
             )
         return tk.ScoreHead.two_class(tensors[entry.weight], tensors.get(entry.bias or ""), entry.good)
-    head, config = decoder.model.get_output_embeddings(), decoder.model.config
-    if head is None or any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_OPTIONS):
-        raise ValueError(f"{path_or_id}: format {entry.name!r} needs logits that are a plain LM head's")
-    good, bad = (label_token(tokenizer, label) for label in entry.labels)
-    if getattr(head, "bias", None) is None:
-        return tk.ScoreHead.label_pair(head.weight[good], head.weight[bad])
-    difference = head.weight[good].float() - head.weight[bad].float()
-    return tk.ScoreHead.scalar(difference, head.bias[good].float() - head.bias[bad].float())
+    try:
+        rows, bias = decoder.head_rows([label_token(tokenizer, label) for label in entry.labels])
+    except ValueError as error:
+        raise ValueError(f"{path_or_id}: format {entry.name!r}: {error}") from error
+    if bias is None:
+        return tk.ScoreHead.label_pair(rows[0], rows[1])
+    return tk.ScoreHead.scalar(rows[0].float() - rows[1].float(), bias[0].float() - bias[1].float())
 
 
 def label_token(tokenizer: Any, label: str | int) -> int:

@@ -17,7 +17,7 @@ from tts_search.protocol import Expand, Usage
 from tts_search.types import Step
 
 if TYPE_CHECKING:
-    from tts_search.decoder import Decoder
+    from tts_search.decoder import Decoder, DecoderKind
 
 __all__ = ["HFPolicy"]
 
@@ -52,13 +52,16 @@ class HFPolicy:
         Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
         a quarter of the free memory. A search that needs more runs in waves: idle branches give their KV up and read
         their tokens again when it is their turn.
+    decoder : {"auto", "lean", "transformers"}
+        What runs the model: on a CPU by default the lean decoder of the families that it knows, in all other cases the
+        model's own modules in transformers with attention over the forest. The other two values insist on one.
 
     Raises
     ------
     MissingExtraError
         Without transformers.
     ValueError
-        If the model's attention is not pluggable, or ``kv_memory`` is no size.
+        If the model's attention is not pluggable, ``kv_memory`` is no size, or ``"lean"`` is not possible.
 
     Examples
     --------
@@ -74,16 +77,17 @@ class HFPolicy:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
+        decoder: DecoderKind = "auto",
     ) -> None:
         require("transformers", "search")
         from tts_search.adapters import transformers as adapter
+        from tts_search.decoders.loading import load_decoder
 
         self.tokenizer = adapter.load_tokenizer(path_or_id)
-        decoder = adapter.load_decoder(path_or_id, dtype=dtype, device=device)
         self.system_prompt = system_prompt
-        self.decoder: Decoder = decoder
-        self._eos = adapter.eos_tokens(self.tokenizer, decoder)
-        self._pool = BranchPool(pool_for(decoder, kv_memory))
+        self.decoder: Decoder = load_decoder(path_or_id, dtype=dtype, device=device, decoder=decoder)
+        self._eos = adapter.eos_tokens(path_or_id, self.tokenizer)
+        self._pool = BranchPool(pool_for(self.decoder, kv_memory))
         self._problems: dict[int, _Problem] = {}
         self._delimiters: dict[str | None, _Delimiter] = {}
 

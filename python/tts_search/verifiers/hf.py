@@ -17,7 +17,7 @@ from tts_search.protocol import Score, Usage
 from tts_search.verifiers.formats import PROBLEM, STEPS, VerifierFormat, format_of
 
 if TYPE_CHECKING:
-    from tts_search.decoder import Decoder
+    from tts_search.decoder import Decoder, DecoderKind
 
 __all__ = ["HFVerifier"]
 
@@ -43,7 +43,7 @@ class HFVerifier:
         what the checkpoint's config says: its ``"tts_verifier"``, or a format that knows the architecture.
     head : ScoreHead or None
         Use this head instead of the format's.
-    dtype, device, kv_memory
+    dtype, device, kv_memory, decoder
         As in :class:`~tts_search.HFPolicy`.
 
     Raises
@@ -68,20 +68,23 @@ class HFVerifier:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
+        decoder: DecoderKind = "auto",
     ) -> None:
         require("transformers", "search")
         from tts_search.adapters import transformers as adapter
+        from tts_search.decoders.loading import load_decoder
 
         self.format = format_of(format, adapter.load_config(path_or_id))
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         needs_lm_head = head is None and self.format.head == "label_pair"
-        decoder = adapter.load_decoder(path_or_id, causal_lm=needs_lm_head, dtype=dtype, device=device)
-        self.decoder: Decoder = decoder
+        self.decoder: Decoder = load_decoder(
+            path_or_id, causal_lm=needs_lm_head, dtype=dtype, device=device, decoder=decoder
+        )
         if head is None:
-            head = adapter.score_head(path_or_id, self.format, decoder, self.tokenizer)
-        self.head = head.to(decoder.device)
+            head = adapter.score_head(path_or_id, self.format, self.decoder, self.tokenizer)
+        self.head = head.to(self.decoder.device)
         self._reader = _Reader(self.tokenizer, self.format)
-        self._pool = BranchPool(pool_for(decoder, kv_memory))
+        self._pool = BranchPool(pool_for(self.decoder, kv_memory))
         self._problems: dict[int, dict[int, _Node]] = {}
 
     def begin(self, problem: int, text: str) -> None:

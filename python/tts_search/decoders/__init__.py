@@ -1,0 +1,1 @@
+"""Decoders that are written for one model family."""
