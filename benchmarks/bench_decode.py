@@ -1,12 +1,13 @@
 """Decode steps of a policy: N branches that share a prompt of P tokens, sampling included.
 
-    python benchmarks/bench_decode.py --checkpoint /tmp/smollm2/checkpoint     # see examples/smollm2
-    python benchmarks/bench_decode.py                                          # random weights of the same shape
+    python benchmarks/bench_decode.py --checkpoint PATH     # a checkpoint of SmolLM2-135M
+    python benchmarks/bench_decode.py                       # random weights of the same shape
 
 A step is what `HFPolicy` does for one token of every branch: reserve KV slots, plan, forward, sample, look for the end
 of the step. It is timed from one forward's start to the next one's. Cases are run in turn, several times, and each
 case's number is the median of all its steps. The baseline, with ``--baseline``, is the same model in transformers with
-its own attention (SDPA) and a `DynamicCache` of N full rows, sampled from by `tts_kernels.sample` as well.
+its own attention (SDPA) and a `DynamicCache` of N full rows, sampled from by `tts_kernels.sample` as well. ``--decoder``
+chooses between the lean decoder and transformers' modules with attention over the forest.
 
 The bound is the larger of two times, with rates measured here: the weights and the unique KV read once from memory, and
 the operations of the linear layers and the attention at the speed of a large matrix product in the same type.
@@ -165,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a checkpoint; by default random weights of SmolLM2's shape")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--decoder", nargs="+", default=["lean"], choices=["lean", "transformers"])
     parser.add_argument("--branches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--prefix", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
@@ -175,27 +177,33 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         path = options.checkpoint or checkpoint_of_shape(scratch, options.dtype)
-        policy = HFPolicy(path, dtype=options.dtype, kv_memory="16MiB")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=policy.decoder.dtype) if options.baseline else None
-    policy._eos = frozenset()  # every branch runs to its limit
+        policies = {
+            kind: HFPolicy(path, dtype=options.dtype, kv_memory="16MiB", decoder=kind) for kind in options.decoder
+        }
+        decoder = policies[options.decoder[0]].decoder
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=decoder.dtype) if options.baseline else None
+    for policy in policies.values():
+        policy._eos = frozenset()  # every branch runs to its limit
     cases = [Case(branches, prefix) for branches in options.branches for prefix in options.prefix]
-    ours, theirs = ({case: Times([], []) for case in cases} for _ in range(2))
+    times = {(case, kind): Times([], []) for case in cases for kind in (*options.decoder, "SDPA")}
     for _ in range(options.repeats):
         for case in cases:
-            run_ours(policy, case, options.tokens, ours[case])
+            for kind, policy in policies.items():
+                run_ours(policy, case, options.tokens, times[case, kind])
             if model is not None:
-                run_transformers(model, case, 4, theirs[case])
+                run_transformers(model, case, 4, times[case, "SDPA"])
 
     block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     read_rate = median_rate(block.sum, 2**28)
-    square = torch.randn(2048, 2048, dtype=policy.decoder.dtype)
+    square = torch.randn(2048, 2048, dtype=decoder.dtype)
     gemm_rate = median_rate(lambda: square @ square, 2 * 2048**3)
     rows = []
     for case in cases:
-        bound = bound_ms(policy.decoder, case, options.tokens, read_rate, gemm_rate)
-        rows.append(ours[case].row(case, "tts_search, transformers' layers", bound))
+        bound = bound_ms(decoder, case, options.tokens, read_rate, gemm_rate)
+        for kind in options.decoder:
+            rows.append(times[case, kind].row(case, f"tts_search, {kind}", bound))
         if model is not None:
-            rows.append(theirs[case].row(case, "transformers, SDPA", bound))
+            rows.append(times[case, "SDPA"].row(case, "transformers, SDPA", bound))
     report(rows, options, read_rate, gemm_rate)
 
 

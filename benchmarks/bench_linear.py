@@ -1,0 +1,69 @@
+"""`linear` on packed weights against torch's: the layers of a decode step of SmolLM2-135M, and of a prefill.
+
+A call runs every layer's weights in turn, so that they come from memory as in a model. Few rows are bound by reading
+them once, from about 20 bfloat16 rows on arithmetic binds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from measure import Bound, compare
+from torch import Tensor
+from torch.nn import functional
+
+import tts_kernels as tk
+
+LAYERS, HIDDEN, INNER, Q_HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
+BODY = {
+    "qkv": ((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INNER, HIDDEN),
+    "down": (HIDDEN, INNER),
+}
+
+
+def weights(names: list[str], dtype: torch.dtype) -> list[Tensor]:
+    """The projections of these names in all layers; "lm_head" is one."""
+    shapes = [BODY[name] for _ in range(LAYERS) for name in names if name in BODY]
+    shapes += [(VOCABULARY, HIDDEN)] * ("lm_head" in names)
+    return [(torch.randn(shape) / shape[1] ** 0.5).to(dtype) for shape in shapes]
+
+
+def run(benchmark: Any, name: str, names: list[str], rows: int, dtype: torch.dtype, rounds: int) -> None:
+    dense = weights(names, dtype)
+    packed = [tk.pack_linear(weight) for weight in dense]
+    inputs = {depth: torch.randn(rows, depth).to(dtype) for depth in (HIDDEN, INNER)}
+
+    def ours() -> None:
+        for weight in packed:
+            tk.linear(inputs[weight.in_features], weight)
+
+    def theirs() -> None:
+        for weight in dense:
+            functional.linear(inputs[weight.shape[1]], weight)
+
+    elements = sum(weight.numel() for weight in dense)
+    benchmark.group = f"linear {name}, {str(dtype)[6:]}"
+    bound = Bound(elements * dtype.itemsize, 2 * rows * elements, dtype)
+    compare(benchmark, ours, {"torch": theirs}, rounds=rounds, bound=bound)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [*((torch.bfloat16, rows) for rows in (1, 4, 16, 64, 256)), *((torch.float32, rows) for rows in (1, 16, 64))],
+)
+def test_decode_step(benchmark: Any, rows: int, dtype: torch.dtype) -> None:
+    run(benchmark, "decode step", [*BODY, "lm_head"], rows, dtype, rounds=7)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("name", [*BODY, "lm_head"])
+def test_projection(benchmark: Any, name: str, rows: int) -> None:
+    run(benchmark, name, [name], rows, torch.bfloat16, rounds=7)
+
+
+def test_prefill(benchmark: Any) -> None:
+    run(benchmark, "prefill", [*BODY], 2048, torch.bfloat16, rounds=3)
