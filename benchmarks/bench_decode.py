@@ -6,8 +6,8 @@
 A step is what `HFPolicy` does for one token of every branch: reserve KV slots, plan, forward, sample, look for the end
 of the step. It is timed from one forward's start to the next one's. Cases are run in turn, several times, and each
 case's number is the median of all its steps. The baseline, with ``--baseline``, is the same model in transformers with
-its own attention (SDPA) and a `DynamicCache` of N full rows, sampled from by `tts_kernels.sample` as well. ``--decoder``
-chooses between the lean decoder and transformers' modules with attention over the forest.
+its own attention (SDPA) and a `DynamicCache` of N full rows, sampled from by `tts_kernels.sample` as well. With
+``--decoder lean transformers`` transformers' modules with attention over the forest run beside the lean decoder.
 
 The bound is the larger of two times, with rates measured here: the weights and the unique KV read once from memory, and
 the operations of the linear layers and the attention at the speed of a large matrix product in the same type.
