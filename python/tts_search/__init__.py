@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tts_search.answers import boxed, equivalent
 from tts_search.api import beam_search, best_of_n, dvts, search, search_iter
-from tts_search.config import SearchConfig
+from tts_search.config import SearchConfig, Thinking
 from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.protocol import Policy, Usage, Verifier
 from tts_search.result import SearchResult
@@ -42,6 +42,7 @@ __all__ = [
     "StepRequest",
     "TextPolicy",
     "TextVerifier",
+    "Thinking",
     "TreeNode",
     "Usage",
     "Verifier",

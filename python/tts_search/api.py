@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tts_search.answers import boxed
-from tts_search.config import SearchConfig
+from tts_search.config import WITHOUT_VERIFIER, SearchConfig
 from tts_search.engine import Engine
 from tts_search.errors import SearchError
 from tts_search.progress import progress_bar
@@ -65,7 +65,7 @@ def search_iter(
         max_in_flight = max(1, BRANCHES_IN_FLIGHT // config.n)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
         raise SearchError(f"max_in_flight: expected an int >= 1, got {max_in_flight!r}")
-    if verifier is None and config.method != "best_of_n":
+    if verifier is None and config.method not in WITHOUT_VERIFIER:
         raise SearchError(f"verifier: {config.method} needs one, got None; only best_of_n works without")
     engine = Engine(policy, verifier, config, extract_answer, max_in_flight)
     return _with_progress(engine, problems, enabled=progress)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from tts_search.errors import ConfigError
 from tts_search.types import StepParams
 from tts_search.voting import AGGREGATES
 
-__all__ = ["Rules", "SearchConfig"]
+__all__ = ["METHODS", "WITHOUT_VERIFIER", "Rules", "SearchConfig", "Thinking"]
 
-Method = Literal["best_of_n", "beam_search", "dvts"]
+Method = Literal["best_of_n", "beam_search", "dvts", "rebase", "ets", "particle_filtering", "puct", "budget_forcing"]
 Completed = Literal["leave", "occupy", "compete"]
 
-METHODS = ("best_of_n", "beam_search", "dvts")
+METHODS: tuple[Method, ...] = get_args(Method)
+WITHOUT_VERIFIER = ("best_of_n", "budget_forcing")
+"""Methods whose decisions need no scores."""
 COMPLETED = ("leave", "occupy", "compete")
 
 
@@ -41,6 +43,8 @@ class Rules:
         A step that was cut by its length ends the branch.
     empty_ends : bool
         An empty step ends the branch, though the policy did not say that it finished.
+    empty_stays : bool
+        An empty step is a step like others: the branch goes on, or loses, by the score that it had.
     marker : str or None
         A step that contains this text ends the branch.
     free_last_round : bool
@@ -58,6 +62,10 @@ class Rules:
         Report exactly n, cut or repeated cyclically.
     best_of_all : bool
         The best is sought, and votes are counted, among all completions, not only the finished ones.
+    vote_aggregate : str or None
+        The aggregate of ``prm_vote``, if it is not the config's.
+    exact_votes : bool
+        Answers count as one only if their texts are equal.
     """
 
     groups: int | None = None
@@ -68,6 +76,7 @@ class Rules:
     filter_siblings: bool = False
     length_ends: bool = False
     empty_ends: bool = False
+    empty_stays: bool = False
     marker: str | None = None
     free_last_round: bool = True
     last_max_tokens: int | None = None
@@ -75,6 +84,45 @@ class Rules:
     report: Literal["finished_first", "ended", "groups", "siblings", "beam"] = "finished_first"
     pad: bool = False
     best_of_all: bool = False
+    vote_aggregate: str | None = None
+    exact_votes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How ``budget_forcing`` holds a model's thinking to a budget (Muennighoff et al., s1, arXiv 2501.19393).
+
+    Attributes
+    ----------
+    end : str
+        What the model writes where its thinking ends and the answer begins.
+    min_tokens : int
+        Thinking that ends with fewer tokens is made to go on: `end` is replaced by `extend`.
+    max_tokens : int
+        Thinking that has come to so many tokens is cut: `end` is written for the model.
+    extend : str
+        What makes it go on.
+    max_extensions : int
+        It is made to go on so many times at most.
+    """
+
+    end: str = "</think>"
+    min_tokens: int = 0
+    max_tokens: int = 8192
+    extend: str = "\nWait"
+    max_extensions: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("end", "extend"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"thinking.{name}: expected a text that is not empty, got {getattr(self, name)!r}")
+        _integer("thinking.min_tokens", self.min_tokens, at_least=0)
+        _integer("thinking.max_tokens", self.max_tokens, at_least=1)
+        _integer("thinking.max_extensions", self.max_extensions, at_least=0)
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"thinking.min_tokens: expected at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,7 +134,11 @@ class SearchConfig:
     method : str
         ``"best_of_n"``: n completions, sampled in one go and scored. ``"beam_search"``: rounds of n candidates, of
         which `keep` survive. ``"dvts"`` (diverse verifier tree search): n / expand independent subtrees of `expand`
-        candidates, one of which survives in each.
+        candidates, one of which survives in each. ``"rebase"``: the n children of a round are dealt in proportion to
+        exp(score / reward_temperature). ``"ets"``: the same, after pruning what costs more KV cache than it is worth.
+        ``"particle_filtering"``: n particles, resampled each round in proportion to the odds of their scores.
+        ``"puct"``: tree search that may come back to any leaf. ``"budget_forcing"``: n completions of a model that
+        thinks by itself, its thinking held to a budget.
     n : int
         Candidates of a round; completions of best-of-N.
     expand : int
@@ -120,6 +172,17 @@ class SearchConfig:
         Order completions by score, best first, instead of by time.
     stop_when_full : bool
         Stop when n branches have finished.
+    agree_margin : int or None
+        Stop as soon as one answer is ahead of every other by so many finished branches. Best-of-N then samples in
+        waves: so many first, and then each time as many as there are.
+    reward_temperature : float
+        Of ``"rebase"`` and ``"ets"``: lower ones put more children under the best.
+    kv_weight : float
+        Of ``"ets"``: what all of a round's KV cache weighs against all of its children.
+    exploration : float
+        Of ``"puct"``: weight of the term that favours what was visited little.
+    thinking : Thinking or None
+        Of ``"budget_forcing"``: the budget; its defaults unless given.
     seed : int
         Fixes every draw.
 
@@ -146,6 +209,11 @@ class SearchConfig:
     lookahead: int = 0
     sort_completed: bool = False
     stop_when_full: bool = False
+    agree_margin: int | None = None
+    reward_temperature: float = 0.2
+    kv_weight: float = 1.0
+    exploration: float = 1.25
+    thinking: Thinking | None = None
     seed: int = 0
     _rules: Rules = field(default=Rules(), repr=False)
 
@@ -157,7 +225,7 @@ class SearchConfig:
         _one_of("aggregate", self.aggregate, tuple(AGGREGATES))
         for name in ("n", "expand", "max_steps", "max_step_tokens"):
             _integer(name, getattr(self, name), at_least=1)
-        for name in ("keep", "max_tokens"):
+        for name in ("keep", "max_tokens", "agree_margin"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), at_least=1)
         for name in ("lookahead", "top_k"):
@@ -172,7 +240,16 @@ class SearchConfig:
             raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
         if not isinstance(self.delimiter, str) or not self.delimiter:
             raise ConfigError(f"delimiter: expected a text that is not empty, got {self.delimiter!r}")
-        if self.method != "best_of_n":
+        if not _is_finite(self.reward_temperature) or self.reward_temperature <= 0:
+            raise ConfigError(f"reward_temperature: expected a finite number > 0, got {self.reward_temperature!r}")
+        for name in ("kv_weight", "exploration"):
+            if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
+        if isinstance(self.thinking, dict):  # from JSON
+            object.__setattr__(self, "thinking", Thinking(**self.thinking))
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            raise ConfigError(f"thinking: expected a Thinking, got {self.thinking!r}")
+        if self.method in ("beam_search", "dvts"):
             self._check_beam()
 
     def _check_beam(self) -> None:
@@ -211,7 +288,7 @@ class SearchConfig:
         rules = self._rules
         limit = rules.last_max_tokens if last and rules.last_max_tokens is not None else self.max_step_tokens
         if tokens_left is not None:
-            limit = tokens_left if self.method == "best_of_n" else min(limit, tokens_left)
+            limit = tokens_left if self.method in WITHOUT_VERIFIER else min(limit, tokens_left)
         delimiter = None if last and rules.free_last_round else self.delimiter
         return StepParams(self.temperature, self.top_p, self.top_k, limit, delimiter)
 
@@ -242,7 +319,7 @@ class SearchConfig:
         approach : str
             ``"best_of_n"``, ``"beam_search"`` or ``"dvts"``.
         """
-        _one_of("approach", approach, METHODS)
+        _one_of("approach", approach, METHODS[:3])
         for name, value in (("n", n), ("beam_width", beam_width)):
             _integer(name, value, at_least=1)
         common = cls(
@@ -254,14 +331,14 @@ class SearchConfig:
             top_p=top_p,
             aggregate=agg_strategy,
             seed=seed,
-            _rules=Rules(best_of_all=True),
+            _rules=Rules(best_of_all=True, vote_aggregate="last"),
         )
         if approach == "best_of_n":
             return common
         if approach == "beam_search":
             # Its beam search scores the beam without the lookahead, which therefore decides nothing.
             keep = n // beam_width or n  # scores[-0:] keeps all
-            rules = Rules(length_ends=True, empty_ends=True, report="ended", pad=True, best_of_all=True)
+            rules = replace(common._rules, length_ends=True, empty_ends=True, report="ended", pad=True)
             return replace(
                 common,
                 method="beam_search",
@@ -273,13 +350,13 @@ class SearchConfig:
             )
         if n % beam_width:
             raise ConfigError(f"n: expected a multiple of beam_width ({beam_width}) in dvts, got {n}")
-        rules = Rules(
+        rules = replace(
+            common._rules,
             length_ends=True,
             empty_ends=True,
             marker="boxed{",
             last_max_tokens=2048,
             report="siblings",
-            best_of_all=True,
         )
         return replace(common, method="dvts", expand=beam_width, completed="compete", lookahead=lookahead, _rules=rules)
 
@@ -307,7 +384,7 @@ class SearchConfig:
         method : str
             ``"best_of_n"``, ``"beam_search"`` or ``"dvts"``.
         """
-        _one_of("method", method, METHODS)
+        _one_of("method", method, METHODS[:3])
         for name, value in (("tree_max_width", tree_max_width), ("num_sequence", num_sequence), ("num_q", num_q)):
             _integer(name, value, at_least=1)
         if tree_max_width % num_sequence:
@@ -320,20 +397,22 @@ class SearchConfig:
             max_steps=tree_max_depth,
             max_step_tokens=max_new_tokens,
             temperature=temperature,
-            _rules=Rules(best_of_all=True),
+            _rules=Rules(best_of_all=True, exact_votes=True),
         )
         if method == "best_of_n":
             return common
-        rules = Rules(
+        rules = replace(
+            common._rules,
             groups=num_q,
             order="score",
             deal="block",
             filter_siblings=True,
+            length_ends=True,
+            empty_ends=True,
             marker="\\boxed",
             free_last_round=False,
             late_places=True,
             report="groups",
-            best_of_all=True,
         )
         return replace(
             common,
@@ -365,9 +444,9 @@ class SearchConfig:
         Parameters
         ----------
         method : str
-            ``"best_of_n"`` or ``"beam_search"``.
+            ``"best_of_n"``, ``"beam_search"`` or ``"particle_filtering"`` (which has no `beam_width`).
         """
-        _one_of("method", method, ("best_of_n", "beam_search"))
+        _one_of("method", method, ("best_of_n", "beam_search", "particle_filtering"))
         _integer("budget", budget, at_least=1)
         _integer("max_steps", max_steps, at_least=0)
         common = cls(
@@ -380,19 +459,23 @@ class SearchConfig:
         )
         if method == "best_of_n":
             return common
+        if method == "particle_filtering":
+            rules = replace(common._rules, empty_stays=True, marker=stop_token, free_last_round=False, report="beam")
+            return replace(common, method="particle_filtering", _rules=rules)
         if beam_width is None:
             raise ConfigError("beam_width: expected a number in beam_search, got None")
         _integer("beam_width", beam_width, at_least=1)
         if budget % beam_width:
             raise ConfigError(f"budget: expected a multiple of beam_width ({beam_width}), got {budget}")
-        rules = Rules(
+        rules = replace(
+            common._rules,
             first=budget // beam_width,
             order="score",
             copies=True,
+            empty_stays=True,
             marker=stop_token,
             free_last_round=False,
             report="beam",
-            best_of_all=True,
         )
         return replace(
             common,

@@ -89,7 +89,7 @@ class Engine:
             if not isinstance(text, str) or not text.strip():
                 yield index, SearchError(f"expected a problem that is not empty, got {text!r:.200}", index, 0)
                 continue
-            run = Run(index, text, self.config, scored=self.verifier is not None)
+            run = Run(index, text, self.config, scored=self.verifier is not None, extract_answer=self.extract_answer)
             task = _Task(run, text, ALGORITHMS[self.config.method](run), time.perf_counter())
             self._tasks.append(task)
             yield from self._guarded(task, partial(self._begin, task))

@@ -56,7 +56,9 @@ class SearchResult:
         ValueError
             If there is no such vote, or it needs scores and the search had no verifier.
         """
-        return elect(_voters(self.completions, self.config), vote, self.config.aggregate)
+        rules = self.config._rules
+        default = rules.vote_aggregate if vote == "prm_vote" and rules.vote_aggregate else self.config.aggregate
+        return elect(_voters(self.completions, self.config), vote, default, exact=rules.exact_votes)
 
 
 def _voters(completions: list[Completion], config: SearchConfig) -> list[Completion]:

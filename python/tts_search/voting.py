@@ -43,7 +43,7 @@ def aggregate(scores: Sequence[float], how: str) -> float:
     return float(AGGREGATES[how](scores))
 
 
-def vote(completions: Sequence[Completion], how: str, default: str = "last") -> str:
+def vote(completions: Sequence[Completion], how: str, default: str = "last", *, exact: bool = False) -> str:
     """Return the answer that a vote elects.
 
     Completions without an answer do not vote; answers that mean the same (:mod:`tts_search.answers`) count as one, in
@@ -59,6 +59,8 @@ def vote(completions: Sequence[Completion], how: str, default: str = "last") -> 
         of the step scores.
     default : str
         The aggregate of ``prm_max`` and ``prm_vote``.
+    exact : bool
+        Answers count as one only if their texts are equal.
 
     Returns
     -------
@@ -84,7 +86,7 @@ def vote(completions: Sequence[Completion], how: str, default: str = "last") -> 
     totals: dict[str, float] = {}
     same = Equivalence()
     for completion, weight in zip(voters, weights, strict=True):
-        spelling = same.first(completion.answer)
+        spelling = completion.answer if exact else same.first(completion.answer)
         totals[spelling] = totals.get(spelling, 0.0) + weight
     return max(totals, key=totals.__getitem__)
 

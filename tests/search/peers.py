@@ -1,13 +1,18 @@
-"""The loops of other frameworks, retold in plain Python from descriptions of their behaviour.
+"""The loops and votes of other frameworks, retold in plain Python from descriptions of their behaviour.
 
 They know nothing of ours but `stream`, from which a random tree's step follows. Where a peer leaves an order open (an
-unstable sort, a heap's equal entries), the earlier candidate wins.
+unstable sort, a heap's equal entries), the earlier candidate wins; docs/semantics.md lists such places. A search
+returns its entries, (text, step scores) in the peer's order, and the index of the one that the peer selects.
 """
 
 from __future__ import annotations
 
+import math
+import random
+import re
 from copy import deepcopy
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from scripted import RandomTree
 from tts_search import Step, StepParams
@@ -16,6 +21,13 @@ from tts_search.seeds import stream
 from tts_search.voting import aggregate
 
 DELIMITER = "\n\n"
+
+Entries = list[tuple[str, list[float]]]
+
+
+def selected(entries: Entries, how: str) -> tuple[Entries, int]:
+    scores = [aggregate(scores, how) for _, scores in entries]
+    return entries, scores.index(max(scores))
 
 
 @dataclass
@@ -34,8 +46,11 @@ class World:
 
     def score(self, texts: list[str], *, last: bool = False) -> list[float]:
         steps: list[str] = []
+        blank = ""  # white space that no step follows yet
         for index, text in enumerate(texts):
-            steps += split_steps(text, DELIMITER if last and index == len(texts) - 1 else None)[0]
+            uncut = last and index == len(texts) - 1
+            new, blank = split_steps(blank + text, DELIMITER if uncut else None)
+            steps += new
         return self.tree.scores(self.problem, tuple(steps))
 
 
@@ -93,14 +108,13 @@ def search_and_learn_beam(world, *, n, beam_width, num_iterations, agg_strategy,
         completed = sorted(completed, key=lambda beam: aggregate(beam.scores, agg_strategy), reverse=True)
     completed = completed[:n]
     completed = pad(completed, n) if len(completed) != n else completed
-    scores = [aggregate(beam.scores, agg_strategy) for beam in completed]
-    return [beam.text for beam in completed], scores, scores.index(max(scores))
+    return selected([(beam.text, beam.scores) for beam in completed], agg_strategy)
 
 
 def search_and_learn_dvts(world, *, n, beam_width, num_iterations, lookahead, agg_strategy):
     beams = [Beam() for _ in range(n // beam_width)]
     first = {id(beam): index * beam_width for index, beam in enumerate(beams)}  # all subtrees grow from one root
-    report: dict[int, list[tuple[str, float]]] = {}
+    report: dict[int, Entries] = {}
     for i in range(num_iterations):
         live = [beam for beam in beams if not beam.pruned]
         if not live:
@@ -120,25 +134,28 @@ def search_and_learn_dvts(world, *, n, beam_width, num_iterations, lookahead, ag
                     greedy = world.sample(ahead, (), t=0.0)
                     ahead += [greedy.text] if greedy.text else []
                     stopped = greedy.finished or greedy.reason == "length" or not greedy.text
-                score = aggregate(world.score(ahead, last=last and bool(step.text)), agg_strategy)
-                candidates.append((score, texts, (*beam.path, number), stops, step.text))
-            scores = [candidate[0] for candidate in candidates]
-            best = scores.index(max(scores))
-            report[id(beam)] = [("".join(texts), score) for score, texts, *_ in candidates]
-            _, beam.texts, beam.path, stops, _text = candidates[best]
+                scores = world.score(ahead, last=last and bool(step.text))
+                candidates.append((scores, texts, (*beam.path, number), stops))
+            report[id(beam)], best = selected(
+                [("".join(texts), scores) for scores, texts, *_ in candidates], agg_strategy
+            )
+            _, beam.texts, beam.path, stops = candidates[best]
             beam.pruned = stops or "boxed{" in beam.text
-    entries = [entry for beam in beams for entry in report[id(beam)]]
-    scores = [score for _, score in entries]
-    return [text for text, _ in entries], scores, scores.index(max(scores))
+    return selected([entry for beam in beams for entry in report[id(beam)]], agg_strategy)
 
 
 @dataclass
 class Node:
     texts: list[str]
     path: tuple[int, ...]
-    value: float
+    scores: list[float]
     terminated: bool = False
+    depth: int = 0
     children: list[Node] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        return aggregate(self.scores, "last")
 
 
 def compute_optimal_beam(world, *, width, beam_size, max_depth, first_number=0):
@@ -149,12 +166,13 @@ def compute_optimal_beam(world, *, width, beam_size, max_depth, first_number=0):
             if step.text and step.reason != "length" and step.text not in [other.text for other, _ in legal]:
                 legal.append((step, j))
         for step, j in legal or sampled:
-            texts = [*node.texts, step.text]
-            child = Node(texts, (*node.path, j), world.score(texts)[-1])
-            child.terminated = step.finished or "\\boxed" in step.text
+            texts = [*node.texts, step.text] if step.text else node.texts
+            child = Node(texts, (*node.path, j), world.score(texts))
+            child.terminated = not step.text.endswith(DELIMITER) or "\\boxed" in step.text
+            child.depth = node.depth + 1
             node.children.append(child)
 
-    root = Node([], (), 0.0)
+    root = Node([], (), [])
     grow(root, width, first_number)
     end: list[Node] = []
     frontier = [root]
@@ -174,10 +192,10 @@ def compute_optimal_beam(world, *, width, beam_size, max_depth, first_number=0):
             break
         frontier = [child for *_, child in sorted(heap, key=lambda entry: entry[:2])[:k]]
         for node in frontier:
-            node.terminated = node.terminated or len(node.texts) >= max_depth
+            node.terminated = node.terminated or node.depth >= max_depth
             if not node.terminated:
                 grow(node, width // beam_size, 0)
-    return [("".join(node.texts), node.value) for node in end]
+    return [("".join(node.texts), node.scores) for node in end]
 
 
 def _in_order(chosen: list[Node], siblings: list[Node]) -> list[Node]:
@@ -195,8 +213,7 @@ def compute_optimal(world, *, tree_max_width, num_sequence, num_q, tree_max_dept
             max_depth=tree_max_depth,
             first_number=q * tree_max_width,
         )
-    scores = [score for _, score in ends]
-    return [text for text, _ in ends], scores, scores.index(max(scores))
+    return selected(ends, "last")
 
 
 @dataclass
@@ -204,7 +221,12 @@ class Path:
     texts: list[str]
     path: tuple[int, ...]
     stopped: bool = False
-    score: float = 0.0
+    depth: int = 0
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        return aggregate(self.scores, "last")
 
 
 def its_hub_beam(world, *, budget, beam_width, max_steps, stop_token):
@@ -217,15 +239,92 @@ def its_hub_beam(world, *, budget, beam_width, max_steps, stop_token):
                 continue
             number = copies[path.path] = copies.get(path.path, -1) + 1
             step = world.sample(path.texts, (*path.path, number))
-            at_limit = len(path.texts) >= max_steps
+            at_limit = path.depth >= max_steps
             path.next_path = (*path.path, number)  # type: ignore[attr-defined]
-            path.texts = [*path.texts, step.text]
+            path.texts = [*path.texts, step.text] if step.text else path.texts
+            path.depth += 1
             path.stopped = at_limit or step.finished or (stop_token is not None and stop_token in step.text)
-            path.score = world.score(path.texts)[-1]
+            path.scores = world.score(path.texts)
         for path in candidates:
             path.path = getattr(path, "next_path", path.path)
         candidates.sort(key=lambda path: path.score, reverse=True)
         kept = candidates[:beam_width]
         candidates = [deepcopy(path) for _ in range(num_beams) for path in kept]
-    scores = [path.score for path in candidates]
-    return ["".join(path.texts) for path in candidates], scores, scores.index(max(scores))
+    return selected([("".join(path.texts), path.scores) for path in candidates], "last")
+
+
+def its_hub_particles(world, *, budget, max_steps, stop_token):
+    def log_odds(path: Path) -> float:
+        p = min(max(0.0 if path.score == -math.inf else path.score, 1e-7), 1 - 1e-7)
+        return math.log(p / (1 - p))
+
+    particles = [Path([], ()) for _ in range(budget)]
+    current_step = 0
+    while not all(path.stopped for path in particles):
+        copies: dict[tuple[int, ...], int] = {}
+        for path in particles:
+            if path.stopped:
+                continue
+            number = copies[path.path] = copies.get(path.path, -1) + 1
+            step = world.sample(path.texts, (*path.path, number))
+            at_limit = path.depth >= max_steps
+            path.next_path = (*path.path, number)  # type: ignore[attr-defined]
+            path.texts = [*path.texts, step.text] if step.text else path.texts
+            path.depth += 1
+            path.stopped = at_limit or step.finished or (stop_token is not None and stop_token in step.text)
+            path.scores = world.score(path.texts)
+        for path in particles:
+            path.path = getattr(path, "next_path", path.path)
+        current_step += 1
+        top = max(map(log_odds, particles))
+        weights = [math.exp(log_odds(path) - top) for path in particles]
+        draws = random.Random(stream(world.seed, world.problem, (-2, current_step)))
+        particles = [deepcopy(path) for path in draws.choices(particles, weights, k=budget)]
+    return selected([("".join(path.texts), path.scores) for path in particles], "last")
+
+
+def best_of_n(world, *, n, how="last"):
+    """All three: n samples to the end, the first maximum."""
+    samples = [world.sample([], (j,), delimiter=None).text for j in range(n)]
+    return selected([(text, world.score([text], last=True) if text else []) for text in samples], how)
+
+
+def answer_of(text: str) -> str:
+    boxes = re.findall(r"boxed\{([^}]*)\}", text)
+    return boxes[-1] if boxes else ""
+
+
+def search_and_learn_votes(entries: Entries) -> dict[str, str]:
+    """Its `score` after a search: by the last score, whatever the search aggregated by; classes of equal answers."""
+    voters = [(answer_of(text), aggregate(scores, "last")) for text, scores in entries if answer_of(text)]
+    if not voters:
+        return dict.fromkeys(("majority", "prm_vote", "prm_last_max"), "")
+    spelling: dict[Fraction, str] = {}
+    for answer, _ in voters:
+        spelling.setdefault(Fraction(answer), answer)
+    counts: dict[str, int] = {}
+    sums: dict[str, float] = {}
+    for answer, weight in voters:
+        first = spelling[Fraction(answer)]
+        counts[first] = counts.get(first, 0) + 1
+        sums[first] = sums.get(first, 0.0) + weight
+    ranked = sorted(voters, key=lambda voter: voter[1], reverse=True)
+    return {"majority": max(counts, key=counts.get), "prm_vote": max(sums, key=sums.get), "prm_last_max": ranked[0][0]}
+
+
+def compute_optimal_votes(entries: Entries) -> dict[str, str]:
+    """Its seven rules; answers are the same only if their texts are."""
+    reduce = {"min": min, "last": lambda v: v[-1], "avg": lambda v: sum(v) / len(v)}
+    voters = [(answer_of(text), scores) for text, scores in entries if answer_of(text)]
+    names = ["majority", *(f"prm_{how}_{rule}" for how in reduce for rule in ("max", "vote"))]
+    if not voters:
+        return dict.fromkeys(names, "")
+    answers = {"majority": max(dict.fromkeys(a for a, _ in voters), key=[a for a, _ in voters].count)}
+    for how, function in reduce.items():
+        values = [function(scores) if scores else -1.0 for _, scores in voters]
+        answers[f"prm_{how}_max"] = voters[values.index(max(values))][0]
+        sums: dict[str, float] = {}
+        for (answer, _), value in zip(voters, values, strict=True):
+            sums[answer] = sums.get(answer, 0.0) + value
+        answers[f"prm_{how}_vote"] = max(sums, key=sums.get)
+    return answers

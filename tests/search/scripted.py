@@ -136,6 +136,7 @@ class RandomTree:
     words: int = 3
     marker: str | None = None
     levels: int = 4  # of scores
+    answers: tuple[str, ...] = ()  # most answers that end hold one of them in a box
 
     def step(self, _: str, steps: tuple[str, ...], __: int, seed: int, params: StepParams) -> Step:
         key = f"{self.seed}/{''.join(steps)}" if params.temperature == 0 else f"{self.seed}/{seed}"
@@ -143,6 +144,8 @@ class RandomTree:
         kind, word = rng.random(), f"w{rng.randrange(self.words)}"
         if self.marker is not None and rng.random() < self.end:
             word += self.marker
+        if kind < self.end and self.answers and rng.random() < 0.8:
+            word += f" \\boxed{{{rng.choice(self.answers)}}}"
         if kind < self.end:
             return Step("" if kind < self.end * self.empty else word, True, 1, reason="eos")
         if kind < self.end + self.length:

@@ -31,6 +31,11 @@ def test_defaults():
         "lookahead": 0,
         "sort_completed": False,
         "stop_when_full": False,
+        "agree_margin": None,
+        "reward_temperature": 0.2,
+        "kv_weight": 1.0,
+        "exploration": 1.25,
+        "thinking": None,
         "seed": 0,
         "_rules": None,
     }

@@ -1,87 +1,137 @@
-"""The presets decide as the peers do: random trees against independent re-tellings of their loops."""
+"""The presets decide as the peers do: thousands of random trees against independent re-tellings of their loops."""
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peers import World, compute_optimal, its_hub_beam, search_and_learn_beam, search_and_learn_dvts
+from peers import (
+    World,
+    best_of_n,
+    compute_optimal,
+    compute_optimal_votes,
+    its_hub_beam,
+    its_hub_particles,
+    search_and_learn_beam,
+    search_and_learn_dvts,
+    search_and_learn_votes,
+)
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tts_search import ConfigError, SearchConfig, search
 
-EXAMPLES = 300
-SEEDS = st.integers(0, 10**9)
-ENDS = st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0])
-AGGREGATES = st.sampled_from(["last", "min", "prod"])
+PROBLEMS = [f"p{i}" for i in range(25)]
+SETTINGS = range(80)  # so 2000 random trees a search of a peer
+ANSWERS = ("1", "1.0", "2", "03", "3")  # two spellings of two of them
 
 
-def ours(tree: RandomTree, config: SearchConfig):
-    result = search(["p"], ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores), config, progress=False)[0]
-    best = next(i for i, completion in enumerate(result.completions) if completion is result.best)
-    return [one.text for one in result.completions], [one.score for one in result.completions], best
-
-
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(SEEDS, ENDS, st.integers(1, 9), st.integers(1, 5), st.integers(1, 5), AGGREGATES, st.booleans(), st.booleans())
-def test_search_and_learn_beam_search(seed, end, n, beam_width, iterations, how, duplicates, sort):
-    tree = RandomTree(seed, end=end, length=0.1, empty=0.3)
-    options = {"agg_strategy": how, "filter_duplicates": duplicates, "sort_completed": sort}
-    config = SearchConfig.search_and_learn(
-        "beam_search", n=n, beam_width=beam_width, num_iterations=iterations, lookahead=2, **options
+def random_tree(rng: random.Random, **options) -> RandomTree:
+    """A tree in which texts and scores repeat, answers end early, steps are cut, blank or empty, more or less."""
+    return RandomTree(
+        rng.randrange(10**9),
+        end=rng.choice([0.0, 0.1, 0.3, 0.6, 1.0]),
+        length=rng.choice([0.0, 0.15]),
+        empty=rng.choice([0.0, 0.3]),
+        blank=rng.choice([0.0, 0.1]),
+        words=rng.choice([1, 3, 1000]),
+        levels=rng.choice([1, 2, 4, 10**6]),
+        answers=ANSWERS,
+        **options,
     )
-    oracle = search_and_learn_beam(
-        World(tree, "p", 42), n=n, beam_width=beam_width, num_iterations=iterations, **options
-    )
-    assert ours(tree, config) == oracle
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(SEEDS, ENDS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2), AGGREGATES)
-def test_search_and_learn_dvts(seed, end, subtrees, beam_width, iterations, lookahead, how):
-    tree = RandomTree(seed, end=end, length=0.1, empty=0.3, marker=" boxed{")
-    n = subtrees * beam_width
-    options = {"beam_width": beam_width, "num_iterations": iterations, "lookahead": lookahead, "agg_strategy": how}
-    config = SearchConfig.search_and_learn("dvts", n=n, **options)
-    assert ours(tree, config) == search_and_learn_dvts(World(tree, "p", 42), n=n, **options)
+def check(tree: RandomTree, config: SearchConfig, peer, options, votes=None) -> None:
+    """Search all problems at once, and each by the peer's loop: same completions in the same order, scores, choices."""
+    policy, verifier = ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores)
+    for result in search(PROBLEMS, policy, verifier, config, progress=False):
+        entries, best = peer(World(tree, result.problem, config.seed), **options)
+        assert [(one.text, list(one.step_scores)) for one in result.completions] == entries
+        assert next(i for i, one in enumerate(result.completions) if one is result.best) == best
+        if votes is not None:
+            expected = votes(entries)
+            assert {name: result.answer(name) for name in expected} == expected
 
 
-def test_search_and_learn_best_of_n():
-    tree = RandomTree(3)
-    texts, scores, best = ours(tree, SearchConfig.search_and_learn("best_of_n", n=16, sort_completed=True))
-    world = World(tree, "p", 42)
-    samples = [world.sample([], (j,), delimiter=None).text for j in range(16)]
-    assert texts == samples
-    assert scores == [world.score([text], last=True)[-1] if text else float("-inf") for text in samples]
-    assert best == scores.index(max(scores))
+def some(rng: random.Random, **choices):
+    return {name: rng.choice(list(values)) for name, values in choices.items()}
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(SEEDS, ENDS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
-def test_compute_optimal_tts(seed, end, expand, num_sequence, num_q, depth):
-    tree = RandomTree(seed, end=end, length=0.15, marker=" \\boxed{")
-    options = {
-        "tree_max_width": expand * num_sequence,
-        "num_sequence": num_sequence,
-        "num_q": num_q,
-        "tree_max_depth": depth,
-    }
-    method = "beam_search" if seed % 2 else "dvts"
-    config = SearchConfig.compute_optimal_tts(method, **options)
-    assert ours(tree, config) == compute_optimal(World(tree, "p", 0), **options)
+@pytest.mark.parametrize("chunk", range(4))
+def test_search_and_learn_beam_search(chunk):
+    for number in SETTINGS[chunk::4]:
+        rng = random.Random(number)
+        options = some(
+            rng,
+            n=range(1, 10),
+            beam_width=range(1, 6),
+            num_iterations=range(1, 6),
+            agg_strategy=["last", "min", "prod"],
+            filter_duplicates=[False, True],
+            sort_completed=[False, True],
+        )
+        config = SearchConfig.search_and_learn("beam_search", lookahead=2, **options)
+        check(random_tree(rng), config, search_and_learn_beam, options, search_and_learn_votes)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(SEEDS, ENDS, st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
-def test_its_hub(seed, end, num_beams, beam_width, max_steps):
-    tree = RandomTree(seed, end=end / 2, marker="STOP")
-    options = {
-        "budget": num_beams * beam_width,
-        "beam_width": beam_width,
-        "max_steps": max_steps,
-        "stop_token": "STOP",
-    }
-    config = SearchConfig.its_hub("beam_search", **options)
-    assert ours(tree, config) == its_hub_beam(World(tree, "p", 0), **options)
+@pytest.mark.parametrize("chunk", range(4))
+def test_search_and_learn_dvts(chunk):
+    for number in SETTINGS[chunk::4]:
+        rng = random.Random(number)
+        options = some(
+            rng,
+            beam_width=range(1, 5),
+            num_iterations=range(1, 6),
+            lookahead=range(3),
+            agg_strategy=["last", "min", "prod"],
+        )
+        options["n"] = options["beam_width"] * rng.randrange(1, 5)
+        config = SearchConfig.search_and_learn("dvts", **options)
+        tree = random_tree(rng, marker=" \\boxed{2}")
+        if options["lookahead"]:
+            tree = replace(tree, blank=0.0)  # we look ahead from steps only
+        check(tree, config, search_and_learn_dvts, options, search_and_learn_votes)
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_compute_optimal_tts(chunk):
+    for number in SETTINGS[chunk::4]:
+        rng = random.Random(number)
+        options = some(rng, num_sequence=range(1, 5), num_q=range(1, 4), tree_max_depth=range(1, 6))
+        options["tree_max_width"] = options["num_sequence"] * rng.randrange(1, 5)
+        config = SearchConfig.compute_optimal_tts(rng.choice(["beam_search", "dvts"]), **options)
+        tree = random_tree(rng, marker=" \\boxed{2}")
+        check(tree, config, compute_optimal, options, compute_optimal_votes)
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_its_hub_beam_search(chunk):
+    for number in SETTINGS[chunk::4]:
+        rng = random.Random(number)
+        options = some(rng, beam_width=range(1, 5), max_steps=range(6))
+        options |= {"budget": options["beam_width"] * rng.randrange(1, 5), "stop_token": "STOP"}
+        config = SearchConfig.its_hub("beam_search", **options)
+        check(random_tree(rng, marker="STOP"), config, its_hub_beam, options)
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_its_hub_particle_filtering(chunk):
+    for number in SETTINGS[chunk::4]:
+        rng = random.Random(number)
+        options = {**some(rng, budget=range(1, 10), max_steps=range(6)), "stop_token": "STOP"}
+        config = SearchConfig.its_hub("particle_filtering", **options)
+        check(random_tree(rng, marker="STOP"), config, its_hub_particles, options)
+
+
+def test_best_of_n():
+    for number in SETTINGS:
+        rng = random.Random(number)
+        n, how = rng.randrange(1, 17), rng.choice(["last", "min", "prod"])
+        tree = replace(random_tree(rng), empty=0.0)  # nothing but empty samples is an error
+        config = SearchConfig.search_and_learn("best_of_n", n=n, agg_strategy=how, sort_completed=True)
+        check(tree, config, best_of_n, {"n": n, "how": how}, search_and_learn_votes)
+        config = SearchConfig.compute_optimal_tts("best_of_n", tree_max_width=1, num_q=n)
+        check(tree, config, best_of_n, {"n": n}, compute_optimal_votes)
+        check(tree, SearchConfig.its_hub("best_of_n", budget=n, max_steps=9), best_of_n, {"n": n})
 
 
 def test_parameters_are_the_peers_own():

@@ -11,8 +11,12 @@ from collections.abc import Callable
 from tts_search.algorithms.beam_search import beam_search
 from tts_search.algorithms.best_of_n import best_of_n
 from tts_search.algorithms.branch import Branch, Run
+from tts_search.algorithms.budget_forcing import budget_forcing
 from tts_search.algorithms.dvts import dvts
+from tts_search.algorithms.frontier import ets, rebase
 from tts_search.algorithms.moves import Moves
+from tts_search.algorithms.particle_filtering import particle_filtering
+from tts_search.algorithms.puct import puct
 
 __all__ = ["ALGORITHMS", "Branch", "Moves", "Run"]
 
@@ -20,5 +24,10 @@ ALGORITHMS: dict[str, Callable[[Run], Moves[list[Branch]]]] = {
     "best_of_n": best_of_n,
     "beam_search": beam_search,
     "dvts": dvts,
+    "rebase": rebase,
+    "ets": ets,
+    "particle_filtering": particle_filtering,
+    "puct": puct,
+    "budget_forcing": budget_forcing,
 }
 """The algorithm of each ``SearchConfig.method``."""

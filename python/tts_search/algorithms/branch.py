@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from tts_search.answers import Equivalence, boxed
 from tts_search.config import SearchConfig
 from tts_search.errors import SearchError
 from tts_search.seeds import Streams
@@ -59,9 +63,19 @@ class Run:
         How to search.
     scored : bool
         Whether there is a verifier.
+    extract_answer : callable
+        Takes the answer out of a text.
     """
 
-    def __init__(self, problem: int, text: str, config: SearchConfig, *, scored: bool) -> None:
+    def __init__(
+        self,
+        problem: int,
+        text: str,
+        config: SearchConfig,
+        *,
+        scored: bool,
+        extract_answer: Callable[[str], str | None] = boxed,
+    ) -> None:
         self.problem = problem
         self.config = config
         self.scored = scored
@@ -71,6 +85,8 @@ class Run:
         self.held: set[int] = {0}  # branches that the drivers still keep
         self._streams = Streams(config.seed, text)
         self._num_lookaheads = 0
+        self._extract_answer = extract_answer
+        self._same = Equivalence()
 
     def error(self, message: str) -> SearchError:
         """Return an error that names the problem and the round."""
@@ -95,6 +111,23 @@ class Run:
     def stream(self, branch: Branch) -> int:
         """Return the seed of a branch's draws."""
         return self._streams.of(branch.path)
+
+    def random(self, *path: int) -> random.Random:
+        """Return a generator for draws that belong to no branch; `path` tells them apart, its first number below 0."""
+        return random.Random(self._streams.of(path))
+
+    def is_done(self, branches: Iterable[Branch]) -> bool:
+        """Whether enough of these branches have finished, or agree, for the search to stop."""
+        config = self.config
+        finished = [branch for branch in branches if branch.finished]
+        if config.stop_when_full and len(finished) >= config.n:
+            return True
+        if config.agree_margin is None or len(finished) < config.agree_margin:
+            return False
+        answers = (self._extract_answer("".join(branch.texts)) for branch in finished)
+        counts = Counter(self._same.first(answer) for answer in answers if answer)
+        first, second = [*sorted(counts.values(), reverse=True), 0, 0][:2]
+        return first - second >= config.agree_margin
 
     def tokens_left(self, branch: Branch) -> int | None:
         """Return how many tokens the branch may still grow by; None: no limit."""
@@ -126,6 +159,17 @@ class Run:
         tokens_left = self.tokens_left(branch)
         branch.ended = branch.finished or branch.stopped or last or (tokens_left is not None and tokens_left <= 0)
         branch.state = "finished" if branch.finished else "open"
+
+    def write(self, branch: Branch, text: str, *, instead_of: str) -> None:
+        """Write a text for the policy at the end of a branch, in the place of `instead_of` if its text has that."""
+        parent = branch.parent
+        assert parent is not None
+        branch.text = branch.text.partition(instead_of)[0] + text
+        branch.texts = (*parent.texts, branch.text)
+        steps, branch.blank = split_steps(parent.blank + branch.text, self.config.delimiter)
+        branch.steps = parent.steps + steps
+        branch.finished = branch.stopped = branch.ended = False
+        branch.state = "open"
 
 
 def split_steps(text: str, delimiter: str | None) -> tuple[tuple[str, ...], str]:

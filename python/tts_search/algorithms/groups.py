@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from tts_search.algorithms.branch import Branch, Run
 from tts_search.algorithms.moves import Moves, expand, release, score
 
-__all__ = ["search_groups"]
+__all__ = ["has_grown", "in_order", "mark_pruned", "search_groups"]
 
 
 def search_groups(run: Run) -> Moves[list[Branch]]:
@@ -36,7 +36,7 @@ def search_groups(run: Run) -> Moves[list[Branch]]:
         for group in active:
             group.prune()
         active = [group for group in active if group.live]
-        if not active or _is_full(run, groups):
+        if not active or run.is_done(_members(groups)):
             break
         yield from release(run, [branch for group in active for branch in group.live])
     return _report(run, groups)
@@ -99,13 +99,13 @@ class Group:
                 pool.append(branch)
             seen.add(branch.id)
         self.pool = self._filter(pool)
-        _mark_pruned(pool, self.pool)
+        mark_pruned(pool, self.pool)
 
     def _filter(self, pool: list[Branch]) -> list[Branch]:
         """Drop candidates without a text, and duplicates: of equal text, the first one stays."""
         if self.rules.filter_siblings:
             pool = _filter_siblings(pool)
-        pool = [branch for branch in pool if _has_grown(branch)]
+        pool = [branch for branch in pool if has_grown(branch) or self.rules.empty_stays]
         if not self.config.dedupe:
             return pool
         texts: set[str] = set()
@@ -127,7 +127,7 @@ class Group:
         else:
             contenders = self.pool
         chosen = self._best(contenders)
-        _mark_pruned(contenders, chosen)
+        mark_pruned(contenders, chosen)
         if self.config.completed == "occupy":
             self._take_places(chosen)
         else:
@@ -170,20 +170,19 @@ def _filter_siblings(pool: list[Branch]) -> list[Branch]:
     return [branch for branch in pool if branch.id not in dropped]
 
 
-def _mark_pruned(before: Sequence[Branch], after: Sequence[Branch]) -> None:
+def mark_pruned(before: Sequence[Branch], after: Sequence[Branch]) -> None:
     kept = {branch.id for branch in after}
     for branch in before:
         if branch.id not in kept:
             branch.state = "pruned"
 
 
-def _has_grown(branch: Branch) -> bool:
+def has_grown(branch: Branch) -> bool:
     return bool(branch.text) or branch.finished or branch.stopped
 
 
-def _is_full(run: Run, groups: list[Group]) -> bool:
-    members = (branch for group in groups for branch in [*group.ended, *group.survivors])
-    return run.config.stop_when_full and sum(branch.finished for branch in members) >= run.config.n
+def _members(groups: list[Group]) -> list[Branch]:
+    return [branch for group in groups for branch in [*group.ended, *group.survivors]]
 
 
 def _report(run: Run, groups: list[Group]) -> list[Branch]:
@@ -195,12 +194,17 @@ def _report(run: Run, groups: list[Group]) -> list[Branch]:
         return [branch for group in groups for branch in group.pool]
     if rules.report == "beam":
         return [branch for group in groups for branch in group.turns()]
-    members = [branch for group in groups for branch in [*group.ended, *group.survivors]]
-    members.sort(key=lambda branch: branch.id)  # rounds in order, and the candidates of a round in order
-    if rules.report == "ended":
-        members = [branch for branch in members if branch.ended]
-    else:
-        members.sort(key=lambda branch: not branch.finished)
-    if config.sort_completed:
-        members.sort(key=lambda branch: -branch.score)
+    members = in_order(run, _members(groups))
     return list(islice(cycle(members), config.n)) if rules.pad else members
+
+
+def in_order(run: Run, members: list[Branch]) -> list[Branch]:
+    """Return branches in the order of completions: as they finished, then the unfinished; or by score."""
+    ordered = sorted(members, key=lambda branch: branch.id)  # rounds in order, and the candidates of a round in order
+    if run.config._rules.report == "ended":
+        ordered = [branch for branch in ordered if branch.ended]
+    else:
+        ordered.sort(key=lambda branch: not branch.finished)
+    if run.config.sort_completed and run.scored:
+        ordered.sort(key=lambda branch: -branch.score)
+    return ordered

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from tts_search.algorithms.branch import Branch, Run
@@ -19,7 +20,9 @@ Moves = Generator[Sequence[Request], Sequence[Any], T]
 """Yields lists of requests of one kind, is sent the list of their answers, returns T."""
 
 
-def expand(run: Run, parents: Iterable[Branch], *, last: bool) -> Moves[list[Branch]]:
+def expand(
+    run: Run, parents: Iterable[Branch], *, last: bool, params: Callable[[Branch], StepParams] | None = None
+) -> Moves[list[Branch]]:
     """Sample one child for each entry of `parents`, in order: a branch named k times gets k children.
 
     Parameters
@@ -30,6 +33,8 @@ def expand(run: Run, parents: Iterable[Branch], *, last: bool) -> Moves[list[Bra
         One entry a child to be.
     last : bool
         Whether no round follows: the new branches end, whatever the policy says.
+    params : callable or None
+        How to sample the children of a branch; by default, as the config says.
 
     Returns
     -------
@@ -42,7 +47,8 @@ def expand(run: Run, parents: Iterable[Branch], *, last: bool) -> Moves[list[Bra
         child = run.add_child(parent)
         families.setdefault(parent.id, []).append(child)
         children.append(child)
-    requests = [_request(run, family, last) for family in families.values()]
+    params = params or partial(_params, run, last)
+    requests = [_request(run, family, params) for family in families.values()]
     answers = yield requests
     for family, request, steps in zip(families.values(), requests, answers, strict=True):
         if len(steps) != len(family):
@@ -54,7 +60,11 @@ def expand(run: Run, parents: Iterable[Branch], *, last: bool) -> Moves[list[Bra
     return children
 
 
-def _request(run: Run, family: list[Branch], last: bool) -> Expand:
+def _params(run: Run, last: bool, parent: Branch) -> StepParams:
+    return run.config.step_params(last=last, tokens_left=run.tokens_left(parent))
+
+
+def _request(run: Run, family: list[Branch], params: Callable[[Branch], StepParams]) -> Expand:
     parent = family[0].parent
     assert parent is not None
     return Expand(
@@ -63,7 +73,7 @@ def _request(run: Run, family: list[Branch], last: bool) -> Expand:
         tuple(child.id for child in family),
         parent.texts,
         tuple(run.stream(child) for child in family),
-        run.config.step_params(last=last, tokens_left=run.tokens_left(parent)),
+        params(parent),
     )
 
 
