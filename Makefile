@@ -45,13 +45,9 @@ lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format
 	@echo "== clang-format"
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
 
-sanitize: $(VENV)/.built  ## C++ tests under ASan + UBSan and under TSan
-	@for set in address,undefined thread; do \
-	  echo "== C++ tests under -fsanitize=$$set"; \
-	  cmake -S . -B build/$$set -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTTS_SANITIZE=$$set > /dev/null && \
-	  cmake --build build/$$set --target host_tests > /dev/null && \
-	  ctest --test-dir build/$$set --output-on-failure || exit 1; \
-	done
+sanitize: $(VENV)/.built  ## C++ tests and kernels under ASan + UBSan and under TSan
+	tests/sanitize.sh address,undefined
+	tests/sanitize.sh thread
 
 wheel: $(VENV)/.built  ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

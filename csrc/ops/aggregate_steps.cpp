@@ -12,9 +12,8 @@ Tensor aggregate_steps(const Tensor& scores_in, const Tensor& indptr_in, const s
     Tensor out = empty(scores, {candidates}, ScalarType::Float);
     args.scores = floats(scores);
     args.out = data<float>(out);
-    torch::stable::parallel_for(0, candidates, 2048, [&](int64_t begin, int64_t end) {
-        kernels().aggregate_steps(args, begin, end);
-    });
+    parallel_for(0, candidates, 2048,
+                 [&](int64_t begin, int64_t end) { kernels().aggregate_steps(args, begin, end); });
     return out;
 }
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace tts::ops {
 

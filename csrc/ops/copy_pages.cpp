@@ -45,7 +45,7 @@ void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& 
     }
     require_independent(src, dst, count);
     const auto copies = static_cast<int64_t>(args.size()) * count;
-    torch::stable::parallel_for(0, copies, kPagesPerThread, [&](int64_t begin, int64_t end) {
+    parallel_for(0, copies, kPagesPerThread, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             kernels().copy_page(args[static_cast<size_t>(i / count)], at(src, i % count), at(dst, i % count));
         }

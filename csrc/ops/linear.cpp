@@ -1,6 +1,5 @@
 // torch.ops.tts_kernels.pack_linear and linear
 #include "common.h"
-#include "units.h"
 
 namespace tts::ops {
 namespace {
@@ -21,8 +20,7 @@ Tensor pack_linear(const Tensor& weight_in) {
     const int64_t panels = divide_up(args.columns, kPanel), steps = divide_up(args.depth, step(type));
     Tensor out = empty(weight, {panels, steps, kPanel, step(type)}, weight.scalar_type());
     args.out = out.mutable_data_ptr();
-    torch::stable::parallel_for(0, panels, 4,
-                                [&](int64_t begin, int64_t end) { kernels().pack_linear(args, begin, end); });
+    parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) { kernels().pack_linear(args, begin, end); });
     return out;
 }
 
@@ -65,9 +63,8 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
     args.packed = data<float>(workspace);
     // A thread is worth starting for 2**15 packed elements, and for 2**20 multiplications or 2**18 weights.
     const int64_t row_grain = 1 + (1 << 15) * args.cut.tiles / (count * (depth + 1));
-    torch::stable::parallel_for(0, args.cut.tiles, row_grain, [&](int64_t begin, int64_t end) {
-        kernels().linear_pack_rows(args, begin, end);
-    });
+    parallel_for(0, args.cut.tiles, row_grain,
+                 [&](int64_t begin, int64_t end) { kernels().linear_pack_rows(args, begin, end); });
     const int64_t work = out_features * depth * (count < 4 ? 4 : count);
     for_units(args.cut.units, work >> 20, [&](int64_t unit) { kernels().linear(args, unit, unit + 1); });
     return out;

@@ -49,10 +49,10 @@ Tensor linear_logprob(const Tensor& hidden_in, const Tensor& weight_in, const Te
                            .target = data<float>(out)};
     require_range(args.targets, rows, 0, args.vocabulary);
     if (rows == 0) return out;
-    torch::stable::parallel_for(
-        0, chunks, 1, [&](int64_t begin, int64_t end) { kernels().linear_logprob(args, begin, end); });
+    parallel_for(0, chunks, 1,
+                 [&](int64_t begin, int64_t end) { kernels().linear_logprob(args, begin, end); });
     float* result = args.target;
-    torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) result[r] = merge(args, chunks, r);
     });
     return out;

@@ -26,9 +26,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a_in, const Tensor& ls
                                .head_dim = out_a.size(2),
                                .out = out.mutable_data_ptr(),
                                .lse = data<float>(lse)};
-    torch::stable::parallel_for(0, lse.numel(), kRowsPerThread, [&](int64_t begin, int64_t end) {
-        kernels().merge_states(args, begin, end);
-    });
+    parallel_for(0, lse.numel(), kRowsPerThread,
+                 [&](int64_t begin, int64_t end) { kernels().merge_states(args, begin, end); });
     return {out, lse};
 }
 

@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
                            .eps = static_cast<float>(eps),
                            .normed = normed.mutable_data_ptr(),
                            .sum = sum.mutable_data_ptr()};
-    torch::stable::parallel_for(0, count, row_grain(width),
-                                [&](int64_t begin, int64_t end) { kernels().rms_norm(args, begin, end); });
+    parallel_for(0, count, row_grain(width),
+                 [&](int64_t begin, int64_t end) { kernels().rms_norm(args, begin, end); });
     return {normed, sum};
 }
 

@@ -50,8 +50,8 @@ Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v
     require_range(args.slots, count, 0, k_cache.size(0) * k_cache.size(1));
     Tensor q = empty(qkv, {count, num_q_heads, head_dim}, qkv.scalar_type());
     args.q = q.mutable_data_ptr();
-    torch::stable::parallel_for(0, count, row_grain(qkv.size(1)),
-                                [&](int64_t begin, int64_t end) { kernels().rope_append(args, begin, end); });
+    parallel_for(0, count, row_grain(qkv.size(1)),
+                 [&](int64_t begin, int64_t end) { kernels().rope_append(args, begin, end); });
     return q;
 }
 

@@ -145,14 +145,14 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_i
         SampleWorkspace& space = workspace.space;
         for (int64_t r = 0; r < rows; ++r) {
             one_row(r, space, [&](auto step, const SampleRow& row) {
-                torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+                parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
                     step(row, space, begin * kSampleChunk, std::min(end * kSampleChunk, blocks));
                 });
             });
         }
         return {tokens, logprobs};
     }
-    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         Workspace workspace(logits, vocab);
         SampleWorkspace& space = workspace.space;
         for (int64_t r = begin; r < end; ++r) {

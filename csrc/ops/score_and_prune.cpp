@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_prune(
     chains.out = data<float>(candidate_scores);
     if (w1) score_with_hidden_layer(steps, hidden);
     const int64_t grain = kStepsPerThread * candidates / std::max<int64_t>(1, steps.steps);
-    torch::stable::parallel_for(0, candidates, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
+    parallel_for(0, candidates, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
         if (!w1) kernels().step_scores(steps, at(chains.indptr, begin), at(chains.indptr, end));
         kernels().aggregate_steps(chains, begin, end);
     });

@@ -41,8 +41,7 @@ inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
     args.rows = rows.mutable_data_ptr();
     args.partials = data<float>(partials);
     const auto run = [&](auto kernel, int64_t count, int64_t grain) {
-        torch::stable::parallel_for(0, count, grain,
-                                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+        parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     };
     run(kernels().gather_steps, args.steps, kStepsPerThread);
     run(kernels().hidden_layer, args.steps > 0 ? blocks : 0, 1);
@@ -119,8 +118,8 @@ struct PrunePlan {
                              .counts = data<int32_t>(out.counts)};
         const int64_t grain =
             std::max<int64_t>(1, kScoresPerThread * groups() / std::max<int64_t>(1, candidates));
-        torch::stable::parallel_for(0, groups(), grain,
-                                    [&](int64_t begin, int64_t end) { kernels().prune(args, begin, end); });
+        parallel_for(0, groups(), grain,
+                     [&](int64_t begin, int64_t end) { kernels().prune(args, begin, end); });
         return out;
     }
 };

@@ -16,9 +16,8 @@ Tensor step_scores(const Tensor& hidden_in, const Tensor& positions_in, const Te
     if (w1) {
         score_with_hidden_layer(args, hidden);
     } else {
-        torch::stable::parallel_for(0, args.steps, kStepsPerThread, [&](int64_t begin, int64_t end) {
-            kernels().step_scores(args, begin, end);
-        });
+        parallel_for(0, args.steps, kStepsPerThread,
+                     [&](int64_t begin, int64_t end) { kernels().step_scores(args, begin, end); });
     }
     return out;
 }

@@ -14,8 +14,8 @@ Tensor swiglu(const Tensor& gate_up_in) {
                           .stride = gate_up.stride(0),
                           .width = width,
                           .out = out.mutable_data_ptr()};
-    torch::stable::parallel_for(0, count, row_grain(width),
-                                [&](int64_t begin, int64_t end) { kernels().swiglu(args, begin, end); });
+    parallel_for(0, count, row_grain(width),
+                 [&](int64_t begin, int64_t end) { kernels().swiglu(args, begin, end); });
     return out;
 }
 

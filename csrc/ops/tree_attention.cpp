@@ -114,7 +114,7 @@ void run_items(const TreeAttentionArgs& args, int64_t items, int64_t lanes, cons
     Tensor scratch = empty(like, {threads * size + kAlign}, ScalarType::Float);
     float* base = aligned(data<float>(scratch));
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
                 kernels().tree_attention(args, item, base + t * size);
@@ -124,7 +124,7 @@ void run_items(const TreeAttentionArgs& args, int64_t items, int64_t lanes, cons
 }
 
 void run_merge(const TreeAttentionArgs& args) {
-    torch::stable::parallel_for(0, args.num_rows, kMergeRows, [&](int64_t begin, int64_t end) {
+    parallel_for(0, args.num_rows, kMergeRows, [&](int64_t begin, int64_t end) {
         std::vector<float> sum(static_cast<size_t>(args.head_dim + kAlign));
         kernels().tree_attention_merge(args, begin, end, sum.data());
     });

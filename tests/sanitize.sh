@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The C++ tests and the kernels' Python tests under a sanitizer: tests/sanitize.sh address,undefined | thread
+#
+# A copy of the package with the sanitized libraries goes to build/<sanitizer>/site; Python itself is not
+# instrumented, so the sanitizer's runtime is preloaded.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+sanitizer=$1
+python=$PWD/.venv/bin/python
+build=$PWD/build/${sanitizer//,/-}
+site=$build/site
+
+echo "== -fsanitize=$sanitizer: building"
+mkdir -p "$site"
+cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$python" -DTTS_SANITIZE="$sanitizer" > "$build/log" || { cat "$build/log"; exit 1; }
+cmake --build "$build" > "$build/log" || { cat "$build/log"; exit 1; }
+
+echo "== -fsanitize=$sanitizer: C++ tests"
+ctest --test-dir "$build" --output-on-failure
+
+echo "== -fsanitize=$sanitizer: the kernels' tests"
+rm -rf "$site/tts_kernels" && cp -r tts_kernels "$site/" && rm -f "$site"/tts_kernels/*.so
+cmake --install "$build" --component python --prefix "$site" > "$build/log"
+files=()
+for source in csrc/cpu/*.cpp; do
+  test=tests/test_$(basename "$source" .cpp).py
+  if [ -f "$test" ]; then files+=("$test"); fi
+done
+case $sanitizer in
+  thread) runtime=libtsan.so ;;
+  *) runtime=libasan.so ;;
+esac
+# libstdc++ beside it: the runtime looks for __cxa_throw when it starts, before Python has loaded any C++.
+preload="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so)"
+PYTHONPATH=$site:$PWD/python LD_PRELOAD=$preload OMP_NUM_THREADS=1 \
+  ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+  "$python" -m pytest -p no:cacheprovider -m "not slow and not gpu" -k "not opcheck and not compile" "${files[@]}"
