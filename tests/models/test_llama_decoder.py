@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tts_search import HFPolicy
 from tts_search.adapters.transformers import TransformersDecoder
 from tts_search.decoder import Batch, KVPool
+from tts_search.decoders.arena import Arena
 from tts_search.decoders.llama import LlamaConfig, LlamaDecoder
 from tts_search.decoders.loading import lean_decoder, llama_config, load_decoder, why_not_lean
 
@@ -236,18 +237,31 @@ def test_shape_and_head_rows_are_those_of_the_model(name: str, tmp_path: Path) -
         assert bias is None
 
 
-def test_memory_holds_the_weights_once() -> None:
-    """Packing takes the model's weights away; tied ones are the packed head's alone."""
-    for name in ("llama", "tied"):
-        model = copy.deepcopy(model_of(name))
-        total = sum(parameter.numel() for parameter in model.parameters())
-        decoder = lean_decoder(model)
-        assert not list(model.parameters())
-        held = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // tensor.itemsize
-            for tensor in weights_of(decoder)
-        }
-        assert total <= sum(held.values()) <= total * 1.01 + 16 * 64  # panels of 16 rows are filled up
+@pytest.mark.parametrize("name", ["llama", "tied", "biases", "qwen3"])
+def test_memory_holds_the_weights_once(name: str) -> None:
+    """Packing takes the model's weights away; a tied embedding is the packed head alone."""
+    model = copy.deepcopy(model_of(name))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    files = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    decoder = lean_decoder(model)
+    assert not list(model.parameters())
+    held = {tensor.data_ptr(): tensor.numel() for tensor in weights_of(decoder)}
+    assert total <= sum(held.values()) <= total + 16 * 64  # panels of 16 rows are filled up
+    assert not files & {tensor.untyped_storage().data_ptr() for tensor in weights_of(decoder)}
+
+
+def test_arena_keeps_tensors_side_by_side() -> None:
+    arena = Arena()
+    tensors = [torch.randn(3, 5), torch.randn(7).bfloat16(), torch.randn(4, 6).T, torch.randn(0)]
+    kept = [arena.keep(tensor) for tensor in tensors]
+    for tensor, copied in zip(tensors, kept, strict=True):
+        assert torch.equal(tensor, copied)
+        assert copied.is_contiguous()
+        assert copied.data_ptr() % 64 == 0 or not copied.numel()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in kept[:3]}) == 1
+    large = arena.keep(torch.ones(20 * 2**20))  # more than a block
+    assert bool((large == 1).all())
+    assert torch.equal(kept[0], tensors[0])
 
 
 def weights_of(part: object) -> Iterator[Tensor]:

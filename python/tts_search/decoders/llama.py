@@ -13,13 +13,14 @@ of a row's own branch; see `LlamaDecoder` for what follows from that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.decoder import Batch, DecoderShape
+from tts_search.decoders.arena import Arena
 
 __all__ = ["LlamaConfig", "LlamaDecoder"]
 
@@ -109,12 +110,11 @@ class LlamaDecoder:
     def __init__(self, config: LlamaConfig, state: dict[str, Tensor]) -> None:
         self.config = config
         weights = _Weights(state)
-        embedding, head = state["embed_tokens.weight"], state.get("lm_head.weight")
-        self._head = None if head is None else weights.linear("lm_head")
-        # Tied to the head, its rows are gathered from there: memory holds them once.
-        tied = head is not None and head.data_ptr() == embedding.data_ptr()
-        self._embedding = None if tied else embedding
-        del state["embed_tokens.weight"], embedding, head
+        # An embedding that is tied to the head is gathered from there: memory holds it once.
+        if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr():
+            del state["embed_tokens.weight"]
+        self._embedding = weights.find("embed_tokens.weight")
+        self._head = weights.linear("lm_head") if "lm_head.weight" in state else None
         self._layers = [weights.layer(i, window) for i, window in enumerate(config.windows)]
         self._norm = weights.take("norm.weight")
         if state:
@@ -190,22 +190,27 @@ def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
 
 
 class _Weights:
-    """Takes tensors out of a state dict."""
+    """Takes tensors out of a state dict and into memory of our own: they may be views of a mapped file."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
+        self.arena = Arena()
 
     def take(self, name: str) -> Tensor:
-        return self.state.pop(name).detach()
+        return self.arena.keep(self.state.pop(name).detach())
 
     def find(self, name: str) -> Tensor | None:
         return self.take(name) if name in self.state else None
 
     def linear(self, *names: str) -> _Linear:
         """The projections of these names as one; all of them have a bias, or none."""
-        weight = torch.cat([self.take(f"{name}.weight") for name in names])
+        packed = tk.pack_linear(self._joined([f"{name}.weight" for name in names]))
         biased = f"{names[0]}.bias" in self.state
-        return _Linear(tk.pack_linear(weight), torch.cat([self.take(f"{n}.bias") for n in names]) if biased else None)
+        bias = self.arena.keep(self._joined([f"{name}.bias" for name in names])) if biased else None
+        return _Linear(replace(packed, weight=self.arena.keep(packed.weight)), bias)
+
+    def _joined(self, names: Sequence[str]) -> Tensor:
+        return torch.cat([self.state.pop(name).detach() for name in names])
 
     def layer(self, number: int, window: int | None) -> _Layer:
         layer = f"layers.{number}"
