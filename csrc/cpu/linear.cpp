@@ -2,13 +2,13 @@
 //
 //   x [T, K], W [N, K] packed into panels of 16 rows  ->  out [T, N]
 //
-// For up to 24 rows or so the time is that of reading W, so W is stored as the tile reads it: one stream of
+// For up to 10 rows or so the time is that of reading W, so W is stored as the tile reads it: one stream of
 // whole cache lines a panel, without a gather or a conversion of layout. The rows of x are packed for each
 // call into the tile's order (a few percent of the work), which frees the inner loop of strides: it is one
-// load a panel and one multiply-add a row. Beyond 24 rows the tiles of a block go through the same panels one
-// after another, which then come from L2. Work is cut into groups of panels x blocks of about 256 rows; a sum
-// is computed by one thread from start to end (tile.h), so results depend neither on threads nor on the
-// number of rows.
+// load a panel and one multiply-add a row. The tiles of more rows go through the same panels one after
+// another and meanwhile fetch the next panels into L2, so that arithmetic does not wait for memory. Work is
+// cut into groups of panels x blocks of about 256 rows; a sum is computed by one thread from start to end
+// (tile.h), so results depend neither on threads nor on the number of rows.
 #include "linear.h"
 
 #include "rows.h"
@@ -18,6 +18,7 @@ TTS_BEGIN_ISA
 namespace {
 
 constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while the panels pass
+constexpr int64_t kFewRows = 4;      // so few wait for memory, which the hardware's prefetching keeps busy
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -65,27 +66,37 @@ void finish(const LinearArgs& args, const float* sums, int64_t row, int64_t heig
     }
 }
 
-// A row tile of height R through panels [begin, end), P of them at a time; panels that are left over go one
-// by one, P times each (no panel apart), which costs nothing where memory is the bound.
-template <class T, int R>
-void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end) {
-    constexpr int P = tile_panels(R);
+// One pass of a row tile through panels [begin, end), P of them or the last ones of all, which go one by one,
+// P times each (no panel apart). Pass number `pass` of `passes` fetches its share of the panels that the
+// thread will take next.
+template <class T, int R, int P>
+void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end, int64_t pass, int64_t passes) {
+    constexpr int64_t kLine = kPanel * kStep<T> * sizeof(T);  // bytes of a panel's step
     const int64_t steps = divide_up(args.depth, kStep<T>), panel = steps * kPanel * kStep<T>;
     const float* rows = args.packed + row * packed_row<T>(steps);
     const auto* weight = static_cast<const T*>(args.weight);
+    const int64_t next = begin + args.ahead;
+    const bool fetch = passes * R > kFewRows && next + P <= args.cut.panels;
+    const int64_t share = fetch ? divide_up(P * kLine, passes) : 0;
+    const auto* from = reinterpret_cast<const char*>(weight + (fetch ? next : 0) * panel);
+    const Ahead ahead{from + pass * share * steps, share};
     alignas(64) float sums[R * P * kPanel];
     for (int64_t width; begin < end; begin += width) {
         width = begin + P <= end ? P : 1;
-        tile<T, R, P>(rows, weight + begin * panel, width == P ? panel : 0, steps, sums);
+        tile<T, R, P>(rows, weight + begin * panel, width == P ? panel : 0, steps, ahead, sums);
         finish<T, P>(args, sums, row, R, begin * kPanel, width * kPanel);
     }
 }
 
+// The tiles of a product share the panels of their group, although one less in height may prefer others.
 template <class T, int R = kTileRows>
-void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t begin, int64_t end) {
+void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t begin, int64_t end,
+                 int64_t pass, int64_t passes) {
     if constexpr (R > 0) {
-        if (height == R) return run_tile<T, R>(args, row, begin, end);
-        run_tile_of<T, R - 1>(height, args, row, begin, end);
+        if (height != R) return run_tile_of<T, R - 1>(height, args, row, begin, end, pass, passes);
+        constexpr int P = tile_panels(R), Q = tile_panels(R + 1);
+        args.cut.group == P ? run_tile<T, R, P>(args, row, begin, end, pass, passes)
+                            : run_tile<T, R, Q>(args, row, begin, end, pass, passes);
     }
 }
 
@@ -98,12 +109,9 @@ void pack_linear(const PackLinearArgs& args, int64_t begin, int64_t end) {
 }
 
 LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype) {
-    const int64_t height = rows <= kTileRows ? kTileRows : kManyTileRows;
-    const int64_t tiles = divide_up(rows, height), panels = divide_up(columns, kPanel);
-    const int64_t at_once = tile_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
-    const int64_t block = min(tiles, kBlockRows / height), group = panels >= 512 ? 8
-                                                                   : at_once > 2 ? at_once
-                                                                                 : 2;
+    const int64_t tiles = divide_up(rows, kTileRows), panels = divide_up(columns, kPanel);
+    const int64_t group = tile_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
+    const int64_t block = min(tiles, kBlockRows / kTileRows);
     const int64_t row =
         dispatch(dtype, [&]<class T>(T*) { return packed_row<T>(divide_up(depth, kStep<T>)); });
     const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;
@@ -128,10 +136,10 @@ void linear(const LinearArgs& args, int64_t begin, int64_t end) {
     const int64_t groups = divide_up(cut.panels, cut.group);
     dispatch(args.x.dtype, [&]<class T>(T*) {
         for (int64_t unit = begin; unit < end; ++unit) {
-            const int64_t first = unit / groups * cut.block, panel = unit % groups * cut.group;
-            for (int64_t t = first; t < min(first + cut.block, cut.tiles); ++t) {
-                run_tile_of<T>(tiles.height(t), args, tiles.begin(t), panel,
-                               min(panel + cut.group, cut.panels));
+            const int64_t first = unit / groups * cut.block, last = min(first + cut.block, cut.tiles);
+            const int64_t panel = unit % groups * cut.group, end = min(panel + cut.group, cut.panels);
+            for (int64_t t = first; t < last; ++t) {
+                run_tile_of<T>(tiles.height(t), args, tiles.begin(t), panel, end, t - first, last - first);
             }
         }
     });

@@ -36,6 +36,7 @@ struct LinearArgs {
     const void* residual;  // [T, N] of x's type, or null
     int64_t residual_stride;
     LinearCut cut;
+    int64_t ahead;  // panels from one that a thread is at to the one that it will take next
     float* packed;  // workspace: rows of x, tile by tile
     void* out;      // [T, N]
 };

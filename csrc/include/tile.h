@@ -36,16 +36,17 @@ TTS_BEGIN_ISA
 template <class T>
 inline constexpr int64_t kChain = sizeof(T) == 4 ? 128 : 1024;
 
-// Rows of a tile, by registers: of the only tile of a few rows, and of one of many. The first has one panel,
-// so that memory is read once and at an even rate while up to 24 rows are multiplied; the second loads less.
+// Rows of a tile, by registers, and panels beside it. Where arithmetic is the bound, 24 sums or so hide its
+// latency, and a value that is broadcast from memory meets two vectors of weights or more; a few rows wait
+// for memory, which is fastest as one stream.
 #if defined(__AVX512F__)
-inline constexpr int kTileRows = 24, kManyTileRows = 12;
-inline constexpr int tile_panels(int rows) { return rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
+inline constexpr int kTileRows = 14;
+inline constexpr int tile_panels(int rows) { return rows <= 6 ? 1 : rows <= 9 ? 3 : 2; }
 #elif defined(__AVX2__)
-inline constexpr int kTileRows = 6, kManyTileRows = 6;
+inline constexpr int kTileRows = 6;
 inline constexpr int tile_panels(int rows) { return rows <= 2 ? 2 : 1; }
 #else
-inline constexpr int kTileRows = 2, kManyTileRows = 2;
+inline constexpr int kTileRows = 2;
 inline constexpr int tile_panels(int) { return 1; }
 #endif
 
@@ -153,12 +154,20 @@ inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth,
     }
 }
 
+// Memory to be fetched while a tile computes: `stride` bytes a step, from `begin` on. It goes to L2, since L1
+// holds what the tile reads, and hardware prefetching alone keeps no more than half of the memory's rate.
+struct Ahead {
+    const char* begin;
+    int64_t stride;
+};
+
 // sums [R][P][16] = rows . panels over all steps; `panel` elements lie between panels.
 template <class T, int R, int P>
-inline void tile(const float* rows, const T* weights, int64_t panel, int64_t steps, float* sums) {
+inline void tile(const float* rows, const T* weights, int64_t panel, int64_t steps, Ahead ahead,
+                 float* sums) {
     using Step = TileStep<T>;
     constexpr int V = kPanel / Vec::width;  // vectors in a panel
-    constexpr bool kPrefetch = R >= 8;      // fewer rows run at the pace of the hardware's own prefetching
+    constexpr int kLine = 64;
     for (int64_t begin = 0; begin < steps || begin == 0; begin += kChain<T>) {
         const int64_t end = begin + kChain<T> < steps ? begin + kChain<T> : steps;
         Vec acc[R][P * V];
@@ -167,11 +176,12 @@ inline void tile(const float* rows, const T* weights, int64_t panel, int64_t ste
         }
         for (int64_t s = begin; s < end; ++s) {
             typename Step::Weights w[P * V];
+            for (int64_t at = 0; at < ahead.stride; at += kLine) {
+                __builtin_prefetch(ahead.begin + s * ahead.stride + at, 0, /* locality */ 2);
+            }
 #pragma GCC unroll 32
             for (int v = 0; v < P * V; ++v) {
-                const T* p = weights + (v / V) * panel + (s * kPanel + (v % V) * Vec::width) * kStep<T>;
-                if (kPrefetch && v % V == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048);
-                w[v] = Step::load(p);
+                w[v] = Step::load(weights + (v / V) * panel + (s * kPanel + (v % V) * Vec::width) * kStep<T>);
             }
             const float* value = rows + s * Step::values * R;
 #pragma GCC unroll 32

@@ -57,6 +57,7 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
                     .residual = residual ? residual->const_data_ptr() : nullptr,
                     .residual_stride = residual ? residual->stride(0) : 0,
                     .cut = kernels().linear_cut(count, out_features, depth, type),
+                    .ahead = 0,
                     .packed = nullptr,
                     .out = out.mutable_data_ptr()};
     Tensor workspace = empty(x, {count * args.cut.row}, ScalarType::Float);
@@ -66,7 +67,9 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
     parallel_for(0, args.cut.tiles, row_grain,
                  [&](int64_t begin, int64_t end) { kernels().linear_pack_rows(args, begin, end); });
     const int64_t work = out_features * depth * (count < 4 ? 4 : count);
-    for_units(args.cut.units, work >> 20, [&](int64_t unit) { kernels().linear(args, unit, unit + 1); });
+    const int64_t threads = threads_for(args.cut.units, work >> 20);
+    args.ahead = args.cut.group * threads;
+    for_units(args.cut.units, threads, [&](int64_t unit) { kernels().linear(args, unit, unit + 1); });
     return out;
 }
 

@@ -38,11 +38,17 @@ using torch::stable::parallel_for;
 
 #endif
 
+// How many threads for_units takes if it may take `threads`.
+inline int64_t threads_for(int64_t units, int64_t threads) {
+    return std::max<int64_t>(
+        1, std::min({threads, units, static_cast<int64_t>(torch::stable::get_num_threads())}));
+}
+
 // f(unit) for every unit in [0, units), on at most `threads` threads, which take the units as they come. A
 // unit computes its outputs alone, so who takes it changes nothing but the time.
 template <class F>
 void for_units(int64_t units, int64_t threads, F f) {
-    threads = std::min({threads, units, static_cast<int64_t>(torch::stable::get_num_threads())});
+    threads = threads_for(units, threads);
     if (threads <= 1) {
         for (int64_t unit = 0; unit < units; ++unit) f(unit);
         return;
