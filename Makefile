@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint sanitize wheel clean
+.PHONY: help demo test test-all bench lint sanitize cuda wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -43,11 +43,17 @@ lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format
 	@echo "== mypy"
 	$(BIN)/mypy
 	@echo "== clang-format"
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
 
 sanitize: $(VENV)/.built  ## C++ tests and kernels under ASan + UBSan and under TSan
 	tests/sanitize.sh address,undefined
 	tests/sanitize.sh thread
+
+cuda: $(VENV)/.built  ## Build the CUDA library too (needs nvcc on PATH, no GPU)
+	@command -v nvcc > /dev/null || { echo "make cuda: no nvcc on PATH; install the CUDA toolkit, or its parts from PyPI: nvidia-cuda-nvcc"; exit 1; }
+	cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTTS_CUDA=ON -DTTS_BUILD_TESTS=OFF
+	cmake --build build/cuda --target tts_cuda
+	cmake -E copy build/cuda/_cuda.so tts_kernels/_cuda.so
 
 wheel: $(VENV)/.built  ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

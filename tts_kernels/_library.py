@@ -1,4 +1,4 @@
-"""Loads the operator library, which registers every op in ``torch.ops.tts_kernels``."""
+"""Loads the operator libraries, which register every op in ``torch.ops.tts_kernels``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("_ops.so")
+CUDA_PATH = PATH.with_name("_cuda.so")
 
 
 def load() -> None:
@@ -27,4 +28,18 @@ def load() -> None:
         ) from error
 
 
+def load_cuda() -> str:
+    """Load ``_cuda.so`` where torch has CUDA; returns why not, or nothing."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not CUDA_PATH.exists():
+        return "the CUDA library was not built (`make cuda`, or `CMAKE_ARGS=-DTTS_CUDA=ON pip install .`)"
+    try:
+        torch.ops.load_library(str(CUDA_PATH))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{CUDA_PATH} does not load: {error}"
+    return ""
+
+
 load()
+CUDA_MISSING = load_cuda()

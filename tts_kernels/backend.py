@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from . import _library  # noqa: F401  (registers the operators that this module asks about)
+from . import _library
 
 BACKENDS: Final = ("auto", "cpp", "triton", "reference")
 
@@ -115,12 +115,15 @@ class BackendInfo:
         Instruction set that the CPU kernels use.
     cpu_isas
         Those that this build has and this processor runs, from slow to fast.
+    cuda
+        Empty if the C++ backend has its CUDA kernels, else why not.
     """
 
     in_use: str
     available: dict[str, str]
     cpu_isa: str
     cpu_isas: tuple[str, ...]
+    cuda: str
 
 
 def backend_info() -> BackendInfo:
@@ -138,4 +141,5 @@ def backend_info() -> BackendInfo:
         available={name: _missing(name) for name in BACKENDS[1:]},
         cpu_isa=ops.cpu_isa(),
         cpu_isas=tuple(ops.cpu_isas().split(",")),
+        cuda=_library.CUDA_MISSING,
     )

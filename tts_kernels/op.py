@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from . import _library  # noqa: F401  (the overloads must be there)
+from . import _library
 from .backend import state
+
+_DEVICES = ("cpu", "meta") if _library.CUDA_MISSING else ("cpu", "meta", "cuda")
 
 
 class Op:
@@ -49,6 +51,8 @@ class Op:
             if state.backend != "reference" and self._has_kernel(args):
                 return self.overload(*args)
         elif state.backend != "reference":
+            if state.debug_checks:
+                self.check(*args)
             try:
                 return self.overload(*args)
             except NotImplementedError:  # no kernel where the tensors are
@@ -63,7 +67,7 @@ class Op:
     def _has_kernel(args: tuple[Any, ...]) -> bool:
         """Whether the tensors are where a compiled kernel is."""
         first = args[0] if isinstance(args[0], torch.Tensor) else next(iter(args[0]), None)
-        return first is None or not isinstance(first, torch.Tensor) or first.device.type in ("cpu", "meta")
+        return first is None or not isinstance(first, torch.Tensor) or first.device.type in _DEVICES
 
     def _checked(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

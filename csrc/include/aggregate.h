@@ -19,12 +19,12 @@ TTS_BEGIN_ISA
 class AggregateState {
   public:
     // `prior` is the aggregate of `count` earlier steps; count 0: there is none.
-    AggregateState(Aggregate how, float prior, int64_t count)
+    TTS_HD AggregateState(Aggregate how, float prior, int64_t count)
         : how_(how), count_(count), value_(count > 0 ? prior : 0.0) {
         if (how_ == Aggregate::mean) value_ *= static_cast<double>(count_);
     }
 
-    void add(float score) {
+    TTS_HD void add(float score) {
         const double x = score;
         const bool first = count_++ == 0;
         if (first || how_ == Aggregate::last) {
@@ -40,7 +40,7 @@ class AggregateState {
     }
 
     // A chain without any step scores -inf: it must never be kept before one that has been read.
-    float value() const {
+    TTS_HD float value() const {
         if (count_ == 0) return -__builtin_inff();
         return static_cast<float>(how_ == Aggregate::mean ? value_ / static_cast<double>(count_) : value_);
     }

@@ -33,7 +33,7 @@ struct IndexArray {
 
 TTS_BEGIN_ISA
 
-inline int64_t at(IndexArray a, int64_t i) {
+TTS_HD inline int64_t at(IndexArray a, int64_t i) {
     return a.is_int64 ? static_cast<const int64_t*>(a.data)[i] : static_cast<const int32_t*>(a.data)[i];
 }
 

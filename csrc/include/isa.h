@@ -9,6 +9,13 @@
 #define TTS_ISA generic
 #endif
 
+// Arithmetic that CUDA kernels share with the CPU's.
+#if defined(__CUDACC__)
+#define TTS_HD __host__ __device__
+#else
+#define TTS_HD
+#endif
+
 // Parameters and tables have one layout everywhere: they are plain structs in `tts`, without functions.
 // clang-format off
 #define TTS_BEGIN_ISA namespace tts { inline namespace TTS_ISA {

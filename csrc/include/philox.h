@@ -21,7 +21,7 @@ struct PhiloxKey {
 
 TTS_BEGIN_ISA
 
-inline PhiloxCounter philox4x32(PhiloxCounter x, PhiloxKey key, int rounds = 10) {
+TTS_HD inline PhiloxCounter philox4x32(PhiloxCounter x, PhiloxKey key, int rounds = 10) {
     for (int i = 0; i < rounds; ++i) {
         const uint64_t a = uint64_t{0xD2511F53u} * x.v[0], b = uint64_t{0xCD9E8D57u} * x.v[2];
         x = {{static_cast<uint32_t>(b >> 32) ^ x.v[1] ^ key.v[0], static_cast<uint32_t>(b),
@@ -34,7 +34,7 @@ inline PhiloxCounter philox4x32(PhiloxCounter x, PhiloxKey key, int rounds = 10)
 
 // The 64 bits of draw number `offset` of stream `seed`: words 1 and 0 of the block whose counter is the
 // offset.
-inline uint64_t philox_draw(int64_t seed, int64_t offset) {
+TTS_HD inline uint64_t philox_draw(int64_t seed, int64_t offset) {
     const uint64_t key = static_cast<uint64_t>(seed), counter = static_cast<uint64_t>(offset);
     const PhiloxCounter block =
         philox4x32({{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0}},

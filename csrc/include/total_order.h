@@ -7,42 +7,31 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "bits.h"
 #include "isa.h"
-#include "vec.h"
 
 TTS_BEGIN_ISA
 
 inline constexpr int32_t kNaNKey = INT32_MIN;  // -inf has INT32_MIN + 0x007fffff
 
 // Floats order like their bits if positive, in reverse if negative; adding 0.0 turns -0.0 into 0.0.
-inline int32_t order_key(float score) {
+TTS_HD inline int32_t order_key(float score) {
     const auto bits = static_cast<int32_t>(float_bits(score + 0.0f));
     return is_nan(score) ? kNaNKey : bits ^ ((bits >> 31) & INT32_MAX);
 }
 
 // The float of a key; NaN for keys beyond those of the infinities.
-inline float key_score(int32_t key) {
+TTS_HD inline float key_score(int32_t key) {
     return bit_float(static_cast<uint32_t>(key ^ ((key >> 31) & INT32_MAX)));
 }
 
 // A key and an index below 2**32 as one number: greater is better.
-inline int64_t ranked(int32_t key, uint32_t index) { return int64_t{key} * (int64_t{1} << 32) | ~index; }
-
-inline int32_t ranked_key(int64_t rank) { return static_cast<int32_t>(rank >> 32); }
-
-inline uint32_t ranked_index(int64_t rank) { return ~static_cast<uint32_t>(rank); }
-
-// Bit i: lane i of a is at least lane i of b, and neither is NaN.
-inline uint32_t at_least(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
-#elif defined(__AVX2__)
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
-#else
-    const auto mask = a.v >= b.v;
-    return static_cast<uint32_t>((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
-#endif
+TTS_HD inline int64_t ranked(int32_t key, uint32_t index) {
+    return int64_t{key} * (int64_t{1} << 32) | ~index;
 }
+
+TTS_HD inline int32_t ranked_key(int64_t rank) { return static_cast<int32_t>(rank >> 32); }
+
+TTS_HD inline uint32_t ranked_index(int64_t rank) { return ~static_cast<uint32_t>(rank); }
 
 TTS_END_ISA

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "bits.h"
 #include "dtypes.h"
 #include "isa.h"
 
@@ -18,22 +19,6 @@ TTS_BEGIN_ISA
 
 // ---- scalars
 // -----------------------------------------------------------------------------------------------
-
-inline float bit_float(uint32_t bits) {
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-inline uint32_t float_bits(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline constexpr float kInfinity = __builtin_inff();
-
-inline bool is_nan(float x) { return x != x; }
 
 inline float to_float(float x) { return x; }
 
@@ -270,6 +255,18 @@ inline Vec scale_exponent(Vec p, Vec n) {
 }
 
 #endif
+
+// Bit i: lane i of a is at least lane i of b, and neither is NaN.
+inline uint32_t at_least(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
+#else
+    const auto mask = a.v >= b.v;
+    return static_cast<uint32_t>((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
+#endif
+}
 
 // exp(x) within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r
 // (coefficients: Cephes expf), scaled by 2**n. Below -87.33 the result is 0; above 88.72 it is infinite;

@@ -14,7 +14,7 @@ inline bool rows_contiguous(const Tensor& t) {
 
 // [pages, page_size, kv_heads, head_dim], rows contiguous.
 inline bool is_cache(const Tensor& t) {
-    return t.is_cpu() && t.dim() == 4 && is_float(t) && rows_contiguous(t);
+    return is_here(t) && t.dim() == 4 && is_float(t) && rows_contiguous(t);
 }
 
 // Two caches of one shape and dtype.

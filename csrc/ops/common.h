@@ -4,6 +4,7 @@
 // error that names the argument (tts_kernels/checks.py), so a call that succeeds pays for these alone.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,6 +30,23 @@ inline void require(bool condition, const char* what) {
     if (!condition) throw std::runtime_error(what);
 }
 
+// ---- the device -------------------------------------------------------------------------------------------
+
+// Whether a tensor is where this library's kernels run, and whether index tensors are read and checked there:
+// values on a GPU are not (under tk.debug_checks only, in Python). csrc/ops/cuda/common.h makes the
+// device of an op's first tensor the current one.
+#if defined(TTS_CUDA)
+inline constexpr bool kReadable = false;
+
+inline bool is_here(const Tensor& t) {
+    return t.is_cuda() && t.get_device_index() == torch::stable::accelerator::getCurrentDeviceIndex();
+}
+#else
+inline constexpr bool kReadable = true;
+
+inline bool is_here(const Tensor& t) { return t.is_cpu(); }
+#endif
+
 // ---- tensors to plain pointers ----------------------------------------------------------------------------
 
 inline bool is_float(const Tensor& t) {
@@ -37,7 +55,7 @@ inline bool is_float(const Tensor& t) {
 }
 
 inline DType dtype(const Tensor& t) {
-    require(t.is_cpu() && is_float(t), "float tensor");
+    require(is_here(t) && is_float(t), "float tensor");
     if (t.scalar_type() == ScalarType::Float) return DType::f32;
     return t.scalar_type() == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
@@ -53,7 +71,7 @@ inline FloatArray floats(const std::optional<Tensor>& t) {
 }
 
 inline const float* float32(const Tensor& t) {
-    require(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float, "float32 tensor");
+    require(is_here(t) && t.is_contiguous() && t.scalar_type() == ScalarType::Float, "float32 tensor");
     return static_cast<const float*>(t.const_data_ptr());
 }
 
@@ -63,7 +81,7 @@ inline const float* float32(const std::optional<Tensor>& t) { return t ? float32
 inline IndexArray indices(const Tensor& t) {
     const bool is_int64 = t.scalar_type() == ScalarType::Long;
     require(
-        t.is_cpu() && t.dim() == 1 && t.is_contiguous() && (is_int64 || t.scalar_type() == ScalarType::Int),
+        is_here(t) && t.dim() == 1 && t.is_contiguous() && (is_int64 || t.scalar_type() == ScalarType::Int),
         "index vector");
     return {t.const_data_ptr(), is_int64};
 }
@@ -122,6 +140,7 @@ inline Aggregate aggregate(const std::string& how) {
 
 // Every value in [low, high).
 inline void require_range(IndexArray values, int64_t count, int64_t low, int64_t high) {
+    if constexpr (!kReadable) return;
     bool good = true;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t v = at(values, i);
@@ -133,6 +152,7 @@ inline void require_range(IndexArray values, int64_t count, int64_t low, int64_t
 // indptr [n + 1] rises from 0 to `total`.
 inline void require_indptr(IndexArray indptr, int64_t entries, int64_t total) {
     require(entries >= 1, "indptr");
+    if constexpr (!kReadable) return;
     bool good = at(indptr, 0) == 0 && at(indptr, entries - 1) == total;
     for (int64_t i = 1; i < entries; ++i) good &= at(indptr, i) >= at(indptr, i - 1);
     require(good, "indptr");

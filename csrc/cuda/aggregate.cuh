@@ -1,0 +1,18 @@
+// The aggregate of one candidate, as csrc/cpu/aggregate_steps.cpp takes it.
+#pragma once
+
+#include "../cpu/aggregate_steps.h"
+#include "vector.cuh"
+
+namespace tts::cuda {
+
+// In the order of the steps, so that float64 rounds as it does on the CPU.
+__device__ inline float aggregate(const AggregateStepsArgs& args, int64_t candidate) {
+    AggregateState state(args.how, args.prior.data ? load(args.prior, candidate) : 0.0f,
+                         args.prior.data ? at(args.prior_counts, candidate) : 0);
+    const int64_t end = at(args.indptr, candidate + 1);
+    for (int64_t s = at(args.indptr, candidate); s < end; ++s) state.add(load(args.scores, s));
+    return state.value();
+}
+
+}  // namespace tts::cuda

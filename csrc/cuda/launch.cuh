@@ -1,0 +1,34 @@
+// Launching kernels. A call that CUDA refuses throws its name; nothing here waits for the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "stream.h"
+
+namespace tts::cuda {
+
+inline void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// kernel<<<blocks, threads, shared>>>(args...); an empty grid is no launch.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, cudaStream_t stream,
+            Args&&... args) {
+    constexpr int kWithoutAsking = 48 << 10;  // bytes of dynamic shared memory
+    if (blocks == 0) return;
+    if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2**31 - 1 blocks");
+    if (shared > kWithoutAsking) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(static_cast<Args&&>(args)...);
+    check(cudaGetLastError());
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace tts::cuda
