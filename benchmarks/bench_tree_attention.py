@@ -1,0 +1,145 @@
+"""`tree_attention` against torch's CPU flash attention with every shared level read once, merged by log-sum-exp.
+
+The baseline has each level's keys and values contiguous, heads first (what torch's op likes best), and the queries that
+read a level grouped by KV head; ours reads pages of 16 tokens, in the order in which a forest hands them out. Rows per
+KV head decide the bound: reading each key and value once, or 4 D operations for each query head, key and row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from measure import Bound, Call, compare, last_cache_bytes
+from torch import Tensor
+
+import tts_kernels as tk
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+GROUP = HEADS // KV_HEADS
+PAGE_SIZE = 16
+
+
+class Case:
+    """A tree whose nodes of one level have ``lengths[level]`` tokens and ``fan_out[level]`` nodes in all."""
+
+    def __init__(self, fan_out: list[int], lengths: list[int], dtype: torch.dtype) -> None:
+        self.fan_out, self.lengths, self.dtype = fan_out, lengths, dtype
+        self.branches = fan_out[-1]
+        self.forest, self.leaves = grow(fan_out, lengths)
+        self.plan = self.forest.plan(self.leaves, num_q_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM)
+        self.q = torch.randn(self.branches, HEADS, DIM).to(dtype)
+
+    def tokens(self) -> int:
+        return sum(n * length for n, length in zip(self.fan_out, self.lengths, strict=True))
+
+    def bound(self) -> Bound:
+        read = 2 * self.tokens() * KV_HEADS * DIM * self.dtype.itemsize
+        return Bound(read, 4 * self.branches * HEADS * DIM * sum(self.lengths), self.dtype)
+
+    def layer(self) -> tuple[Call, Call]:
+        """Ours and torch's, over one layer's caches of their own."""
+        cache = tk.KVCache(1, self.forest.stats().pages_total, KV_HEADS, DIM, PAGE_SIZE, self.dtype)
+        table, _ = self.forest.page_table(self.leaves)
+        levels = []
+        k_all, v_all = (torch.randn(2, self.branches, sum(self.lengths), KV_HEADS, DIM)).to(self.dtype)
+        for nodes, begin, end in self._spans():
+            shared = k_all.view(nodes, -1, *k_all.shape[1:])[:, :1], v_all.view(nodes, -1, *v_all.shape[1:])[:, :1]
+            for all_, first in zip((k_all, v_all), shared, strict=True):  # the branches of a node have the same tokens
+                all_.view(nodes, -1, *all_.shape[1:])[:, :, begin:end] = first[:, :, begin:end].clone()
+            levels.append(tuple(x[:, 0, begin:end].transpose(1, 2).contiguous() for x in shared))
+        for b in range(self.branches):
+            pages = table[b, : math.ceil(sum(self.lengths) / PAGE_SIZE)]
+            for cached, values in ((cache.k[0], k_all), (cache.v[0], v_all)):
+                padded = torch.nn.functional.pad(values[b], (0, 0, 0, 0, 0, len(pages) * PAGE_SIZE - values.shape[1]))
+                cached[pages] = padded.view(-1, PAGE_SIZE, KV_HEADS, DIM)
+        ours = partial(tk.tree_attention, self.q, cache.k[0], cache.v[0], self.plan)
+        torchs = partial(flash_by_level, self.q, levels)
+        torch.testing.assert_close(ours(), torchs(), rtol=0.05, atol=0.01)
+        return ours, torchs
+
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        ends = list(itertools.accumulate(self.lengths))
+        return zip(self.fan_out, [0, *ends[:-1]], ends, strict=True)
+
+
+def grow(fan_out: list[int], lengths: list[int]) -> tuple[tk.KVForest, list[int]]:
+    pages = sum(n * (length // PAGE_SIZE + 1) for n, length in zip(fan_out, lengths, strict=True))
+    forest = tk.KVForest(pages + fan_out[-1], PAGE_SIZE)
+    nodes = [forest.add_root() for _ in range(fan_out[0])]
+    for level, length in enumerate(lengths):
+        if level:
+            children = forest.fork([node for node in nodes for _ in range(fan_out[level] // len(nodes))])
+            forest.free(nodes)
+            nodes = children
+        for begin in range(0, length, PAGE_SIZE):  # turn by turn, as tokens are decoded: no branch's pages lie together
+            forest.append(nodes, [min(PAGE_SIZE, length - begin)] * len(nodes))
+    return forest, nodes
+
+
+def flash_by_level(q: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One call of torch's flash attention a level [nodes, Hkv, L, D], merged pair by pair."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows = q.shape[0]
+    out = lse = None
+    for k, v in levels:
+        nodes = k.shape[0]
+        grouped = q.view(nodes, rows // nodes, KV_HEADS, GROUP, DIM).transpose(1, 2).reshape(nodes, KV_HEADS, -1, DIM)
+        part, part_lse = flash(grouped, k, v)
+        part = part.view(nodes, KV_HEADS, -1, GROUP, DIM).transpose(1, 2).reshape(rows, HEADS, DIM)
+        part_lse = part_lse.view(nodes, KV_HEADS, -1, GROUP).transpose(1, 2).reshape(rows, HEADS, 1)
+        if out is None:
+            out, lse = part, part_lse
+        else:
+            out = torch.lerp(out, part, torch.sigmoid(part_lse - lse).to(q.dtype))
+            lse = torch.logaddexp(lse, part_lse)
+    return out
+
+
+DECODE = {
+    "64 branches, 2048 + 64": ([1, 64], [2048, 64]),
+    "16 branches, 2048 + 64": ([1, 16], [2048, 64]),
+    "16 branches, 4096 + 128": ([1, 16], [4096, 128]),
+    "8 x 8 branches, 256 + 512 + 128": ([1, 8, 64], [256, 512, 128]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", DECODE)
+def test_decode(benchmark: Any, name: str, dtype: torch.dtype) -> None:
+    case = Case(*DECODE[name], dtype)
+    ours, torchs = case.layer()
+    benchmark.group = f"tree_attention, {str(dtype)[6:]}"
+    compare(benchmark, ours, {"torch flash by level": torchs}, rounds=15, bound=case.bound())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_one_branch(benchmark: Any, dtype: torch.dtype) -> None:
+    """2048 tokens, from memory: each call reads another layer, and the layers fill four times the last cache."""
+    case = Case([1], [2048], dtype)
+    bound = case.bound()
+    layers = max(2, math.ceil(4 * last_cache_bytes() / bound.bytes))
+    calls = [case.layer() for _ in range(layers)]
+    benchmark.group = f"tree_attention, {str(dtype)[6:]}"
+
+    def all_layers(which: int) -> None:
+        for layer in calls:
+            layer[which]()
+
+    whole = Bound(layers * bound.bytes)
+    compare(benchmark, lambda: all_layers(0), {"torch grouped": lambda: all_layers(1)}, rounds=9, bound=whole)
+    benchmark.extra_info["layers"] = layers
