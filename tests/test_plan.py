@@ -19,6 +19,7 @@ from tts_kernels import AttentionPlan, KVForest, plan_attention
 
 MAX_QUERY_ROWS = 512  # rows of a task times query heads of a group, on the CPU
 MIN_CHUNK = 256  # tokens of a segment that was cut
+NARROW = 8  # rows * group of a segment that is bound by reading its keys
 FIELDS = ("rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes")
 HEADS = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 
@@ -275,20 +276,27 @@ def test_rows_are_in_depth_first_order_of_first_mention() -> None:
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
-def test_tasks_are_of_about_equal_cost(num_kv_heads: int) -> None:
+def test_work_items_are_of_about_equal_cost(num_kv_heads: int) -> None:
     forest, branches = star(trunk=7936, own=256)
     plan = forest.plan(branches, num_q_heads=4 * num_kv_heads, num_kv_heads=num_kv_heads, head_dim=128)
     segments = used(plan)["segments"]
-    cost = segments[:, 2] * np.maximum(4 * (segments[:, 4] - segments[:, 3]), 24)
-    costs = [cost[begin:end].sum() for begin, end, *_ in used(plan)["tasks"].tolist()]
-    assert 24 <= len(costs) * num_kv_heads <= 40
+    rows = segments[:, 4] - segments[:, 3]
+    cost = segments[:, 2] * np.maximum(4 * rows, 24)
+    costs = []
+    for begin, end, *_ in used(plan)["tasks"].tolist():
+        narrow = 4 * rows[begin:end] <= NARROW
+        assert narrow.all() or not narrow.any()  # tails, or the trunk
+        whole = cost[begin:end].sum()  # one item for all heads together, or one for each
+        costs += [whole * num_kv_heads] if narrow.all() else [whole] * num_kv_heads
+    assert 24 <= len(costs) <= 40
     assert max(costs) < 2 * min(costs)
 
 
-def test_little_work_is_not_cut() -> None:
+def test_little_work_is_cut_in_narrow_and_wide_only() -> None:
     forest, branches = star(trunk=200, own=10, branches=4)
     plan = forest.plan(branches, **HEADS)
-    assert plan.sizes.tolist()[1:3] == [1, 4]
+    assert plan.sizes.tolist()[1:3] == [2, 8]
+    assert used(plan)["segments"][:, 1].tolist() == [192] * 4 + [0]
 
 
 def test_a_long_branch_is_cut_into_chunks_of_whole_pages() -> None:

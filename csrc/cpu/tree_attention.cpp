@@ -4,11 +4,12 @@
 //   q [T, Hq, D], caches [P, page_size, Hkv, D], plan  ->  out [T, Hq, D], lse [T, Hq]
 //
 // The planner (csrc/host) orders the rows depth first, so the rows that read a stretch of keys are one range,
-// and cuts the tree into tasks of equal cost. A work item is a task for one KV head. It runs its segments in
-// order on one online softmax state a lane (online_softmax.h): tree_attention_tiles.h where many lanes read
-// the same keys, tree_attention_rows.h where few do. A row that only one task reads is finished there; the
-// others leave a partial state, merged in the plan's order by a second pass. An item's result depends on
-// nothing but its inputs, so neither the number of threads nor who runs what changes a bit.
+// and cuts the tree into tasks of equal cost. A work item is a task for one KV head, or for several where
+// reading keys is the bound. It runs its segments in order on one online softmax state a lane
+// (online_softmax.h): tree_attention_tiles.h where many lanes read the same keys, tree_attention_rows.h where
+// few do. States lie in the task's slots of the workspace. A row that only one task reads is finished there;
+// the others are merged in the plan's order by a second pass. An item's result depends on nothing but its
+// inputs, so neither the number of threads nor who runs what changes a bit.
 #include "tree_attention.h"
 
 #include "tree_attention_rows.h"
@@ -38,68 +39,61 @@ int64_t num_slots(const TreeAttentionArgs& args, int64_t row) {
     return args.merge_indptr[row + 1] - args.merge_indptr[row];
 }
 
-// A lane's state to where the plan wants it: straight to out if this task alone reads the row, else to its
-// slot.
+// Writes the results of the rows that no other task reads; the others' states stay for the merge.
 template <class T>
-void write_lane(const Item<T>& item, int64_t lane) {
+void write_results(const Item<T>& item) {
     const TreeAttentionArgs& args = item.args;
-    const int64_t offset = lane / item.group, row = item.task.row_begin + offset,
-                  slot = item.task.slot + offset;
-    const int64_t slots = num_slots(args, row), head = item.kv_head * item.group + lane % item.group;
-    const SoftmaxState state = item.scratch.state[lane];
-    const float* from = item.scratch.row + lane * item.scratch.dim_pad;
-    if (slots == 1 && args.merge_slots[args.merge_indptr[row]] == slot) {
-        write_result<T>(args, args.rows[row], head, state, from);
-    } else if (slots > 1) {
-        const int64_t index = slot * args.num_q_heads + head;
-        args.partial_states[2 * index] = state.max;
-        args.partial_states[2 * index + 1] = state.sum;
-        float* to = args.partial_rows + index * args.head_dim;
-        if (!state.empty()) __builtin_memcpy(to, from, sizeof(float) * static_cast<uint64_t>(args.head_dim));
+    for (int64_t lane = 0; lane < item.lanes; ++lane) {
+        const int64_t offset = lane / item.group, row = item.task.row_begin + offset;
+        if (num_slots(args, row) != 1) continue;
+        if (args.merge_slots[args.merge_indptr[row]] != item.task.slot + offset) continue;
+        const int64_t head = item.kv_head * item.group + lane % item.group;
+        write_result<T>(args, args.rows[row], head, item.state(lane), item.row(lane));
     }
 }
 
 template <class T>
-void run_item(const TreeAttentionArgs& args, const Task& task, int64_t kv_head, float* base) {
-    const int64_t group = args.num_q_heads / args.num_kv_heads,
-                  lanes = (task.row_end - task.row_begin) * group;
-    Item<T> item{args, task, kv_head, group, Scratch(base, lanes, args.head_dim)};
-    for (int64_t lane = 0; lane < lanes; ++lane) item.scratch.state[lane] = SoftmaxState{};
-    for (int64_t i = task.seg_begin; i < task.seg_end; ++i) {
+void run_item(const TreeAttentionArgs& args, WorkItem work, float* base) {
+    Item<T> item(args, work, base);
+    for (int64_t i = item.task.seg_begin; i < item.task.seg_end; ++i) {
         const Segment& segment = args.segments[i];
-        if ((segment.row_end - segment.row_begin) * group <= kNarrow) {
+        if ((segment.row_end - segment.row_begin) * item.group <= kNarrow) {
             Rows<T>(item, segment).run();
-        } else {
+            continue;
+        }
+        for (int64_t head = work.head_begin; head < work.head_end; ++head) {
+            item.select(head);
             Tiles<T>(item, segment).run();
         }
     }
-    for (int64_t lane = 0; lane < lanes; ++lane) write_lane(item, lane);
+    for (int64_t head = work.head_begin; head < work.head_end; ++head) {
+        item.select(head);
+        write_results(item);
+    }
 }
 
-SoftmaxState partial_state(const TreeAttentionArgs& args, int64_t slot, int64_t head) {
-    const float* p = args.partial_states + 2 * (slot * args.num_q_heads + head);
-    return {p[0], p[1]};
-}
-
-// The partial states of one row and head, in the plan's order: the states first, then the rows by their final
-// weights.
+// The partial states of one row and head, in the plan's order: the largest max, then sums and rows by weight.
 template <class T>
 void merge_row(const TreeAttentionArgs& args, int64_t row, int64_t head, float* sum) {
     constexpr int W = Vec::width;
     const int32_t *slots = args.merge_slots + args.merge_indptr[row],
                   *end = args.merge_slots + args.merge_indptr[row + 1];
-    const int64_t dim = args.head_dim;
+    const auto* states = reinterpret_cast<const SoftmaxState*>(args.partial_states);
     SoftmaxState state;
-    for (const int32_t* s = slots; s < end; ++s) state = merge(state, partial_state(args, *s, head)).state;
-    for (int64_t d = 0; d < dim; d += W) Vec::zero().store(sum + d);
     for (const int32_t* s = slots; s < end; ++s) {
-        const SoftmaxState part = partial_state(args, *s, head);
+        const float max = states[*s * args.num_q_heads + head].max;
+        if (max > state.max || is_nan(max)) state.max = max;
+    }
+    for (int64_t d = 0; d < args.head_dim; d += W) Vec::zero().store(sum + d);
+    for (const int32_t* s = slots; s < end; ++s) {
+        const int64_t index = *s * args.num_q_heads + head;
+        const SoftmaxState part = states[index];
         if (part.empty()) continue;
-        const Vec factor = Vec::all(weight(part.max, state.max));
-        const float* from = args.partial_rows + (*s * args.num_q_heads + head) * dim;
-        for (int64_t d = 0; d < dim; d += W) {
-            const Vec x = dim - d < W ? Vec::load(from + d, static_cast<int>(dim - d)) : Vec::load(from + d);
-            fma(x, factor, Vec::load(sum + d)).store(sum + d);
+        const float factor = weight(part.max, state.max);
+        state.sum += factor * part.sum;
+        const float* from = args.partial_rows + index * args.padded_dim;
+        for (int64_t d = 0; d < args.head_dim; d += W) {
+            fma(Vec::load(from + d), Vec::all(factor), Vec::load(sum + d)).store(sum + d);
         }
     }
     write_result<T>(args, args.rows[row], head, state, sum);
@@ -107,13 +101,12 @@ void merge_row(const TreeAttentionArgs& args, int64_t row, int64_t head, float* 
 
 }  // namespace
 
-int64_t tree_attention_scratch(int64_t lanes, int64_t head_dim) {
-    return Scratch(nullptr, lanes, head_dim).size();
+int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t head_dim) {
+    return Scratch(nullptr, lanes, num_kv_heads, head_dim).size();
 }
 
-void tree_attention(const TreeAttentionArgs& args, int64_t item, float* scratch) {
-    const Task& task = args.tasks[item / args.num_kv_heads];
-    dispatch(args.dtype, [&]<class T>(T*) { run_item<T>(args, task, item % args.num_kv_heads, scratch); });
+void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch) {
+    dispatch(args.dtype, [&]<class T>(T*) { run_item<T>(args, item, scratch); });
 }
 
 void tree_attention_merge(const TreeAttentionArgs& args, int64_t begin, int64_t end, float* scratch) {

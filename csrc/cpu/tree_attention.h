@@ -32,12 +32,26 @@ struct TreeAttentionArgs {
     const Segment* segments;
     const Task* tasks;
     const int32_t *merge_indptr, *merge_slots;
-    float scale, softcap;   // softcap 0: none
-    int64_t window;         // 0: none
-    void* out;              // [T, Hq, D]
-    float* lse;             // [T, Hq]
-    float* partial_rows;    // [slots, Hq, D] workspace: sum of weights times values
-    float* partial_states;  // [slots, Hq, 2] workspace: max (log2), sum
+    float scale, softcap;  // softcap 0: none
+    int64_t window;        // 0: none
+    void* out;             // [T, Hq, D]
+    float* lse;            // [T, Hq]
+    // Workspace, where a task keeps its states. A row is padded to whole vectors.
+    float* partial_rows;    // [slots, Hq, padded_dim]: sum of weights times values
+    float* partial_states;  // [slots, Hq, 2]: max (log2), sum
+    int64_t padded_dim;     // D rounded up to kRowAlign
+};
+
+inline constexpr int64_t kRowAlign = 32;  // floats: two vectors of any instruction set
+
+// Lanes (rows x query heads of a KV head) up to which a segment is bound by reading its keys, not by
+// arithmetic.
+inline constexpr int64_t kNarrow = 8;
+
+// The unit of work: a task for some KV heads, which are read together. How many go together changes no
+// result.
+struct WorkItem {
+    int32_t task, head_begin, head_end;
 };
 
 }  // namespace tts
@@ -45,13 +59,13 @@ struct TreeAttentionArgs {
 TTS_BEGIN_ISA
 
 // Floats of scratch that one thread needs for tasks of at most `lanes` = rows x group.
-int64_t tree_attention_scratch(int64_t lanes, int64_t head_dim);
+int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t head_dim);
 
-// One work item: task item / num_kv_heads for KV head item % num_kv_heads. scratch: 64-byte aligned.
-void tree_attention(const TreeAttentionArgs& args, int64_t item, float* scratch);
+// scratch: 64-byte aligned.
+void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch);
 
 // Second pass for rows [begin, end): merges the partials of rows with several, and fills rows with none.
-// scratch: head_dim floats, rounded up to 16.
+// scratch: padded_dim floats.
 void tree_attention_merge(const TreeAttentionArgs& args, int64_t begin, int64_t end, float* scratch);
 
 TTS_END_ISA

@@ -29,8 +29,6 @@ inline constexpr int kTileRows = 8, kTileVecs = 3;  // 24 accumulators, 3 + 1 op
 #else
 inline constexpr int kTileRows = 4, kTileVecs = 3;  // 12 accumulators, 3 + 1 operands of 16 registers
 #endif
-inline constexpr int64_t kNarrow = 8;  // lanes up to which a segment is run unpacked
-
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // c + a * b: of floats, or of pairs of bfloat16 (both products added).
@@ -44,6 +42,12 @@ inline Vec mac(Vec a, Vec b, Vec c) {
     return fma(a, b, c);
 }
 
+// 2**x, a weight of T's values.
+template <class T>
+inline Vec weight_of_score(Vec x) {
+    return kPairs<T> ? exp2_weight<4>(x) : exp2_weight<5>(x);  // rounded to bfloat16, or kept
+}
+
 // Keys of a segment that a row sees, counted from the segment's start.
 struct Visible {
     int64_t begin, end;
@@ -53,80 +57,168 @@ struct Visible {
 // A thread's scratch, cut into arrays; each starts on a cache line.
 struct Scratch {
     int64_t lanes_pad, dim_pad;  // lanes with room for a tile that overhangs; D in whole vectors
-    float* row;                  // [lanes, dim_pad] the item's state: rows of weighted values
-    SoftmaxState* state;         // [lanes]
     Visible* visible;            // [lanes] of the segment in hand
+    const void** k_rows;         // [kKeyBlock] of the block in hand
+    const void** v_rows;         // [kKeyBlock]
+    const void** next_rows;      // [2, kKeyBlock] of the block after it
+    float* scores;               // [kKeyBlock, kTileVecs * width], or [4, kKeyBlock]
     // few lanes
-    float* q_rows;  // [kNarrow, dim_pad] queries as they are multiplied
-    float* scores;  // [kKeyBlock, kTileVecs * width], or [4, kKeyBlock]
+    float* q_rows;  // [heads, kNarrow, dim_pad] queries as they are multiplied
     // many lanes
-    float* q_pack;        // [D or pairs, lanes_pad]
-    float* k_block;       // [kKeyBlock, D or pairs]
-    float* v_block;       // [kKeyBlock or pairs, dim_pad]
-    float* tile_row;      // [dim_pad, lanes_pad] the segment's state, transposed
-    float* tile_max;      // [lanes_pad]
-    float* tile_sum;      // [lanes_pad]
-    float* stage;         // [width, dim_pad]
-    const void** k_rows;  // [kKeyBlock]
-    const void** v_rows;  // [kKeyBlock]
+    float* q_pack;    // [D or pairs, lanes_pad]
+    float* k_block;   // [kKeyBlock, D or pairs]
+    float* v_block;   // [kKeyBlock or pairs, dim_pad]
+    float* tile_row;  // [dim_pad, lanes_pad] the segment's state, transposed
+    float* tile_max;  // [lanes_pad]
+    float* tile_sum;  // [lanes_pad]
+    float* stage;     // [width, dim_pad]
 
-    // Cuts `base`; with a null base only `end` is of use.
-    Scratch(float* base, int64_t lanes, int64_t head_dim) : at_(base) {
+    // Cuts `base`; with a null base only `size` is of use.
+    Scratch(float* base, int64_t lanes, int64_t heads, int64_t head_dim) : at_(base) {
         constexpr int64_t W = Vec::width;
         lanes_pad = round_up(lanes, W) + kTileVecs * W;
         dim_pad = round_up(head_dim, 2 * W);
-        row = take(lanes * dim_pad);
-        state = reinterpret_cast<SoftmaxState*>(take(lanes * 2));
-        visible = reinterpret_cast<Visible*>(take(lanes * 4));
-        q_rows = take(kNarrow * dim_pad);
-        scores = take(kKeyBlock * kTileVecs * W);
-        q_pack = take(dim_pad * lanes_pad);
-        k_block = take(kKeyBlock * dim_pad);
-        v_block = take(kKeyBlock * dim_pad);
-        tile_row = take(dim_pad * lanes_pad);
-        tile_max = take(lanes_pad);
-        tile_sum = take(lanes_pad);
-        stage = take(W * dim_pad);
-        k_rows = reinterpret_cast<const void**>(take(kKeyBlock * 2));
-        v_rows = reinterpret_cast<const void**>(take(kKeyBlock * 2));
+        take(visible, lanes);
+        take(k_rows, kKeyBlock);
+        take(v_rows, kKeyBlock);
+        take(next_rows, 2 * kKeyBlock);
+        take(scores, kKeyBlock * kTileVecs * W);
+        take(q_rows, heads * kNarrow * dim_pad);
+        take(q_pack, dim_pad * lanes_pad);
+        take(k_block, kKeyBlock * dim_pad);
+        take(v_block, kKeyBlock * dim_pad);
+        take(tile_row, dim_pad * lanes_pad);
+        take(tile_max, lanes_pad);
+        take(tile_sum, lanes_pad);
+        take(stage, W * dim_pad);
     }
     int64_t size() const { return used_; }
 
   private:
-    float* take(int64_t floats) {
-        float* p = at_ ? at_ + used_ : nullptr;
-        used_ += round_up(floats, 16);
-        return p;
+    template <class E>
+    void take(E*& array, int64_t count) {
+        array = at_ ? reinterpret_cast<E*>(at_ + used_) : nullptr;
+        used_ += round_up(count * static_cast<int64_t>(sizeof(E)) / 4, 16);
     }
     float* at_;
     int64_t used_ = 0;
 };
 
-// A work item in progress.
+// Prefetches the keys and values that come next, a few cache lines at a time between other work: pages lie
+// anywhere, so no hardware prefetcher finds them.
+class Prefetch {
+  public:
+    // Rows of K, then as many of V: `pieces` stretches of `bytes`, a stride apart. All within about `calls`
+    // steps.
+    void aim(const void** rows, int64_t keys, int64_t pieces, int64_t bytes, int64_t k_stride,
+             int64_t v_stride, int64_t calls) {
+        *this = Prefetch();
+        rows_ = rows, keys_ = keys, pieces_ = pieces, bytes_ = bytes;
+        k_stride_ = k_stride, v_stride_ = v_stride;
+        const int64_t lines = 2 * keys * pieces * ((bytes + kLine - 1) / kLine);
+        quota_ = (lines + calls - 1) / calls;
+    }
+    void aim_nowhere() { keys_ = 0; }
+
+    void step() {
+        for (int64_t n = quota_; n > 0 && row_ < 2 * keys_; --n) {
+            const int64_t stride = row_ < keys_ ? k_stride_ : v_stride_;
+            __builtin_prefetch(static_cast<const char*>(rows_[row_]) + piece_ * stride + offset_, 0, 2);
+            if ((offset_ += kLine) < bytes_) continue;
+            offset_ = 0;
+            if (++piece_ < pieces_) continue;
+            piece_ = 0;
+            ++row_;
+        }
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    const void** rows_ = nullptr;
+    int64_t keys_ = 0, pieces_ = 0, bytes_ = 0, k_stride_ = 0, v_stride_ = 0;
+    int64_t row_ = 0, piece_ = 0, offset_ = 0;  // the next line
+    int64_t quota_ = 0;                         // lines a step
+};
+
+// A work item in progress, at one of its heads.
 template <class T>
 struct Item {
     const TreeAttentionArgs& args;
     const Task& task;
-    int64_t kv_head, group;
-    Scratch scratch;
-    bool q_packed = false;
+    const int64_t head_begin, head_end, group, lanes;
+    const Scratch scratch;
+    Prefetch prefetch;
+    int64_t kv_head = -1, packed_head = -1;  // in hand; whose queries are in q_pack
+    int64_t k_offset = 0, v_offset = 0;      // elements from the first head's keys and values to this one's
 
-    int64_t lanes() const { return (task.row_end - task.row_begin) * group; }
-
-    // The query of a lane of the item: D elements.
-    const T* query(int64_t lane) const {
-        const int64_t row = args.rows[task.row_begin + lane / group], head = kv_head * group + lane % group;
-        return static_cast<const T*>(args.q) + row * args.q_row_stride + head * args.q_head_stride;
+    Item(const TreeAttentionArgs& a, WorkItem item, float* base)
+        : args(a),
+          task(a.tasks[item.task]),
+          head_begin(item.head_begin),
+          head_end(item.head_end),
+          group(a.num_q_heads / a.num_kv_heads),
+          lanes((task.row_end - task.row_begin) * group),
+          scratch(base, lanes, item.head_end - item.head_begin, a.head_dim) {
+        for (int64_t head = head_begin; head < head_end; ++head) {
+            select(head);
+            for (int64_t lane = 0; lane < lanes; ++lane) state(lane) = SoftmaxState{};
+        }
     }
 
-    // Addresses of this head's keys and values of tokens [begin, begin + count) of a segment; page by page.
+    int64_t heads() const { return head_end - head_begin; }
+
+    void select(int64_t head) {
+        kv_head = head;
+        k_offset = (head - head_begin) * args.k.head_stride;
+        v_offset = (head - head_begin) * args.v.head_stride;
+    }
+
+    // A lane's state of the head in hand: its place among the partial states, and its row.
+    int64_t slot(int64_t lane) const {
+        return (task.slot + lane / group) * args.num_q_heads + kv_head * group + lane % group;
+    }
+    SoftmaxState& state(int64_t lane) const {
+        return reinterpret_cast<SoftmaxState*>(args.partial_states)[slot(lane)];
+    }
+    float* row(int64_t lane) const { return args.partial_rows + slot(lane) * args.padded_dim; }
+
+    // Calls f(lane, query) for lanes [begin, end) of the head in hand; a query is D elements.
+    template <class F>
+    void each_query(int64_t begin, int64_t end, F f) const {
+        const T* q = static_cast<const T*>(args.q) + kv_head * group * args.q_head_stride;
+        for (int64_t lane = begin, r = begin / group, g = begin % group; lane < end; ++r, g = 0) {
+            const T* head = q + args.rows[task.row_begin + r] * args.q_row_stride + g * args.q_head_stride;
+            for (; g < group && lane < end; ++g, ++lane, head += args.q_head_stride) f(lane, head);
+        }
+    }
+
+    // Addresses of the first head's keys and values of tokens [begin, begin + count) of a segment, page by
+    // page.
     void locate(const Segment& segment, int64_t begin, int64_t count) const {
         locate(args.k, segment, begin, count, scratch.k_rows);
         locate(args.v, segment, begin, count, scratch.v_rows);
     }
+    const T* key(int64_t i) const { return static_cast<const T*>(scratch.k_rows[i]) + k_offset; }
+    const T* value(int64_t i) const { return static_cast<const T*>(scratch.v_rows[i]) + v_offset; }
 
-    Visible visible(const Segment& segment, int64_t row) const {
-        const int64_t position = args.positions[row], length = segment.length;
+    // With a block in hand that ends at token `end` of a segment: what comes after it in this task is
+    // prefetched by the block's `calls` calls of prefetch.step().
+    void look_ahead(const Segment& segment, int64_t end, int64_t calls) {
+        const Segment* next = &segment;
+        if (end >= segment.length) end = 0, ++next;
+        if (next == args.segments + task.seg_end) return prefetch.aim_nowhere();
+        const int64_t left = next->length - end, count = left < kKeyBlock ? left : kKeyBlock;
+        locate(args.k, *next, end, count, scratch.next_rows);
+        locate(args.v, *next, end, count, scratch.next_rows + count);
+        constexpr int64_t size = sizeof(T);
+        const bool dense = args.k.head_stride == args.head_dim && args.v.head_stride == args.head_dim;
+        prefetch.aim(scratch.next_rows, count, dense ? 1 : heads(),
+                     (dense ? heads() : 1) * args.head_dim * size, args.k.head_stride * size,
+                     args.v.head_stride * size, calls);
+    }
+
+    Visible visible(const Segment& segment, int64_t r) const {
+        const int64_t position = args.positions[r], length = segment.length;
         const int64_t end = position + 1 - segment.start;
         const int64_t begin = args.window > 0 ? end - args.window : 0;
         const int64_t first = begin < 0 ? 0 : begin;
@@ -136,14 +228,14 @@ struct Item {
 
   private:
     void locate(const PagedCache& cache, const Segment& segment, int64_t begin, int64_t count,
-                const void** rows) const {
-        const T* base = static_cast<const T*>(cache.data) + kv_head * cache.head_stride;
+                const void** to) const {
+        const T* base = static_cast<const T*>(cache.data) + head_begin * cache.head_stride;
         const int32_t* pages = args.pages + segment.page_begin;
         int64_t page = begin / args.page_size, offset = begin % args.page_size;
         for (int64_t i = 0; i < count; ++page, offset = 0) {
             const T* p = base + pages[page] * cache.page_stride + offset * cache.token_stride;
             const int64_t left = args.page_size - offset, end = i + (left < count - i ? left : count - i);
-            for (; i < end; ++i, p += cache.token_stride) rows[i] = p;
+            for (; i < end; ++i, p += cache.token_stride) to[i] = p;
         }
     }
 };

@@ -37,36 +37,58 @@ class Rows {
   private:
     static constexpr int W = Vec::width;
     static constexpr int64_t kChunk = kPairs<T> ? 2 * W : W;  // elements of a row in one vector
+    static constexpr int64_t kKeyStep = kPairs<T> ? 2 : 1;    // keys that are multiplied at once
+    static constexpr int kRowVecs = 4;                        // vectors of a row in registers
 
+    // Every head of the item in turn over a block of keys: together they read whole tokens.
     void run_lanes(int64_t lane, int64_t lanes, Visible seen) {
         if (seen.begin == seen.end) return;
-        const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
-        for (int64_t i = 0; i < lanes; ++i) copy_row(item_.query(lane + i), s_.q_rows + i * stride, dim_);
+        const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad, heads = item_.heads();
+        for (int64_t h = 0; h < heads; ++h) {
+            item_.select(item_.head_begin + h);
+            float* rows = s_.q_rows + h * kNarrow * stride;
+            item_.each_query(lane, lane + lanes,
+                             [&](int64_t l, const T* q) { copy_row(q, rows + (l - lane) * stride, dim_); });
+        }
         for (int64_t begin = seen.begin; begin < seen.end; begin += kKeyBlock) {
             const int64_t left = seen.end - begin, count = left < kKeyBlock ? left : kKeyBlock;
             item_.locate(segment_, begin, count);
-            int64_t i = 0;
-            for (; i + 4 <= lanes; i += 4) run_block<4>(lane + i, s_.q_rows + i * stride, count);
-            for (; i + 2 <= lanes; i += 2) run_block<2>(lane + i, s_.q_rows + i * stride, count);
-            for (; i < lanes; ++i) run_block<1>(lane + i, s_.q_rows + i * stride, count);
+            item_.look_ahead(segment_, begin + count, heads * steps(lanes, count));
+            for (int64_t h = 0; h < heads; ++h) {
+                item_.select(item_.head_begin + h);
+                run_head(lane, lanes, s_.q_rows + h * kNarrow * stride, stride, count);
+            }
         }
+    }
+
+    void run_head(int64_t lane, int64_t lanes, const float* q, int64_t stride, int64_t count) {
+        int64_t i = 0;
+        for (; i + 4 <= lanes; i += 4) run_block<4>(lane + i, q + i * stride, count);
+        for (; i + 2 <= lanes; i += 2) run_block<2>(lane + i, q + i * stride, count);
+        for (; i < lanes; ++i) run_block<1>(lane + i, q + i * stride, count);
+    }
+
+    // How often a head's block calls prefetch.step().
+    int64_t steps(int64_t lanes, int64_t count) const {
+        const int64_t packs = lanes / 4 + lanes % 4 / 2 + lanes % 2;
+        const int64_t passes = (dim_ + kRowVecs * W - 1) / (kRowVecs * W);
+        return packs * passes * ((count + kKeyStep - 1) / kKeyStep);
     }
 
     template <int kLanes>
     void run_block(int64_t lane, const float* q, int64_t count) {
         find_scores<kLanes>(q, count);
         float factors[kLanes];
+        float* rows[kLanes];
         for (int l = 0; l < kLanes; ++l) {
-            factors[l] = softmax(s_.state[lane + l], s_.scores + l * kKeyBlock, count);
+            factors[l] = softmax(item_.state(lane + l), s_.scores + l * kKeyBlock, count);
+            rows[l] = item_.row(lane + l);
         }
-        float* row = s_.row + lane * s_.dim_pad;
-        int64_t d = 0;
-        for (; d + 4 * W <= dim_; d += 4 * W) add_values<kLanes, 4>(row, d, 4 * W, factors, count);
-        if (d < dim_) add_values<kLanes, 4>(row, d, dim_ - d, factors, count);
+        for (int64_t d = 0; d < dim_; d += kRowVecs * W) {
+            const int64_t left = dim_ - d, n = left < kRowVecs * W ? left : kRowVecs * W;
+            add_values<kLanes, kRowVecs>(rows, d, n, factors, count);
+        }
     }
-
-    const T* key(int64_t i) const { return static_cast<const T*>(s_.k_rows[i]); }
-    const T* value(int64_t i) const { return static_cast<const T*>(s_.v_rows[i]); }
 
     // A vector of a row as it is multiplied; n < kChunk: zeros behind n elements.
     static Vec load(const T* p) {
@@ -91,7 +113,7 @@ class Rows {
         const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
         for (int64_t first = 0; first < count; first += kKeys) {
             const T* keys[kKeys];
-            for (int i = 0; i < kKeys; ++i) keys[i] = key(first + i < count ? first + i : count - 1);
+            for (int i = 0; i < kKeys; ++i) keys[i] = item_.key(first + i < count ? first + i : count - 1);
             Vec acc[kLanes * kKeys];
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes * kKeys; ++i) acc[i] = Vec::zero();
@@ -143,7 +165,7 @@ class Rows {
         const float shift = state.max == -kInfinity ? 0.0f : -state.max;
         Vec sum = Vec::zero();
         for (int64_t i = 0; i < whole; i += W) {
-            const Vec p = exp2(fma(Vec::load(scores + i), Vec::all(factor), Vec::all(shift)));
+            const Vec p = weight_of_score<T>(fma(Vec::load(scores + i), Vec::all(factor), Vec::all(shift)));
             sum = sum + p;
             store_weights(p, scores, i);
         }
@@ -165,15 +187,14 @@ class Rows {
 
     // row[lane][d : d + n] = row * factor + sum_key weight * V[key][d : d + n], n <= kVecs * W.
     template <int kLanes, int kVecs>
-    void add_values(float* row, int64_t d, int64_t n, const float* factors, int64_t count) {
+    void add_values(float* const* rows, int64_t d, int64_t n, const float* factors, int64_t count) {
         Vec acc[kLanes][kVecs];
 #pragma GCC unroll 4
         for (int l = 0; l < kLanes; ++l) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVecs; ++v) {
                 const bool used = v * W < n && factors[l] != 0.0f;
-                acc[l][v] =
-                    used ? Vec::load(row + l * s_.dim_pad + d + v * W) * Vec::all(factors[l]) : Vec::zero();
+                acc[l][v] = used ? Vec::load(rows[l] + d + v * W) * Vec::all(factors[l]) : Vec::zero();
             }
         }
         if (n == kVecs * W) {
@@ -188,7 +209,7 @@ class Rows {
         for (int l = 0; l < kLanes; ++l) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVecs; ++v) {
-                if (v * W < n) acc[l][v].store(row + l * s_.dim_pad + d + v * W);
+                if (v * W < n) acc[l][v].store(rows[l] + d + v * W);
             }
         }
     }
@@ -202,9 +223,10 @@ class Rows {
         }
 #endif
         for (int64_t i = 0; i < count; ++i) {
+            item_.prefetch.step();
             Vec values[kVecs];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVecs; ++v) values[v] = load_at(value(i) + d + v * W, v);
+            for (int v = 0; v < kVecs; ++v) values[v] = load_at(item_.value(i) + d + v * W, v);
 #pragma GCC unroll 4
             for (int l = 0; l < kLanes; ++l) {
                 const Vec p = Vec::all(s_.scores[l * kKeyBlock + i]);
@@ -223,12 +245,13 @@ class Rows {
                                                           11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
         const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         for (int64_t i = 0; i < count; i += 2) {
+            item_.prefetch.step();
             Vec values[kVecs];
 #pragma GCC unroll 2
             for (int v = 0; v < kVecs / 2; ++v) {
-                const __m512i a = _mm512_castps_si512(load_at(value(i) + d + v * kChunk, v).v);
+                const __m512i a = _mm512_castps_si512(load_at(item_.value(i) + d + v * kChunk, v).v);
                 const __m512i b = i + 1 < count
-                                      ? _mm512_castps_si512(load_at(value(i + 1) + d + v * kChunk, v).v)
+                                      ? _mm512_castps_si512(load_at(item_.value(i + 1) + d + v * kChunk, v).v)
                                       : _mm512_setzero_si512();
                 values[2 * v] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b))};
                 values[2 * v + 1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b))};

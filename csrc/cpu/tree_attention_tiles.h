@@ -16,19 +16,15 @@ TTS_BEGIN_ISA
 // ---- micro-kernel
 // ----------------------------------------------------------------------------------------------
 
-// What the accumulators start from: zero, or c times a factor for each lane.
-struct Start {
-    const float* c = nullptr;       // null: zero
-    const float* factor = nullptr;  // null: 1
-};
-
-// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to kTileRows).
+// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to kTileRows),
+// start = 0, or c where `accumulate`, times factor[lane] if there is one.
 template <bool kIsPairs, int kVecs>
 inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_stride,
                      int64_t steps, float* c, int64_t c_stride, int64_t rows, bool accumulate,
-                     const float* factor) {
+                     const float* factor, Prefetch& prefetch) {
     constexpr int W = Vec::width, R = kTileRows;
     for (int64_t i = 0; i < rows; i += R, a += R * a_row, c += R * c_stride) {
+        prefetch.step();
         Vec acc[R][kVecs];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -125,8 +121,8 @@ class Tiles {
           map_{item.args.scale, item.args.softcap} {}
 
     void run() {
-        if (!item_.q_packed) pack_queries();
-        item_.q_packed = true;
+        if (item_.packed_head != item_.kv_head) pack_queries();
+        item_.packed_head = item_.kv_head;
         const Visible all = find_visible();
         for (int64_t lane = 0; lane < s_.lanes_pad; ++lane)
             s_.tile_max[lane] = -kInfinity, s_.tile_sum[lane] = 0.0f;
@@ -141,14 +137,15 @@ class Tiles {
 
   private:
     static constexpr int W = Vec::width;
+    static constexpr float kLeeway = 8.0f;
 
     // q_pack[step][lane] for every lane of the item.
     void pack_queries() {
-        const int64_t lanes = item_.lanes(), stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
-        for (int64_t lane = 0; lane < lanes; lane += W) {
-            for (int i = 0; i < W; ++i) {
-                if (lane + i < lanes) copy_row(item_.query(lane + i), s_.stage + i * stride, dim_);
-            }
+        const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
+        for (int64_t lane = 0; lane < item_.lanes; lane += W) {
+            const int64_t end = lane + W < item_.lanes ? lane + W : item_.lanes;
+            item_.each_query(
+                lane, end, [&](int64_t l, const T* q) { copy_row(q, s_.stage + (l - lane) * stride, dim_); });
             for (int64_t k = 0; k < steps_; k += W) {
                 transpose(s_.stage + k, stride, s_.q_pack + k * s_.lanes_pad + lane, s_.lanes_pad);
             }
@@ -185,11 +182,12 @@ class Tiles {
 
     // Keys [begin, begin + count) for all lanes of the segment, in tiles of nearly equal width.
     void run_block(int64_t begin, int64_t count) {
+        const int64_t vecs = (lanes_ + W - 1) / W, tiles = (vecs + kTileVecs - 1) / kTileVecs;
         item_.locate(segment_, begin, count);
+        item_.look_ahead(segment_, begin + count, tiles * (row_groups(count) + row_groups(dim_)));
         pack_keys(count);
         pack_values(count);
         clean_ = view(0, lanes_, begin, count).all || make_clean(count);
-        const int64_t vecs = (lanes_ + W - 1) / W, tiles = (vecs + kTileVecs - 1) / kTileVecs;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t lane = t * vecs / tiles * W, width = (t + 1) * vecs / tiles - t * vecs / tiles;
             if (width == 1) run_tile<1>(lane, begin, count);
@@ -198,9 +196,11 @@ class Tiles {
         }
     }
 
+    static int64_t row_groups(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
     void pack_keys(int64_t count) {
         const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
-        for (int64_t i = 0; i < count; ++i) copy_row(key(i), s_.k_block + i * stride, dim_);
+        for (int64_t i = 0; i < count; ++i) copy_row(item_.key(i), s_.k_block + i * stride, dim_);
     }
 
     void pack_values(int64_t count) {
@@ -225,7 +225,7 @@ class Tiles {
         multiply<kPairs<T>, kVecs>(s_.k_block, /* a_row */ kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad,
                                    /* a_step */ 1, s_.q_pack + first_lane_ + lane, s_.lanes_pad, steps_,
                                    s_.scores, kVecs * W, count,
-                                   /* accumulate */ false, nullptr);
+                                   /* accumulate */ false, nullptr, item_.prefetch);
         const bool deferred = seen.all && map_.deferred();
         if (!deferred) finish_scores<kVecs>(lane, begin, count);
         bool grew = false;
@@ -236,7 +236,7 @@ class Tiles {
         }
         multiply<kPairs<T>, kVecs>(s_.v_block, /* a_row */ 1, /* a_step */ s_.dim_pad, s_.scores, kVecs * W,
                                    kPairs<T> ? (count + 1) / 2 : count, c, s_.lanes_pad, dim_, begun_,
-                                   begun_ && grew ? factors_ : nullptr);
+                                   begun_ && grew ? factors_ : nullptr, item_.prefetch);
         if (!clean_) add_not_finite<kVecs>(lane, width, begin, count);
     }
 
@@ -263,7 +263,9 @@ class Tiles {
     }
 
     // One vector of lanes: scores -> weights in place, tile_max and tile_sum brought up to date. Leaves in
-    // factors_ what the lanes' rows must be multiplied by; returns whether any of it is not 1.
+    // factors_ what the lanes' rows must be multiplied by; returns whether any of it is not 1. tile_max
+    // follows the largest score only where that is far above it: weights up to 2**kLeeway do no harm, and
+    // most blocks leave the rows as they are.
     template <int kVecs>
     bool softmax(int64_t lane, float* scores, int64_t count, float factor, int64_t at) {
         constexpr int64_t stride = kVecs * W;
@@ -275,11 +277,13 @@ class Tiles {
             m1 = max(Vec::load(scores + (key + 1) * stride), m1);
         }
         if (key < count) m0 = max(Vec::load(scores + key * stride), m0);
-        const Vec top = max(max(m0, m1) * f, old), shift = Vec::zero() - finite_top(top);
+        const Vec now = max(m0, m1) * f;
+        const Vec top = select_less(old + Vec::all(kLeeway), now, now, old);
+        const Vec shift = Vec::zero() - finite_top(top);
         const Vec decay = exp2(old + shift);
         Vec sum = Vec::zero();
         const auto weight = [&](int64_t k) {
-            const Vec p = exp2(fma(Vec::load(scores + k * stride), f, shift));
+            const Vec p = weight_of_score<T>(fma(Vec::load(scores + k * stride), f, shift));
             sum = sum + p;
             return p;
         };
@@ -312,8 +316,7 @@ class Tiles {
     // ---- values that are not finite, in a block that some lane sees in part only: 0 * NaN must not reach
     // that lane ----
 
-    const T* key(int64_t i) const { return static_cast<const T*>(s_.k_rows[i]); }
-    const T* value(int64_t i) const { return static_cast<const T*>(s_.v_rows[i]); }
+    const T* value(int64_t i) const { return item_.value(i); }
 
     static bool is_finite(T x) { return to_float(x) - to_float(x) == 0.0f; }
 
@@ -378,15 +381,16 @@ class Tiles {
 
     void merge_row(int64_t lane, SoftmaxState seen, const float* from) {
         if (seen.empty()) return;
-        const MergeWeights w = merge(s_.state[lane], seen);
-        float* to = s_.row + lane * s_.dim_pad;
+        SoftmaxState& state = item_.state(lane);
+        const MergeWeights w = merge(state, seen);
+        float* to = item_.row(lane);
         const Vec a = Vec::all(w.a), b = Vec::all(w.b);
-        const bool first = s_.state[lane].empty();
+        const bool first = state.empty();
         for (int64_t d = 0; d < dim_; d += W) {
             const Vec x = Vec::load(from + d) * b;
             (first ? x : fma(Vec::load(to + d), a, x)).store(to + d);
         }
-        s_.state[lane] = w.state;
+        state = w.state;
     }
 
     Item<T>& item_;

@@ -168,7 +168,7 @@ class Schedule {
           rules_(rules),
           page_size_(shape.page_size),
           group_(shape.num_q_heads / shape.num_kv_heads),
-          max_tasks_(std::max<int64_t>(1, rules.work_items / shape.num_kv_heads)) {
+          heads_(shape.num_kv_heads) {
         list_segments();
         cut_tasks();
         list_merges();
@@ -181,6 +181,9 @@ class Schedule {
 
   private:
     int32_t num_rows() const { return static_cast<int32_t>(order_.rows.size()); }
+    bool narrow(const Segment& s) const {
+        return (s.row_end - s.row_begin) * group_ <= rules_.narrow_query_rows;
+    }
     int64_t cost_of_token(const Segment& s) const {
         return std::max((s.row_end - s.row_begin) * group_, rules_.min_query_rows);
     }
@@ -206,7 +209,6 @@ class Schedule {
             std::erase_if(active, [&](const RowOrder::Node* node) { return node->row_end <= begin; });
             for (; next != order_.nodes.end() && next->row_begin < end; ++next) active.push_back(&*next);
             list_block(active, begin, end);
-            block_ends_.push_back(uncut_.size());
         }
     }
 
@@ -226,8 +228,12 @@ class Schedule {
             }
         }
         const auto unread = [&](Segment& s) { return !clip(s); };
-        uncut_.erase(std::remove_if(uncut_.begin() + static_cast<ptrdiff_t>(first), uncut_.end(), unread),
-                     uncut_.end());
+        const auto begin_it = uncut_.begin() + static_cast<ptrdiff_t>(first);
+        uncut_.erase(std::remove_if(begin_it, uncut_.end(), unread), uncut_.end());
+        const auto wide =
+            std::stable_partition(begin_it, uncut_.end(), [&](const Segment& s) { return narrow(s); });
+        runs_.push_back({static_cast<size_t>(wide - uncut_.begin()), true});
+        runs_.push_back({uncut_.size(), false});
     }
 
     // Whether a node's tokens follow those of a segment, in position and in the list of pages, for the same
@@ -259,18 +265,19 @@ class Schedule {
     void cut_tasks() {
         const auto add = [&](int64_t sum, const Segment& s) { return sum + cost(s); };
         const int64_t total = std::accumulate(uncut_.begin(), uncut_.end(), int64_t{0}, add);
-        const int64_t target = std::max(total / max_tasks_, rules_.min_task_cost);
+        const int64_t item_cost = std::max(total * heads_ / rules_.work_items, rules_.min_item_cost);
         size_t begin = 0;
-        for (const size_t end : block_ends_) {
-            const std::span<const Segment> block(uncut_.data() + begin, end - begin);
-            cut_block(block, std::accumulate(block.begin(), block.end(), int64_t{0}, add), target);
+        for (const auto& [end, narrow] : runs_) {
+            const std::span<const Segment> run(uncut_.data() + begin, end - begin);
+            const int64_t target = std::max<int64_t>(1, narrow ? item_cost / heads_ : item_cost);
+            cut_run(run, std::accumulate(run.begin(), run.end(), int64_t{0}, add), target);
             begin = end;
         }
     }
 
-    // Gathers a block's segments, of cost `left` in all, into tasks of about the cost `target`. A task's
+    // Gathers a run of segments, of cost `left` in all, into tasks of about the cost `target`. A task's
     // share is worked out from what is left when it is opened.
-    void cut_block(std::span<const Segment> block, int64_t left, int64_t target) {
+    void cut_run(std::span<const Segment> run, int64_t left, int64_t target) {
         int64_t tasks_left, share, spent;
         const auto open = [&] {
             tasks_left = std::max<int64_t>(1, (left + target / 2) / target);
@@ -278,7 +285,7 @@ class Schedule {
             spent = 0;
         };
         open();
-        for (Segment rest : block) {
+        for (Segment rest : run) {
             while (rest.length > 0) {
                 const int32_t tokens = tasks_left > 1 ? chunk(rest, share - spent) : rest.length;
                 const Segment piece = front(rest, tokens);
@@ -374,10 +381,14 @@ class Schedule {
 
     const RowOrder& order_;
     const PlanRules& rules_;
-    const int64_t page_size_, group_, max_tasks_;
-    std::vector<Segment> uncut_;      // of all blocks
-    std::vector<size_t> block_ends_;  // in uncut_
-    bool open_ = false;               // whether the last task may take more segments
+    const int64_t page_size_, group_, heads_;
+    std::vector<Segment> uncut_;  // of all blocks
+    struct Run {
+        size_t end;  // in uncut_
+        bool narrow;
+    };
+    std::vector<Run> runs_;  // a block's narrow segments, then its wide ones
+    bool open_ = false;      // whether the last task may take more segments
 };
 
 // ---- Buffers

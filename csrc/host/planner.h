@@ -9,11 +9,12 @@
 // The cut never depends on the number of threads:
 //   1. Rows are blocked so that a task's states stay in cache. A block ends where neighbours share the least.
 //   2. In each block the nodes that its rows read become segments, in depth-first order; a node and its child
-//   that the
-//      same rows read become one.
-//   3. A block's segments are gathered into tasks of about equal cost, and cut at pages where need be.
-//      Cost of a segment = tokens * max(rows * group, 24) + overhead: with fewer rows the memory is the
-//      bound.
+//      that the same rows read become one. The narrow ones, read by so few rows that the memory is the bound,
+//      come first.
+//   3. A block's segments are gathered into tasks and cut at pages where need be, so that work items cost
+//      about the same. A task is a work item for each KV head; one of narrow segments is one item for all
+//      heads, which reads whole tokens.
+//      Cost of a segment and head = tokens * max(rows * group, 24) + overhead.
 #pragma once
 
 #include <array>
@@ -34,10 +35,11 @@ struct PlanShape {
 // How the work is cut. The numbers are those of the CPU kernels.
 struct PlanRules {
     int64_t max_query_rows = 512;  // rows * group of a task: float32 states of 512 x 128 are 256 KB
-    int64_t work_items = 32;       // tasks * num_kv_heads to aim at
-    int64_t min_task_cost = 1 << 16;
-    int64_t min_query_rows = 24;  // rows * group below which reading keys costs more than the arithmetic
-    int64_t min_chunk = 256;      // tokens of a segment that was cut
+    int64_t work_items = 32;       // to aim at
+    int64_t min_item_cost = 1 << 16;
+    int64_t narrow_query_rows = 8;  // rows * group up to which a segment is narrow
+    int64_t min_query_rows = 24;    // rows * group below which reading keys costs more than the arithmetic
+    int64_t min_chunk = 256;        // tokens of a segment that was cut
     int64_t segment_overhead = 1024;
 };
 

@@ -107,17 +107,39 @@ void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
     require(q.size(0) == plan.rows.numel() && num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
 }
 
+// A task of which all segments are narrow is bound by reading keys: it reads whole tokens, all heads
+// together.
+bool narrow(const TreeAttentionArgs& args, const Task& task) {
+    const int64_t group = args.num_q_heads / args.num_kv_heads;
+    for (int64_t i = task.seg_begin; i < task.seg_end; ++i) {
+        if ((args.segments[i].row_end - args.segments[i].row_begin) * group > kNarrow) return false;
+    }
+    return true;
+}
+
+std::vector<WorkItem> work_items(const TreeAttentionArgs& args, int64_t num_tasks) {
+    const auto heads = static_cast<int32_t>(args.num_kv_heads);
+    std::vector<WorkItem> items;
+    for (int32_t task = 0; task < num_tasks; ++task) {
+        const int32_t step = narrow(args, args.tasks[task]) ? heads : 1;
+        for (int32_t head = 0; head < heads; head += step) items.push_back({task, head, head + step});
+    }
+    return items;
+}
+
 // Work items are claimed one by one: which thread runs one changes nothing.
-void run_items(const TreeAttentionArgs& args, int64_t items, int64_t lanes, const Tensor& like) {
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-    const int64_t size = kernels().tree_attention_scratch(lanes, args.head_dim);
+void run_items(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t lanes,
+               const Tensor& like) {
+    const auto count = static_cast<int64_t>(items.size());
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+    const int64_t size = kernels().tree_attention_scratch(lanes, args.num_kv_heads, args.head_dim);
     Tensor scratch = empty(like, {threads * size + kAlign}, ScalarType::Float);
     float* base = aligned(data<float>(scratch));
     std::atomic<int64_t> next{0};
     parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-            for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-                kernels().tree_attention(args, item, base + t * size);
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+                kernels().tree_attention(args, items[static_cast<size_t>(i)], base + t * size);
             }
         }
     });
@@ -125,7 +147,7 @@ void run_items(const TreeAttentionArgs& args, int64_t items, int64_t lanes, cons
 
 void run_merge(const TreeAttentionArgs& args) {
     parallel_for(0, args.num_rows, kMergeRows, [&](int64_t begin, int64_t end) {
-        std::vector<float> sum(static_cast<size_t>(args.head_dim + kAlign));
+        std::vector<float> sum(static_cast<size_t>(args.padded_dim));
         kernels().tree_attention_merge(args, begin, end, sum.data());
     });
 }
@@ -165,19 +187,20 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                            .out = nullptr,
                            .lse = nullptr,
                            .partial_rows = nullptr,
-                           .partial_states = nullptr};
+                           .partial_states = nullptr,
+                           .padded_dim = (q.size(2) + kRowAlign - 1) / kRowAlign * kRowAlign};
     plan.check(args, k_cache.size(0));
     Tensor out = empty(q, {args.num_rows, args.num_q_heads, args.head_dim}, q.scalar_type());
     Tensor lse = empty(q, {args.num_rows, args.num_q_heads}, ScalarType::Float);
     if (args.num_rows * args.num_q_heads == 0) return {out, lse};
     const int64_t partials = plan.num_slots * args.num_q_heads;
-    Tensor workspace = empty(q, {partials * (args.head_dim + 2)}, ScalarType::Float);
+    Tensor workspace = empty(q, {partials * (args.padded_dim + 2) + kAlign}, ScalarType::Float);
     args.out = out.mutable_data_ptr();
     args.lse = data<float>(lse);
-    args.partial_rows = data<float>(workspace);
-    args.partial_states = args.partial_rows + partials * args.head_dim;
+    args.partial_rows = aligned(data<float>(workspace));
+    args.partial_states = args.partial_rows + partials * args.padded_dim;
     const int64_t lanes = plan.max_hull * (args.num_q_heads / num_kv_heads);
-    if (plan.num_tasks > 0) run_items(args, plan.num_tasks * num_kv_heads, lanes, q);
+    if (plan.num_tasks > 0) run_items(args, work_items(args, plan.num_tasks), lanes, q);
     run_merge(args);
     return {out, lse};
 }
