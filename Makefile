@@ -32,9 +32,12 @@ test: $(VENV)/.built  ## Build, then run the C++ and the Python tests (not those
 test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
 	$(PYTEST) -m "not gpu"
 
-bench: $(VENV)/.built  ## Run the microbenchmarks
+bench: $(VENV)/.built  ## Run the microbenchmarks; tables and plots in build/bench
 	@echo "== microbenchmarks (pytest-benchmark)"
-	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider -o python_files='bench_*.py' -o timeout=0
+	@mkdir -p build/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider -o python_files='bench_*.py' -o timeout=0 \
+	  --benchmark-json=build/bench/bench.json --benchmark-columns=median,rounds
+	$(BIN)/python benchmarks/tabulate.py build/bench/bench.json build/bench
 
 lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format
 	@echo "== ruff"

