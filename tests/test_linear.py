@@ -60,10 +60,10 @@ def test_packing_is_the_documented_layout(shape: tuple[int, int], dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
     """To the bit, in any number of rows, at any place among them, bias and residual included."""
-    x, weight, bias, residual = layer(300, 37, 1100, dtype)
+    x, weight, bias, residual = layer(300, 69, 2100, dtype)
     packed = tk.pack_linear(weight)
     whole = tk.linear(x, packed, bias, residual)
-    for rows in (1, 2, 3, 4, 6, 7, 11, 12, 13, 16, 23, 24, 25, 64, 129):
+    for rows in (*range(1, 31), 64, 129):
         picked = torch.randperm(300)[:rows]
         assert torch.equal(tk.linear(x[picked], packed, bias, residual[picked]), whole[picked]), rows
 

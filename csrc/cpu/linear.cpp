@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while the panels pass
 constexpr int64_t kFewRows = 4;      // so few wait for memory, which the hardware's prefetching keeps busy
+constexpr int64_t kFewGroup = 4;     // with long streams: panels one after another
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -95,8 +96,8 @@ void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t be
     if constexpr (R > 0) {
         if (height != R) return run_tile_of<T, R - 1>(height, args, row, begin, end, pass, passes);
         constexpr int P = tile_panels(R), Q = tile_panels(R + 1);
-        args.cut.group == P ? run_tile<T, R, P>(args, row, begin, end, pass, passes)
-                            : run_tile<T, R, Q>(args, row, begin, end, pass, passes);
+        args.cut.at_once == P ? run_tile<T, R, P>(args, row, begin, end, pass, passes)
+                              : run_tile<T, R, Q>(args, row, begin, end, pass, passes);
     }
 }
 
@@ -110,12 +111,13 @@ void pack_linear(const PackLinearArgs& args, int64_t begin, int64_t end) {
 
 LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype) {
     const int64_t tiles = divide_up(rows, kTileRows), panels = divide_up(columns, kPanel);
-    const int64_t group = tile_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
+    const int64_t at_once = tile_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
+    const int64_t group = rows <= kFewRows ? kFewGroup : at_once;
     const int64_t block = min(tiles, kBlockRows / kTileRows);
     const int64_t row =
         dispatch(dtype, [&]<class T>(T*) { return packed_row<T>(divide_up(depth, kStep<T>)); });
     const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;
-    return {tiles, block, panels, group, units, row};
+    return {tiles, block, panels, group, at_once, units, row};
 }
 
 void linear_pack_rows(const LinearArgs& args, int64_t begin, int64_t end) {

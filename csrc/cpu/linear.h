@@ -21,6 +21,7 @@ struct PackLinearArgs {
 struct LinearCut {
     int64_t tiles, block;   // row tiles in all, and in a block
     int64_t panels, group;  // panels in all, and in a group
+    int64_t at_once;        // panels that a tile is beside
     int64_t units;
     int64_t row;  // floats of a packed row: the workspace is [T] of them
 };
