@@ -33,7 +33,7 @@ class DecoderShape:
     max_length : int
         Longest sequence in tokens.
     body_parameters, head_parameters : int
-        Weights between a token's embedding and its last hidden state (all experts counted), and from there to logits.
+        Weights that a token meets between its embedding and its last hidden state, and from there to logits.
     """
 
     num_layers: int

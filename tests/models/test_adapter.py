@@ -225,6 +225,15 @@ def test_shape_counts_the_weights_that_a_token_multiplies() -> None:
     assert model_shape(free.model).body_parameters == layers
 
 
+def test_shape_counts_the_experts_that_a_token_is_sent_to() -> None:
+    def sizes(chosen: int) -> int:
+        model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=chosen)
+        return model_shape(model).body_parameters
+
+    expert = 3 * 64 * 96  # three projections
+    assert sizes(4) - sizes(1) == 3 * 3 * expert  # three layers
+
+
 def test_checkpoints_load_in_the_dtype_asked_for(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_model())
     assert load_decoder(path).dtype == torch.float32

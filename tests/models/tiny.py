@@ -64,7 +64,7 @@ def tiny_model(kind: str = "llama", *, head: str = "lm", seed: int = 0, **option
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_labels": 2,
     }  # fmt: skip
-    config = AutoConfig.for_model(kind, **{**settings, **CONFIGS[kind], **options})
+    config = AutoConfig.for_model(kind, **{**settings, **CONFIGS.get(kind, {}), **options})
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForTokenClassification
     return auto.from_config(config, attn_implementation="eager", dtype=torch.float32).eval().requires_grad_(False)
 

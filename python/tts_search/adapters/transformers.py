@@ -28,7 +28,7 @@ try:
     from transformers.cache_utils import Cache
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
-except ImportError as error:  # pragma: no cover
+except ImportError as error:
     raise ImportError(
         "Models of transformers need the package transformers: pip install 'tts-kernels[search]'"
     ) from error
@@ -36,6 +36,7 @@ except ImportError as error:  # pragma: no cover
 ATTENTION: Final = "tts_kernels"
 # Options of a configuration that do something to what comes out of the LM head.
 _LOGIT_OPTIONS: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call their number
 _NO_LIMIT: Final = 2**17  # context of a model whose configuration names none
 # Keyword arguments of an attention function that change its result in a way that tree_attention cannot follow.
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
@@ -272,7 +273,8 @@ def load_decoder(
     """
     register()
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
-    level = transformers.logging.get_verbosity()
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()  # a search shows its own
     if not causal_lm:
         transformers.logging.set_verbosity_error()  # it would warn of the head, which is read by itself
     try:
@@ -281,6 +283,8 @@ def load_decoder(
         )
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{path_or_id}: found no {', '.join(missing)} in the checkpoint")
     return TransformersDecoder(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -293,7 +297,7 @@ def model_shape(model: PreTrainedModel) -> DecoderShape:
     num_heads = config.num_attention_heads
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = head is not None and head.weight is embedding.weight
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = _active_parameters(model, config)
     head_parameters = 0 if head is None else head.weight.numel()
     return DecoderShape(
         num_layers=config.num_hidden_layers,
@@ -304,6 +308,15 @@ def model_shape(model: PreTrainedModel) -> DecoderShape:
         body_parameters=total - embedding.weight.numel() - (0 if shared else head_parameters),
         head_parameters=head_parameters,
     )
+
+
+def _active_parameters(model: PreTrainedModel, config: Any) -> int:
+    """Weights that a token meets: of a mixture's experts, those that it is sent to."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), None)
+    share = chosen / experts if chosen and experts else 1.0
+    sizes = ((".experts." in name, parameter.numel()) for name, parameter in model.named_parameters())
+    return round(sum(share * size if expert else size for expert, size in sizes))
 
 
 def _check_supported(model: PreTrainedModel, config: Any) -> None:
