@@ -316,7 +316,8 @@ def _active_parameters(model: PreTrainedModel, config: Any) -> int:
     experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), None)
     share = chosen / experts if chosen and experts else 1.0
     sizes = ((".experts." in name, parameter.numel()) for name, parameter in model.named_parameters())
-    return round(sum(share * size if expert else size for expert, size in sizes))
+    total: float = sum(share * size if expert else size for expert, size in sizes)
+    return round(total)
 
 
 def _check_supported(model: PreTrainedModel, config: Any) -> None:
