@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint sanitize cuda wheel clean
+.PHONY: help demo test test-all bench lint sanitize cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -57,6 +57,11 @@ cuda: $(VENV)/.built  ## Build the CUDA library too (needs nvcc on PATH, no GPU)
 	cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTTS_CUDA=ON -DTTS_BUILD_TESTS=OFF
 	cmake --build build/cuda --target tts_cuda
 	cmake -E copy build/cuda/_cuda.so tts_kernels/_cuda.so
+
+gpu-tools: $(VENV)/.installed  ## Install the GPU emulator's compilers: nvcc (from PyPI where there is none), clang with sanitizers (Debian)
+	@command -v nvcc || $(BIN)/python -m pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime
+	@command -v clang++-19 || apt-get install -y --no-install-recommends clang-19 libclang-rt-19-dev || \
+	  echo "clang-19 and libclang-rt-19-dev are missing: install them as root; without them the sanitizers' tests are skipped"
 
 wheel: $(VENV)/.built  ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

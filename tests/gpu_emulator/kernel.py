@@ -1,0 +1,458 @@
+"""Load kernels and launch them: in this process, or under a sanitizer in one of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import build, ptx, report
+from .errors import KernelFault
+from .translate import Parameter, Translation, translate
+
+Dim = int | Sequence[int]
+SHARED_LIMIT = 227 * 1024  # of the largest GPUs
+
+
+class Pointers:
+    """A device array of pointers to tensors, as an argument or as a field of a `Struct`."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = list(tensors)
+
+
+class Struct:
+    """A struct passed by value, laid out as C does: tensors are pointers, other fields are ctypes values or numbers.
+
+    A plain int is 4 bytes, a plain float a float; say ``ctypes.c_int64(n)`` for others. Nested structs are allowed.
+    """
+
+    def __init__(self, *fields: Any) -> None:
+        self.fields = fields
+
+
+def load(
+    source: str | Path,
+    name: str | None = None,
+    *,
+    sanitize: str | None = None,
+    arch: str = "sm_80",
+    options: Sequence[str] = (),
+    include_dirs: Sequence[str | Path] = (),
+) -> Kernel:
+    """Translate and compile a kernel for this machine.
+
+    Parameters
+    ----------
+    source : str or Path
+        A .cu or .ptx file, or the text of a PTX module (Triton's ``compiled.asm["ptx"]``).
+    name : str, optional
+        The kernel's name in the PTX, or a part that only one name has (C++ names are mangled). Needed if there are
+        several.
+    sanitize : {None, "address", "thread"}
+        None runs in this process, with bounds, alignment and barriers checked. The others run each launch in a process
+        of its own under clang's sanitizer.
+    arch, options, include_dirs
+        For nvcc; a .ptx file ignores them.
+
+    Raises
+    ------
+    UnsupportedPTX
+        The module holds an instruction, or a modifier of one, that the emulator does not know.
+    build.ToolMissing
+        There is no nvcc (for a .cu file), no C++ compiler, or no clang (for a sanitizer).
+    ValueError
+        No kernel, or several, of that name.
+    """
+    if sanitize not in build.SANITIZERS:
+        raise ValueError(f"sanitize must be None, 'address' or 'thread', got {sanitize!r}")
+    return Module(_ptx_of(source, arch, tuple(options), tuple(map(Path, include_dirs))), sanitize).kernel(name)
+
+
+def _ptx_of(source: str | Path, arch: str, options: tuple[str, ...], include_dirs: tuple[Path, ...]) -> str:
+    if isinstance(source, str) and "\n" in source:
+        return source
+    path = Path(source)
+    if path.suffix == ".cu":
+        return build.compile_cuda(path, arch, options, include_dirs)
+    return path.read_text()
+
+
+@functools.lru_cache(maxsize=64)
+def _translated(text: str) -> Translation:
+    return translate(ptx.parse(text))
+
+
+class Module:
+    """A translated PTX module; its kernels share its global variables."""
+
+    def __init__(self, text: str, sanitize: str | None = None) -> None:
+        self.text, self.sanitize = text, sanitize
+        self.translation = _translated(text)
+        self.path = build.compile_translation(self.translation.source, sanitize)
+        self.library = None if sanitize else _open(self.path)
+
+    def kernel(self, name: str | None = None) -> Kernel:
+        """The kernel of that name, or the one whose name contains it."""
+        names = list(self.translation.kernels)
+        matching = [n for n in names if name is None or n == name] or [n for n in names if name and name in n]
+        if len(matching) != 1:
+            raise ValueError(f"name must pick one kernel of {names}, got {name!r}")
+        return Kernel(self, matching[0])
+
+    def variable(self, name: str) -> torch.Tensor:
+        """The bytes of a ``__device__`` or ``__constant__`` variable, shared with the kernels."""
+        if self.library is None:
+            raise ValueError("variables are at hand only without a sanitizer")
+        size = ctypes.c_uint64()
+        address = self.library.emu_variable(name.encode(), ctypes.byref(size))
+        if not address:
+            raise ValueError(f"name must be a global variable of the module, got {name!r}")
+        buffer = (ctypes.c_uint8 * size.value).from_address(address)
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("dynamic_smem", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+        ("timeout", ctypes.c_double),
+        ("cooperative", ctypes.c_uint32),
+        ("split_masks", ctypes.c_uint32),
+    )
+
+
+class _Fault(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_char * 32),
+        ("line", ctypes.c_uint32),
+        ("block", ctypes.c_uint32 * 3),
+        ("thread", ctypes.c_uint32 * 3),
+        ("text", ctypes.c_char * 2048),
+    )
+
+
+@functools.cache
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    library.emu_add_buffer.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p)
+    library.emu_add_buffer.restype = None
+    library.emu_clear_buffers.restype = None
+    library.emu_variable.argtypes = (ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64))
+    library.emu_variable.restype = ctypes.c_uint64
+    library.emu_launch.argtypes = (
+        ctypes.c_char_p,
+        ctypes.POINTER(_Launch),
+        ctypes.c_char_p,
+        ctypes.c_uint32,
+        ctypes.POINTER(_Fault),
+    )
+    return library
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes that a kernel may touch: the reach of a tensor, from its first element to the end of its last."""
+
+    address: int
+    size: int
+    name: str
+    owner: torch.Tensor  # keeps the memory alive
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """8 bytes at `at` of the parameters (holder -1) or of a buffer that hold the address of a tensor."""
+
+    holder: int
+    at: int
+    address: int
+
+
+class _Arguments:
+    """The bytes of a launch's parameters, the buffers that they point to, and where the pointers stand."""
+
+    def __init__(self, params: Sequence[Parameter], args: Sequence[Any], buffers: Sequence[torch.Tensor]) -> None:
+        if len(args) != len(params):
+            raise ValueError(f"args must be {len(params)} values, one a parameter, got {len(args)}")
+        self.buffers: list[Buffer] = []
+        self.pointers: list[_Pointer] = []
+        self.bytes = bytearray(params[-1].offset + params[-1].size if params else 0)
+        for i, (param, arg) in enumerate(zip(params, args, strict=True)):
+            data = self._encode(arg, param, f"args[{i}]", -1, param.offset)
+            if len(data) != param.size:
+                raise ValueError(f"args[{i}] must be {param.size} bytes (.{param.type} {param.name}), got {len(data)}")
+            self.bytes[param.offset : param.offset + param.size] = data
+        for i, tensor in enumerate(buffers):
+            self._buffer(tensor, f"buffers[{i}]")
+
+    def _encode(self, arg: Any, param: Parameter | None, name: str, holder: int, at: int) -> bytes:
+        if isinstance(arg, torch.Tensor):
+            return self._pointer(arg, name, holder, at)
+        if isinstance(arg, Pointers):
+            return self._pointer(self._table(arg, name), name, holder, at)
+        if isinstance(arg, Struct):
+            return self._struct(arg, name, holder, at)
+        if arg is None:
+            return bytes(8)
+        if isinstance(arg, ctypes._SimpleCData | ctypes.Structure | ctypes.Array):
+            return bytes(arg)
+        if isinstance(arg, bool | int | float):
+            return _number(arg, param)
+        raise TypeError(f"{name} must be a tensor, a number, a ctypes value, Pointers, Struct or None, got {type(arg)}")
+
+    def _pointer(self, tensor: torch.Tensor, name: str, holder: int, at: int) -> bytes:
+        self._buffer(tensor, name)
+        self.pointers.append(_Pointer(holder, at, tensor.data_ptr()))
+        return struct.pack("<Q", tensor.data_ptr())
+
+    def _buffer(self, tensor: torch.Tensor, name: str) -> None:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be a CPU tensor, got one on {tensor.device}")
+        if tensor.numel():
+            reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            self.buffers.append(Buffer(tensor.data_ptr(), reach * tensor.element_size(), name, tensor))
+
+    def _table(self, pointers: Pointers, name: str) -> torch.Tensor:
+        table = torch.tensor([t.data_ptr() for t in pointers.tensors], dtype=torch.int64)
+        for i, tensor in enumerate(pointers.tensors):
+            self._buffer(tensor, f"{name}[{i}]")
+            self.pointers.append(_Pointer(table.data_ptr(), 8 * i, tensor.data_ptr()))
+        return table
+
+    def _struct(self, value: Struct, name: str, holder: int, at: int) -> bytes:
+        data, align = bytearray(), 1
+        for i, item in enumerate(value.fields):
+            inner = _alignment(item)
+            align = max(align, inner)
+            data += bytes(-len(data) % inner)
+            data += self._encode(item, None, f"{name}.{i}", holder, at + len(data))
+        return bytes(data + bytes(-len(data) % align))
+
+
+def _alignment(item: Any) -> int:
+    if isinstance(item, Struct):
+        return max((_alignment(f) for f in item.fields), default=1)
+    if isinstance(item, bool | int | float):
+        return 4
+    if isinstance(item, ctypes._SimpleCData | ctypes.Structure | ctypes.Array):
+        return ctypes.alignment(item)
+    return 8
+
+
+def _number(value: float, param: Parameter | None) -> bytes:
+    if param is None or param.type == "b8":
+        return struct.pack("<f" if isinstance(value, float) else "<i", value)
+    if param.type in ("f32", "f64"):
+        return struct.pack({"f32": "<f", "f64": "<d"}[param.type], value)
+    if isinstance(value, float):
+        return struct.pack("<d" if param.size == 8 else "<f", value)
+    return (int(value) % 2 ** (8 * param.size)).to_bytes(param.size, "little")
+
+
+class Kernel:
+    """A kernel that can be launched on CPU tensors."""
+
+    def __init__(self, module: Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.params = module.translation.kernels[name]
+        self.static_shared = module.translation.static_shared[name]
+
+    def launch(
+        self,
+        grid: Dim,
+        block: Dim,
+        args: Sequence[Any] = (),
+        *,
+        dynamic_smem: int = 0,
+        seed: int = 0,
+        buffers: Sequence[torch.Tensor] = (),
+        cooperative: bool = False,
+        split_masks: bool = False,
+        timeout: float = 60.0,
+    ) -> None:
+        """Run the kernel; tensors are changed in place.
+
+        Parameters
+        ----------
+        grid, block : int or up to three
+            Their sizes.
+        args : sequence
+            One value a parameter: a CPU tensor (its address), a number, a ctypes value, `Pointers`, `Struct`, or None
+            (a null pointer). A view passes its first element's address, and may be touched from there to its last
+            element only.
+        dynamic_smem : int
+            Bytes of dynamic shared memory.
+        seed : int
+            0 runs blocks and threads in order; any other shuffles both and switches threads at atomics.
+        buffers : sequence of tensors
+            More memory that the kernel may touch.
+        cooperative : bool
+            Run all blocks at once, as grid-wide barriers need; otherwise one after another.
+        split_masks : bool
+            Let ``activemask`` see only some of the lanes that are converged.
+        timeout : float
+            Seconds until a loop counts as a hang.
+
+        Raises
+        ------
+        KernelFault
+            The kernel did something wrong; see `KernelFault.kind`. Buffers then hold what had been written.
+        ValueError
+            Sizes that no GPU takes, or arguments that do not match the parameters.
+        """
+        launch = _Launch(
+            _dims(grid, "grid", 2**31 - 1),
+            _dims(block, "block", 1024),
+            dynamic_smem,
+            seed,
+            timeout,
+            cooperative,
+            split_masks,
+        )
+        threads = launch.block[0] * launch.block[1] * launch.block[2]
+        if threads > 1024:
+            raise ValueError(f"block must hold at most 1024 threads, got {threads}")
+        if not 0 <= dynamic_smem <= SHARED_LIMIT - self.static_shared:
+            raise ValueError(f"dynamic_smem must be in [0, {SHARED_LIMIT - self.static_shared}], got {dynamic_smem}")
+        arguments = _Arguments(self.params, args, buffers)
+        if self.module.library is not None:
+            self._run_here(launch, arguments)
+        else:
+            self._run_apart(launch, arguments)
+
+    def _run_here(self, launch: _Launch, arguments: _Arguments) -> None:
+        library = self.module.library
+        assert library is not None
+        library.emu_clear_buffers()
+        for buffer in arguments.buffers:
+            library.emu_add_buffer(buffer.address, buffer.size, buffer.name.encode())
+        fault = _Fault()
+        data = bytes(arguments.bytes)
+        if library.emu_launch(self.name.encode(), ctypes.byref(launch), data, len(data), ctypes.byref(fault)):
+            raise self._fault(fault)
+
+    def _fault(self, fault: _Fault) -> KernelFault:
+        return self._fault_at(
+            fault.kind.decode(),
+            fault.text.decode(errors="replace"),
+            tuple(fault.block),
+            tuple(fault.thread),
+            fault.line,
+        )
+
+    def _fault_at(
+        self, kind: str, text: str, block: tuple[int, ...], thread: tuple[int, ...], line: int
+    ) -> KernelFault:
+        instruction = self.module.text.split("\n")[line - 1].strip() if line else ""
+        return KernelFault(
+            kind, text, block, thread, line, instruction, self.module.translation.locations.get(line, "")
+        )
+
+    # -- in a process of its own --
+    def _run_apart(self, launch: _Launch, arguments: _Arguments) -> None:
+        allocations = _allocations(arguments.buffers)
+        with tempfile.TemporaryDirectory() as folder:
+            request, reply = Path(folder) / "request", Path(folder) / "reply"
+            request.write_bytes(self._request(launch, arguments, allocations))
+            done = subprocess.run(
+                [str(self.module.path), str(request), str(reply)],
+                capture_output=True,
+                check=False,
+                env={**os.environ, **_SANITIZER_OPTIONS},
+                timeout=60 + 20 * launch.timeout,
+            )
+            text = done.stderr.decode(errors="replace")
+            answer = reply.read_bytes() if reply.exists() else b""
+        if answer:
+            self._read_reply(answer, allocations)
+        if "Sanitizer" in text or done.returncode:
+            raise self._sanitizer_fault(text, done.returncode)
+
+    def _request(self, launch: _Launch, arguments: _Arguments, allocations: list[Buffer]) -> bytes:
+        lines = [f"kernel {self.name}"]
+        lines += [
+            f"{what} {' '.join(map(str, dims))}" for what, dims in (("grid", launch.grid), ("block", launch.block))
+        ]
+        options = (launch.dynamic_smem, launch.seed, 20 * launch.timeout, launch.cooperative, launch.split_masks)
+        lines += ["options " + " ".join(map(str, options)), f"params {len(arguments.bytes)}"]
+        lines += [f"buffer {b.size} {b.address % 256} {b.name}" for b in allocations]
+        for pointer in arguments.pointers:
+            target = _holder(allocations, pointer.address)
+            if target is None:
+                continue  # an empty tensor: whatever the address, nobody may follow it
+            holder, at = -1, pointer.at
+            if pointer.holder >= 0:
+                found = _holder(allocations, pointer.holder)
+                assert found is not None
+                holder, at = found, pointer.at + pointer.holder - allocations[found].address
+            lines.append(f"pointer {holder} {at} {target} {pointer.address - allocations[target].address}")
+        head = "\n".join([*lines, "data\n"]).encode()
+        return head + bytes(arguments.bytes) + b"".join(ctypes.string_at(b.address, b.size) for b in allocations)
+
+    def _read_reply(self, answer: bytes, allocations: list[Buffer]) -> None:
+        failed = struct.unpack_from("<i", answer)[0]
+        fault = _Fault.from_buffer_copy(answer, 4)
+        at = 4 + ctypes.sizeof(_Fault)
+        for buffer in allocations:
+            ctypes.memmove(buffer.address, answer[at : at + buffer.size], buffer.size)
+            at += buffer.size
+        if failed:
+            raise self._fault(fault)
+
+    def _sanitizer_fault(self, text: str, code: int) -> KernelFault:
+        """The first thing that a sanitizer reported."""
+        found = report.parse(text, self.module.path)
+        if found is None:
+            return KernelFault("crash", f"the emulator's process ended with {code}:\n{text[-2000:]}")
+        told = [self._tell(access) for access in found.accesses]
+        first = found.accesses[0] if found.accesses else report.Access("", (), (), 0)
+        kind = {"address": "address", "thread": "race"}[self.module.sanitize or "address"]
+        return self._fault_at(kind, "\n  ".join([found.title, *told]), first.block, first.thread, first.line)
+
+    def _tell(self, access: report.Access) -> str:
+        who = f"block {access.block} thread {access.thread}" if access.block else "the runtime"
+        line = self.module.text.split("\n")[access.line - 1].strip() if access.line else ""
+        source = self.module.translation.locations.get(access.line, "")
+        return f"{access.what} by {who} at PTX line {access.line}: {line}  {source}"
+
+
+_SANITIZER_OPTIONS = {
+    "TSAN_OPTIONS": "symbolize=0:history_size=4:exitcode=66:report_thread_leaks=0",
+    "ASAN_OPTIONS": "symbolize=0:detect_stack_use_after_return=0:detect_leaks=0",
+}
+
+
+def _dims(value: Dim, name: str, limit: int) -> Any:
+    sizes = [value] if isinstance(value, int) else list(value)
+    if not 1 <= len(sizes) <= 3 or not all(1 <= n <= limit for n in sizes):
+        raise ValueError(f"{name} must be one to three sizes of 1 to {limit}, got {value!r}")
+    return (ctypes.c_uint32 * 3)(*sizes, *[1] * (3 - len(sizes)))
+
+
+def _allocations(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """Buffers that overlap become one, since a sanitizer's process has to allocate them anew."""
+    merged: list[Buffer] = []
+    for buffer in sorted(buffers, key=lambda b: (b.address, -b.size)):
+        last = merged[-1] if merged else None
+        if last is not None and buffer.address < last.address + last.size:
+            size = max(last.size, buffer.address + buffer.size - last.address)
+            merged[-1] = Buffer(last.address, size, last.name, last.owner)
+        else:
+            merged.append(buffer)
+    return merged
+
+
+def _holder(buffers: Sequence[Buffer], address: int) -> int | None:
+    return next((i for i, b in enumerate(buffers) if b.address <= address < b.address + b.size), None)
