@@ -12,7 +12,7 @@ from torch.library import opcheck
 import tts_kernels as tk
 from tts_kernels import reference
 
-SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1e-45, -1e-45, 3.4e38]
+SPECIAL = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1e-45, -1e-45, 3.4e38]).tolist()  # as float32 has them
 
 
 def indptr_of(lengths: list[int]) -> torch.Tensor:

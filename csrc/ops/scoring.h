@@ -102,20 +102,31 @@ struct PrunePlan {
 
     int64_t groups() const { return indptr.numel() - 1; }
 
+    Pruned outputs(const Tensor& like) const {
+        return {empty(like, {groups(), width}, ScalarType::Long), empty(like, {groups()}, ScalarType::Int)};
+    }
+
+    // `keys` is not set.
+    PruneArgs args(FloatArray scores, Pruned& out) const {
+        return {.scores = scores,
+                .indptr = indices(indptr),
+                .k = k ? indices(*k) : IndexArray{nullptr, false},
+                .width = width,
+                .keep_order = keep_order,
+                .keys = nullptr,
+                .indices = data<int64_t>(out.indices),
+                .counts = data<int32_t>(out.counts)};
+    }
+
     Pruned run(const Tensor& scores) const {
         const int64_t candidates = scores.numel();
-        Pruned out{empty(scores, {groups(), width}, ScalarType::Long),
-                   empty(scores, {groups()}, ScalarType::Int)};
+        Pruned out = outputs(scores);
+        PruneArgs args = this->args(floats(scores), out);
         std::optional<Tensor> keys;
-        if (width > kFewSurvivors) keys = empty(scores, {candidates}, ScalarType::Int);
-        const PruneArgs args{.scores = floats(scores),
-                             .indptr = indices(indptr),
-                             .k = k ? indices(*k) : IndexArray{nullptr, false},
-                             .width = width,
-                             .keep_order = keep_order,
-                             .keys = keys ? data<int32_t>(*keys) : nullptr,
-                             .indices = data<int64_t>(out.indices),
-                             .counts = data<int32_t>(out.counts)};
+        if (width > kFewSurvivors) {
+            keys = empty(scores, {candidates}, ScalarType::Int);
+            args.keys = data<int32_t>(*keys);
+        }
         const int64_t grain =
             std::max<int64_t>(1, kScoresPerThread * groups() / std::max<int64_t>(1, candidates));
         parallel_for(0, groups(), grain,

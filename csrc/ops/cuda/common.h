@@ -11,6 +11,7 @@
 // device.
 #if defined(TTS_EMULATED)
 #define TTS_CUDA_KEY CPU
+extern "C" void emulator_begin();
 #else
 #define TTS_CUDA_KEY CUDA
 // Behind USE_CUDA in torch's header.
@@ -22,7 +23,7 @@ namespace tts::ops {
 #if defined(TTS_EMULATED)
 
 struct OnDevice {
-    explicit OnDevice(const Tensor&) {}
+    explicit OnDevice(const Tensor&) { emulator_begin(); }
     cudaStream_t stream() const { return nullptr; }
 };
 

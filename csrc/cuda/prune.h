@@ -1,0 +1,11 @@
+#pragma once
+
+#include "../cpu/prune.h"
+#include "stream.h"
+
+namespace tts::cuda {
+
+// Every group. `keys` is not used.
+void prune(const PruneArgs& args, int64_t groups, cudaStream_t stream);
+
+}  // namespace tts::cuda

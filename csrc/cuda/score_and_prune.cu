@@ -1,0 +1,71 @@
+// score_and_prune: scores of new steps, aggregates of candidates, the k best of each group, in one launch.
+//
+// A block a candidate scores its steps and folds them into its aggregate; the last block of a group to arrive
+// prunes it. So rows are read by as many blocks as there are candidates, and no launch waits for another.
+// Every group has one block more, so that an empty one is pruned as well. Arrivals are counted from 0: 4 G
+// bytes are cleared ahead of the launch.
+#include "aggregate.cuh"
+#include "launch.cuh"
+#include "prune.cuh"
+#include "score.cuh"
+#include "score_and_prune.h"
+
+namespace tts::cuda {
+namespace {
+
+// The group of candidate c: the last that does not begin behind it. A warp tries 32 groups at a time.
+__device__ int64_t group_of(IndexArray indptr, int64_t groups, int64_t c) {
+    int64_t low = 0, high = groups;
+    while (high - low > 1) {
+        const int64_t step = (high - low + kWarp - 1) / kWarp, probe = low + lane() * step;
+        const unsigned votes = __ballot_sync(kAllLanes, probe < high && at(indptr, probe) <= c);
+        low += (max(__popc(votes), 1) - 1) * step;
+        high = min(high, low + step);
+    }
+    return low;
+}
+
+// Whether this block is the last of its group's to arrive; what the others wrote before can be read then.
+__device__ bool arrives_last(const ScoreAndPruneArgs& args, int64_t group) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        const int64_t others = at(args.groups.indptr, group + 1) - at(args.groups.indptr, group);
+        last = atomicAdd(&args.arrivals[group], 1u) == static_cast<uint32_t>(others);
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
+template <class Head>
+__global__ __launch_bounds__(kPruneThreads, 4) void round_kernel(ScoreAndPruneArgs args, bool vectors) {
+    __shared__ PruneShared shared;
+    const int64_t c = blockIdx.x;
+    int64_t group = c - args.candidate_count;
+    if (group < 0) {
+        group = group_of(args.groups.indptr, args.group_count, c);
+        const int64_t end = at(args.chains.indptr, c + 1);
+        for (int64_t s = at(args.chains.indptr, c); s < end; ++s) {
+            const float score = Head::template score<kPruneThreads>(args.steps, s, vectors);
+            if (threadIdx.x == 0) args.steps.out[s] = score;
+        }
+        if (threadIdx.x == 0) args.chains.out[c] = aggregate(args.chains, c);
+    }
+    if (arrives_last(args, group)) prune_group<float>(args.groups, group, shared);
+}
+
+}  // namespace
+
+void score_and_prune(const ScoreAndPruneArgs& args, cudaStream_t stream) {
+    if (args.group_count == 0) return;
+    check(
+        cudaMemsetAsync(args.arrivals, 0, static_cast<size_t>(args.group_count) * sizeof(uint32_t), stream));
+    if (args.steps.head.w1.data) hidden_layer(args.steps, stream);
+    dispatch_head(args.steps, [&](auto head) {
+        launch(round_kernel<decltype(head)>, args.candidate_count + args.group_count, kPruneThreads, 0,
+               stream, args, reads_vectors(args.steps));
+    });
+}
+
+}  // namespace tts::cuda

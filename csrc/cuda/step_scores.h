@@ -1,0 +1,16 @@
+#pragma once
+
+#include "../cpu/step_scores.h"
+#include "stream.h"
+
+namespace tts::cuda {
+
+// Hidden units of one block of an MLP head, as kHiddenBlock is on the CPU. Of the workspace in StepScoresArgs
+// only `partials` [H1 / kHiddenUnits, S] is used.
+inline constexpr int64_t kHiddenUnits = 128;
+
+// Every step; a head with a hidden layer takes two launches, hidden_layer and one that finishes.
+void step_scores(const StepScoresArgs& args, cudaStream_t stream);
+void hidden_layer(const StepScoresArgs& args, cudaStream_t stream);
+
+}  // namespace tts::cuda
