@@ -182,7 +182,9 @@ def _float_op(op: Op, kind: str, name: str) -> str:
         return op.set(f"{name}_f64<{op.rounding()}>({op.values('f64')})")
     if kind == "f32":
         flags = f"{op.rounding()}, {cpp(op.flag('ftz'))}, {cpp(op.flag('sat'))}"
-        return op.set(f"{name}_f32<{flags}>({op.values('f32')})")
+        narrow = op.one_of({"f16", "bf16"}, "") if name != "mul" else ""  # add.f32.bf16: the first operand is narrow
+        args = f"widen32<{narrow}>({op.value(1, narrow)}), {op.value(2, 'f32')}" if narrow else op.values("f32")
+        return op.set(f"{name}_f32<{flags}>({args})")
     op.flag("rn")
     base = PACKED.get(kind, kind)
     flags = f"{base}, {cpp(op.flag('ftz'))}, {cpp(op.flag('sat'))}"
@@ -250,7 +252,9 @@ def _fma(op: Op) -> str:
         return op.set(f"fma_f64<{op.rounding()}>({op.values('f64')})")
     if kind == "f32":
         flags = f"{op.rounding()}, {cpp(op.flag('ftz'))}, {cpp(op.flag('sat'))}"
-        return op.set(f"fma_f32<{flags}>({op.values('f32')})")
+        narrow = op.one_of({"f16", "bf16"}, "")
+        factors = [f"widen32<{narrow}>({op.value(i, narrow)})" if narrow else op.value(i, "f32") for i in (1, 2)]
+        return op.set(f"fma_f32<{flags}>({', '.join(factors)}, {op.value(3, 'f32')})")
     if kind in FLOATS:
         op.flag("rn")
         flags = f"{PACKED.get(kind, kind)}, {cpp(op.flag('ftz'))}, {cpp(op.flag('sat'))}, {cpp(op.flag('relu'))}"
@@ -950,10 +954,16 @@ def _match(op: Op) -> str:
 def _redux(op: Op) -> str:
     op.one_of({"sync"})
     how = op.one_of({"add", "min", "max", "and", "or", "xor"})
-    kind = op.type({"u32", "s32", "b32"})
+    absolute, nan = op.flag("abs"), op.flag("NaN")
+    kind = op.type({"u32", "s32", "b32", "f32"} if how in ("min", "max") else {"u32", "s32", "b32"})
     sign = {"add": "+", "and": "&", "or": "|", "xor": "^"}.get(how)
     body = f"x {sign} y" if sign else f"minmax_int<{cpp_type(kind)}>(x, y, {cpp(how == 'max')})"
     a, mask = op.value(1, "b32"), op.value(2, "b32")
+    if kind == "f32":
+        body = f"minmax_float<f32, {cpp(how == 'max')}, false, {cpp(nan)}, false>(x, y)"
+        a = f"abs_f32<false>({a})" if absolute else a
+    elif absolute or nan:
+        raise op.unsupported("modifier .abs or .NaN of integers")
     return op.set(f"reduce({op.line}, {a}, {mask}, [](u32 x, u32 y) -> u32 {{ return {body}; }})")
 
 

@@ -331,7 +331,7 @@ def _registers(text: str) -> Registers:
 _VARIABLE = re.compile(
     r"(?P<linkage>(?:\.(?:visible|weak|extern|common)\s+)*)\.(?P<space>global|const|shared|local|param)\s+"
     r"(?P<attributes>(?:\.attribute\([^)]*\)\s*|\.ptr\s*(?:\.(?:global|const|shared|local)\s*)?|\.align\s+\d+\s*)*)"
-    r"(?:\.v(?P<vector>[248])\s+)?\.(?P<type>\w+)\s+(?P<mid>\.ptr\s*(?:\.\w+\s*)*(?:\.align\s+\d+\s*)?)?(?P<rest>.*)",
+    r"(?:\.v(?P<vector>[248])\s+)?\.(?P<type>\w+)\s+(?:\.ptr\s*(?:\.(?:global|const|shared|local)\s*)?(?:\.align\s+\d+\s*)?)?(?P<rest>.*)",
     re.S,
 )
 

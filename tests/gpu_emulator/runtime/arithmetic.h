@@ -193,6 +193,11 @@ EMU_INLINE typename T::Word narrow(double x, Round round = Round::kNearest) {
         return static_cast<typename T::Word>(encode<T::kExponent, T::kMantissa>(x, round));
 }
 
+template <class T>
+EMU_INLINE u32 widen32(u16 bits) {
+    return word_of(static_cast<float>(widen<T>(bits)));
+}
+
 // ---- float32 and float64 ----
 template <Round R, bool Ftz, bool Sat>
 EMU_INLINE u32 add_f32(u32 a, u32 b) {

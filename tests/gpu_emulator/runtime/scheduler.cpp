@@ -75,7 +75,8 @@ struct Thread {
 
 struct Barrier {
     u32 arrived = 0, expected = 0, votes = 0, line = 0, generation = 0;
-    char sync[2];  // one for each parity of the generation
+    bool whole = false;  // for all threads of the block, as __syncthreads
+    char sync[2];        // one for each parity of the generation
 };
 
 struct Warp {
@@ -474,7 +475,7 @@ void exit_thread() {
     block.states[thread.index] = State::kExited;
     for (u32 id = 0; id < kBarriers; ++id) {
         const Barrier& barrier = block.barriers[id];
-        if (!barrier.arrived || barrier.expected != block.threads.size()) continue;
+        if (!barrier.arrived || !barrier.whole) continue;
         for (const Thread& other : block.threads)
             if (block.states[other.index] == State::kBarrier && other.barrier == id) {
                 fault_of(other, "divergent-barrier", other.line,
@@ -520,6 +521,7 @@ BarrierResult barrier(u32 line, u32 id, u32 threads, bool aligned, bool wait, bo
     Barrier& barrier = block.barriers[id];
     if (barrier.arrived == 0) {
         barrier.expected = threads;
+        barrier.whole = whole;
         barrier.line = line;
         barrier.votes = 0;
     } else if (barrier.expected != threads) {
@@ -702,20 +704,21 @@ void cp_async_commit() {
 
 u32 cp_async_due(u32 pending) {
     Thread& thread = *run.running;
-    size_t count = 0;
-    if (pending == kAll) {
-        count = thread.copies.size();
-        thread.group_ends.clear();
-    } else if (thread.group_ends.size() > pending) {
-        const size_t groups = thread.group_ends.size() - pending;
-        count = thread.group_ends[groups - 1];
-        thread.group_ends.erase(thread.group_ends.begin(), thread.group_ends.begin() + groups);
-        for (size_t& end : thread.group_ends) end -= count;
-    }
-    tsan::as_scheduler(
-        [&] { return thread.due.assign(thread.copies.begin(), thread.copies.begin() + count), 0; });
-    thread.copies.erase(thread.copies.begin(), thread.copies.begin() + count);
-    return static_cast<u32>(count);
+    return tsan::as_scheduler([&] {
+        size_t count = 0;
+        if (pending == kAll) {
+            count = thread.copies.size();
+            thread.group_ends.clear();
+        } else if (thread.group_ends.size() > pending) {
+            const size_t groups = thread.group_ends.size() - pending;
+            count = thread.group_ends[groups - 1];
+            thread.group_ends.erase(thread.group_ends.begin(), thread.group_ends.begin() + groups);
+            for (size_t& end : thread.group_ends) end -= count;
+        }
+        thread.due.assign(thread.copies.begin(), thread.copies.begin() + count);
+        thread.copies.erase(thread.copies.begin(), thread.copies.begin() + count);
+        return static_cast<u32>(count);
+    });
 }
 
 Copy cp_async_take(u32 index) {

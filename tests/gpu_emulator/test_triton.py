@@ -1,0 +1,102 @@
+"""Triton's PTX, compiled ahead of time: what runs here is what would run on the GPU, not Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_emulator import Kernel, clang, load
+
+pytest.importorskip("triton", reason="no triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+capabilities = pytest.mark.parametrize("capability", [80, 120])
+
+
+@triton.jit
+def softmax(x, y, n, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column = tl.program_id(0), tl.arange(0, block)
+    values = tl.load(x + row * n + column, mask=column < n, other=-float("inf")).to(tl.float32)
+    weights = tl.exp(values - tl.max(values, 0))
+    tl.store(y + row * n + column, (weights / tl.sum(weights, 0)).to(y.dtype.element_ty), mask=column < n)
+
+
+@triton.jit
+def product(a, b, c, m, n, k, bm: tl.constexpr, bn: tl.constexpr, bk: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * bm + tl.arange(0, bm)
+    j = tl.program_id(1) * bn + tl.arange(0, bn)
+    total = tl.zeros((bm, bn), tl.float32)
+    for start in range(0, k, bk):
+        s = start + tl.arange(0, bk)
+        left = tl.load(a + i[:, None] * k + s[None, :], mask=(i[:, None] < m) & (s[None, :] < k), other=0.0)
+        right = tl.load(b + s[:, None] * n + j[None, :], mask=(s[:, None] < k) & (j[None, :] < n), other=0.0)
+        total = tl.dot(left, right, total)
+    tl.store(c + i[:, None] * n + j[None, :], total, mask=(i[:, None] < m) & (j[None, :] < n))
+
+
+@triton.jit
+def sort_and_scan(x, ordered, sums, positive, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    values = tl.load(x + at)
+    tl.store(ordered + at, tl.sort(values, descending=True))
+    tl.store(sums + at, tl.cumsum(values, 0))
+    tl.atomic_add(positive, tl.sum((values > 0).to(tl.int32), 0))
+
+
+class Compiled:
+    """A Triton kernel for a GPU of that capability, as a kernel of the emulator."""
+
+    def __init__(self, function: Any, types: dict[str, str], constants: dict[str, int], capability: int) -> None:
+        signature = types | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=function, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        self.ptx, self.shared, self.name = compiled.asm["ptx"], compiled.metadata.shared, compiled.metadata.name
+
+    def launch(self, grid: Any, args: list[Any], sanitize: str | None = None, seed: int = 0) -> None:
+        kernel: Kernel = load(self.ptx, self.name, sanitize=sanitize)
+        scratch = [None] * (len(kernel.params) - len(args))  # Triton's own buffers, unused here
+        kernel.launch(grid, 128, [*args, *scratch], dynamic_smem=self.shared, seed=seed)
+
+
+@capabilities
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_softmax(dtype: torch.dtype, capability: int) -> None:
+    kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    compiled = Compiled(softmax, {"x": kind, "y": kind, "n": "i32"}, {"block": 512}, capability)
+    x = torch.randn(3, 301).to(dtype)
+    y = torch.empty_like(x)
+    compiled.launch(3, [x, y, 301], seed=1)
+    torch.testing.assert_close(y, x.float().softmax(1).to(dtype))
+
+
+@pytest.mark.parametrize("sanitize", [None, "address", "thread"])
+def test_bf16_dot(sanitize: str | None) -> None:
+    """Shared memory by cp.async or stores, ldmatrix, mma.sync and barriers, as Triton arranges them."""
+    if sanitize and clang() is None:
+        pytest.skip("no clang")
+    types = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "m": "i32", "n": "i32", "k": "i32"}
+    compiled = Compiled(product, types, {"bm": 32, "bn": 32, "bk": 32}, 80)
+    a, b, c = torch.randn(40, 72).bfloat16(), torch.randn(72, 50).bfloat16(), torch.empty(40, 50)
+    compiled.launch((2, 2), [a, b, c, 40, 50, 72], sanitize, seed=2)
+    torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+@capabilities
+def test_sort_scan_and_atomics(capability: int) -> None:
+    types = {"x": "*fp32", "ordered": "*fp32", "sums": "*fp32", "positive": "*i32"}
+    compiled = Compiled(sort_and_scan, types, {"block": 256}, capability)
+    x = torch.randn(2, 256)
+    ordered, sums, positive = torch.empty_like(x), torch.empty_like(x), torch.zeros(1, dtype=torch.int32)
+    compiled.launch(2, [x, ordered, sums, positive], seed=3)
+    assert torch.equal(ordered, x.sort(1, descending=True).values)
+    torch.testing.assert_close(sums, x.cumsum(1), rtol=1e-4, atol=1e-4)
+    assert positive.item() == int((x > 0).sum())
