@@ -192,15 +192,22 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
     q_lens = [1] * len(tree.pages)
     plan = brute_plan(tree, q_lens, 8, 2, 64)
     k, v = caches(tree, 2, 64, dtype)
-    q = (torch.randn(9, 8, 64) * 300).to(dtype)
-    out, lse = tk.tree_attention(q, k, v, plan, return_lse=True)
-    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), tree, q_lens)
-    plain, plain_lse = dense_attention(q, k, v, tree, q_lens)
-    # A score near 1200 has a last bit of 2**-13, and softmax makes that a relative error of the weights: the level
-    # without fused multiply-add may be as far off as one last bit of a score, whatever plain torch happens to reach.
+    # A score near 1200 has a last bit of 2**-13, which softmax makes a relative error of the weights: the largest
+    # error of one draw is a matter of luck, theirs and ours, so the rule is applied to many.
+    found: list[list[Tensor]] = []
+    for _ in range(20):
+        q = (torch.randn(9, 8, 64) * 300).to(dtype)
+        found.append(
+            [
+                *tk.tree_attention(q, k, v, plan, return_lse=True),
+                *dense_attention(q.double(), k.double(), v.double(), tree, q_lens),
+                *dense_attention(q, k, v, tree, q_lens),
+            ]
+        )
+    out, lse, exact, exact_lse, plain, plain_lse = (torch.cat(draws) for draws in zip(*found, strict=True))
     assert out.isfinite().all()
     assert lse.isfinite().all()
-    assert_rule(out, exact, plain, slack=2.0**-13)
+    assert_rule(out, exact, plain)
     assert_rule(lse, exact_lse, plain_lse)
 
 

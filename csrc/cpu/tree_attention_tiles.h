@@ -16,6 +16,12 @@ TTS_BEGIN_ISA
 // ---- micro-kernel
 // ----------------------------------------------------------------------------------------------
 
+#if defined(__FMA__)
+inline constexpr int64_t kChain = INT64_MAX;
+#else
+inline constexpr int64_t kChain = 8;  // products that are summed one after the other, each sum rounded twice
+#endif
+
 // c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to kTileRows),
 // start = 0, or c where `accumulate`, times factor[lane] if there is one.
 template <bool kIsPairs, int kVecs>
@@ -25,31 +31,41 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float*
     constexpr int W = Vec::width, R = kTileRows;
     for (int64_t i = 0; i < rows; i += R, a += R * a_row, c += R * c_stride) {
         prefetch.step();
-        Vec acc[R][kVecs];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-            for (int v = 0; v < kVecs; ++v) {
-                acc[r][v] = accumulate ? Vec::load(c + r * c_stride + v * W) : Vec::zero();
-                if (factor) acc[r][v] = acc[r][v] * Vec::load(factor + v * W);
-            }
-        }
         const float *ak = a, *bk = b;
-        for (int64_t k = 0; k < steps; ++k, ak += a_step, bk += b_stride) {
-            Vec lanes[kVecs];
-#pragma GCC unroll 3
-            for (int v = 0; v < kVecs; ++v) lanes[v] = Vec::load(bk + v * W);
+        for (int64_t k = 0; k < steps;) {
+            const int64_t begin = k, end = steps - k < kChain ? steps : k + kChain;
+            Vec acc[R][kVecs];
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec x = Vec::all(ak[r * a_row]);
 #pragma GCC unroll 3
-                for (int v = 0; v < kVecs; ++v) acc[r][v] = mac<kIsPairs>(x, lanes[v], acc[r][v]);
+                for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
             }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
+            for (; k < end; ++k, ak += a_step, bk += b_stride) {
+                Vec lanes[kVecs];
 #pragma GCC unroll 3
-            for (int v = 0; v < kVecs; ++v) acc[r][v].store(c + r * c_stride + v * W);
+                for (int v = 0; v < kVecs; ++v) lanes[v] = Vec::load(bk + v * W);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const Vec x = Vec::all(ak[r * a_row]);
+#pragma GCC unroll 3
+                    for (int v = 0; v < kVecs; ++v) acc[r][v] = mac<kIsPairs>(x, lanes[v], acc[r][v]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+                for (int v = 0; v < kVecs; ++v) {
+                    float* to = c + r * c_stride + v * W;
+                    const Vec x = acc[r][v];
+                    if (begin > 0 || (accumulate && !factor)) {
+                        (Vec::load(to) + x).store(to);
+                    } else if (accumulate) {
+                        fma(Vec::load(to), Vec::load(factor + v * W), x).store(to);
+                    } else {
+                        x.store(to);
+                    }
+                }
+            }
         }
     }
 }
