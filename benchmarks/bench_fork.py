@@ -21,12 +21,12 @@ SURVIVORS, BRANCHES = 16, 64
 @pytest.mark.parametrize("length", [1024, 8192, 8197])
 def test_fork_and_append(benchmark: Any, length: int) -> None:
     """A length that is not a multiple of 16, the page size, makes 48 copies of tail pages in each cache."""
-    forest = tk.KVForest(4096)
+    forest = tk.KVForest(2048)
     root = forest.add_root()
-    forest.append([root], [length // 2])
+    forest.append([root], [length - 512])
     survivors = forest.fork([root] * SURVIVORS)
     forest.free([root])
-    forest.append(survivors, [length - length // 2] * SURVIVORS)
+    forest.append(survivors, [512] * SURVIVORS)
     parents = [survivors[b // (BRANCHES // SURVIVORS)] for b in range(BRANCHES)]
     cache = tk.KVCache(LAYERS, forest.stats().pages_total, KV_HEADS, DIM, 16, torch.bfloat16)
     caches = [*cache.k, *cache.v]
