@@ -306,3 +306,41 @@ ret;
     with pytest.raises(KernelFault, match="waits at barrier 2") as caught:
         Module(text).kernel().launch(1, 96)
     assert caught.value.kind == "divergent-barrier"
+
+
+def test_stored_matrices_come_back_as_they_were_loaded() -> None:
+    text = (
+        HEAD
+        + """.visible .entry k(.param .u64 p0) {
+.reg .b64 %p; .reg .b32 %r<8>; .shared .align 16 .b8 tile[256];
+ld.param.u64 %p, [p0];
+mov.u32 %r1, %tid.x;
+shl.b32 %r1, %r1, 2;
+cvt.u64.u32 %rd1, %r1;
+add.s64 %p, %p, %rd1;
+mov.u32 %r2, tile;
+add.s32 %r3, %r2, %r1;
+ld.global.v2.b16 {%h1, %h2}, [%p];
+st.shared.v2.b16 [%r3], {%h1, %h2};
+ld.global.u32 %r4, [%p+128];
+st.shared.u32 [%r3+128], %r4;
+bar.warp.sync -1;
+shl.b32 %r5, %r1, 2;
+and.b32 %r5, %r5, 255;
+add.s32 %r5, %r2, %r5;
+ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r6, %r7}, [%r5];
+bar.warp.sync -1;
+stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%r5], {%r7, %r6};
+bar.warp.sync -1;
+ld.shared.u32 %r4, [%r3];
+st.global.u32 [%p], %r4;
+ld.shared.u32 %r4, [%r3+128];
+st.global.u32 [%p+128], %r4;
+ret;
+}
+""".replace("%r<8>;", "%r<8>; .reg .b64 %rd<2>; .reg .b16 %h<3>;")
+    )
+    x = torch.randint(0, 30000, (2, 8, 8), dtype=torch.int16)
+    y = x.clone()
+    Module(text).kernel().launch(1, 32, [y], seed=1)
+    assert torch.equal(y, x.flip(0).transpose(1, 2))
