@@ -22,7 +22,6 @@ from tts_search.adapters.transformers import (
     load_decoder,
     load_tokenizer,
     model_shape,
-    read_tensors,
     register,
 )
 from tts_search.decoder import KVPool
@@ -253,14 +252,3 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path)
     for load in (load_tokenizer, load_config):
         with pytest.raises(FileNotFoundError, match="path_or_id: expected the folder of a checkpoint"):
             load(str(tmp_path / "nothing"))
-
-
-def test_tensors_are_read_by_name_from_shards(tmp_path: Path) -> None:
-    model = tiny_model(head="tokens")
-    model.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    tensors = read_tensors(str(tmp_path), ["score.weight", "score.bias", "nothing"])
-    assert tensors.keys() == {"score.weight", "score.bias"}
-    assert torch.equal(tensors["score.weight"], model.score.weight)
-    with pytest.raises(FileNotFoundError, match="safetensors"):
-        read_tensors(str(tmp_path.parent), ["score.weight"])

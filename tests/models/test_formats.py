@@ -35,9 +35,8 @@ def test_a_format_is_a_value_that_json_can_carry() -> None:
     [
         ({"head": "label_pair", "boundary": "x", "colour": 1}, "unknown colour; known are .*boundary"),
         ({"boundary": "x"}, "expected a 'head'"),
-        ({"head": "regression", "boundary": "x"}, "head: expected one of label_pair, two_class, got 'regression'"),
-        ({"head": "two_class"}, "expected a boundary"),
-        ({"head": "two_class", "boundary": "x", "encoding": "bytes"}, "encoding: expected one of text, pieces"),
+        ({"head": "regression", "boundary": "x"}, "head: expected one of label_pair, .*, got 'regression'"),
+        ({"head": "two_class", "boundary": "x", "encoding": "bytes"}, "encoding: expected one of text, steps, pieces"),
         ({"head": "two_class", "boundary": "x", "score_at": "start"}, "score_at: expected one of boundary, closing"),
         ({"head": "two_class", "boundary": "x", "prompt": "{steps}"}, r"expected one \{problem\} and then"),
         (
@@ -54,15 +53,19 @@ def test_entries_that_are_wrong(entry: dict, message: str) -> None:
 
 def test_formats_are_found_by_name_and_by_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = SimpleNamespace(architectures=["Qwen2ForTokenClassification"], num_labels=2)
-    assert format_of("auto", tokens).name == "two_class"
+    assert format_of("auto", tokens, tensors=["score.weight"]).name == "two_class"
     assert format_of("yes_no", tokens).name == "yes_no"
     assert format_of("auto", SimpleNamespace(tts_verifier="yes_no")).name == "yes_no"
     plain = SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llama")
-    with pytest.raises(ValueError, match=r"nothing in the configuration of this llama .* two_class, yes_no"):
+    with pytest.raises(
+        ValueError, match=r"nothing in the name '' or the configuration of this llama .* two_class, .* yes_no"
+    ):
         format_of("auto", plain)
-    with pytest.raises(ValueError, match="expected auto, two_class, yes_no or a VerifierFormat, got 'qwen'"):
+    with pytest.raises(ValueError, match=r"expected auto, math_shepherd, .* or a VerifierFormat, got 'qwen'"):
         format_of("qwen", plain)
-    mine = VerifierFormat("mine", "two_class", boundary="\n", matches=lambda config: config.model_type == "llama")
+    mine = VerifierFormat("mine", "two_class", boundary="\n", architectures=("LlamaForCausalLM",), tensors=("head",))
     monkeypatch.setitem(FORMATS, "mine", mine)
     assert register_format(mine) is FORMATS["mine"]
-    assert format_of("auto", plain) is mine
+    assert format_of("auto", plain, tensors=["head", "other"]) is mine
+    with pytest.raises(ValueError, match="nothing in the name"):
+        format_of("auto", plain, tensors=["other"])

@@ -73,7 +73,7 @@ def texts(name: str, problem: str, steps: tuple[str, ...]) -> list[str]:
     body = [text for i, step in enumerate(parts) for text in (separator if i else "", step, boundary)]
     problem = harmless(problem)
     if name == "two_class":
-        return [problem, *body]
+        return [f"<|bos|>{problem}", *body]
     if name == "pieces":
         return [problem, "\n", *body]
     if name == "special token":
@@ -113,7 +113,7 @@ class Counter:
     def __init__(self, verifier: HFVerifier) -> None:
         self.decoder, self.shape = verifier.decoder, verifier.decoder.shape
         self.sizes: list[int] = []
-        verifier.decoder = self
+        verifier._lane.decoder = self
 
     def hidden(self, batch: Batch, kv, rows: Tensor | None = None) -> Tensor:
         self.sizes.append(batch.tokens.numel())
@@ -190,7 +190,7 @@ def test_a_small_pool_gives_the_same_scores(made: tuple[str, str, PreTrainedMode
     large = list(random_search(verifier, random.Random(5)))
     longest = max(node.branch.length for nodes in verifier._problems.values() for node in nodes.values())
     small = HFVerifier(path)
-    small._pool = small_pool(small.decoder, longest // 4 + 24)
+    small._lane.pool = small_pool(small.decoder, longest // 4 + 24)
     for (_, _, scores), (_, _, wanted) in zip(random_search(small, random.Random(5)), large, strict=True):
         assert scores == pytest.approx(wanted, abs=1e-5)
     much, little = ([each.end(number) for number in (4, 9)] for each in (verifier, small))
@@ -270,7 +270,7 @@ def test_bfloat16_scores_are_close(tmp_path: Path) -> None:
 def test_texts_that_do_not_fit_fail_alone(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, model_of("separator"), verifier=FORMATS["separator"])
     verifier = HFVerifier(path)
-    verifier._pool = small_pool(verifier.decoder, 40)  # 160 tokens
+    verifier._lane.pool = small_pool(verifier.decoder, 40)  # 160 tokens
     verifier.begin(0, PROBLEM)
     verifier.begin(1, PROBLEM)
     too_long, fine, too_large = verifier.score(

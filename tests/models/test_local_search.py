@@ -49,7 +49,7 @@ def test_a_search_is_the_same_in_a_pool_far_too_small(paths: tuple[str, str], na
     large = search(PROBLEMS, policy, verifier, config, progress=False)
     small_policy, small_verifier = HFPolicy(paths[0]), HFVerifier(paths[1])
     small_policy._pool = small_pool(small_policy.decoder, 36)
-    small_verifier._pool = small_pool(small_verifier.decoder, 72)
+    small_verifier._lane.pool = small_pool(small_verifier.decoder, 72)
     small = search(PROBLEMS, small_policy, small_verifier, config, progress=False)
     assert_same(small, large)
     for each in (policy, verifier, small_policy, small_verifier):

@@ -12,16 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.decoder import Batch, Decoder, DecoderShape
-
-if TYPE_CHECKING:
-    from tts_search.verifiers.formats import VerifierFormat
+from tts_search.decoder import Batch, DecoderShape
 
 try:
     import transformers
@@ -37,6 +34,8 @@ ATTENTION: Final = "tts_kernels"
 # Options of a configuration that do something to what comes out of the LM head.
 _LOGIT_OPTIONS: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call their number
+# TRL's wrapper of a model with a value head may have been saved with its own name in front of the model's.
+_RENAMED: Final = {r"^pretrained_model\.": ""}
 _NO_LIMIT: Final = 2**17  # context of a model whose configuration names none
 # Keyword arguments of an attention function that change its result in a way that tree_attention cannot follow.
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
@@ -279,7 +278,11 @@ def load_decoder(
         transformers.logging.set_verbosity_error()  # it would warn of the head, which is read by itself
     try:
         model, loading = auto.from_pretrained(
-            path_or_id, dtype=dtype or "auto", attn_implementation=ATTENTION, output_loading_info=True
+            path_or_id,
+            dtype=dtype or "auto",
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            key_mapping=_RENAMED,
         )
     finally:
         transformers.logging.set_verbosity(level)
@@ -373,73 +376,3 @@ def eos_tokens(path_or_id: str, tokenizer: Any) -> frozenset[int]:
     for value in (generation.eos_token_id, tokenizer.eos_token_id):
         ids.update(value if isinstance(value, Sequence) else () if value is None else (value,))
     return frozenset(ids)
-
-
-def score_head(path_or_id: str, entry: VerifierFormat, decoder: Decoder, tokenizer: Any) -> tk.ScoreHead:
-    """The head of a verifier's format, from the LM head or from tensors of the checkpoint.
-
-    Raises
-    ------
-    ValueError
-        If a label is not one token, the LM head cannot be cut into rows, or a tensor is missing; naming it.
-    """
-    if entry.head == "two_class":
-        names = [entry.weight] if entry.bias is None else [entry.weight, entry.bias]
-        tensors = read_tensors(path_or_id, names)
-        if missing := [name for name in names if name not in tensors]:
-            raise ValueError(
-                f"{path_or_id}: format {entry.name!r} found no {' and no '.join(missing)} in the checkpoint"
-            )
-        return tk.ScoreHead.two_class(tensors[entry.weight], tensors.get(entry.bias or ""), entry.good)
-    try:
-        rows, bias = decoder.head_rows([label_token(tokenizer, label) for label in entry.labels])
-    except ValueError as error:
-        raise ValueError(f"{path_or_id}: format {entry.name!r}: {error}") from error
-    if bias is None:
-        return tk.ScoreHead.label_pair(rows[0], rows[1])
-    return tk.ScoreHead.scalar(rows[0].float() - rows[1].float(), bias[0].float() - bias[1].float())
-
-
-def label_token(tokenizer: Any, label: str | int) -> int:
-    """The id of a label that is an id, or the text of one token; ValueError else."""
-    if isinstance(label, int):
-        if not 0 <= label < len(tokenizer):
-            raise ValueError(f"labels: expected a token id below {len(tokenizer)}, got {label}")
-        return label
-    ids: list[int] = tokenizer(label, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ValueError(f"labels: expected the text of one token, got {label!r}, which is {len(ids)} tokens: {ids}")
-    return ids[0]
-
-
-def read_tensors(path_or_id: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensors of a safetensors checkpoint by name, whole or in shards; those that are there.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the checkpoint has no safetensors weights.
-    """
-    import json
-
-    from safetensors import safe_open
-    from transformers.utils.hub import cached_file
-
-    def file(name: str) -> str | None:
-        found: str | None = cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False)
-        return found
-
-    if whole := file("model.safetensors"):
-        shards = dict.fromkeys(names, whole)
-    elif index := file("model.safetensors.index.json"):
-        with open(index, encoding="utf-8") as opened:
-            weight_map = json.load(opened)["weight_map"]
-        shards = {name: file(weight_map[name]) or "" for name in names if name in weight_map}
-    else:
-        raise FileNotFoundError(f"{path_or_id}: no model.safetensors (weights in pickle files are not read)")
-    tensors = {}
-    for name, shard in shards.items():
-        with safe_open(shard, framework="pt") as opened_shard:
-            if name in opened_shard.keys():  # noqa: SIM118  (not a dict)
-                tensors[name] = opened_shard.get_tensor(name)
-    return tensors

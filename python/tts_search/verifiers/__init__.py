@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tts_search.verifiers.formats import FORMATS, VerifierFormat, register_format
+from tts_search.verifiers import published  # noqa: F401  (registers the formats)
+from tts_search.verifiers.formats import FORMATS, Judge, VerifierFormat, register_format
 
-__all__ = ["FORMATS", "VerifierFormat", "register_format"]
+__all__ = ["FORMATS", "Judge", "VerifierFormat", "register_format"]

@@ -1,0 +1,225 @@
+r"""The formats of published verifiers, one entry each; docs/verifiers.md says what each was checked on.
+
+Where authors' code and popular wrappers of it differ, the entry follows the authors, with one score a step.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tts_search.verifiers.formats import VerifierFormat, register_format
+
+STEP_TAG: Final = " \u043a\u0438"  # " ки", the step tag of Math-Shepherd
+_REASON: Final = "Please reason step by step, and put your final answer within \\boxed{}."
+
+register_format(
+    VerifierFormat(
+        name="math_shepherd",
+        source="https://huggingface.co/peiyi9979/math-shepherd-mistral-7b-prm",
+        head="label_pair",
+        labels=("+", "-"),
+        prompt="{problem} {steps}",
+        boundary=STEP_TAG,
+        separator="\n",
+        ids=("math-shepherd",),
+    )
+)
+
+# A conversation: the user says the problem and the first step, then a step a turn; the assistant would say + or -.
+register_format(
+    VerifierFormat(
+        name="rlhflow",
+        source="https://github.com/RLHFlow/RLHF-Reward-Modeling/blob/main/math-rm/prm_evaluate.py",
+        head="label_pair",
+        labels=("+", "-"),
+        chat=(("user", "{problem} {steps}"),),
+        reply="+",
+        ids=("prm-mistral-data", "prm-deepseek-data"),
+    )
+)
+
+# The authors' code scores every line; here a step is a line, as in compute-optimal-tts.
+register_format(
+    VerifierFormat(
+        name="skywork",
+        source="https://github.com/SkyworkAI/skywork-o1-prm-inference/blob/main/model_utils/io_utils.py",
+        head="scalar",
+        weight="v_head.summary.weight",
+        bias="v_head.summary.bias",
+        prompt="{problem}\n{steps}",
+        boundary="\n",
+        replace=(("\n", " "),),
+        encoding="steps",
+        bos=True,
+        ids=("skywork-o1-open-prm",),
+        architectures=("Qwen2ForPrmModel", "Qwen2ForCausalLM"),
+        tensors=("v_head.summary.weight",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="qwen_math_prm",
+        source="https://huggingface.co/Qwen/Qwen2.5-Math-PRM-7B",
+        head="mlp",
+        inner_weight="score.0.weight",
+        inner_bias="score.0.bias",
+        weight="score.2.weight",
+        bias="score.2.bias",
+        chat=(("system", _REASON), ("user", "{problem}"), ("assistant", "{steps}")),
+        boundary="<extra_0>",
+        ids=("qwen2.5-math-prm", "qwen2.5-math-7b-prm800k"),
+        architectures=("Qwen2ForProcessRewardModel",),
+        tensors=("score.0.weight", "score.2.weight"),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="reasonflux_7b",
+        source="https://huggingface.co/Gen-Verse/ReasonFlux-PRM-7B",
+        head="mlp",
+        weight="score.2.weight",
+        bias="score.2.bias",
+        chat=(("user", "{problem}"), ("assistant", "{steps}")),
+        boundary="<extra_0>",
+        ids=("reasonflux-prm-7b",),
+    )
+)
+
+# A score of the whole trajectory, read at the last token so far.
+register_format(
+    VerifierFormat(
+        name="reasonflux_1.5b",
+        source="https://github.com/Gen-Verse/ReasonFlux/blob/main/ReasonFlux_PRM/utils/rm_utils.py",
+        head="scalar",
+        head_file="reward_head.pt",
+        weight="weight",
+        bias="bias",
+        prompt="{problem}{steps}",
+        separator="\n\n",
+        ids=("reasonflux-prm-1.5b",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="versaprm",
+        source="https://github.com/UW-Madison-Lee-Lab/VersaPRM/blob/main/evaluation/prm_models/prm_llama.py",
+        head="label_pair",
+        labels=("+", "-"),
+        prompt="{problem} \n\n{steps}",
+        boundary=" \n\n\n\n",
+        replace=(("\n\n\n\n", "\n\n"),),
+        ids=("versaprm", "llama-prm800k", "qwen-prm800k"),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="math_psa",
+        source="https://huggingface.co/openreasoner/Math-psa",
+        head="label_pair",
+        labels=(" +", " -"),
+        prompt="{problem} {steps}",
+        boundary=" \n\n\n\n\n",
+        separator=" ",
+        replace=(("\n\n\n\n\n", "\n\n"),),
+        ids=("math-psa",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="er_prm",
+        source="https://github.com/RyanLiu112/compute-optimal-tts/blob/main/src/reason/inference/rm_call.py",
+        head="label_pair",
+        labels=(" +", " -"),
+        prompt="{problem} {steps}",
+        boundary=STEP_TAG,
+        ids=("llama3.1-math-prm", "er-prm"),
+    )
+)
+
+# Q-values are ranked, not probabilities: the value head's output as it is.
+register_format(
+    VerifierFormat(
+        name="pqm",
+        source="https://github.com/WindyLee0822/Process_Q_Model/blob/main/bon_eval_hf.py",
+        head="scalar",
+        weight="v_head.summary.weight",
+        bias="v_head.summary.bias",
+        activation="identity",
+        prompt=(
+            "Below is an instruction that describes a task.\nWrite a response that appropriately completes the request."
+            "\n\n### Instruction:\n{problem}\n\n### Response: Let's think step by step\n{steps}"
+        ),
+        numbered="Step {number}: ",
+        boundary=" [PRM]",
+        separator="\n",
+        bos=False,
+        tokens=("[PRM]",),
+        ids=("pqm",),
+        architectures=("LlamaForCausalLM",),
+        tensors=("v_head.summary.weight",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="two_class",
+        source="https://huggingface.co/docs/trl/prm_trainer",
+        head="two_class",
+        prompt="{problem}{steps}",
+        boundary="\n",
+        encoding="steps",
+        bos=True,
+        architectures=("ForTokenClassification",),
+        tensors=("score.weight",),
+    )
+)
+
+# The last layer was trained to give the same logit for every token; the authors take the mean. The scored token is the
+# first of the two newlines that end a step.
+register_format(
+    VerifierFormat(
+        name="llemma",
+        source="https://huggingface.co/ScalableMath/llemma-7b-prm-prm800k-level-1to3-hf",
+        head="vocab_mean",
+        prompt="# Question\n\n{problem}\n\n# Solution\n\n{steps}",
+        boundary="\n",
+        separator="\n",
+        replace=(("\n\n", "\n"),),
+        ids=("llemma-7b-prm", "llemma-7b-oprm"),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="llemma_logit",
+        source="https://github.com/SqueezeAILab/ETS",
+        head="label",
+        labels=(8094,),
+        prompt="{problem} {steps}",
+        boundary=STEP_TAG,
+        separator="\n",
+    )
+)
+
+# A chat model that is asked, without any training for it, whether the solution so far is right.
+register_format(
+    VerifierFormat(
+        name="yes_no",
+        head="label_pair",
+        labels=("Yes", "No"),
+        chat=(
+            (
+                "user",
+                "Problem:\n{problem}\n\nSolution so far:\n{steps}\n\nIs every step of this solution so far correct? "
+                "Answer with Yes or No.",
+            ),
+        ),
+        separator="\n\n",
+        score_at="closing",
+    )
+)

@@ -1,0 +1,206 @@
+"""Turns problems and steps into tokens, as a format says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tts_search.verifiers.formats import NUMBER, PROBLEM, STEP, STEPS, VerifierFormat
+
+__all__ = ["Reader", "Tail"]
+
+# Stand for the steps while a chat template is rendered: no template and no problem writes them.
+_MARK: Final = "\ue0f0steps\ue0f1"
+_NEXT: Final = "\ue0f0next\ue0f1"
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The end of a text, from a place on where its tokens do not depend on what comes before.
+
+    ``token`` is the place of its first token in the whole text; ``closing`` the text behind the steps.
+    """
+
+    text: str
+    token: int
+    tokens: list[int]
+    closing: str = ""
+
+
+class Reader:
+    """Encodes the text of a format step by step.
+
+    With ``encoding="text"`` the tokens are those of the whole text. Only its end is encoded again when a step is added:
+    from the last special token on, where every tokenizer cuts. The tokens that come out different are the ones to read.
+    """
+
+    def __init__(self, tokenizer: Any, entry: VerifierFormat) -> None:
+        self.tokenizer = tokenizer
+        self.format = entry
+        if missing := [token for token in entry.tokens if token not in tokenizer.get_vocab()]:
+            tokenizer.add_special_tokens({"additional_special_tokens": missing})
+        self._bos = _beginning(tokenizer, entry)
+        *prompt, closing = self._template()
+        self.boundary, self.separator = self._turn() if entry.reply else (entry.boundary, entry.separator)
+        if entry.score_at == "closing" and not self._closing(closing, "", 1):
+            raise ValueError(f"format {entry.name!r}: expected text behind {STEPS} to score at, got none")
+        added = tokenizer.added_tokens_decoder
+        fixed = "".join((*prompt, closing, self.boundary, self.separator))
+        tag = self.boundary.strip()
+        forgeable = {token.content for token in added.values() if token.special or token.content in fixed}
+        forgeable |= {tag} if re.search(r"\w", tag) and not any(each in tag for each in forgeable) else set()
+        longest_first = sorted(forgeable, key=len, reverse=True)
+        self._forged = re.compile("|".join(map(re.escape, longest_first))) if forgeable else None
+        self._number = re.compile(re.escape(entry.numbered.strip()).replace(re.escape(NUMBER), r"\d+"))
+        self._cuts = frozenset(
+            number for number, token in added.items() if token.special and not (token.lstrip or token.single_word)
+        )
+
+    def prompt(self, problem: str) -> tuple[list[int], Tail]:
+        """The tokens before the first step."""
+        problem = self._harmless(problem)
+        if self.format.encoding == "pieces":
+            before, between, closing = self._template()
+            parts = [self._bos + before, problem, between]
+        else:
+            before, between, closing = self._template(problem)
+            parts = [self._bos + before + between]
+        _, tokens, tail = self._extend(Tail("", 0, [], closing), parts)
+        return tokens, tail
+
+    def step(self, tail: Tail, step: str, number: int) -> tuple[int, list[int], Tail]:
+        """How many tokens before step ``number`` (from 1) stay, the tokens from there to the end of its boundary, and
+        the new end.
+
+        Raises
+        ------
+        ValueError
+            If the step is empty.
+        """
+        return self._extend(tail, ["" if number == 1 else self.separator, self._clean(step, number), self.boundary])
+
+    def closing(self, tail: Tail, step: str = "", number: int = 1) -> tuple[int, list[int], Tail]:
+        """The same for the text behind the steps; ``step`` is the one that is judged, if it is to stand there."""
+        if step:
+            step = self._clean(step, number)
+        return self._extend(tail, [self._closing(tail.closing, step, number)])
+
+    def continued(self, tail: Tail, text: str) -> tuple[int, list[int], Tail]:
+        """The same for any text of ours."""
+        return self._extend(tail, [text])
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text by itself."""
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _clean(self, step: str, number: int) -> str:
+        """A step as it is read."""
+        entry = self.format
+        text = step.strip() if entry.strip else step
+        if entry.numbered and (found := self._number.match(text)):
+            text = text[found.end() :].lstrip()
+        for old, new in entry.replace:
+            while old in text:
+                text = text.replace(old, new)
+        if not text.strip():
+            raise ValueError(f"step {number} is empty: {step!r:.50}")
+        return self._harmless(entry.numbered.replace(NUMBER, str(number)) + text)
+
+    def _closing(self, text: str, step: str, number: int) -> str:
+        judge = self.format.judge
+        if judge is None:
+            return text
+        none = judge.no_steps if number == 1 else ""
+        return none + text + judge.question.replace(NUMBER, str(number)).replace(STEP, step)
+
+    def _extend(self, tail: Tail, parts: Sequence[str]) -> tuple[int, list[int], Tail]:
+        if self.format.encoding != "text":
+            tokens = [token for part in parts if part for token in self.encode(part)]
+            return tail.token, tokens, Tail("", tail.token + len(tokens), [], tail.closing)
+        text = tail.text + "".join(parts)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = encoded["input_ids"]
+        same = _common(tail.tokens, tokens)
+        cut = next((i for i in range(len(tokens) - 1, 0, -1) if tokens[i] in self._cuts), 0)
+        begin = encoded["offset_mapping"][cut][0] if cut else 0
+        return tail.token + same, tokens[same:], Tail(text[begin:], tail.token + cut, tokens[cut:], tail.closing)
+
+    def _harmless(self, text: str) -> str:
+        """Text in which nobody can write a token that means something to the model: a space breaks it up."""
+        return text if self._forged is None else self._forged.sub(_broken, text)
+
+    def _template(self, problem: str | None = None) -> tuple[str, str, str]:
+        """Three pieces of the prompt: before the problem, before the steps, behind them; the first two hold ``problem``
+        between them if it is given.
+
+        A chat template is rendered with the problem in it: it may trim a message.
+        """
+        entry = self.format
+        text = self._render(self._chat(problem or PROBLEM)) if entry.chat else entry.prompt.replace(STEPS, _MARK)
+        before, found, closing = text.partition(_MARK)
+        if problem is not None and entry.chat:
+            present, between = problem.strip() in before, ""
+        else:
+            before, mark, between = before.partition(PROBLEM)
+            before, present = before + (problem or ""), bool(mark)
+        if not (found and present):
+            raise ValueError(f"format {entry.name!r}: the chat template leaves {PROBLEM} or {STEPS} out of {text!r}")
+        return before, between, closing
+
+    def _chat(self, problem: str) -> list[tuple[str, str]]:
+        return [(role, text.replace(STEPS, _MARK).replace(PROBLEM, problem)) for role, text in self.format.chat]
+
+    def _turn(self) -> tuple[str, str]:
+        """Boundary and separator of a format with a reply: from a step to the reply, from there to the next step."""
+        entry = self.format
+        opened = self._render(self._chat(PROBLEM)).partition(_MARK)[2]
+        turns = [*self._chat(PROBLEM), ("assistant", entry.reply), ("user", _NEXT)]
+        whole = self._render(turns, generation_prompt=False).partition(_MARK)[2].partition(_NEXT)[0]
+        if not whole.startswith(opened + entry.reply):
+            raise ValueError(
+                f"format {entry.name!r}: expected a chat template with {opened!r} before an answer, got {whole!r}"
+            )
+        return opened, whole[len(opened) :]
+
+    def _render(self, turns: Sequence[tuple[str, str]], generation_prompt: bool | None = None) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"format {self.format.name!r} needs a chat template, which this tokenizer does not have")
+        if generation_prompt is None:
+            generation_prompt = self.format.generation_prompt and turns[-1][0] != "assistant"
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+        )
+        if self.format.generation_prompt or not (end := self.tokenizer.eos_token):
+            return text
+        return text.removesuffix("\n").removesuffix(end) if text.removesuffix("\n").endswith(end) else text
+
+
+def _beginning(tokenizer: Any, entry: VerifierFormat) -> str:
+    """The beginning-of-text token if it stands before the prompt, else nothing."""
+    token: str | None = tokenizer.bos_token
+    if entry.chat or entry.bos is False or token is None:
+        return ""
+    if entry.bos is None and tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return ""
+    return token
+
+
+def _broken(found: re.Match[str]) -> str:
+    text = found[0]
+    return f"{text[0]} {text[1:]}" if len(text) > 1 else " "
+
+
+def _common(old: Sequence[int], new: Sequence[int]) -> int:
+    """How many leading tokens are the same, leaving at least one new token to read."""
+    limit = min(len(old), len(new) - 1)
+    return next((i for i in range(limit) if old[i] != new[i]), max(limit, 0))
