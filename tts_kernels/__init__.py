@@ -12,6 +12,7 @@ from .kv_cache import KVCache
 from .ops.aggregate_steps import aggregate_steps
 from .ops.append_kv import append_kv_
 from .ops.copy_pages import copy_pages_
+from .ops.decoder_layers import DecoderLayer, DecoderLayers, decoder_layers_
 from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.linear_logprob import linear_logprob
 from .ops.merge_states import merge_states
@@ -32,6 +33,8 @@ __all__ = [
     "Append",
     "AttentionPlan",
     "BackendInfo",
+    "DecoderLayer",
+    "DecoderLayers",
     "ForestStats",
     "KVCache",
     "KVForest",
@@ -46,6 +49,7 @@ __all__ = [
     "backend_info",
     "copy_pages_",
     "debug_checks",
+    "decoder_layers_",
     "linear",
     "linear_logprob",
     "merge_states",

@@ -371,3 +371,44 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; [T, I]."""
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def decoder_layers_(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor],
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    rows: Tensor | None,
+    plan: Sequence[Tensor],
+    page_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    max_slots: int,
+    intermediate: int,
+    windows: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """The operators of each layer one after another; twelve weights a layer, an empty one is not there."""
+    hidden, head_dim = x.shape[1], cos_sin.shape[1]
+    inner, scale = num_q_heads * head_dim, float(head_dim) ** -0.5
+    qkv_width = inner + 2 * num_kv_heads * head_dim
+    for i, window in enumerate(windows):
+        norm, qkv, _, _, _, o, _, post_norm, gate_up, _, down, _ = layer = weights[12 * i : 12 * i + 12]
+        qkv_bias, q_norm, k_norm, o_bias, gate_up_bias, down_bias = (
+            layer[part] if layer[part].numel() else None for part in (2, 3, 4, 6, 9, 11)
+        )
+        projected = linear(rms_norm(x, norm, eps, None)[0], qkv, hidden, qkv_width, qkv_bias, None)
+        heads = (num_q_heads, num_kv_heads, q_norm, k_norm, eps)
+        q = rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads)
+        tables = (plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7])
+        sizes = (page_size, num_kv_heads, max_slots, scale, 0.0, window)
+        attended = tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes)[0].flatten(1)
+        if rows is not None and i == len(windows) - 1:
+            attended, x = attended[rows.long()], x[rows.long()]
+        x = linear(attended, o, inner, hidden, o_bias, x)
+        units = linear(rms_norm(x, post_norm, eps, None)[0], gate_up, hidden, 2 * intermediate, gate_up_bias, None)
+        x = linear(swiglu(units), down, intermediate, hidden, down_bias, x)
+    return x

@@ -1,5 +1,5 @@
 // torch.ops.tts_kernels.pack_linear and linear
-#include "common.h"
+#include "decoder.h"
 
 namespace tts::ops {
 namespace {
@@ -23,6 +23,8 @@ Tensor pack_linear(const Tensor& weight_in) {
     parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) { kernels().pack_linear(args, begin, end); });
     return out;
 }
+
+}  // namespace
 
 Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int64_t out_features,
               const std::optional<Tensor>& bias_in, const std::optional<Tensor>& residual_in) {
@@ -72,8 +74,6 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
     for_units(args.cut.units, threads, [&](int64_t unit) { kernels().linear(args, unit, unit + 1); });
     return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("pack_linear(Tensor weight) -> Tensor");

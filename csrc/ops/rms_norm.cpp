@@ -1,8 +1,7 @@
 // torch.ops.tts_kernels.rms_norm
-#include "common.h"
+#include "decoder.h"
 
 namespace tts::ops {
-namespace {
 
 // Without a residual the second result is empty.
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps,
@@ -29,8 +28,6 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
                  [&](int64_t begin, int64_t end) { kernels().rms_norm(args, begin, end); });
     return {normed, sum};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor)");

@@ -1,5 +1,6 @@
 // torch.ops.tts_kernels.rope_append_
 #include "attention.h"
+#include "decoder.h"
 
 namespace tts::ops {
 namespace {
@@ -15,6 +16,8 @@ const void* head_norm(const std::optional<Tensor>& weight, int64_t head_dim, DTy
     require(array.dtype == type, "norm");
     return array.data;
 }
+
+}  // namespace
 
 Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& positions_in, const Tensor& cos_sin_in, const Tensor& slots_in,
@@ -54,8 +57,6 @@ Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v
                  [&](int64_t begin, int64_t end) { kernels().rope_append(args, begin, end); });
     return q;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def(

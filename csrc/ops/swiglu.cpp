@@ -1,8 +1,7 @@
 // torch.ops.tts_kernels.swiglu
-#include "common.h"
+#include "decoder.h"
 
 namespace tts::ops {
-namespace {
 
 Tensor swiglu(const Tensor& gate_up_in) {
     const Tensor gate_up = dense_rows(gate_up_in);
@@ -19,8 +18,6 @@ Tensor swiglu(const Tensor& gate_up_in) {
                  [&](int64_t begin, int64_t end) { kernels().swiglu(args, begin, end); });
     return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) { m.def("swiglu(Tensor gate_up) -> Tensor"); }
 

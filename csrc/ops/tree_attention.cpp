@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "attention.h"
+#include "decoder.h"
 
 namespace tts::ops {
 namespace {
@@ -152,6 +153,8 @@ void run_merge(const TreeAttentionArgs& args) {
     });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
                                           const Tensor& rows, const Tensor& positions, const Tensor& pages,
                                           const Tensor& segments, const Tensor& tasks,
@@ -204,8 +207,6 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
     run_merge(args);
     return {out, lse};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def(

@@ -5,15 +5,15 @@
     x = x + down(swiglu(gate_up(norm(x))))
     hidden = norm(x), logits = lm_head(hidden)       for the rows that are asked for
 
-Nine kernels a layer and nothing between them: weights are packed when the model is loaded, projections that read the
-same rows are one, and a plan serves all layers. No kernel mixes rows, except that attention reads the keys and values
-of a row's own branch; see `LlamaDecoder` for what follows from that.
+Weights are packed when the model is loaded, projections that read the same rows are one, a plan serves all layers, and
+all layers are one call (`tts_kernels.decoder_layers_`). Nothing mixes rows, except that attention reads the keys and
+values of a row's own branch; see `LlamaDecoder` for what follows from that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,43 +48,6 @@ class LlamaConfig:
     cos_sin: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """A packed projection, of one or more weights that read the same rows."""
-
-    weight: tk.PackedLinear
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return tk.linear(x, self.weight, self.bias, residual)
-
-    @property
-    def size(self) -> int:
-        biases = 0 if self.bias is None else self.bias.numel()
-        return self.weight.in_features * self.weight.out_features + biases
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """The weights of a layer."""
-
-    window: int | None
-    input_norm: Tensor
-    qkv: _Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: _Linear
-    post_norm: Tensor
-    gate_up: _Linear
-    down: _Linear
-
-    @property
-    def size(self) -> int:
-        norms = (self.input_norm, self.q_norm, self.k_norm, self.post_norm)
-        linears = (self.qkv, self.o, self.gate_up, self.down)
-        return sum(norm.numel() for norm in norms if norm is not None) + sum(linear.size for linear in linears)
-
-
 class LlamaDecoder:
     """A model of the Llama family as a :class:`tts_search.decoder.Decoder`.
 
@@ -114,8 +77,8 @@ class LlamaDecoder:
         if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr():
             del state["embed_tokens.weight"]
         self._embedding = weights.find("embed_tokens.weight")
-        self._head = weights.linear("lm_head") if "lm_head.weight" in state else None
-        self._layers = [weights.layer(i, window) for i, window in enumerate(config.windows)]
+        self._head = weights.packed("lm_head") if "lm_head.weight" in state else None
+        self._layers = tk.DecoderLayers([weights.layer(i, window) for i, window in enumerate(config.windows)])
         self._norm = weights.take("norm.weight")
         if state:
             raise ValueError(f"state: expected the weights of a Llama, got {', '.join(sorted(state))} besides")
@@ -127,35 +90,27 @@ class LlamaDecoder:
             num_kv_heads=config.num_kv_heads,
             head_dim=head_dim,
             max_length=max_length,
-            body_parameters=sum(layer.size for layer in self._layers) + self._norm.numel(),
-            head_parameters=0 if self._head is None else self._head.size,
+            body_parameters=sum(_size(layer) for layer in self._layers.layers) + self._norm.numel(),
+            head_parameters=0 if self._head is None else self._head.in_features * self._head.out_features,
         )
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
         """Final hidden states [R, H] of the batch's rows, behind the last norm."""
-        config, last = self.config, self._layers[-1]
-        x = self._embed(batch.tokens)
-        for layer, k, v in zip(self._layers, kv.k, kv.v, strict=True):
-            q = tk.rope_append_(
-                layer.qkv(tk.rms_norm(x, layer.input_norm, config.eps)[0]),
-                k,
-                v,
-                batch.positions,
-                config.cos_sin,
-                batch.slots,
-                num_q_heads=config.num_q_heads,
-                num_kv_heads=config.num_kv_heads,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                eps=config.eps,
-            )
-            attended = tk.tree_attention(q, k, v, batch.plan, window=layer.window).flatten(1)
-            if layer is last and rows is not None:  # nobody reads the others any more
-                attended, x = attended.index_select(0, rows), x.index_select(0, rows)
-            x = layer.o(attended, residual=x)
-            x = layer.down(tk.swiglu(layer.gate_up(tk.rms_norm(x, layer.post_norm, config.eps)[0])), residual=x)
-        return tk.rms_norm(x, self._norm, config.eps)[0]
+        eps = self.config.eps
+        x = tk.decoder_layers_(
+            self._embed(batch.tokens),
+            self._layers,
+            kv.k,
+            kv.v,
+            batch.plan,
+            batch.positions,
+            self.config.cos_sin,
+            batch.slots,
+            eps=eps,
+            rows=rows,
+        )
+        return tk.rms_norm(x, self._norm, eps)[0]
 
     @torch.inference_mode()
     def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
@@ -168,20 +123,20 @@ class LlamaDecoder:
         """
         if self._head is None:
             raise ValueError("logits: this decoder was loaded without its LM head")
-        return self._head(self.hidden(batch, kv, rows))
+        return tk.linear(self.hidden(batch, kv, rows), self._head)
 
     def head_rows(self, tokens: Sequence[int]) -> tuple[Tensor, None]:
         """Rows [len(tokens), H] of the LM head, which has no bias; ValueError if it was not loaded."""
         if self._head is None:
             raise ValueError("head_rows: this decoder was loaded without its LM head")
-        return _rows(self._head.weight, torch.tensor(tokens)), None
+        return _rows(self._head, torch.tensor(tokens)), None
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [T, H] of tokens [T]."""
         if self._embedding is not None:
             return self._embedding.index_select(0, tokens)
         assert self._head is not None
-        return _rows(self._head.weight, tokens)
+        return _rows(self._head, tokens)
 
 
 def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
@@ -202,27 +157,41 @@ class _Weights:
     def find(self, name: str) -> Tensor | None:
         return self.take(name) if name in self.state else None
 
-    def linear(self, *names: str) -> _Linear:
-        """The projections of these names as one; all of them have a bias, or none."""
-        packed = tk.pack_linear(self._joined([f"{name}.weight" for name in names]))
-        biased = f"{names[0]}.bias" in self.state
-        bias = self.arena.keep(self._joined([f"{name}.bias" for name in names])) if biased else None
-        return _Linear(replace(packed, weight=self.arena.keep(packed.weight)), bias)
+    def packed(self, *names: str) -> tk.PackedLinear:
+        """The projections of these names, which read the same rows, as one."""
+        packed = tk.pack_linear(self._joined("weight", names))
+        return replace(packed, weight=self.arena.keep(packed.weight))
 
-    def _joined(self, names: Sequence[str]) -> Tensor:
-        return torch.cat([self.state.pop(name).detach() for name in names])
+    def bias(self, *names: str) -> Tensor | None:
+        """Their biases; all of them have one, or none."""
+        return self.arena.keep(self._joined("bias", names)) if f"{names[0]}.bias" in self.state else None
 
-    def layer(self, number: int, window: int | None) -> _Layer:
+    def _joined(self, part: str, names: Sequence[str]) -> Tensor:
+        return torch.cat([self.state.pop(f"{name}.{part}").detach() for name in names])
+
+    def layer(self, number: int, window: int | None) -> tk.DecoderLayer:
         layer = f"layers.{number}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        return _Layer(
-            window=window,
+        qkv, gate_up = [f"{attention}.{name}_proj" for name in "qkv"], [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        return tk.DecoderLayer(
             input_norm=self.take(f"{layer}.input_layernorm.weight"),
-            qkv=self.linear(*(f"{attention}.{name}_proj" for name in "qkv")),
+            qkv=self.packed(*qkv),
+            qkv_bias=self.bias(*qkv),
             q_norm=self.find(f"{attention}.q_norm.weight"),
             k_norm=self.find(f"{attention}.k_norm.weight"),
-            o=self.linear(f"{attention}.o_proj"),
+            o=self.packed(f"{attention}.o_proj"),
+            o_bias=self.bias(f"{attention}.o_proj"),
             post_norm=self.take(f"{layer}.post_attention_layernorm.weight"),
-            gate_up=self.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-            down=self.linear(f"{mlp}.down_proj"),
+            gate_up=self.packed(*gate_up),
+            gate_up_bias=self.bias(*gate_up),
+            down=self.packed(f"{mlp}.down_proj"),
+            down_bias=self.bias(f"{mlp}.down_proj"),
+            window=window,
         )
+
+
+def _size(layer: tk.DecoderLayer) -> int:
+    """Weights of a layer, without what fills up its panels."""
+    parts = [getattr(layer, item.name) for item in fields(layer)]
+    packed = sum(part.in_features * part.out_features for part in parts if isinstance(part, tk.PackedLinear))
+    return packed + sum(part.numel() for part in parts if isinstance(part, Tensor))
