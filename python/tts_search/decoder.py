@@ -97,10 +97,6 @@ class Decoder(Protocol):
         """Run a batch; logits [R, V] of the batch's ``rows`` [R] int64 (all of them if None), and of no others."""
         ...
 
-    def head_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Rows [len(tokens), H] of the LM head and their biases; ValueError if logits are not a plain LM head's."""
-        ...
-
 
 class KVPool:
     """A KV forest and the tensors that its pages stand for.

@@ -31,8 +31,6 @@ except ImportError as error:
     ) from error
 
 ATTENTION: Final = "tts_kernels"
-# Options of a configuration that do something to what comes out of the LM head.
-_LOGIT_OPTIONS: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call their number
 # TRL's wrapper of a model with a value head may have been saved with its own name in front of the model's.
 _RENAMED: Final = {r"^pretrained_model\.": ""}
@@ -239,14 +237,6 @@ class TransformersDecoder:
         logits: Tensor = self.model(**cache.inputs(batch), logits_to_keep=0 if rows is None else rows).logits[0]
         cache.check_layers(type(self.model).__name__)
         return logits
-
-    def head_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Rows [len(tokens), H] of the LM head and their biases; ValueError if logits are not a plain LM head's."""
-        head, config = self.model.get_output_embeddings(), self.model.config
-        if head is None or any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_OPTIONS):
-            raise ValueError(f"{type(self.model).__name__}: its logits are not those of a plain LM head")
-        rows, bias = list(tokens), getattr(head, "bias", None)
-        return head.weight[rows], None if bias is None else bias[rows]
 
     def _cache_of(self, kv: tk.KVCache) -> ForestCache:
         if self._cache is None or self._cache.kv is not kv:

@@ -125,12 +125,6 @@ class LlamaDecoder:
             raise ValueError("logits: this decoder was loaded without its LM head")
         return tk.linear(self.hidden(batch, kv, rows), self._head)
 
-    def head_rows(self, tokens: Sequence[int]) -> tuple[Tensor, None]:
-        """Rows [len(tokens), H] of the LM head, which has no bias; ValueError if it was not loaded."""
-        if self._head is None:
-            raise ValueError("head_rows: this decoder was loaded without its LM head")
-        return _rows(self._head, torch.tensor(tokens)), None
-
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [T, H] of tokens [T]."""
         if self._embedding is not None:
