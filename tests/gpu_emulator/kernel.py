@@ -45,6 +45,7 @@ def load(
     name: str | None = None,
     *,
     sanitize: str | None = None,
+    alone: bool = False,
     arch: str = "sm_80",
     options: Sequence[str] = (),
     include_dirs: Sequence[str | Path] = (),
@@ -61,6 +62,8 @@ def load(
     sanitize : {None, "address", "thread"}
         None runs in this process, with bounds, alignment and barriers checked. The others run each launch in a process
         of its own under clang's sanitizer.
+    alone : bool
+        Translate this kernel without the module's others: sooner done where they are large.
     arch, options, include_dirs
         For nvcc; a .ptx file ignores them.
 
@@ -75,7 +78,8 @@ def load(
     """
     if sanitize not in build.SANITIZERS:
         raise ValueError(f"sanitize must be None, 'address' or 'thread', got {sanitize!r}")
-    return Module(_ptx_of(source, arch, tuple(options), tuple(map(Path, include_dirs))), sanitize).kernel(name)
+    text = _ptx_of(source, arch, tuple(options), tuple(map(Path, include_dirs)))
+    return Module(text, sanitize, only=name if alone else None).kernel(name)
 
 
 def _ptx_of(source: str | Path, arch: str, options: tuple[str, ...], include_dirs: tuple[Path, ...]) -> str:
@@ -88,26 +92,34 @@ def _ptx_of(source: str | Path, arch: str, options: tuple[str, ...], include_dir
 
 
 @functools.lru_cache(maxsize=64)
-def _translated(text: str) -> Translation:
-    return translate(ptx.parse(text))
+def _translated(text: str, only: str | None) -> Translation:
+    module = ptx.parse(text)
+    if only is not None:
+        kept = _pick([f.name for f in module.functions.values() if f.entry], only)
+        module.functions = {n: f for n, f in module.functions.items() if not f.entry or n == kept}
+    return translate(module)
+
+
+def _pick(names: Sequence[str], name: str | None) -> str:
+    """The name that is `name`, or the only one that contains it."""
+    matching = [n for n in names if name is None or n == name] or [n for n in names if name and name in n]
+    if len(matching) != 1:
+        raise ValueError(f"name must pick one kernel of {list(names)}, got {name!r}")
+    return matching[0]
 
 
 class Module:
     """A translated PTX module; its kernels share its global variables."""
 
-    def __init__(self, text: str, sanitize: str | None = None) -> None:
+    def __init__(self, text: str, sanitize: str | None = None, only: str | None = None) -> None:
         self.text, self.sanitize = text, sanitize
-        self.translation = _translated(text)
+        self.translation = _translated(text, only)
         self.path = build.compile_translation(self.translation.source, sanitize)
         self.library = None if sanitize else _open(self.path)
 
     def kernel(self, name: str | None = None) -> Kernel:
         """The kernel of that name, or the one whose name contains it."""
-        names = list(self.translation.kernels)
-        matching = [n for n in names if name is None or n == name] or [n for n in names if name and name in n]
-        if len(matching) != 1:
-            raise ValueError(f"name must pick one kernel of {names}, got {name!r}")
-        return Kernel(self, matching[0])
+        return Kernel(self, _pick(list(self.translation.kernels), name))
 
     def variable(self, name: str) -> torch.Tensor:
         """The bytes of a ``__device__`` or ``__constant__`` variable, shared with the kernels."""

@@ -97,6 +97,13 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], error: type[Exceptio
         scale().launch(**(good | change))
 
 
+def test_a_kernel_alone_leaves_out_what_the_others_need() -> None:
+    text = SCALE + ".visible .entry other() { nanosleep.u32 1; ret; }\n"
+    y = torch.zeros(1, 2)
+    load(text, "scale", alone=True).launch(1, 2, [Struct(Pointers([torch.ones(2)]), y, 2, 3.0)])
+    assert y.tolist() == [[3.0, 3.0]]
+
+
 def test_a_kernel_must_be_named_if_there_are_several() -> None:
     with pytest.raises(ValueError, match="name must pick one kernel"):
         load(SCALE + ".visible .entry other() { ret; }\n")
