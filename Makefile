@@ -37,7 +37,7 @@ bench: $(VENV)/.built  ## Run the microbenchmarks; tables and plots in build/ben
 	@mkdir -p build/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider -o python_files='bench_*.py' -o timeout=0 \
 	  --benchmark-json=build/bench/bench.json --benchmark-columns=median,rounds
-	$(BIN)/python benchmarks/tabulate.py build/bench/bench.json build/bench
+	$(BIN)/python benchmarks/summary.py build/bench/bench.json build/bench
 
 lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format
 	@echo "== ruff"

@@ -1,6 +1,6 @@
 """A table and plots of what `make bench` measured::
 
-    python benchmarks/tabulate.py build/bench/bench.json build/bench
+    python benchmarks/summary.py build/bench/bench.json build/bench
 
 Writes table.md, and with matplotlib installed speedup.svg, roofline.svg and scaling.svg.
 """
