@@ -7,26 +7,6 @@ namespace {
 // Tokens a thread: below this, copying costs less than waking a second one.
 constexpr int64_t kTokensPerThread = 64;
 
-AppendArgs append_args(Tensor& cache, const Tensor& tokens, IndexArray slots) {
-    const int64_t item = cache.element_size();
-    return {.from = static_cast<const char*>(tokens.const_data_ptr()),
-            .to = static_cast<char*>(cache.mutable_data_ptr()),
-            .from_token = tokens.stride(0) * item,
-            .from_head = tokens.stride(1) * item,
-            .to_page = cache.stride(0) * item,
-            .to_token = cache.stride(1) * item,
-            .to_head = cache.stride(2) * item,
-            .page_size = cache.size(1),
-            .heads = cache.size(2),
-            .row_bytes = cache.size(3) * item,
-            .slots = slots};
-}
-
-bool fits(const Tensor& tokens, const Tensor& cache, int64_t count) {
-    return tokens.is_cpu() && tokens.scalar_type() == cache.scalar_type() && tokens.dim() == 3 &&
-           tokens.size(0) == count && tokens.size(1) == cache.size(2) && tokens.size(2) == cache.size(3);
-}
-
 void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
                const Tensor& slots_in) {
     const Tensor slots = dense(slots_in);

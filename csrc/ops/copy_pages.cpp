@@ -20,17 +20,6 @@ void require_independent(IndexArray src, IndexArray dst, int64_t count) {
     }
 }
 
-PageCopyArgs page_args(Tensor& cache) {
-    const int64_t item = cache.element_size();
-    return {.cache = static_cast<char*>(cache.mutable_data_ptr()),
-            .page = cache.stride(0) * item,
-            .token = cache.stride(1) * item,
-            .head = cache.stride(2) * item,
-            .page_size = cache.size(1),
-            .heads = cache.size(2),
-            .row_bytes = cache.size(3) * item};
-}
-
 void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
     const Tensor src_tensor = dense(src_in), dst_tensor = dense(dst_in);
     const IndexArray src = indices(src_tensor), dst = indices(dst_tensor);

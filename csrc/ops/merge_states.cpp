@@ -1,5 +1,5 @@
 // torch.ops.tts_kernels.merge_states
-#include "common.h"
+#include "attention.h"
 
 namespace tts::ops {
 namespace {
@@ -7,28 +7,13 @@ namespace {
 // One row reads and writes about 1 KB; fewer than this many are not worth a second thread.
 constexpr int64_t kRowsPerThread = 64;
 
-std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a_in, const Tensor& lse_a_in,
-                                        const Tensor& out_b_in, const Tensor& lse_b_in) {
-    const Tensor out_a = dense(out_a_in), out_b = dense(out_b_in), lse_a = dense(lse_a_in),
-                 lse_b = dense(lse_b_in);
-    require(out_a.dim() == 3 && out_b.dim() == 3 && lse_a.dim() == 2 && lse_b.dim() == 2, "dimensions");
-    for (int i = 0; i < 3; ++i) require(out_a.size(i) == out_b.size(i), "out_b");
-    for (int i = 0; i < 2; ++i)
-        require(out_a.size(i) == lse_a.size(i) && out_a.size(i) == lse_b.size(i), "lse");
-    require(out_a.scalar_type() == out_b.scalar_type() && out_b.is_cpu(), "out_b");
-    Tensor out = empty(out_a, {out_a.size(0), out_a.size(1), out_a.size(2)}, out_a.scalar_type());
-    Tensor lse = empty(out_a, {out_a.size(0), out_a.size(1)}, ScalarType::Float);
-    const MergeStatesArgs args{.dtype = dtype(out_a),
-                               .out_a = out_a.const_data_ptr(),
-                               .out_b = out_b.const_data_ptr(),
-                               .lse_a = float32(lse_a),
-                               .lse_b = float32(lse_b),
-                               .head_dim = out_a.size(2),
-                               .out = out.mutable_data_ptr(),
-                               .lse = data<float>(lse)};
-    parallel_for(0, lse.numel(), kRowsPerThread,
-                 [&](int64_t begin, int64_t end) { kernels().merge_states(args, begin, end); });
-    return {out, lse};
+std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                                        const Tensor& lse_b) {
+    const MergeStates states(out_a, lse_a, out_b, lse_b);
+    parallel_for(0, states.lse.numel(), kRowsPerThread, [&](int64_t begin, int64_t end) {
+        kernels().merge_states(states.args, begin, end);
+    });
+    return {states.out, states.lse};
 }
 
 }  // namespace

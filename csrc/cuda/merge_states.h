@@ -1,0 +1,10 @@
+#pragma once
+
+#include "../cpu/merge_states.h"
+#include "stream.h"
+
+namespace tts::cuda {
+
+void merge_states(const MergeStatesArgs& args, int64_t rows, cudaStream_t stream);
+
+}  // namespace tts::cuda

@@ -1,0 +1,35 @@
+// The state of a softmax taken in pieces: the twin of csrc/include/online_softmax.h, which explains it.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace tts::cuda {
+
+inline constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+
+// 2**x within 2 units in the last place; 0 below -126.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+struct SoftmaxState {
+    float max = -infinity(), sum = 0.0f;  // max in units of log2
+
+    __device__ bool empty() const { return max == -infinity() && sum == 0.0f; }
+    // The log-sum-exp, natural.
+    __device__ float lse() const { return empty() ? -infinity() : (max + log2f(sum)) * kLn2; }
+};
+
+// What a state's sum and row are multiplied by when its max rises to `top`.
+__device__ inline float weight(float max, float top) {
+    return max == top ? 1.0f : max == -infinity() ? 0.0f : exp2_fast(max - top);
+}
+
+// `top` where it can be subtracted: 0 in place of -inf, so that -inf - top stays -inf.
+__device__ inline float finite_top(float top) { return top == -infinity() ? 0.0f : top; }
+
+}  // namespace tts::cuda

@@ -1,0 +1,88 @@
+// torch.ops.tts_kernels.tree_attention on a GPU
+//
+// What the plan's tables hold is known to the device alone, so the grid and the workspace are made for all
+// that they have room for.
+#include "../../cuda/tree_attention.h"
+
+#include <algorithm>
+
+#include "../attention.h"
+#include "common.h"
+
+namespace tts::ops {
+namespace {
+
+const int32_t* int32s(const Tensor& t, int64_t dim, int64_t size, const char* what) {
+    require(is_here(t) && t.is_contiguous() && t.scalar_type() == ScalarType::Int && t.dim() == dim, what);
+    require(size < 0 || t.size(dim - 1) == size, what);
+    return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, int64_t page_size,
+                   int64_t num_kv_heads) {
+    require(q.dim() == 3 && q.size(2) <= cuda::kMaxHeadDim, "q");
+    require(same_cache(k_cache, v_cache) && k_cache.scalar_type() == q.scalar_type(), "caches");
+    require(page_size >= 1 && k_cache.size(1) == page_size && k_cache.size(2) == num_kv_heads &&
+                k_cache.size(3) == q.size(2),
+            "caches");
+    require(num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
+}
+
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
+                                          const Tensor& rows, const Tensor& positions, const Tensor& pages,
+                                          const Tensor& segments, const Tensor& tasks,
+                                          const Tensor& merge_indptr, const Tensor& merge_slots,
+                                          const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
+                                          int64_t max_slots, double scale, double softcap, int64_t window) {
+    const OnDevice device(q_in);
+    const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
+    check_tensors(q, k_cache, v_cache, page_size, num_kv_heads);
+    require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
+    require(max_slots >= 0, "max_slots");
+    const int64_t num_rows = q.size(0), num_q_heads = q.size(1), head_dim = q.size(2);
+    Tensor out = empty(q, {num_rows, num_q_heads, head_dim}, q.scalar_type());
+    Tensor lse = empty(q, {num_rows, num_q_heads}, ScalarType::Float);
+    const int64_t partials = max_slots * num_q_heads;
+    Tensor workspace = empty(q, {partials * (head_dim + 2)}, ScalarType::Float);
+    float* states = data<float>(workspace);
+    const TreeAttentionArgs args{
+        .dtype = dtype(q),
+        .q = q.const_data_ptr(),
+        .q_row_stride = q.stride(0),
+        .q_head_stride = q.stride(1),
+        .k = paged(k_cache),
+        .v = paged(v_cache),
+        .page_size = page_size,
+        .num_rows = num_rows,
+        .num_q_heads = num_q_heads,
+        .num_kv_heads = num_kv_heads,
+        .head_dim = head_dim,
+        .rows = int32s(rows, 1, num_rows, "rows"),
+        .positions = int32s(positions, 1, num_rows, "positions"),
+        .pages = int32s(pages, 1, -1, "pages"),
+        .segments = reinterpret_cast<const Segment*>(int32s(segments, 2, 5, "segments")),
+        .tasks = reinterpret_cast<const Task*>(int32s(tasks, 2, 5, "tasks")),
+        .merge_indptr = int32s(merge_indptr, 1, num_rows + 1, "merge_indptr"),
+        .merge_slots = int32s(merge_slots, 1, -1, "merge_slots"),
+        .scale = static_cast<float>(scale),
+        .softcap = static_cast<float>(softcap),
+        .window = std::clamp<int64_t>(window, 0, INT32_MAX),
+        .out = out.mutable_data_ptr(),
+        .lse = data<float>(lse),
+        .partial_rows = states + 2 * partials,
+        .partial_states = states,
+        .padded_dim = head_dim,
+    };
+    const int32_t* used = int32s(sizes, 1, 4, "sizes");
+    if (num_rows * num_q_heads == 0) return {out, lse};
+    cuda::tree_attention(args, used, tasks.size(0), device.stream());
+    return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) {
+    m.impl("tree_attention", TORCH_BOX(&tree_attention));
+}
+
+}  // namespace tts::ops
