@@ -15,6 +15,7 @@ from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.protocol import Policy, Usage, Verifier
 from tts_search.result import SearchResult
 from tts_search.stats import SearchStats
+from tts_search.strategy import FittedStrategy, RuleStrategy, Strategy
 from tts_search.text import TextPolicy, TextVerifier
 from tts_search.tree import SearchTree, TreeNode
 from tts_search.types import Completion, Step, StepParams, StepRequest
@@ -28,10 +29,12 @@ __all__ = [
     "VOTES",
     "Completion",
     "ConfigError",
+    "FittedStrategy",
     "HFPolicy",
     "HFVerifier",
     "MissingExtraError",
     "Policy",
+    "RuleStrategy",
     "SearchConfig",
     "SearchError",
     "SearchResult",
@@ -40,6 +43,7 @@ __all__ = [
     "Step",
     "StepParams",
     "StepRequest",
+    "Strategy",
     "TextPolicy",
     "TextVerifier",
     "Thinking",

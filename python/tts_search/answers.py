@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import re
-import threading
 from fractions import Fraction
+
+from tts_search.judge import Judge
 
 __all__ = ["Equivalence", "boxed", "equivalent", "normalize"]
 
-_TIMEOUT_S = 5  # for one parse or comparison: sympy can take for ever over a hostile answer
+_JUDGE = Judge(limit_s=5)  # for one answer: sympy can take for ever over a hostile one
 _MAX_CHARS = 500  # longer answers are compared as text
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
@@ -78,7 +79,8 @@ def equivalent(gold: str, answer: str) -> bool:
 
     Notes
     -----
-    math-verify works under a time limit that needs the main thread; elsewhere answers are compared as numbers and text.
+    math-verify works in a process of its own, under a limit of 5 seconds of CPU time; what takes longer is not
+    equivalent.
     """
     return bool(answer.strip()) and _equivalent(gold, answer)
 
@@ -91,22 +93,13 @@ def _equivalent(gold: str, answer: str) -> bool:
     gold_number, answer_number = _number(gold_text), _number(answer_text)
     if gold_number is not None and answer_number is not None:
         return gold_number == answer_number
-    if max(len(gold), len(answer)) > _MAX_CHARS or threading.current_thread() is not threading.main_thread():
+    if max(len(gold), len(answer)) > _MAX_CHARS:
         return False
-    return _verified(gold, answer)
+    return bool(_JUDGE.equal(gold, answer))
 
 
 def _number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
-
-
-def _verified(gold: str, answer: str) -> bool:
-    try:
-        from math_verify import parse, verify
-    except ModuleNotFoundError:
-        return False
-    gold_parsed, answer_parsed = (parse(f"\\boxed{{{text}}}", parsing_timeout=_TIMEOUT_S) for text in (gold, answer))
-    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=_TIMEOUT_S))
 
 
 class Equivalence:

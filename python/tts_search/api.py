@@ -13,6 +13,8 @@ from tts_search.errors import SearchError
 from tts_search.progress import progress_bar
 from tts_search.protocol import Policy, Verifier
 from tts_search.result import SearchResult
+from tts_search.stats import SearchStats
+from tts_search.strategy import Choice, Strategy
 
 __all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter"]
 
@@ -25,7 +27,7 @@ def search_iter(
     problems: Iterable[str],
     policy: Policy,
     verifier: Verifier | None = None,
-    config: SearchConfig = _DEFAULT,
+    config: SearchConfig | Strategy = _DEFAULT,
     *,
     extract_answer: Callable[[str], str | None] = boxed,
     progress: bool = True,
@@ -44,8 +46,9 @@ def search_iter(
         Generates steps: :class:`TextPolicy`, :class:`HFPolicy`, or anything that follows the protocol.
     verifier : Verifier or None
         Scores steps. Best-of-N works without one (scores are NaN then, and only majority votes).
-    config : SearchConfig
-        How to search.
+    config : SearchConfig or Strategy
+        How to search. A :class:`~tts_search.strategy.Strategy` chooses a search for each problem by its difficulty; the
+        problems are then read at once, and what its estimate cost is part of their results' stats.
     extract_answer : callable
         Takes the answer out of a completion's text.
     progress : bool
@@ -61,6 +64,9 @@ def search_iter(
     """
     if isinstance(problems, str):
         raise SearchError("problems: expected a list of texts, got one text")
+    if not isinstance(config, SearchConfig):
+        options = {"extract_answer": extract_answer, "progress": progress, "max_in_flight": max_in_flight}
+        return _by_strategy(list(problems), policy, verifier, config, options)
     if max_in_flight is None:
         max_in_flight = max(1, BRANCHES_IN_FLIGHT // config.n)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
@@ -69,6 +75,33 @@ def search_iter(
         raise SearchError(f"verifier: {config.method} needs one, got None; only best_of_n works without")
     engine = Engine(policy, verifier, config, extract_answer, max_in_flight)
     return _with_progress(engine, problems, enabled=progress)
+
+
+def _by_strategy(
+    problems: list[str], policy: Policy, verifier: Verifier | None, strategy: Strategy, options: dict[str, Any]
+) -> Iterator[tuple[int, SearchResult | SearchError]]:
+    """Probe all problems if the strategy wants it, then search those that it treats alike together."""
+    rates: dict[int, float | None] = dict.fromkeys(range(len(problems)))
+    spent = dict.fromkeys(range(len(problems)), SearchStats())
+    if strategy.probe is not None:
+        for index, outcome in search_iter(problems, policy, verifier, strategy.probe, **options):
+            if isinstance(outcome, SearchError):
+                del rates[index]
+                yield index, outcome
+            else:
+                rates[index], spent[index] = strategy.estimate(outcome), outcome.stats
+    groups: dict[Choice, list[int]] = {}
+    for index, rate in rates.items():
+        groups.setdefault(strategy.choose(rate), []).append(index)
+    for choice, indices in groups.items():
+        own = [problems[index] for index in indices]
+        for number, outcome in search_iter(own, policy, verifier, choice.config, **options):
+            index = indices[number]
+            if isinstance(outcome, SearchError):
+                outcome.problem = index
+                yield index, outcome
+            else:
+                yield index, replace(outcome, vote=choice.vote, stats=spent[index] + outcome.stats)
 
 
 def _with_progress(
@@ -89,7 +122,7 @@ def search(
     problems: Iterable[str],
     policy: Policy,
     verifier: Verifier | None = None,
-    config: SearchConfig = _DEFAULT,
+    config: SearchConfig | Strategy = _DEFAULT,
     *,
     extract_answer: Callable[[str], str | None] = boxed,
     progress: bool = True,

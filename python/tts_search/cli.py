@@ -1,4 +1,4 @@
-"""The command line: ``tts-search demo | solve | eval``."""
+"""The command line: ``tts-search demo | solve | eval | study | report``."""
 
 # typer declares options by calls in defaults, and one of them is named --format.
 # ruff: noqa: A002, B008
@@ -17,10 +17,11 @@ from typing import Any
 from tts_search.api import search
 from tts_search.config import SearchConfig
 from tts_search.errors import MissingExtraError, SearchError, require
-from tts_search.evaluate import Experiment, Task, evaluate, load_tasks, read_records
+from tts_search.evaluate import Experiment, evaluate, read_records, write_manifest
 from tts_search.protocol import Policy, Verifier
 from tts_search.report import Row, accuracy_table, cost_table
 from tts_search.result import SearchResult
+from tts_search.tasks import Task, load_tasks
 from tts_search.terminal import sanitize
 
 __all__ = ["main"]
@@ -105,7 +106,9 @@ def build_app() -> Callable[[], None]:
 
     @app.command("eval")
     def evaluate_(
-        data: Path = typer.Argument(..., help="Tasks: JSONL with problem, answer and, if there is one, level."),
+        data: str = typer.Argument(
+            ..., help="MATH-500, AIME24, GSM8K, a JSONL file with problem, answer and perhaps level, or owner/name."
+        ),
         policy: str = policy_option,
         verifier: str = verifier_option,
         method: list[str] = typer.Option(["best_of_n"], help="May be given several times."),
@@ -135,14 +138,44 @@ def build_app() -> Callable[[], None]:
         models = _load(policy, verifier, system_prompt, format, dtype, device, kv_memory)
         names = (policy, verifier or "", system_prompt or "", format, dtype or "")
         experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
-        out.mkdir(parents=True, exist_ok=True)
-        write_manifest(out / "manifest.json", experiments, data)
+        write_manifest(out / "manifest.json", experiments, data, tasks=len(tasks))
         results = out / "results.jsonl"
         try:
             run_experiments(tasks, experiments, results, vote or _default_vote(verifier), in_flight)
         except KeyboardInterrupt:
             print(f"interrupted; finished tasks are in {results}, run it again to go on", file=sys.stderr)
             raise SystemExit(130) from None
+
+    @app.command()
+    def report(
+        folder: Path = typer.Argument(..., help="Folder of an evaluation or a study."),
+        out: Path = typer.Option(None, help="Where to write; by default, report in that folder."),
+        vote: str = vote_option,
+        plots: bool = typer.Option(True, help="Draw plots (needs the extra plot)."),
+    ) -> None:
+        """Write tables, plots and a page on which search trees can be explored."""
+        from tts_search.report import write_report
+
+        print(write_report(folder, out or folder / "report", vote=vote or None, plots=plots))
+
+    @app.command()
+    def study(
+        out: Path = typer.Option(Path("study-results"), help="Folder of the results; what it holds is not run again."),
+        problems: int = typer.Option(100, help="Problems of each level."),
+        budgets: str = typer.Option("1,4,16,64", help="Budgets of every search."),
+        largest: int = typer.Option(
+            256, help="One more budget, for the smallest policy with the first verifier; 0: none."
+        ),
+        part: str = typer.Option("1/1", help="I/K: run the I-th of K parts; they may run side by side."),
+        seed: int = typer.Option(0, help="Fixes the problems and every draw."),
+        plan: bool = typer.Option(False, "--plan", help="Only print how many tokens it will take."),
+    ) -> None:
+        """Run the whole grid of policies, verifiers, methods and budgets on the models that ship with the package."""
+        from tts_search.study import Grid, plan_as_text, run_study
+
+        sizes = tuple(int(size) for size in budgets.split(","))
+        grid = Grid(problems=problems, budgets=sizes, largest=largest or None, seed=seed)
+        print(plan_as_text(grid)) if plan else run_study(grid, out, part=part)
 
     return app
 
@@ -253,26 +286,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return None
     return value
-
-
-def write_manifest(path: Path, experiments: Sequence[Experiment], data: Path) -> None:
-    """Write what an evaluation ran with: versions, data, models, configs."""
-    from importlib import metadata
-
-    versions = {}
-    for name in ("tts-kernels", "torch", "transformers", "math-verify"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    facts = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": sys.version.split()[0],
-        "versions": versions,
-        "data": str(data),
-        "experiments": {one.key: {"models": one.names, "config": asdict(one.config)} for one in experiments},
-    }
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

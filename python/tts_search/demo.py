@@ -16,13 +16,14 @@ from tts_search.config import Method, SearchConfig
 from tts_search.data import MODELS_DIR
 from tts_search.data.arithmetic import LEVELS, generate
 from tts_search.errors import SearchError
-from tts_search.evaluate import Experiment, Record, Task, evaluate
+from tts_search.evaluate import Experiment, Record, evaluate
 from tts_search.protocol import Policy, Verifier
 from tts_search.report import Row, accuracy_table, cost_table, sign_test
+from tts_search.tasks import Task
 from tts_search.terminal import sanitize
 from tts_search.tree import SearchTree
 
-__all__ = ["Models", "load_models", "run_demo"]
+__all__ = ["CONFIG", "POLICIES", "VERIFIERS", "Models", "load_models", "make_tasks", "run_demo"]
 
 POLICIES = ("policy-0.1m", "policy-0.6m", "policy-3m")  # smallest first
 VERIFIERS = ("prm-strong", "prm-weak")  # strongest first
@@ -31,7 +32,7 @@ BUDGETS = (1, 4, 16, 64)
 
 _TREE_BUDGET = 16  # the tree that is shown is one of a beam search of this size
 _BRANCHES_IN_FLIGHT = 2048
-_CONFIG = SearchConfig(max_steps=16, max_step_tokens=64, max_tokens=400)  # a level-5 solution has 9 to 11 steps
+CONFIG = SearchConfig(max_steps=16, max_step_tokens=64, max_tokens=400)  # a level-5 solution has 9 to 11 steps
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def run_demo(
 
 def make_plan(models: Models, budgets: Sequence[int], seed: int) -> list[Experiment]:
     """Return the searches: every policy alone; the smallest with every method and budget, once with each verifier."""
-    base = replace(_CONFIG, seed=seed)
+    base = replace(CONFIG, seed=seed)
     alone = replace(base, method="best_of_n", n=1)
     greedy = replace(alone, temperature=0.0)
     plan = []

@@ -157,6 +157,7 @@ class Engine:
             wall_s=time.perf_counter() - task.started,
             rounds=task.run.round,
             branches=len(task.run.branches) - 1,
+            path_tokens=sum(branch.path_tokens for branch in task.run.branches),
         )
         return build_result(task.run, task.text, branches, self.extract_answer, stats)
 

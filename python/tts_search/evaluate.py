@@ -6,30 +6,26 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from tts_search.answers import boxed, equivalent
+from tts_search.answers import equivalent
 from tts_search.api import search_iter
-from tts_search.config import SearchConfig
+from tts_search.config import Rules, SearchConfig
 from tts_search.errors import SearchError
 from tts_search.protocol import Policy, Verifier
 from tts_search.result import SearchResult
+from tts_search.strategy import estimate_pass_rate
+from tts_search.tasks import Task
 from tts_search.voting import VOTES
 
-__all__ = ["Experiment", "Record", "Task", "evaluate", "load_tasks", "read_records"]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A problem with the answer that counts as right; `level` is whatever the data set calls its difficulty."""
-
-    id: str
-    problem: str
-    answer: str
-    level: str = ""
+__all__ = ["Experiment", "Record", "evaluate", "read_configs", "read_records", "write_manifest"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,8 @@ class Experiment:
         taken for one of this experiment.
     keep_trees : bool
         Whether records hold the search tree.
+    nested : tuple of int
+        Of a best-of-N: record these smaller budgets, too, from the same samples. ``{n}`` in the label is the budget.
     """
 
     label: str
@@ -57,6 +55,22 @@ class Experiment:
     verifier: Verifier | None
     names: tuple[str, ...] = ()
     keep_trees: bool = False
+    nested: tuple[int, ...] = ()
+
+    @property
+    def variants(self) -> list[Experiment]:
+        """The experiment for each budget, the nested ones first."""
+        sizes = [size for size in sorted({*self.nested, self.config.n}) if size <= self.config.n]
+        return [
+            replace(
+                self,
+                label=self.label.replace("{n}", str(size)),
+                config=replace(self.config, n=size),
+                keep_trees=self.keep_trees and size == self.config.n,
+                nested=(),
+            )
+            for size in sizes
+        ]
 
     @property
     def key(self) -> str:
@@ -75,14 +89,18 @@ class Record:
         Key of the experiment, id of the task.
     label, level, problem, gold : str
         For tables.
+    method, n, seed, models
+        Of the search: `models` are the experiment's names.
     answers : dict
         The answer that each vote elects.
     correct : dict
         Whether it is right.
     solved : bool
         Whether any completion is right (pass@n).
-    num_completions : int
-        How many there are.
+    num_completions, num_correct : int
+        How many there are, and how many of them are right.
+    pass_estimate : float or None
+        The policy's pass@1 by the verifier's scores (:func:`~tts_search.strategy.estimate_pass_rate`).
     best : str
         Text of the best completion.
     score : float or None
@@ -101,51 +119,30 @@ class Record:
     level: str
     problem: str
     gold: str
+    method: str = ""
+    n: int = 0
+    seed: int = 0
+    models: tuple[str, ...] = ()
     answers: dict[str, str] = field(default_factory=dict)
     correct: dict[str, bool] = field(default_factory=dict)
     solved: bool = False
     num_completions: int = 0
+    num_correct: int = 0
+    pass_estimate: float | None = None
     best: str = ""
     score: float | None = None
     stats: dict[str, float] = field(default_factory=dict)
     tree: str | None = None
     error: str | None = None
 
+    @property
+    def pass_rate(self) -> float:
+        """Share of the completions that are right."""
+        return self.num_correct / self.num_completions if self.num_completions else 0.0
+
     def is_correct(self, vote: str) -> bool:
         """Whether a vote elects the right answer; without a verifier, or after an error, only what there is can."""
         return self.correct.get(vote, self.correct.get("majority", False))
-
-
-def load_tasks(path: str | Path, limit: int | None = None) -> list[Task]:
-    r"""Read tasks from a JSONL file.
-
-    A line is an object with ``problem`` (or ``question``), ``answer`` (or a ``solution`` with a ``\boxed`` answer) and,
-    if it likes, ``level`` and ``id`` (or ``unique_id``; by default its number).
-
-    Raises
-    ------
-    ValueError
-        If a line is no such object; the message names it.
-    """
-    tasks: list[Task] = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if limit is not None and len(tasks) >= limit:
-                break
-            if line.strip():
-                tasks.append(_task(line, number, path))
-    return tasks
-
-
-def _task(line: str, number: int, path: str | Path) -> Task:
-    try:
-        entry = json.loads(line)
-        problem = entry["problem"] if "problem" in entry else entry["question"]
-        answer = entry["answer"] if "answer" in entry else boxed(entry["solution"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}, line {number + 1}: expected an object with problem and answer") from error
-    identity = entry.get("id", entry.get("unique_id", number))
-    return Task(str(identity), problem, str(answer), str(entry.get("level", "")))
 
 
 def evaluate(
@@ -153,6 +150,7 @@ def evaluate(
     experiments: Sequence[Experiment],
     path: str | Path,
     *,
+    also: Sequence[str | Path] = (),
     progress: bool = True,
     max_in_flight: int | None = None,
 ) -> list[Record]:
@@ -169,6 +167,8 @@ def evaluate(
         Run one after the other.
     path : str or Path
         The results file (JSONL, append-only).
+    also : sequence of str or Path
+        Other results files: what they hold is not run again either.
     progress : bool
         Show a progress bar.
     max_in_flight : int or None
@@ -188,16 +188,24 @@ def evaluate(
         raise ValueError("tasks: expected different ids")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = {(record.experiment, record.task): record for record in read_records(path)}
+    files = [*also, path]
+    records = {(record.experiment, record.task): record for file in files for record in read_records(file)}
     with _open_to_append(path) as results:
         for experiment in experiments:
-            done = {task for key, task in records if key == experiment.key and not records[key, task].error}
-            todo = [task for task in tasks if task.id not in done]
+            variants = experiment.variants
+            todo = [task for task in tasks if not all(_is_done(records, one, task) for one in variants)]
             for record in _run(experiment, todo, progress=progress, max_in_flight=max_in_flight):
                 results.write(json.dumps(asdict(record), allow_nan=False) + "\n")
                 results.flush()
                 records[record.experiment, record.task] = record
-    return [records[experiment.key, task.id] for experiment in experiments for task in tasks]
+    return [
+        records[variant.key, task.id] for experiment in experiments for variant in experiment.variants for task in tasks
+    ]
+
+
+def _is_done(records: Mapping[tuple[str, str], Record], experiment: Experiment, task: Task) -> bool:
+    record = records.get((experiment.key, task.id))
+    return record is not None and not record.error
 
 
 def _run(
@@ -212,25 +220,37 @@ def _run(
         max_in_flight=max_in_flight,
     )
     for index, outcome in outcomes:
-        yield _record(experiment, tasks[index], outcome)
+        for variant in experiment.variants:
+            own = outcome
+            if isinstance(outcome, SearchResult) and variant.config.n < experiment.config.n:
+                own = outcome.first(variant.config.n)
+            yield _record(variant, tasks[index], own)
 
 
 def _record(experiment: Experiment, task: Task, outcome: SearchResult | SearchError) -> Record:
-    names = (experiment.key, task.id, experiment.label, task.level, task.problem, task.answer)
+    config = experiment.config
+    names = (
+        *(experiment.key, task.id, experiment.label, task.level, task.problem, task.answer),
+        *(config.method, config.n, config.seed, experiment.names),
+    )
     if isinstance(outcome, SearchError):
         return Record(*names, error=str(outcome))
     votes = VOTES if experiment.verifier is not None else ("majority",)
     answers = {vote: outcome.answer(vote) for vote in votes}
     score = outcome.best.score
+    right = Counter(one.answer for one in outcome.completions)
+    num_correct = sum(count for answer, count in right.items() if equivalent(task.answer, answer))
     return Record(
         *names,
         answers=answers,
         correct={vote: equivalent(task.answer, answer) for vote, answer in answers.items()},
-        solved=any(equivalent(task.answer, answer) for answer in {one.answer for one in outcome.completions}),
+        solved=num_correct > 0,
         num_completions=len(outcome.completions),
+        num_correct=num_correct,
+        pass_estimate=estimate_pass_rate(outcome),
         best=outcome.best.text,
         score=score if math.isfinite(score) else None,
-        stats=asdict(outcome.stats),
+        stats={name: value for name, value in asdict(outcome.stats).items() if math.isfinite(value)},
         tree=outcome.tree.to_json() if experiment.keep_trees else None,
     )
 
@@ -245,7 +265,8 @@ def read_records(path: str | Path) -> list[Record]:
         for line in lines:
             try:
                 entry: dict[str, Any] = json.loads(line)
-                records.append(Record(**{name: value for name, value in entry.items() if name in known}))
+                record = Record(**{name: value for name, value in entry.items() if name in known})
+                records.append(replace(record, models=tuple(record.models)))
             except (json.JSONDecodeError, AttributeError, TypeError):
                 continue
     return records
@@ -260,3 +281,52 @@ def _open_to_append(path: Path) -> IO[str]:
             if written.read(1) != b"\n":
                 results.write("\n")
     return results
+
+
+def write_manifest(path: str | Path, experiments: Sequence[Experiment], data: str | Path, **facts: object) -> None:
+    """Write what an evaluation ran with: versions, data, models, configs. What an earlier manifest knew is kept.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file, such as ``manifest.json`` beside the results.
+    experiments : sequence of Experiment
+        Added to those that it holds, by key.
+    data : str or Path
+        Where the tasks come from.
+    **facts
+        Anything else that JSON can hold.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in ("tts-kernels", "torch", "transformers", "math-verify")},
+        "data": str(data),
+        **facts,
+    }
+    entries = {one.key: {"models": one.names, "config": asdict(one.config)} for one in experiments}
+    manifest = {"runs": [*known.get("runs", ()), run], "experiments": {**known.get("experiments", {}), **entries}}
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)  # a kill leaves the old manifest or the new one
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def read_configs(path: str | Path) -> dict[str, SearchConfig]:
+    """Read the configs of a manifest by the key of their experiment."""
+    manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    configs = {}
+    for key, entry in manifest["experiments"].items():
+        values = dict(entry["config"])
+        values["_rules"] = Rules(**values["_rules"])
+        configs[key] = SearchConfig(**values)
+    return configs

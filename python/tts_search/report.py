@@ -1,14 +1,30 @@
-"""Tables of an evaluation: accuracy with confidence intervals, and what it cost."""
+"""Reports of an evaluation: accuracy with confidence intervals, what it cost, which strategy is best where."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from tts_search.evaluate import Record
+from tts_search.evaluate import Record, read_records
+from tts_search.strategy import BINS, Bin, difficulty_bin
 
-__all__ = ["Row", "accuracy_table", "cost_table", "format_table", "sign_test", "wilson"]
+__all__ = [
+    "Row",
+    "accuracy_table",
+    "bootstrap",
+    "cost_table",
+    "format_table",
+    "read_folder",
+    "report_tables",
+    "rows_of",
+    "sign_test",
+    "strategy_map",
+    "wilson",
+    "write_report",
+]
 
 
 def wilson(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -48,6 +64,45 @@ class Row:
     label: str
     records: Sequence[Record]
     vote: str = "prm_max"
+
+    @property
+    def method(self) -> str:
+        """Method of its searches."""
+        return self.records[0].method
+
+    @property
+    def n(self) -> int:
+        """Budget of its searches."""
+        return self.records[0].n
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return (*self.records[0].models, "")[0]
+
+    @property
+    def verifier(self) -> str:
+        """Name of the verifier; empty without one."""
+        return (*self.records[0].models, "", "")[1]
+
+    def by_task(self, value: Callable[[Record], float]) -> dict[str, float]:
+        """Return the mean of a value over the seeds, for each task."""
+        values: dict[str, list[float]] = {}
+        for record in self.records:
+            values.setdefault(record.task, []).append(value(record))
+        return {task: sum(own) / len(own) for task, own in values.items()}
+
+    def accuracy(self, vote: str | None = None, tasks: Container[str] | None = None) -> float:
+        """Return the share of right answers by a vote, over all tasks or some."""
+        chosen = vote or self.vote
+        right = self.by_task(lambda record: record.is_correct(chosen))
+        values = [value for task, value in right.items() if tasks is None or task in tasks]
+        return sum(values) / len(values) if values else math.nan
+
+    def mean(self, name: str) -> float:
+        """Return the mean of one of the stats; NaN if it is not known of all."""
+        values = [record.stats.get(name, math.nan) for record in self.records if record.error is None]
+        return sum(values) / len(values) if values else math.nan
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
@@ -131,3 +186,183 @@ def sign_test(first: Row, second: Row) -> tuple[float, float]:
     decided = wins + losses
     tail = sum(math.comb(decided, count) for count in range(min(wins, losses) + 1)) / 2**decided
     return (wins - losses) / max(1, len(outcomes)), min(1.0, 2 * tail)
+
+
+# Reports of a folder
+
+
+def read_folder(folder: str | Path) -> list[Record]:
+    """Read all ``results*.jsonl`` of a folder: of each task and experiment, the last record.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    latest = {}
+    for path in sorted(Path(folder).glob("results*.jsonl")):
+        for record in read_records(path):
+            latest[record.experiment, record.task] = record
+    if not latest:
+        raise ValueError(f"{folder}: expected results in results*.jsonl, found none")
+    return list(latest.values())
+
+
+def rows_of(records: Iterable[Record], vote: str | None = None) -> list[Row]:
+    """Group records into rows, seeds together: by models, then method, then n."""
+    groups: dict[tuple[str, str, str, int], list[Record]] = {}
+    for record in records:
+        title = re.sub(r",? ?seed=-?\d+", "", record.label)
+        verifier = (*record.models, "", "")[1]
+        label = f"{title} [{verifier}]" if verifier else title
+        groups.setdefault((record.models[0] if record.models else "", label, record.method, record.n), []).append(
+            record
+        )
+    rows = []
+    for (_, label, _, _), own in groups.items():
+        elected = vote or ("majority" if "prm_max" not in own[0].correct else "prm_max")
+        rows.append(Row(label, own, elected))
+    return sorted(rows, key=lambda row: (row.policy, row.verifier, row.method, row.n))
+
+
+def bootstrap(values: Sequence[float], *, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return the 95% percentile bootstrap interval of a mean: `samples` resamplings with replacement."""
+    import torch
+
+    data = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(data), (samples, len(data)), generator=torch.Generator().manual_seed(seed))
+    means = data[drawn].mean(1).sort().values
+    return float(means[int(0.025 * samples)]), float(means[int(0.975 * samples) - 1])
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    low, high = bootstrap(values)
+    return f"{100 * sum(values) / len(values):.1f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def votes_table(rows: Sequence[Row]) -> str:
+    """Return accuracy in percent by row and vote, and pass@n, with 95% bootstrap intervals over the tasks."""
+    votes = ("majority", "prm_max", "prm_min_max", "prm_last_vote", "prm_min_vote")
+    lines = []
+    for row in rows:
+        known = row.records[0].correct
+        cells = [
+            _with_interval(list(row.by_task(lambda record, vote=vote: record.is_correct(vote)).values()))  # type: ignore[misc]
+            if vote in known
+            else "-"
+            for vote in votes
+        ]
+        lines.append([row.label, _with_interval(list(row.by_task(lambda record: record.solved).values())), *cells])
+    return format_table(["accuracy %", "pass@n", *votes], lines)
+
+
+def levels_table(rows: Sequence[Row]) -> str:
+    """Return accuracy in percent by row and level, with 95% bootstrap intervals over the tasks."""
+    levels = sorted({record.level for row in rows for record in row.records})
+    lines = []
+    for row in rows:
+        right = row.by_task(lambda record, vote=row.vote: record.is_correct(vote))  # type: ignore[misc]
+        of_level = {level: {one.task for one in row.records if one.level == level} for level in levels}
+        cells = [_with_interval([right[task] for task in sorted(of_level[level])]) for level in levels]
+        lines.append([f"{row.label} ({row.vote})", *cells, _with_interval(list(right.values()))])
+    return format_table(["accuracy %", *(f"level {level}" if level else "-" for level in levels), "all"], lines)
+
+
+def flops_table(rows: Sequence[Row]) -> str:
+    """Return what a problem costs: tokens forwarded and logical, FLOPs of both models, peak KV, seconds."""
+    names = ("policy_tokens", "policy_logical_tokens", "verifier_tokens")
+    lines = []
+    for row in rows:
+        policy, verifier = row.mean("flops_policy"), row.mean("flops_verifier")
+        peaks = [row.mean("peak_unique_kv_tokens"), row.mean("peak_logical_kv_tokens")]
+        seconds = row.mean("wall_s")
+        lines.append(
+            [
+                row.label,
+                *(f"{row.mean(name):.0f}" for name in names),
+                *(f"{one:.3g}" for one in (policy, verifier, policy + verifier)),
+                *(f"{one:.0f}" for one in peaks),
+                "-" if math.isnan(seconds) else f"{seconds:.3g}",
+            ]
+        )
+    header = ["cost a problem", "policy tokens", "if read anew", "verifier tokens", "policy FLOPs", "verifier FLOPs"]
+    return format_table([*header, "total FLOPs", "peak KV", "unshared", "seconds"], lines)
+
+
+def pass_rates(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Return, by policy and task, the share of right completions in the largest best-of-N."""
+    rates: dict[str, dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: row.n):
+        if row.method == "best_of_n":
+            rates.setdefault(row.policy, {}).update(row.by_task(lambda record: record.pass_rate))
+    return rates
+
+
+def strategy_map(rows: Sequence[Row]) -> dict[tuple[str, str, Bin, int], tuple[str, float, int]]:
+    """Return the best method by (policy, verifier, bin of difficulty, n): its name, its accuracy, how many tasks.
+
+    Of equally good methods, best-of-N before others, then by name.
+    """
+    rates = pass_rates(rows)
+    best: dict[tuple[str, str, Bin, int], tuple[str, float, int]] = {}
+    for row in sorted(rows, key=lambda row: (row.method != "best_of_n", row.method)):
+        for one in BINS:
+            known = rates.get(row.policy, {})
+            tasks = {
+                task for task in row.by_task(lambda _: 0.0) if task in known and difficulty_bin(known[task]) == one
+            }
+            key = (row.policy, row.verifier, one, row.n)
+            if row.verifier and tasks and row.accuracy(tasks=tasks) > best.get(key, ("", -1.0, 0))[1]:
+                best[key] = (row.method, row.accuracy(tasks=tasks), len(tasks))
+    return best
+
+
+def _map_table(rows: Sequence[Row]) -> str:
+    best = strategy_map(rows)
+    sizes = sorted({n for *_, n in best})
+    lines = []
+    for policy, verifier, one in sorted({key[:3] for key in best}, key=lambda key: (*key[:2], BINS.index(key[2]))):
+        cells = [best.get((policy, verifier, one, n)) for n in sizes]
+        count = max(cell[2] for cell in cells if cell is not None)
+        texts = ["-" if cell is None else f"{cell[0]} {100 * cell[1]:.0f}" for cell in cells]
+        lines.append([f"{policy}, {verifier}, {one} ({count} tasks)", *texts])
+    return format_table(["best method, accuracy %", *(f"n={n}" for n in sizes)], lines)
+
+
+def report_tables(records: Sequence[Record], vote: str | None = None) -> str:
+    """Return all tables of a report as text."""
+    rows = rows_of(records, vote)
+    sections = [votes_table(rows), levels_table(rows), flops_table(rows)]
+    if any(row.method == "best_of_n" and row.verifier for row in rows):
+        sections.append(_map_table(rows))
+    errors = sum(record.error is not None for record in records)
+    tasks = len({record.task for record in records})
+    sections.append(f"{tasks} tasks; intervals: 95%, bootstrap over tasks; {errors} searches failed and count as wrong")
+    return "\n\n".join(sections)
+
+
+def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None, plots: bool = True) -> str:
+    """Write ``tables.txt``, ``trees.html`` and, with matplotlib, plots of an evaluation's folder; return the tables.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no results.
+    MissingExtraError
+        If plots are asked for and matplotlib is not installed.
+    """
+    from tts_search.page import tree_page
+
+    records = read_folder(folder)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tables = report_tables(records, vote)
+    (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
+    (out / "trees.html").write_text(tree_page(records), encoding="utf-8")
+    if plots:
+        from tts_search.plots import draw_plots
+
+        draw_plots(rows_of(records, vote), out)
+    return tables

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tts_search.algorithms import Branch, Run
 from tts_search.config import SearchConfig
@@ -33,6 +34,8 @@ class SearchResult:
         What it cost.
     config : SearchConfig
         How it was searched.
+    vote : str
+        The vote that `answer` counts by default: ``"prm_max"``, or what a strategy chose.
     """
 
     problem: str
@@ -41,24 +44,57 @@ class SearchResult:
     tree: SearchTree
     stats: SearchStats
     config: SearchConfig
+    vote: str = "prm_max"
 
-    def answer(self, vote: str = "prm_max") -> str:
+    def answer(self, vote: str | None = None) -> str:
         """Return the answer that a vote among the finished completions (else among all) elects; empty if there is none.
 
         Parameters
         ----------
-        vote : str
-            ``"majority"``; ``"prm_max"``, ``"prm_vote"`` by the config's aggregate; ``"prm_min_max"``,
-            ``"prm_last_vote"`` and so on (:func:`tts_search.vote`).
+        vote : str or None
+            ``"prm_max"`` unless a strategy chose another. ``"majority"``; ``"prm_max"``, ``"prm_vote"`` by the config's
+            aggregate; ``"prm_min_max"``, ``"prm_last_vote"`` and so on (:func:`tts_search.vote`).
 
         Raises
         ------
         ValueError
             If there is no such vote, or it needs scores and the search had no verifier.
         """
+        vote = vote or self.vote
         rules = self.config._rules
         default = rules.vote_aggregate if vote == "prm_vote" and rules.vote_aggregate else self.config.aggregate
         return elect(_voters(self.completions, self.config), vote, default, exact=rules.exact_votes)
+
+    def first(self, n: int) -> SearchResult:
+        """Return the result that best-of-N with a smaller n would have had: that of the first n completions.
+
+        It has no tree. Tokens are those of the n completions; other costs of the models are taken in proportion to
+        them, and the time is not known (NaN).
+
+        Raises
+        ------
+        ValueError
+            If this is no best-of-N in order of sampling, or has less than n completions.
+        """
+        config = self.config
+        if config.method != "best_of_n" or config.sort_completed or not 1 <= n <= len(self.completions):
+            raise ValueError(f"n: expected 1 to {len(self.completions)} of the completions of a best-of-N, got {n!r}")
+        config = replace(config, n=n)
+        completions = self.completions[:n]
+        share = sum(one.num_tokens for one in completions) / max(1, sum(one.num_tokens for one in self.completions))
+        best = _best(_voters(completions, config))
+        return replace(
+            self,
+            completions=completions,
+            best=best,
+            tree=SearchTree(self.tree.nodes[:1]),
+            stats=self.stats.part(share, branches=n),
+            config=config,
+        )
+
+
+def _best(voters: Sequence[Completion]) -> Completion:
+    return voters[0] if math.isnan(voters[0].score) else max(voters, key=lambda completion: completion.score)
 
 
 def _voters(completions: list[Completion], config: SearchConfig) -> list[Completion]:
@@ -78,7 +114,7 @@ def build_result(
         raise run.error("the search ended without any completion")
     completions = [_completion(branch, extract_answer) for branch in branches]
     voters = _voters(completions, run.config)
-    best = max(voters, key=lambda completion: completion.score) if run.scored else voters[0]
+    best = _best(voters)
     tree = SearchTree(tuple(_node(branch) for branch in run.branches))
     return SearchResult(problem, completions, best, tree, stats, run.config)
 
@@ -95,5 +131,13 @@ def _completion(branch: Branch, extract_answer: Callable[[str], str | None]) -> 
 def _node(branch: Branch) -> TreeNode:
     parent = None if branch.parent is None else branch.parent.id
     return TreeNode(
-        branch.id, parent, branch.round, branch.text, branch.scores, branch.score, branch.state, branch.num_tokens
+        branch.id,
+        parent,
+        branch.round,
+        branch.text,
+        branch.scores,
+        branch.score,
+        branch.state,
+        branch.num_tokens,
+        branch.why if branch.state == "pruned" else "",
     )

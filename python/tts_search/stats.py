@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, astuple, dataclass
 
 from tts_search.protocol import Usage
 
@@ -23,6 +24,8 @@ class SearchStats:
         Nodes of its tree, the root apart.
     policy_tokens, policy_prefill_tokens : int
         Tokens sampled; tokens of the prompt forwarded.
+    policy_logical_tokens : int
+        Tokens that the policy would have forwarded if it read the prompt and the branch so far anew for each step.
     verifier_tokens : int
         Tokens that the verifier read, its prompt included.
     flops_policy, flops_verifier : float
@@ -42,6 +45,7 @@ class SearchStats:
     branches: int = 0
     policy_tokens: int = 0
     policy_prefill_tokens: int = 0
+    policy_logical_tokens: int = 0
     verifier_tokens: int = 0
     flops_policy: float = 0.0
     flops_verifier: float = 0.0
@@ -53,14 +57,17 @@ class SearchStats:
     waves: int = 0
 
     @classmethod
-    def of(cls, policy: Usage, verifier: Usage, *, wall_s: float, rounds: int, branches: int) -> SearchStats:
-        """Put together what both drivers counted."""
+    def of(
+        cls, policy: Usage, verifier: Usage, *, wall_s: float, rounds: int, branches: int, path_tokens: int = 0
+    ) -> SearchStats:
+        """Put together what both drivers counted; `path_tokens` is the sum of the lengths of all branches."""
         return cls(
             wall_s=wall_s,
             rounds=rounds,
             branches=branches,
             policy_tokens=policy.tokens,
             policy_prefill_tokens=policy.prefill_tokens,
+            policy_logical_tokens=path_tokens + branches * policy.prefill_tokens,
             verifier_tokens=verifier.tokens + verifier.prefill_tokens,
             flops_policy=policy.flops,
             flops_verifier=verifier.flops,
@@ -70,4 +77,22 @@ class SearchStats:
             verifier_peak_logical_kv_tokens=verifier.peak_logical_kv_tokens,
             recomputed_tokens=policy.recomputed_tokens + verifier.recomputed_tokens,
             waves=policy.waves + verifier.waves,
+        )
+
+    def part(self, share: float, *, branches: int) -> SearchStats:
+        """Return what a part of the branches cost that holds this share of the tokens; its time is not known (NaN)."""
+        kept = {name: getattr(self, name) for name in ("rounds", "policy_prefill_tokens")}
+        counts = {
+            name: type(value)(round(share * value) if isinstance(value, int) else share * value)
+            for name, value in asdict(self).items()
+        }
+        return SearchStats(**{**counts, **kept, "branches": branches, "wall_s": math.nan})
+
+    def __add__(self, other: SearchStats) -> SearchStats:
+        """Return what two searches of a problem cost, one after the other: sums, but the larger of the peaks."""
+        return SearchStats(
+            **{
+                name: max(mine, yours) if "peak" in name else mine + yours
+                for name, mine, yours in zip(asdict(self), astuple(self), astuple(other), strict=True)
+            }
         )

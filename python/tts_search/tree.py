@@ -41,6 +41,8 @@ class TreeNode:
         answer) or ``"open"`` (neither when the search ended).
     num_tokens : int
         Tokens sampled for `text`.
+    why : str
+        Why it was pruned; empty otherwise.
     """
 
     id: int
@@ -51,6 +53,7 @@ class TreeNode:
     score: float
     state: State
     num_tokens: int
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,8 @@ def test_interrupted_eval_saves_what_it_has(tmp_path):
 
 
 def test_run_experiments(tmp_path, capsys):
-    from tts_search.evaluate import Experiment, Task
+    from tts_search.evaluate import Experiment
+    from tts_search.tasks import Task
 
     tree = RandomTree(2, end=0.3, marker=" \\boxed{7}")
     experiment = Experiment(
@@ -199,3 +200,20 @@ def test_run_experiments(tmp_path, capsys):
     assert "cost a problem" in printed
     assert "1 searches failed and count as wrong; the first one: problem 1, round 0: expected a problem" in printed
     assert json.loads((tmp_path / "manifest.json").read_text())["versions"]["torch"]
+
+
+def test_report_of_a_folder(tmp_path):
+    pytest.importorskip("typer")
+    test_interrupted_eval_saves_what_it_has(tmp_path)
+    done = run_cli("report", str(tmp_path / "out"), "--no-plots")
+    assert done.returncode == 0, done.stderr
+    assert "2 tasks; intervals: 95%, bootstrap over tasks" in done.stdout
+    assert (tmp_path / "out" / "report" / "trees.html").exists()
+
+
+def test_plan_of_the_study():
+    pytest.importorskip("typer")
+    done = run_cli("study", "--plan", "--problems", "10", "--largest", "0", "--budgets", "1,4")
+    assert done.returncode == 0, done.stderr
+    assert "M tokens sampled" in done.stdout
+    assert "n=256" not in done.stdout

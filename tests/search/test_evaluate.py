@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
-from tts_search import SearchConfig, Step
-from tts_search.evaluate import Experiment, Task, evaluate, load_tasks, read_records
+from tts_search import SearchConfig, Step, Thinking
+from tts_search.evaluate import Experiment, Record, evaluate, read_configs, read_records, write_manifest
 from tts_search.report import Row, accuracy_table, cost_table, format_table, sign_test, wilson
+from tts_search.tasks import Task
 
 TASKS = [Task(str(i), f"problem {i}", str(i), str(i % 2 + 1)) for i in range(6)]
 
@@ -129,23 +136,89 @@ def test_without_a_verifier_only_majority(tmp_path):
     assert records[0].score is None
 
 
-def test_load_tasks(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(
-        '{"problem": "a", "answer": "1", "level": 3, "unique_id": "x/1"}\n'
-        "\n"
-        '{"question": "b", "solution": "so \\\\boxed{2}", "id": 7}\n'
-        '{"problem": "c", "answer": 3}\n'
+NESTED = {
+    "nested": (1, 2),
+    "label": "best-of-{n}",
+    "config": SearchConfig(method="best_of_n", n=4),
+}
+
+
+def test_nested_budgets_are_recorded_from_one_sampling(tmp_path):
+    path = tmp_path / "results.jsonl"
+    policy = Solver()
+    one = replace(experiment(policy), **NESTED)
+    records = evaluate(TASKS, [one], path, progress=False)
+    assert [record.label for record in records[::6]] == ["best-of-1", "best-of-2", "best-of-4"]
+    assert [record.n for record in records[::6]] == [1, 2, 4]
+    assert [record.num_completions for record in records[::6]] == [1, 2, 4]
+    assert [record.stats["policy_tokens"] for record in records[::6]] == [0, 0, 0]  # a scripted policy counts none
+    assert len({record.experiment for record in records}) == 3
+    assert len(policy.ended) == 6
+    again = Solver()
+    assert evaluate(TASKS, [replace(one, policy=again)], path, progress=False) == records
+    assert again.ended == []
+    alone = replace(one, config=replace(one.config, n=2), nested=(), label="best-of-2")
+    by_itself = evaluate(TASKS, [alone], tmp_path / "alone.jsonl", progress=False)
+    strip = {"stats": {}, "tree": None}
+    assert [replace(record, **strip) for record in by_itself] == [replace(record, **strip) for record in records[6:12]]
+
+
+def test_what_other_files_hold_is_not_run_again(tmp_path):
+    evaluate(TASKS[:4], [experiment(Solver())], tmp_path / "one.jsonl", progress=False)
+    policy = Solver()
+    records = evaluate(
+        TASKS, [experiment(policy)], tmp_path / "two.jsonl", also=[tmp_path / "one.jsonl"], progress=False
     )
-    assert load_tasks(path) == [
-        Task("x/1", "a", "1", "3"),
-        Task("7", "b", "2", ""),
-        Task("3", "c", "3", ""),
-    ]
-    assert len(load_tasks(path, limit=2)) == 2
-    path.write_text('{"problem": "a", "answer": "1"}\n{"problem": "b"}\n')
-    with pytest.raises(ValueError, match=r"data.jsonl, line 2: expected an object with problem and answer"):
-        load_tasks(path)
+    assert len(records) == 6
+    assert solved_problems(policy) == ["problem 4", "problem 5"]
+
+
+def test_counts_of_right_completions(tmp_path):
+    records = evaluate(TASKS, [experiment(Solver())], tmp_path / "results.jsonl", progress=False)
+    assert [record.num_correct for record in records] == [4, 4, 4, 0, 4, 4]
+    assert records[0].pass_rate == 1
+    assert records[0].pass_estimate == 0.5  # every score is
+    assert (records[0].method, records[0].n, records[0].seed) == ("beam_search", 4, 0)
+    assert records[0].models == ("policy", "verifier")
+
+
+def test_a_kill_loses_at_most_what_is_in_flight(tmp_path):
+    """kill -9 in the middle of a run, again and again: what was finished stays, and a last run makes it complete."""
+    path = tmp_path / "results.jsonl"
+    script = Path(__file__).parent / "slow_evaluation.py"
+    done = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, str(script), str(path)], env=environment())
+        deadline = time.monotonic() + 120
+        while len(read_records(path)) <= done and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        now = len(read_records(path))
+        assert now > done
+        done = now
+    subprocess.run([sys.executable, str(script), str(path)], env=environment(), check=True)
+    records = read_records(path)
+    assert sorted(int(record.task) for record in records) == list(range(40))  # each once: nothing lost, nothing twice
+    assert all(record.correct["majority"] for record in records)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_manifest(tmp_path):
+    path = tmp_path / "manifest.json"
+    first = experiment(Solver())
+    second = replace(first, config=SearchConfig.compute_optimal_tts("dvts", tree_max_width=4, num_q=2))
+    third = replace(first, config=SearchConfig(method="budget_forcing", n=1, thinking=Thinking(max_tokens=9)))
+    write_manifest(path, [first], "data.jsonl", seed=3)
+    write_manifest(path, [second, third], "data.jsonl")
+    assert read_configs(path) == {one.key: one.config for one in (first, second, third)}
+    manifest = json.loads(path.read_text())
+    assert [run["data"] for run in manifest["runs"]] == ["data.jsonl"] * 2
+    assert manifest["runs"][0]["seed"] == 3
+    assert manifest["runs"][0]["versions"]["torch"]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +260,4 @@ def test_sign_test():
 
 
 def evaluate_record(task, right):
-    from tts_search.evaluate import Record
-
     return Record("e", task, "row", "", "", "", correct={"majority": bool(right)})

@@ -48,6 +48,7 @@ class Branch:
     scored_id: int = 0  # the nearest branch up from here that the verifier has read; the root needs no reading
     num_children: int = 0
     state: State = "open"
+    why: str = ""  # it was pruned
 
 
 class Run:

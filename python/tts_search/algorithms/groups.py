@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 
@@ -99,7 +100,7 @@ class Group:
                 pool.append(branch)
             seen.add(branch.id)
         self.pool = self._filter(pool)
-        mark_pruned(pool, self.pool)
+        mark_pruned(pool, self.pool, "empty, cut by its length, or repeats another")
 
     def _filter(self, pool: list[Branch]) -> list[Branch]:
         """Drop candidates without a text, and duplicates: of equal text, the first one stays."""
@@ -127,7 +128,7 @@ class Group:
         else:
             contenders = self.pool
         chosen = self._best(contenders)
-        mark_pruned(contenders, chosen)
+        mark_pruned(contenders, chosen, f"number {{rank}} of {{count}} by score, and {len(chosen)} stay")
         if self.config.completed == "occupy":
             self._take_places(chosen)
         else:
@@ -170,11 +171,18 @@ def _filter_siblings(pool: list[Branch]) -> list[Branch]:
     return [branch for branch in pool if branch.id not in dropped]
 
 
-def mark_pruned(before: Sequence[Branch], after: Sequence[Branch]) -> None:
+def mark_pruned(before: Sequence[Branch], after: Sequence[Branch], why: str) -> None:
+    """Mark those that are no longer there; in `why`, ``{rank}`` and ``{count}`` are their place by score among all."""
     kept = {branch.id for branch in after}
+    ranked = {branch.id: rank for rank, branch in enumerate(sorted(before, key=_descending), start=1)}
     for branch in before:
         if branch.id not in kept:
             branch.state = "pruned"
+            branch.why = why.format(rank=ranked[branch.id], count=len(ranked))
+
+
+def _descending(branch: Branch) -> float:
+    return math.inf if math.isnan(branch.score) else -branch.score
 
 
 def has_grown(branch: Branch) -> bool:

@@ -1,0 +1,87 @@
+"""math-verify in a process of its own, so that a time limit holds whatever sympy is doing.
+
+A Python signal handler does not interrupt a C function, such as a power of large integers, and runs in the main thread
+only. Here the limit is one of CPU time, and exceeding it ends the process: a busy machine changes no verdict.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+__all__ = ["Judge", "work"]
+
+
+class Judge:
+    """Asks a worker, which is started on use, and again after it ran out of time.
+
+    Parameters
+    ----------
+    limit_s : float
+        Seconds of CPU time for one answer.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def equal(self, gold: str, answer: str) -> bool | None:
+        """Whether two LaTeX texts mean the same; None without math-verify, or if it could not tell within the limit."""
+        if importlib.util.find_spec("math_verify") is None:
+            return None
+        with self._lock:
+            worker = self._started()
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            try:
+                worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+                worker.stdin.flush()
+                reply = worker.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
+            if not reply:
+                worker.communicate()
+                self._worker = None
+            return bool(json.loads(reply)) if reply else None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._worker is None or self._owner != os.getpid():  # a fork starts one of its own
+            self._owner = os.getpid()
+            self._worker = subprocess.Popen(
+                [sys.executable, "-c", f"from tts_search.judge import work; work({self.limit_s})"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        return self._worker
+
+
+def work(limit_s: float) -> None:
+    """Judge until standard input ends: lines of JSON [right answer, answer] in, lines of JSON true or false out."""
+    from math_verify import parse, verify
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in C code too
+    replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may get among the replies
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
+        equal = _equal(parse, verify, *json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(equal), file=replies, flush=True)
+
+
+def _equal(parse: Any, verify: Any, gold: str, answer: str) -> bool:
+    try:
+        right, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
+        return bool(verify(right, given, timeout_seconds=None))
+    except Exception:  # sympy raises whatever it likes on hostile input
+        return False

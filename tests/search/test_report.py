@@ -1,0 +1,203 @@
+"""Reports: tables that say what the records say, plots, and the page of search trees, clicked through in a browser."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+
+import pytest
+from browser import Page, find_chromium
+from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
+from tts_search import SearchConfig, Step
+from tts_search.evaluate import Experiment, Record, evaluate, write_manifest
+from tts_search.page import tree_page
+from tts_search.report import bootstrap, read_folder, report_tables, rows_of, strategy_map, write_report
+from tts_search.tasks import Task
+from tts_search.terminal import sanitize
+
+HOSTILE = [
+    "</script><script>document.title='owned';alert(1)</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "\x1b]0;owned\x07\x1b[2J\x1b[31mred",
+    "\u202eknilb\u202c \u2066x\u2069 \u2028 \x00\x9b31m",
+    "]]><!-- @SCRIPT@ @DATA@ \\u003c/script\\u003e {{constructor}} ${alert(1)} javascript:alert(1)",
+    '"><a href="javascript:alert(1)">x</a>',
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An evaluation with two methods and two budgets, in which models write hostile texts."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    tree = RandomTree(1, end=0.3, answers=("1", "2"))
+
+    def step(*args):
+        sampled = tree.step(*args)
+        return Step(HOSTILE[args[3] % len(HOSTILE)] + sampled.text, sampled.finished, 7, reason=sampled.reason)
+
+    tasks = [Task(str(i), f"problem {i} {HOSTILE[i % len(HOSTILE)]}", "1", str(i % 2 + 1)) for i in range(8)]
+    experiments = [
+        Experiment(
+            f"{method}, n={n}, seed={seed}",
+            SearchConfig(method=method, n=n, max_steps=5, seed=seed),
+            ScriptedPolicy(step),
+            ScriptedVerifier(tree.scores),
+            ("policy", "verifier"),
+            keep_trees=True,
+        )
+        for method in ("best_of_n", "beam_search", "dvts", "rebase")
+        for n in (4, 8)
+        for seed in (0, 1)
+    ]
+    evaluate(tasks, experiments, folder / "results.jsonl", progress=False)
+    write_manifest(folder / "manifest.json", experiments, "random")
+    return folder
+
+
+def test_bootstrap_covers_as_often_as_it_says():
+    rng = random.Random(0)
+    hits = 0
+    for _ in range(300):
+        values = [float(rng.random() < 0.4) for _ in range(80)]
+        low, high = bootstrap(values, samples=400)
+        hits += low <= 0.4 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+    assert bootstrap([1.0] * 9) == (1.0, 1.0)
+    values = [rng.gauss(3, 2) for _ in range(200)]
+    low, high = bootstrap(values)
+    half = 1.96 * statistics.stdev(values) / 200**0.5
+    assert (low, high) == pytest.approx((statistics.mean(values) - half, statistics.mean(values) + half), abs=0.06)
+    assert bootstrap(values) == (low, high)
+
+
+def test_rows_join_seeds(folder):
+    rows = rows_of(read_folder(folder))
+    assert len(rows) == 8
+    assert {len(row.records) for row in rows} == {16}
+    assert rows[0].label == "beam_search, n=4 [verifier]"
+    right = [record.is_correct("prm_max") for record in rows[0].records]
+    assert rows[0].accuracy() == pytest.approx(sum(right) / 16)
+    some = {"1", "3"}
+    chosen = [record.is_correct("majority") for record in rows[0].records if record.task in some]
+    assert rows[0].accuracy("majority", some) == pytest.approx(sum(chosen) / len(chosen))
+
+
+def test_tables(folder):
+    records = read_folder(folder)
+    tables = report_tables(records)
+    row = next(row for row in rows_of(records) if row.label.startswith("best_of_n, n=8"))
+    lines = [line for line in tables.splitlines() if line.startswith("best_of_n, n=8")]
+    solved = sum(record.solved for record in row.records) / len(row.records)
+    assert f" {100 * solved:.1f} (" in lines[0]  # pass@n
+    assert f"{100 * row.accuracy():.1f} (" in lines[1].rpartition("  ")[2]
+    assert "8 tasks; intervals: 95%, bootstrap over tasks; 0 searches failed" in tables
+    assert tables == sanitize(tables)
+
+
+def record(task, method, n, right, rate=0.5, verifier="v"):
+    return Record(
+        f"{method}{n}", task, f"{method}, n={n}", "", "", "", method, n, 0, ("p", verifier),
+        correct={"prm_max": right}, num_completions=100, num_correct=round(100 * rate),
+    )  # fmt: skip
+
+
+def test_strategy_map():
+    records = [record(f"e{i}", "best_of_n", 4, right=True, rate=0.9) for i in range(4)]
+    records += [record(f"e{i}", "dvts", 4, right=True, rate=0.0) for i in range(4)]  # a tie: best-of-N
+    records += [record(f"h{i}", "best_of_n", 4, right=i == 0, rate=0.01) for i in range(4)]
+    records += [record(f"h{i}", "dvts", 4, right=i < 3, rate=0.0) for i in range(4)]
+    assert strategy_map(rows_of(records)) == {
+        ("p", "v", "easy", 4): ("best_of_n", 1.0, 4),
+        ("p", "v", "hard", 4): ("dvts", 0.75, 4),
+    }
+
+
+def test_no_results(tmp_path):
+    with pytest.raises(ValueError, match=r"expected results in results\*.jsonl, found none"):
+        write_report(tmp_path, tmp_path / "report")
+
+
+def test_report_and_plots(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert write_report(folder, tmp_path) in (tmp_path / "tables.txt").read_text()
+    names = {path.stem for path in tmp_path.glob("*.svg")}
+    bins = {f"accuracy-n-{name}" for name in ("easy", "medium", "hard")}
+    assert names == {"accuracy-n", "accuracy-flops", "accuracy-seconds", "strategy-map", *bins}
+    drawn = (tmp_path / "accuracy-n.svg").read_text()
+    assert drawn.count("<path") > 30
+    again = tmp_path / "again"
+    write_report(folder, again)
+    assert (again / "accuracy-n.svg").read_text() == drawn
+
+
+def test_the_page_holds_texts_as_data_only(folder):
+    page = tree_page(read_folder(folder))
+    body, _, rest = page.partition('<script type="application/json" id="data">')
+    data, _, script = rest.partition("</script>")
+    assert not set(data) & set("<>&")
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "owned" not in body
+    assert "owned" not in script
+    searches = json.loads(data)
+    assert len(searches) == 128
+    assert "</script><script>" in json.dumps(searches)  # it is all there, as text
+    assert not any(character in json.dumps(searches, ensure_ascii=False) for character in "\u202e\u2028\x1b\x9b")
+    assert (
+        len(json.loads(tree_page(read_folder(folder), max_trees=3).split('id="data">')[1].split("</script>")[0])) == 3
+    )
+
+
+def test_lone_surrogates_can_be_written(tmp_path):
+    tree = {"format": 1, "nodes": [{"id": 0, "parent": None, "text": "a\ud800"}]}
+    one = Record("e", "t", "label \ud800", "", "\udfff", "", tree=json.dumps(tree))
+    (tmp_path / "trees.html").write_text(tree_page([one]), encoding="utf-8")
+    assert "\\ufffd" in (tmp_path / "trees.html").read_text(encoding="utf-8")
+
+
+def test_the_page_in_a_browser(folder, tmp_path):
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium to look at the page with: apt-get install chromium")
+    file = tmp_path / "trees.html"
+    file.write_text(tree_page(read_folder(folder)))
+    with Page(program, file, tmp_path / "profile") as page:
+        count = "document.querySelectorAll('.node').length"
+        assert page.evaluate("document.querySelectorAll('#search option').length") == 128
+        page.type("#find", "beam_search, n=8")
+        assert page.evaluate("document.querySelectorAll('#search option').length") == 16
+        assert page.evaluate("current.title.startsWith('beam_search, n=8')")
+        nodes = page.evaluate("current.nodes")
+        assert page.evaluate(count) == len(nodes) - 1
+        lost = next(node for node in nodes if node["state"] == "pruned" and "by score" in node["why"])
+        page.click(f".node[data-id='{lost['id']}']")
+        detail = page.evaluate("document.getElementById('detail').textContent")
+        assert f"pruned in round {lost['round']}" in detail
+        assert lost["why"] in detail
+        step = page.evaluate("document.querySelector('#detail pre').textContent")
+        assert step == lost["text"]  # markup and all, as text
+        assert page.evaluate("document.querySelectorAll('#detail pre *, .text *').length") == 0
+        parent = next(node for node in nodes[1:] if node["state"] == "expanded")
+        page.click(f".node[data-id='{parent['id']}']")
+        assert "branches read its 7 tokens" in page.evaluate("document.getElementById('detail').textContent")
+        page.screenshot(tmp_path / "page.png")
+        page.click(f"li:has(> .row > .node[data-id='{parent['id']}']) > .row > .fold")
+        below = {parent["id"]}
+        for node in nodes:
+            if node["parent"] in below:
+                below.add(node["id"])
+        assert page.evaluate(count) == len(nodes) - len(below)
+        page.click(f"li:has(> .row > .node[data-id='{parent['id']}']) > .row > .fold")
+        page.click("#pruned")
+        assert page.evaluate(count) == sum(node["state"] != "pruned" for node in nodes[1:])
+        page.click("#pruned")
+        page.evaluate("document.getElementById('round').value = 1; document.getElementById('round').oninput()")
+        assert page.evaluate(count) == sum(node["round"] == 1 for node in nodes)
+        assert page.evaluate("document.title") == "Search trees"
+        page.type("#find", " nothing like it")
+        assert page.evaluate(count) == 0
+        assert page.complaints == []
+        page.evaluate(
+            "var s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
+        )
+        assert page.evaluate("document.title") == "Search trees"  # the policy lets no other script run

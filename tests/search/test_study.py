@@ -1,0 +1,103 @@
+"""The study: its plan, the sampling that verifiers share, and a tiny run on the demo models."""
+
+from __future__ import annotations
+
+import pytest
+from scripted import ScriptedPolicy, ScriptedVerifier
+from tts_search import SearchConfig, SearchError, Step, search
+from tts_search.evaluate import read_configs, read_records
+from tts_search.study import Grid, Memo, cells, plan_as_text, run_study, share_out
+
+TINY = Grid(problems=1, levels=(1, 2), budgets=(1, 4), largest=8, policies=("policy-0.1m", "policy-0.6m"))
+
+
+def test_cells():
+    plan = cells(Grid())
+    assert len(set(plan)) == len(plan)
+    sampled = [cell for cell in plan if cell.method == "best_of_n" and not cell.greedy]
+    assert [(cell.policy, cell.n, cell.nested) for cell in sampled] == [
+        ("policy-0.1m", 256, (1, 4, 16, 64)),
+        ("policy-0.6m", 64, (1, 4, 16, 64)),
+        ("policy-3m", 64, (1, 4, 16, 64)),
+    ]
+    assert {len(cell.verifiers) for cell in sampled} == {2}
+    assert [cell.policy for cell in plan if cell.n == 256] == ["policy-0.1m"] * 3
+    assert sum(cell.method == "dvts" for cell in plan) == 3 * 2 * 3 + 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_parts_share_the_grid_out(count):
+    parts = [share_out(Grid(), f"{index}/{count}") for index in range(1, count + 1)]
+    together = [cell for part in parts for cell in part]
+    assert len(together) == len(set(together)) == len(cells(Grid()))
+
+
+@pytest.mark.parametrize("part", ["", "0/2", "3/2", "1", "a/b", "1/2/3"])
+def test_what_is_no_part(part):
+    with pytest.raises(SearchError, match=r"^part: expected I/K"):
+        share_out(Grid(), part)
+
+
+def test_memo_gives_the_same_samples_again():
+    def step(problem, _, __, seed, ___):
+        if problem == "broken":
+            raise ValueError("no")
+        return Step(f"answer {seed}", True, 3)
+
+    policy = ScriptedPolicy(step)
+    memo = Memo(policy)
+    verifier = ScriptedVerifier(lambda _, steps: [0.5] * len(steps))
+    config = SearchConfig(method="best_of_n", n=4)
+    first = search(["a", "b"], memo, verifier, config, progress=False)
+    calls = len(policy.calls)
+    again = search(["b", "a"], memo, verifier, config, progress=False)
+    assert len(policy.calls) == calls
+    assert [one.completions for one in again] == [one.completions for one in first[::-1]]
+    fewer = search(["a"], memo, verifier, SearchConfig(method="best_of_n", n=2), progress=False)
+    assert fewer[0].completions == first[0].completions[:2]
+    assert len(policy.calls) == calls
+    search(["a"], memo, verifier, SearchConfig(method="best_of_n", n=2, temperature=0.1), progress=False)
+    assert len(policy.calls) == calls + 1
+    with pytest.raises(SearchError, match="no"):
+        search(["broken"], memo, verifier, config, progress=False)
+    assert not policy.problems
+
+
+def test_a_tiny_study(tmp_path):
+    pytest.importorskip("transformers")
+    records = [record for part in ("1/2", "2/2") for record in run_study(TINY, tmp_path, part=part, progress=False)]
+    assert not [record.error for record in records if record.error]
+    per_policy = 1 + 2 * 2 + 2 * 2  # greedy; nested best-of-N and two searches, for two verifiers
+    assert len(records) == 2 * (2 * per_policy + 3)  # two problems; the largest budget of three methods
+    sizes = {(record.method, record.n) for record in records}
+    assert sizes == {
+        ("best_of_n", 1),
+        ("best_of_n", 4),
+        ("best_of_n", 8),
+        ("beam_search", 4),
+        ("beam_search", 8),
+        ("dvts", 4),
+        ("dvts", 8),
+    }
+    shared = {}
+    for record in records:
+        if record.method == "best_of_n" and record.n == 4:
+            shared.setdefault((record.models[0], record.task), set()).add(
+                (record.num_correct, record.answers["majority"])
+            )
+    assert len(shared) == 4
+    assert all(len(outcomes) == 1 for outcomes in shared.values())  # both verifiers read the same samples
+    written = [record for path in tmp_path.glob("results-*.jsonl") for record in read_records(path)]
+    assert len(written) == len(records)
+    configs = {key for path in tmp_path.glob("manifest-*.json") for key in read_configs(path)}
+    assert configs
+    sizes_before = {path: path.stat().st_size for path in tmp_path.glob("results-*.jsonl")}
+    assert len(run_study(TINY, tmp_path, part="1/1", progress=False)) == len(records)  # all is there: nothing is run
+    assert {path: path.stat().st_size for path in tmp_path.glob("results-*.jsonl")} == sizes_before
+
+
+def test_plan_as_text():
+    pytest.importorskip("tokenizers")
+    lines = plan_as_text(TINY).splitlines()
+    assert len(lines) == 2 + len(cells(TINY)) + 1
+    assert lines[-1].split()[0] == "all"
