@@ -199,7 +199,7 @@ def test_run_experiments(tmp_path, capsys):
     assert "mine" in printed
     assert "cost a problem" in printed
     assert "1 searches failed and count as wrong; the first one: problem 1, round 0: expected a problem" in printed
-    assert json.loads((tmp_path / "manifest.json").read_text())["versions"]["torch"]
+    assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["versions"]["torch"]
 
 
 def test_report_of_a_folder(tmp_path):
