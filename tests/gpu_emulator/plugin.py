@@ -1,0 +1,42 @@
+"""A pytest plugin: ``pytest -p gpu_emulator.plugin tests/test_prune.py`` runs those tests on emulated CUDA kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from .library import Library, operators
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("GPU emulator")
+    group.addoption("--emulate", default=",".join(operators()), help="operators to emulate, by name; all by default")
+    group.addoption("--emulate-sanitize", choices=("address", "thread"), help="run kernels under a sanitizer")
+    group.addoption("--emulate-seed", type=int, default=0, help="shuffles blocks and threads; 0: in order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import tts_kernels  # noqa: F401  (the CPU's kernels come first, to be replaced)
+
+    names = config.getoption("emulate").split(",")
+    library = Library(names, config.getoption("emulate_sanitize"), config.getoption("emulate_seed"))
+    config.stash[LIBRARY] = library
+
+
+LIBRARY = pytest.StashKey[Library]()
+
+
+@pytest.fixture
+def emulated(request: pytest.FixtureRequest) -> Library:
+    """The library, its record of launches empty."""
+    library = request.config.stash[LIBRARY]
+    library.launches.clear()
+    return library
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    library = config.stash[LIBRARY]
+    return f"emulated CUDA: {config.getoption('emulate')}, sanitizer {library.sanitize}, seed {library.seed}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"{len(config.stash[LIBRARY].launches)} emulated launches")
