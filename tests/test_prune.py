@@ -12,7 +12,9 @@ from torch.library import opcheck
 import tts_kernels as tk
 from tts_kernels import reference
 
-SPECIAL = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1e-45, -1e-45, 3.4e38]).tolist()  # as float32 has them
+SPECIAL = torch.tensor(
+    [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 1e-45, -1e-45, 3.4e38]
+).tolist()  # as float32 has them
 
 
 def indptr_of(lengths: list[int]) -> torch.Tensor:

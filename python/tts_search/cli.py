@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tts_search.api import search
-from tts_search.config import SearchConfig
+from tts_search.config import METHODS, SearchConfig
 from tts_search.errors import MissingExtraError, SearchError, require
 from tts_search.evaluate import Experiment, evaluate, read_records, write_manifest
 from tts_search.protocol import Policy, Verifier
@@ -82,7 +82,7 @@ def build_app() -> Callable[[], None]:
         problem: str = typer.Argument(..., help="The problem's text; - reads it from standard input."),
         policy: str = policy_option,
         verifier: str = verifier_option,
-        method: str = typer.Option("beam_search", help="best_of_n, beam_search or dvts."),
+        method: str = typer.Option("beam_search", help=f"One of {', '.join(METHODS)}."),
         n: int = typer.Option(16, "--n", help="Candidates of a round, or completions."),
         temperature: float = temperature_option,
         seed: int = typer.Option(0, help="Fixes every draw."),
@@ -111,7 +111,7 @@ def build_app() -> Callable[[], None]:
         ),
         policy: str = policy_option,
         verifier: str = verifier_option,
-        method: list[str] = typer.Option(["best_of_n"], help="May be given several times."),
+        method: list[str] = typer.Option(["best_of_n"], help=f"May be given several times; of {', '.join(METHODS)}."),
         n: list[int] = typer.Option([16], "--n", help="May be given several times."),
         seed: list[int] = typer.Option([0], help="May be given several times."),
         temperature: float = temperature_option,

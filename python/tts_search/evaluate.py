@@ -307,7 +307,8 @@ def write_manifest(path: str | Path, experiments: Sequence[Experiment], data: st
         "data": str(data),
         **facts,
     }
-    entries = {one.key: {"models": one.names, "config": asdict(one.config)} for one in experiments}
+    variants = [variant for one in experiments for variant in one.variants]
+    entries = {one.key: {"models": one.names, "config": asdict(one.config)} for one in variants}
     manifest = {"runs": [*known.get("runs", ()), run], "experiments": {**known.get("experiments", {}), **entries}}
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -8,8 +8,9 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tts_search.evaluate import Record, read_records
-from tts_search.strategy import BINS, Bin, difficulty_bin
+from tts_search.config import SearchConfig
+from tts_search.evaluate import Record, read_configs, read_records
+from tts_search.strategy import BINS, Bin, difficulty_bin, fit
 
 __all__ = [
     "Row",
@@ -19,9 +20,11 @@ __all__ = [
     "format_table",
     "read_folder",
     "report_tables",
+    "rivals_table",
     "rows_of",
     "sign_test",
     "strategy_map",
+    "strategy_table",
     "wilson",
     "write_report",
 ]
@@ -331,12 +334,67 @@ def _map_table(rows: Sequence[Row]) -> str:
     return format_table(["best method, accuracy %", *(f"n={n}" for n in sizes)], lines)
 
 
-def report_tables(records: Sequence[Record], vote: str | None = None) -> str:
-    """Return all tables of a report as text."""
+def strategy_table(records: Sequence[Record], configs: Mapping[str, SearchConfig]) -> str:
+    """Return the cross-validated accuracy of a fitted strategy by policy, verifier and n, beside the best fixed choice.
+
+    A strategy chooses method and vote by the problem's difficulty (pass@1 in the largest best-of-N); the fixed choice
+    is the same for all problems. Neither is chosen by a problem that it is counted on.
+    """
+    sampled = [row for row in rows_of(records) if row.verifier]
+    sizes = sorted({row.n for row in sampled})
+    lines = []
+    for policy, verifier in sorted({(row.policy, row.verifier) for row in sampled}):
+        own = [record for row in sampled if (row.policy, row.verifier) == (policy, verifier) for record in row.records]
+        if not any(record.method == "best_of_n" for record in own):
+            continue
+        fitted = fit(own, configs, budget=own[0].n)
+        for name, accuracy in (("by difficulty", fitted.accuracy), ("one for all", fitted.fixed)):
+            cells = [f"{100 * accuracy[n]:.1f}" if n in accuracy else "-" for n in sizes]
+            lines.append([f"{policy}, {verifier}, {name}", *cells])
+    return format_table(["cross-validated accuracy %", *(f"n={n}" for n in sizes)], lines)
+
+
+def rivals_table(rows: Sequence[Row]) -> str:
+    """Return which larger policies' greedy answers a search of a smaller policy matches, and at what inference cost.
+
+    For each smaller policy, verifier and larger policy: the search with the fewest FLOPs of policy and verifier
+    together that is at least as accurate, and their ratio to those of the greedy answer.
+    """
+    greedy = {row.policy: row for row in rows if not row.verifier and row.n == 1 and "greedy" in row.label}
+    ordered = sorted(greedy, key=lambda policy: greedy[policy].mean("flops_policy"))
+    lines = []
+    for place, larger in enumerate(ordered):
+        rival = greedy[larger]
+        for smaller in ordered[:place]:
+            own = [row for row in rows if row.policy == smaller and row.verifier]
+            for verifier in sorted({row.verifier for row in own}):
+                enough = [row for row in own if row.verifier == verifier and row.accuracy() >= rival.accuracy()]
+                best = min(enough, key=_total_flops, default=None)
+                name = f"{smaller} + {verifier} against {larger} ({100 * rival.accuracy():.1f})"
+                if best is None:
+                    lines.append([name, "none", "-", "-"])
+                else:
+                    ratio = _total_flops(best) / max(1.0, rival.mean("flops_policy"))
+                    lines.append([name, f"{best.method}, n={best.n}", f"{100 * best.accuracy():.1f}", f"{ratio:.2g}x"])
+    return format_table(["as accurate as a larger policy alone", "search", "accuracy %", "FLOPs"], lines)
+
+
+def _total_flops(row: Row) -> float:
+    return row.mean("flops_policy") + row.mean("flops_verifier")
+
+
+def report_tables(
+    records: Sequence[Record], vote: str | None = None, configs: Mapping[str, SearchConfig] | None = None
+) -> str:
+    """Return all tables of a report as text; with the configs by experiment, that of a fitted strategy, too."""
     rows = rows_of(records, vote)
     sections = [votes_table(rows), levels_table(rows), flops_table(rows)]
     if any(row.method == "best_of_n" and row.verifier for row in rows):
         sections.append(_map_table(rows))
+        if configs:
+            sections.append(strategy_table(records, configs))
+    if len({row.policy for row in rows if "greedy" in row.label}) > 1:
+        sections.append(rivals_table(rows))
     errors = sum(record.error is not None for record in records)
     tasks = len({record.task for record in records})
     sections.append(f"{tasks} tasks; intervals: 95%, bootstrap over tasks; {errors} searches failed and count as wrong")
@@ -356,9 +414,12 @@ def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None
     from tts_search.page import tree_page
 
     records = read_folder(folder)
+    configs = {}
+    for path in sorted(Path(folder).glob("manifest*.json")):
+        configs.update(read_configs(path))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tables = report_tables(records, vote)
+    tables = report_tables(records, vote, configs)
     (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
     (out / "trees.html").write_text(tree_page(records), encoding="utf-8")
     if plots:

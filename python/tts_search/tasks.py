@@ -41,6 +41,8 @@ DATASETS: Mapping[str, _Source] = {
 }
 """Data sets that are known by name."""
 
+_ANSWERS = ("answer", "expected_answer", "extracted_groundtruth")
+
 
 def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     r"""Read tasks.
@@ -95,11 +97,11 @@ def _rows(name: str) -> Iterable[tuple[int, Any]]:
 def _task(entry: Any, number: int, source: str | Path) -> Task:
     try:
         problem = entry["problem"] if "problem" in entry else entry["question"]
-        answer = entry["answer"] if "answer" in entry else boxed(entry["solution"])
-        if not isinstance(problem, str) or isinstance(answer, (dict, list)) or answer is None:
+        answer = next((entry[name] for name in _ANSWERS if name in entry), None)
+        answer = str(boxed(entry["solution"]) if answer is None else answer).rpartition("####")[2].strip()
+        if not isinstance(problem, str) or not answer:
             raise TypeError
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}, line {number + 1}: expected an object with problem and answer") from error
-    answer = str(answer).rpartition("####")[2].strip()
     identity = entry.get("id", entry.get("unique_id", number))
     return Task(str(identity), problem, answer, str(entry.get("level") or "").removeprefix("Level "))

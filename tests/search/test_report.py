@@ -12,7 +12,16 @@ from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step
 from tts_search.evaluate import Experiment, Record, evaluate, write_manifest
 from tts_search.page import tree_page
-from tts_search.report import bootstrap, read_folder, report_tables, rows_of, strategy_map, write_report
+from tts_search.report import (
+    bootstrap,
+    read_folder,
+    report_tables,
+    rivals_table,
+    rows_of,
+    strategy_map,
+    strategy_table,
+    write_report,
+)
 from tts_search.tasks import Task
 from tts_search.terminal import sanitize
 
@@ -111,6 +120,49 @@ def test_strategy_map():
         ("p", "v", "easy", 4): ("best_of_n", 1.0, 4),
         ("p", "v", "hard", 4): ("dvts", 0.75, 4),
     }
+
+
+def test_a_strategy_beside_the_best_fixed_choice(folder):
+    """Best-of-N solves the easy problems, DVTS the hard ones: only a strategy that tells them apart solves all."""
+    configs = {f"{method}8": SearchConfig(method=method, n=8) for method in ("best_of_n", "dvts")}
+    records = []
+    for i in range(40):
+        easy = i % 2 == 0
+        records.append(record(str(i), "best_of_n", 8, right=easy, rate=0.9 if easy else 0.0))
+        records.append(record(str(i), "dvts", 8, right=not easy, rate=0.0))
+    lines = strategy_table(records, configs).splitlines()
+    assert lines[2].split()[-1] == "100.0"
+    assert lines[2].startswith("p, v, by difficulty")
+    assert float(lines[3].split()[-1]) <= 52.5
+    assert "by difficulty" in report_tables(records, configs=configs)
+    write_report(folder, folder / "with-strategy", plots=False)
+    assert "cross-validated accuracy" in (folder / "with-strategy" / "tables.txt").read_text()
+
+
+def test_rivals():
+    def row(policy, label, n, right, flops, verifier=""):
+        records = [
+            Record(
+                label, str(i), label, "", "", "", "best_of_n", n, 0, (policy, verifier),
+                correct={"majority": i < right, "prm_max": i < right},
+                stats={"flops_policy": flops, "flops_verifier": flops if verifier else 0.0},
+            )
+            for i in range(10)
+        ]  # fmt: skip
+        return rows_of(records)[0]
+
+    rows = [
+        row("small", "small, greedy, n=1", 1, 3, 10.0),
+        row("large", "large, greedy, n=1", 1, 6, 400.0),
+        row("small", "small, best_of_n, n=4", 4, 5, 40.0, "v"),
+        row("small", "small, best_of_n, n=16", 16, 6, 160.0, "v"),
+        row("small", "small, best_of_n, n=64", 64, 8, 640.0, "v"),
+        row("small", "small, best_of_n, n=64", 64, 5, 640.0, "w"),
+    ]
+    lines = rivals_table(rows).splitlines()
+    assert lines[2].split()[-4:] == ["best_of_n,", "n=16", "60.0", "0.8x"]
+    assert lines[3].split()[-3:] == ["none", "-", "-"]
+    assert len(lines) == 4
 
 
 def test_no_results(tmp_path):

@@ -17,18 +17,22 @@ def test_files(tmp_path):
         "\n"
         '{"question": "b", "solution": "so \\\\boxed{2}", "id": 7}\n'
         '{"problem": "c", "answer": 3, "level": "Level 5"}\n'
+        '{"problem": "c", "solution": "none", "extracted_groundtruth": "204"}\n'
         '{"question": "d", "answer": "12 / 3 = <<12/3=4>>4\\n#### 1,204"}\n'
     )
     assert load_tasks(path) == [
         Task("x/1", "a", "1", "3"),
         Task("7", "b", "2", ""),
         Task("3", "c", "3", "5"),
-        Task("4", "d", "1,204", ""),
+        Task("4", "c", "204", ""),
+        Task("5", "d", "1,204", ""),
     ]
     assert len(load_tasks(path, limit=2)) == 2
 
 
-@pytest.mark.parametrize("line", ['{"problem": "b"}', "nonsense", "[]", '{"problem": 1, "answer": 2}', "3"])
+@pytest.mark.parametrize(
+    "line", ['{"problem": "b"}', "nonsense", "[]", '{"problem": "b", "answer": ""}', '{"problem": 1, "answer": 2}', "3"]
+)
 def test_a_line_that_is_no_task(tmp_path, line):
     path = tmp_path / "data.jsonl"
     path.write_text(f'{{"problem": "a", "answer": "1"}}\n{line}\n')
