@@ -1,18 +1,15 @@
 """`sample` against the chain of torch ops that transformers' logits processors run.
 
-The two alternate within a run, and `extra_info` holds the median ratio. Bounds: a row is read from memory once, at the
-rate measured here; above that, 2 V exponentials (V at temperature 1).
+Bound: a row is read from memory once; above that, 2 V exponentials (V at temperature 1).
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from measure import Bound, compare
 from torch import Tensor
 
 import tts_kernels as tk
@@ -63,12 +60,6 @@ def transformers_chain(
     return tokens, torch.log_softmax(raw, -1).gather(1, tokens)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 @pytest.mark.parametrize("kind", ["flat", "peaked"])
 @pytest.mark.parametrize("rows", [64, 1])
 @pytest.mark.parametrize("name", CASES)
@@ -76,21 +67,16 @@ def test_sample(benchmark: Any, name: str, rows: int, kind: str) -> None:
     torch.manual_seed(0)
     x = logits(kind, rows, 151_936)
     seeds, offsets = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
-    baseline: list[float] = []
-
-    def before() -> None:  # also empties the cache of the rows, as a model's forward does
-        baseline.append(seconds(lambda: transformers_chain(x, **CASES[name])))
 
     def run() -> tk.Sampled:
         return tk.sample(x, seeds=seeds, offsets=offsets, **CASES[name])
 
-    run()
-    benchmark.group = f"sample {rows} x 151,936, {kind}"
-    benchmark.pedantic(run, setup=before, rounds=5 if rows > 1 else 30)
-    rate = x.numel() * 4 / min(seconds(x.sum) for _ in range(10))
-    ours = statistics.median(benchmark.stats.stats.data)
-    benchmark.extra_info["torch_ms"] = 1e3 * statistics.median(baseline)
-    benchmark.extra_info["ratio"] = statistics.median(baseline) / ours
-    benchmark.extra_info["of_memory_bound"] = x.numel() * 4 / rate / ours
-    print(f"\n{name}, {rows} x 151,936, {kind}: {1e3 * ours:.2f} ms, {benchmark.extra_info['ratio']:.0f}x torch, "
-          f"{100 * benchmark.extra_info['of_memory_bound']:.0f}% of the memory bound")  # fmt: skip
+    # The baseline's run also empties the cache of the rows, as a model's forward does.
+    benchmark.group = f"sample, {rows} x 151,936, {kind}"
+    compare(
+        benchmark,
+        run,
+        {"torch": lambda: transformers_chain(x, **CASES[name])},
+        rounds=5 if rows > 1 else 30,
+        bound=Bound(x.numel() * 4),
+    )
