@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
 
 
 def _flops(row: Row) -> float:
-    return row.mean("flops_policy") + row.mean("flops_verifier")
+    return row.mean("flops_policy") + (0.0 if row.vote == "majority" else row.mean("flops_verifier"))
 
 
 def _panels(
@@ -77,7 +78,9 @@ def _panels(
     at: Callable[[Row], float],
     tasks: dict[str, set[str]] | None = None,
 ) -> Any:
-    """One panel a policy: accuracy by method (colour) and verifier (dashes), majority and pass@n in grey."""
+    """One panel a policy: accuracy by method (colour) and verifier (dashes); in grey the majority of best-of-N."""
+    from matplotlib.ticker import NullFormatter
+
     figure, axes = plt.subplots(
         1, max(1, len(policies)), figsize=(4 * max(1, len(policies)), 3.4), sharey=True, squeeze=False
     )
@@ -88,17 +91,19 @@ def _panels(
         for method in dict.fromkeys(row.method for row in own):
             for verifier, dashes in zip(verifiers, _DASHES, strict=False):
                 line = [row for row in own if (row.method, row.verifier) == (method, verifier)]
-                _line(axis, line, at, of, None, dashes, _COLOURS.get(method, "#555555"), f"{method}, {verifier}")
+                _line(axis, line, at, of, dashes, _COLOURS.get(method, "#555555"), f"{method}, {verifier}")
         sampled = [row for row in own if row.method == "best_of_n" and row.verifier == (verifiers or [""])[0]]
-        _line(axis, sampled, at, of, "majority", "-", "#999999", "majority")
+        majority = [replace(row, vote="majority") for row in sampled]  # needs no verifier
+        _line(axis, majority, at, of, "-", "#999999", "majority")
         axis.set(title=policy, xlabel=label, ylim=(0, 102))
         if any(x > 0 for line in axis.lines for x in line.get_xdata()):
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy %")
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=3, fontsize=8)
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=3, fontsize=8)
     return figure
 
 
@@ -107,12 +112,11 @@ def _line(
     rows: Iterable[Row],
     at: Callable[[Row], float],
     tasks: Container[str] | None,
-    vote: str | None,
     dashes: str,
     colour: str,
     label: str,
 ) -> None:
-    points = sorted((at(row), 100 * row.accuracy(vote, tasks)) for row in rows)
+    points = sorted((at(row), 100 * row.accuracy(tasks=tasks)) for row in rows)
     points = [(x, y) for x, y in points if not math.isnan(x) and not math.isnan(y)]
     if points:
         axis.plot(*zip(*points, strict=True), dashes, color=colour, marker=".", linewidth=1.3, label=label)

@@ -58,9 +58,9 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     Returns
     -------
     list of Task
-        An entry has a ``problem`` (or ``question``), an ``answer`` (or a ``solution`` with a ``\boxed`` answer) and, if
-        it likes, ``level`` and ``id`` (or ``unique_id``; by default its number). Of a GSM8K solution, the answer is
-        what follows ``####``.
+        An entry has a ``problem`` (or ``question``), an ``answer`` (or ``expected_answer``, ``extracted_groundtruth``,
+        or a ``solution`` with a ``\boxed`` answer) and, if it likes, ``level`` and ``id`` (or ``unique_id``; by default
+        its number). Of a GSM8K solution, the answer is what follows ``####``.
 
     Raises
     ------

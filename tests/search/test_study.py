@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
-from tts_search import SearchConfig, SearchError, Step, search
+from tts_search import SearchConfig, SearchError, Step, Thinking, equivalent, search
+from tts_search.config import METHODS
 from tts_search.evaluate import read_configs, read_records
 from tts_search.study import Grid, Memo, cells, plan_as_text, run_study, share_out
 
@@ -101,3 +104,25 @@ def test_plan_as_text():
     lines = plan_as_text(TINY).splitlines()
     assert len(lines) == 2 + len(cells(TINY)) + 1
     assert lines[-1].split()[0] == "all"
+
+
+def test_every_method_on_the_demo_models():
+    """Whatever a method asks for, the branches of a forked cache answer as text that is read anew would."""
+    pytest.importorskip("transformers")
+    from tts_search.demo import CONFIG, load_models, make_tasks
+
+    models = load_models()
+    policy, verifier = models.policies["policy-0.6m"], models.verifiers["prm-strong"]
+    tasks = make_tasks((2, 3), 2, 0)
+    for method in METHODS:
+        config = replace(
+            CONFIG, method=method, n=8, thinking=Thinking(end=" = ", min_tokens=5, max_extensions=1, extend=" ")
+        )
+        results = search([task.problem for task in tasks], policy, verifier, config, progress=False)
+        assert sum(equivalent(task.answer, one.answer()) for task, one in zip(tasks, results, strict=True)) >= (
+            0 if method == "budget_forcing" else 2
+        )
+        for result in results:
+            assert result.best.finished
+            assert result.stats.flops_policy > 0
+            assert result.stats.flops_verifier > 0
