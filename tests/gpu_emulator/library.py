@@ -23,7 +23,8 @@ from .translate import Parameter
 
 ROOT = HERE.parents[1]
 INCLUDES = (ROOT / "csrc/include", ROOT / "csrc/cpu")
-WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
+_TIMEOUT = 60.0  # seconds for one launch
+_WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
 
 T = TypeVar("T")
 
@@ -162,7 +163,7 @@ def _for_each(make: Callable[[Path], T], sources: Iterable[Path]) -> list[T]:
 def _build(names: Sequence[str], kernels: Sequence[Path]) -> Path:
     glue = [ROOT / f"csrc/ops/cuda/{name}.cpp" for name in names] + [HERE / "cudart.cpp"]
     objects = _for_each(_object, [*glue, *kernels])
-    wrap = [f"-Wl,--wrap={name}" for name in WRAPPED]
+    wrap = [f"-Wl,--wrap={name}" for name in _WRAPPED]
     link = [require("cxx"), "-shared", *wrap, *map(str, objects), f"-L{_torch()}/lib", "-ltorch_cpu"]
 
     def make(folder: Path) -> None:
