@@ -156,7 +156,7 @@ def build_app() -> Callable[[], None]:
         """Write tables, plots and a page on which search trees can be explored."""
         from tts_search.report import write_report
 
-        print(write_report(folder, out or folder / "report", vote=vote or None, plots=plots))
+        print(sanitize(write_report(folder, out or folder / "report", vote=vote or None, plots=plots)))
 
     @app.command()
     def study(
@@ -193,7 +193,8 @@ def run_experiments(
         if experiment.key not in begun:
             seconds[experiment.label] = time.perf_counter() - begin
         rows.append(Row(experiment.label, records, vote))
-    print(f"{accuracy_table(rows)}\n\n{cost_table(rows, seconds)}\n\n{len(tasks)} tasks; results: {results}")
+    tables = sanitize(f"{accuracy_table(rows)}\n\n{cost_table(rows, seconds)}")  # levels are the data set's words
+    print(f"{tables}\n\n{len(tasks)} tasks; results: {results}")
     errors = [record.error for row in rows for record in row.records if record.error]
     if errors:
         print(f"{len(errors)} searches failed and count as wrong; the first one: {sanitize(errors[0])}")

@@ -192,11 +192,13 @@ def test_run_experiments(tmp_path, capsys):
     experiment = Experiment(
         "mine", SearchConfig(n=4, max_steps=3), ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores)
     )
-    tasks = [Task("1", "p", "7"), Task("2", "", "8")]
+    tasks = [Task("1", "p", "7", "1\x1b[2J\x1b]0;owned\x07"), Task("2", "", "8", "2")]
     cli.run_experiments(tasks, [experiment], tmp_path / "results.jsonl", "prm_max", 8)
     cli.write_manifest(tmp_path / "manifest.json", [experiment], tmp_path / "data.jsonl")
     printed = capsys.readouterr().out
     assert "mine" in printed
+    assert "\x1b" not in printed
+    assert "owned" not in printed
     assert "cost a problem" in printed
     assert "1 searches failed and count as wrong; the first one: problem 1, round 0: expected a problem" in printed
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][0]["versions"]["torch"]
@@ -205,9 +207,12 @@ def test_run_experiments(tmp_path, capsys):
 def test_report_of_a_folder(tmp_path):
     pytest.importorskip("typer")
     test_interrupted_eval_saves_what_it_has(tmp_path)
+    results = tmp_path / "out" / "results.jsonl"
+    results.write_text(results.read_text().replace('"level": ""', '"level": "\\u001b[2J\\u009b31m"'))
     done = run_cli("report", str(tmp_path / "out"), "--no-plots")
     assert done.returncode == 0, done.stderr
     assert "2 tasks; intervals: 95%, bootstrap over tasks" in done.stdout
+    assert not set(done.stdout) & set("\x1b\x9b")
     assert (tmp_path / "out" / "report" / "trees.html").exists()
 
 
