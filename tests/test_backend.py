@@ -48,6 +48,14 @@ def test_unknown_and_missing_backends_say_so() -> None:
     assert tk.backend_info().available["cpp"] == ""
 
 
+def test_missing_cuda_kernels_say_why() -> None:
+    why = tk.backend_info().cuda
+    if torch.version.cuda is None:
+        assert why == "this torch has no CUDA"
+    else:
+        assert why == "" or "was not built" in why
+
+
 def test_instruction_set_can_be_forced_and_a_wrong_one_is_named() -> None:
     for isa in tk.backend_info().cpu_isas:
         done = run("import tts_kernels as tk; print(tk.backend_info().cpu_isa)", TTS_KERNELS_CPU_ISA=isa)

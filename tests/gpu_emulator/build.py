@@ -1,7 +1,7 @@
 """Find the compilers; turn .cu into PTX, and PTX into a library or, under a sanitizer, a program. All of it is cached.
 
 The cache lies in ``$XDG_CACHE_HOME/tts_kernels/gpu_emulator`` (or ``~/.cache/...``), one folder for each hash of what
-went in: source, options, compiler, this package. Nothing is ever written beside the sources.
+went in: source, options, compiler, the runtime. Nothing is ever written beside the sources.
 """
 
 from __future__ import annotations
@@ -96,12 +96,11 @@ def _machine() -> str:
 
 
 @functools.cache
-def _package() -> str:
-    """A hash of the emulator itself."""
+def _runtime() -> str:
+    """A hash of what translated code is compiled with; the translation itself is hashed beside it."""
     digest = hashlib.sha256(_machine().encode())
-    for path in sorted([*HERE.glob("*.py"), *RUNTIME.iterdir()]):
-        if not path.name.startswith("test_"):
-            digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(RUNTIME.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -195,5 +194,5 @@ def compile_translation(cpp: str, sanitize: str | None) -> Path:
         _run([compiler, *link, "kernel.o", *objects, "-o", "kernel"], cwd=folder)
         (folder / "kernel.o").unlink()
 
-    key = [_version(compiler), _package(), *common, *exact, *instrument]
+    key = [_version(compiler), _runtime(), *common, *exact, *instrument]
     return _cached([*key, cpp], "kernel", make)

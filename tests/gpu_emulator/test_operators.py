@@ -28,7 +28,7 @@ TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set")
 FEW = {
     "aggregate_steps": "strided",
     "step_scores": "test_equals_the_definition and 3-17",
-    "prune": "group or ties",
+    "prune": "test_sizes or groups_of_nan or saturated",
     "score_and_prune": "equals_its_parts and last",
     "linear_logprob": "test_equals_the_definition and size2",
     "sample": "draws_exactly and 37",
@@ -38,19 +38,9 @@ FEW = {
 def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
     choice = " and ".join([f"({only})", *(f"not {name}" for name in but)])
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "gpu_emulator.plugin",
-        "-x",
-        "-k",
-        choice,
-    ]
-    command += [tests or str(TESTS / f"test_{operator}.py"), "--emulate", operator, "--timeout", "1200", *arguments]
+    options = ["-p", "no:cacheprovider", "-p", "gpu_emulator.plugin", "--emulate", operator, "-x", "--timeout", "1200"]
+    command = [sys.executable, "-m", "pytest", *options, "-k", choice, *arguments]
+    command += [tests or str(TESTS / f"test_{operator}.py")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
