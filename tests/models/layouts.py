@@ -11,7 +11,6 @@ What the authors compute is done here plainly: the whole text in one forward of 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
+from tts_search.verifiers import FORMATS
 
 TAG = "\u043a\u0438"  # "ки"
 Published = Callable[[str, Sequence[str]], list[float]]
@@ -134,11 +134,13 @@ def r1_tokenizer() -> PreTrainedTokenizerFast:
 
 def config_of(kind: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Any:
     """Two layers of 32, 4 query and 2 KV heads; weights large enough for attention to matter."""
-    return AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False, **options,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
+        "initializer_range": 0.2, "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **{**settings, **options})
 
 
 def save(
@@ -376,6 +378,102 @@ def llemma_logit(folder: Path) -> Published:
     return score
 
 
+def eurus(reference: Path) -> Callable[[Path], Published]:
+    """The cumulative log-ratio at the last token of each step and the blank line behind it."""
+
+    def published(folder: Path) -> Published:
+        models = [Plain(folder), Plain(reference)]
+
+        def score(problem: str, steps: Sequence[str]) -> list[float]:
+            begin = models[0].chat([("user", problem), ("assistant", "")]).removesuffix("<|im_end|>\n")
+            texts = [f"Step {number}: {step.strip()}\n\n" for number, step in enumerate(steps, 1)]
+            found = []
+            for count in range(1, len(steps) + 1):
+                ids = models[0].ids(begin + "".join(texts[:count]), special=False)
+                first = len(models[0].ids(begin, special=False))
+                logps = [
+                    plain.logits(ids)[:-1].log_softmax(dim=-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+                    for plain in models
+                ]
+                found.append(0.001 * (logps[0] - logps[1])[first - 1 :].sum().item())
+            return found
+
+        return score
+
+    return published
+
+
+@dataclass(frozen=True)
+class JudgeText:
+    """What a generative verifier's authors put together: the text before the analysis, and the one behind it."""
+
+    before: Callable[[Plain, str, Sequence[str]], str]
+    decision: str
+    labels: tuple[str, str]
+
+
+def judged(text: JudgeText, stops: Sequence[str], max_tokens: int) -> Callable[[Path], Published]:
+    """Greedy analyses by plain forwards of the whole text, then both labels' logits at the end of the decision."""
+
+    def published(folder: Path) -> Published:
+        plain = Plain(folder)
+        labels = [plain.ids(label, special=False)[0] for label in text.labels]
+
+        def score(problem: str, steps: Sequence[str]) -> list[float]:
+            found = []
+            for count in range(1, len(steps) + 1):
+                before = text.before(plain, problem, [step.strip() for step in steps[:count]])
+                ids, analysis = plain.ids(before, special=False), ""
+                given = len(ids)
+                while len(ids) < given + max_tokens and not any(stop in analysis for stop in stops):
+                    token = int(plain.logits(ids)[-1].argmax())
+                    if token == plain.tokenizer.eos_token_id:
+                        break
+                    ids.append(token)
+                    analysis = plain.tokenizer.decode(ids[given:], skip_special_tokens=True)
+                for stop in stops:
+                    analysis = analysis.partition(stop)[0]
+                ids = plain.ids(before + analysis + text.decision, special=False)
+                found.append(plain.logits(ids)[-1, labels].softmax(dim=-1)[0].item())
+            return found
+
+        return score
+
+    return published
+
+
+def _genprm_text(plain: Plain, problem: str, steps: Sequence[str]) -> str:
+    system = "You are a math teacher. Your task is to review and critique the paragraphs in solution step by step."
+    joined = "\n\n".join(steps)
+    text = plain.chat([("system", system), ("user", f"Question: {problem}\n\n{joined}")])
+    return text + f"<analyze>\nLet's analyze the Paragraph {len(steps)} step by step: "
+
+
+def _thinkprm_text(plain: Plain, problem: str, steps: Sequence[str]) -> str:
+    solution = "\n".join(f"Step {number}: {step}" for number, step in enumerate(steps, 1))
+    text = (
+        "You are given a math problem and a proposed step-by-step solution:\n\n[Math Problem]\n\n"
+        f"{problem}\n\n[Solution]\n\n{solution}\n\nReview and critique each step in the proposed solution to "
+        "determine whether each step is correct. If the solution is incomplete, only verify the provided steps."
+    )
+    return plain.chat([("user", text)], add_generation_prompt=True) + "\nLet's verify step by step:"
+
+
+def _r_prm_text(_plain: Plain, problem: str, steps: Sequence[str]) -> str:
+    entry = FORMATS["r_prm"]  # the instruction is long; only what stands around it is written again here
+    none = "Since the Now Step is the first step, there are no Previous Steps."
+    text = entry.prompt.partition("Question: {problem}")[0]
+    text += f"Question: {problem}\nPrevious Steps: " + ("\n".join(steps[:-1]) or none)
+    return text + f"\nNow Step: {steps[-1]}\nPlease carefully analyze the correctness of the Now Step.\nReply: "
+
+
+JUDGES = {
+    "GenPRM-7B": JudgeText(_genprm_text, "</analyze>\n<output>\n**Judgement**: $\\boxed{", ("Yes", "No")),
+    "ThinkPRM-1.5B": JudgeText(_thinkprm_text, "\nIs the solution correct? ", ("yes", "no")),
+    "R-PRM-7B-DPO": JudgeText(_r_prm_text, "Is the step correct (Yes/No)?", (" Yes", " No")),
+}
+
+
 def _write_skywork(folder: Path) -> None:
     save(
         folder, qwen_tokenizer(bos="<|endoftext|>"), "qwen2",
@@ -455,8 +553,3 @@ LAYOUTS = [
     Layout("llemma-7b-prm-prm800k-level-1to3-hf", "llemma", _written(sentence_piece, "llama"), llemma),
     Layout("llemma-ets", "llemma_logit", lambda folder: save(folder, sentence_piece(size=8200), "llama"), llemma_logit),
 ]
-
-
-def numbers_of(text: str) -> list[int]:
-    """The numbers in a text."""
-    return [int(found) for found in re.findall(r"\d+", text)]

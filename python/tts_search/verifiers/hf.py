@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +13,15 @@ from tts_search.branches import MAX_FORWARD_TOKENS, Branch, BranchPool, Meter
 from tts_search.decoder import pool_for
 from tts_search.errors import require
 from tts_search.protocol import Score, Usage
-from tts_search.verifiers.formats import VerifierFormat, format_of
-from tts_search.verifiers.heads import load_head
+from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
+from tts_search.verifiers.heads import lm_head, load_head
+from tts_search.verifiers.judge import JudgeScorer
 from tts_search.verifiers.lane import HeadScorer, Lane, Task, branch_at
+from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.reader import Reader, Tail
 
 if TYPE_CHECKING:
+    from tts_search.adapters.checkpoint import Checkpoint
     from tts_search.decoder import Decoder, DecoderKind
 
 __all__ = ["HFVerifier"]
@@ -50,7 +53,9 @@ class HFVerifier:
     head : ScoreHead or None
         Use this head instead of the format's.
     dtype, device, kv_memory, decoder
-        As in :class:`~tts_search.HFPolicy`.
+        As in :class:`~tts_search.HFPolicy`. (``kv_memory`` is for each of two models with a ``log_ratio`` format.)
+    reference : str or None
+        Folder or hub id of the reference model of a ``log_ratio`` format; by default the one that the format names.
     batch_tokens : int
         The most tokens of one forward.
 
@@ -77,12 +82,12 @@ class HFVerifier:
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
         decoder: DecoderKind = "auto",
+        reference: str | None = None,
         batch_tokens: int = MAX_FORWARD_TOKENS,
     ) -> None:
         require("transformers", "search")
         from tts_search.adapters import transformers as adapter
         from tts_search.adapters.checkpoint import Checkpoint
-        from tts_search.decoders.loading import load_decoder
 
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected an int of at least 1, got {batch_tokens!r}")
@@ -90,12 +95,20 @@ class HFVerifier:
         self.format = entry = format_of(format, config, path_or_id, checkpoint.names)
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         self._reader = Reader(self.tokenizer, entry)
-        if head is None:
-            head = load_head(entry, checkpoint, config, self.tokenizer)
-        model = load_decoder(path_or_id, causal_lm=False, dtype=dtype, device=device, decoder=decoder)
-        self.head = head.to(model.device)
-        self._lane = Lane(model, BranchPool(pool_for(model, kv_memory), batch_tokens))
-        self._scorer = HeadScorer(self._lane, self.head)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory, "decoder": decoder}
+        self._lane = _lane(path_or_id, entry.judge is not None, batch_tokens, **options)
+        self.head: tk.ScoreHead | None = None
+        self._scorer: HeadScorer | LogRatioScorer
+        if entry.head == "log_ratio" and head is None:
+            self._scorer = self._log_ratio(checkpoint, config, reference, batch_tokens, options)
+        else:
+            head = load_head(entry, checkpoint, config, self.tokenizer) if head is None else head
+            self.head = head.to(self.decoder.device)
+            if entry.judge is None:
+                self._scorer = HeadScorer(self._lane, self.head)
+            else:
+                eos = adapter.eos_tokens(path_or_id, self.tokenizer)
+                self._scorer = JudgeScorer(self._lane, self.head, self._reader, entry.judge, eos)
         self._problems: dict[int, dict[int, _Node]] = {}
 
     @property
@@ -114,6 +127,7 @@ class HFVerifier:
         tokens, tail = self._reader.prompt(text)
         root = Branch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = {0: _Node(root, tail, (), [])}
+        self._scorer.begin(root)
 
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
         """Score the steps of each request that were not scored before.
@@ -127,16 +141,37 @@ class HFVerifier:
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""
         nodes = self._problems[problem]
-        self._pool.release(nodes[branch].branch for branch in branches if branch in nodes)
+        self._release([nodes[branch].branch for branch in branches if branch in nodes])
         for branch in branches:
             if branch:  # the root stays: any text can be read from there
                 nodes.pop(branch, None)
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem; what it cost."""
-        meter = self._problems.pop(problem)[0].branch.meter
-        self._pool.close(meter)
-        return meter.usage(self.decoder.shape)
+        root = self._problems.pop(problem)[0].branch
+        self._pool.close(root.meter)
+        return _sum(root.meter.usage(self.decoder.shape), self._scorer.end(root))
+
+    def _release(self, branches: Sequence[Branch]) -> None:
+        self._pool.release(branches)
+        self._scorer.release(branches)
+
+    def _log_ratio(
+        self, checkpoint: Checkpoint, config: Any, reference: str | None, batch_tokens: int, options: dict[str, Any]
+    ) -> LogRatioScorer:
+        """The scorer of two models, each with its LM head's whole weight."""
+        from tts_search.adapters import transformers as adapter
+        from tts_search.adapters.checkpoint import Checkpoint
+
+        entry = self.format
+        reference = reference or entry.reference
+        if reference is None:
+            raise ValueError(f"reference: format {entry.name!r} needs a reference model, and names none")
+        other = Likelihood(
+            _lane(reference, False, batch_tokens, **options),
+            lm_head(entry, Checkpoint(reference), adapter.load_config(reference)),
+        )
+        return LogRatioScorer(Likelihood(self._lane, lm_head(entry, checkpoint, config)), other, entry.beta)
 
     def _job(self, request: Score) -> _Job:
         """What a request adds to the tree: the tokens of the steps that were not scored before."""
@@ -169,6 +204,9 @@ class HFVerifier:
         The tokens go to the branch that the job is building, unless some of that branch's would have to be taken back,
         or the step is the first one that does not belong to the request's branch.
         """
+        asks_ahead = self.format.judge is not None and STEP in self.format.judge.question
+        if asks_ahead:  # the step is judged before it stands among the others
+            self._ask(job, number, step)
         start, tokens, job.tail = self._reader.step(job.tail, step, number + 1)
         last = job.chain[-1] if job.chain else job.base.branch
         if job.chain and start == last.length and number != len(job.request.steps):
@@ -176,13 +214,20 @@ class HFVerifier:
         else:
             last = branch_at(last, start, tokens)
             job.chain.append(last)
-        if self.format.score_at == "closing":
-            start, tokens, _ = self._reader.closing(job.tail)
-            last = branch_at(last, start, tokens)
-            job.questions.append(last)
-        else:
+        if self.format.score_at == "boundary":
             last.marks.append(last.length - 1)
-        job.places.append((last, last.length - 1))
+            job.places.append((last, last.length - 1))
+        elif not asks_ahead:
+            self._ask(job, number)
+
+    def _ask(self, job: _Job, number: int, step: str = "") -> None:
+        """Put the question behind the steps so far, about the last of them, or about ``step`` after them."""
+        last = job.chain[-1] if job.chain else job.base.branch
+        start, tokens, tail = self._reader.closing(job.tail, step, number + 1)
+        question = branch_at(last, start, tokens)
+        job.questions.append(question)
+        job.tails[question] = (tail, number + 1)
+        job.places.append((question, question.length - 1))
 
     def _finish(self, job: _Job) -> list[float] | Exception:
         """The answer to a request. Of what it added to the tree, the branch that it names stays."""
@@ -190,13 +235,26 @@ class HFVerifier:
         old = nodes.get(number)
         replaced = [] if old is None or old.branch is job.node.branch else [old.branch]
         if job.error is not None:
-            self._pool.release([*job.questions, *job.chain])
+            self._release([*job.questions, *job.chain])
             return job.error
-        self._pool.release([*replaced, *(branch for branch in job.chain if branch is not job.node.branch)])
+        self._release([*replaced, *(branch for branch in job.chain if branch is not job.node.branch)])
         scores = job.base.scores + [job.found[place] for place in job.places]
         job.node.scores = scores[: len(job.request.steps)]
         nodes[number] = job.node
         return scores
+
+
+def _lane(path_or_id: str, causal_lm: bool, batch_tokens: int, *, kv_memory: int | str | None, **options: Any) -> Lane:
+    """A model and a pool for it."""
+    from tts_search.decoders.loading import load_decoder
+
+    model = load_decoder(path_or_id, causal_lm=causal_lm, **options)
+    return Lane(model, BranchPool(pool_for(model, kv_memory), batch_tokens))
+
+
+def _sum(one: Usage, other: Usage) -> Usage:
+    """What both cost together."""
+    return Usage(**{each.name: getattr(one, each.name) + getattr(other, each.name) for each in fields(Usage)})
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tts_search.verifiers.formats import VerifierFormat, register_format
+from tts_search.verifiers.formats import Judge, VerifierFormat, register_format
 
 STEP_TAG: Final = " \u043a\u0438"  # " ки", the step tag of Math-Shepherd
 _REASON: Final = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -203,6 +203,130 @@ register_format(
         prompt="{problem} {steps}",
         boundary=STEP_TAG,
         separator="\n",
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="eurus_prm",
+        source="https://github.com/PRIME-RL/ImplicitPRM/blob/main/eval/processbench.py",
+        head="log_ratio",
+        beta=0.001,
+        reference="Qwen/Qwen2.5-Math-7B-Instruct",
+        chat=(("user", "{problem}"), ("assistant", "{steps}")),
+        numbered="Step {number}: ",
+        boundary="\n\n",
+        ids=("eurusprm",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="genprm",
+        source="https://github.com/RyanLiu112/GenPRM/blob/main/src/prm_evaluation/genprm_inference.py",
+        head="label_pair",
+        labels=("Yes", "No"),
+        chat=(
+            (
+                "system",
+                "You are a math teacher. Your task is to review and critique the paragraphs in solution step by step.",
+            ),
+            ("user", "Question: {problem}\n\n{steps}"),
+        ),
+        generation_prompt=False,
+        separator="\n\n",
+        score_at="closing",
+        judge=Judge(
+            question="<analyze>\nLet's analyze the Paragraph {number} step by step: ",
+            stop=("</analyze>",),
+            decision="</analyze>\n<output>\n**Judgement**: $\\boxed{",
+            temperature=0.6,
+            top_p=0.95,
+            top_k=20,
+            max_tokens=2048,
+        ),
+        ids=("genprm",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="thinkprm",
+        source="https://github.com/mukhal/ThinkPRM/blob/main/utils/helper.py",
+        head="label_pair",
+        labels=("yes", "no"),
+        chat=(
+            (
+                "user",
+                "You are given a math problem and a proposed step-by-step solution:\n\n[Math Problem]\n\n{problem}\n\n"
+                "[Solution]\n\n{steps}\n\nReview and critique each step in the proposed solution to determine whether "
+                "each step is correct. If the solution is incomplete, only verify the provided steps.",
+            ),
+        ),
+        numbered="Step {number}: ",
+        separator="\n",
+        score_at="closing",
+        judge=Judge(
+            question="\nLet's verify step by step:",
+            stop=("Is the solution correct?", "</think>", "Step {next}:"),
+            decision="\nIs the solution correct? ",
+            temperature=0.7,
+            max_tokens=8172,
+        ),
+        ids=("thinkprm",),
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="r_prm",
+        source="https://github.com/NJUNLP/R-PRM/blob/main/src/prompts/GenPRM/GenPRM-evaluate-new3.json",
+        head="label_pair",
+        labels=(" Yes", " No"),
+        prompt=(
+            "You are an excellent math teacher. Please verify the correctness of the Now Step.\n\n"
+            "You first need to analyze the Now Step and the Previous Steps and then summarize based on your "
+            "analysis.\n"
+            "Analysis:\n"
+            "You need to analyze the following aspects.\n"
+            "**Previous Steps Analysis**: You need to analyze the Previous Steps step by step. For each step, you "
+            "need to first explain what the current step is doing, then you try to find any error in the current "
+            "step.\n"
+            "**Now Step Analysis**: You first need to explain what the Now Step is doing, and then point out which "
+            "part of the Question it is trying to solve or which part of the information it states.\n"
+            "**Data Source Analysis**: First you need to find out what data are used in the Now Step, and then you "
+            "need to determine whether the source of the data is reasonable and correct. When you judge whether the "
+            "source of a data is reasonable and correct, you need to specify the specific source of this data: such "
+            "as which part of the question, or which content of the previous step; and then determine the source "
+            "and current use is consistent, the Now Step is used correctly.\n"
+            "**Consistency Analysis**: You need to check that the Now Step is consistent with the contents of the "
+            "Previous Steps, and then you need to check that all the information inside the Now Step is "
+            "consistent.\n"
+            "**Calculation Analysis**: If the Now Step involves any calculations, such as addition, subtraction, "
+            "multiplication, division, equations, modulo operations, etc., you will first need to perform a check "
+            "on the calculation, such as a reverse operation, to see if the calculation was done correctly, and "
+            "then analyze the results of your check to see if there was an error in the calculation.\n"
+            "Conclusion: \n"
+            "Please verify the correctness of the Now Step based on your analysis, if there is any error in the Now "
+            "Step then the Now Step is wrong and vice versa the Now Step is correct. At the end of the Conclusion, "
+            'when you give your final answer, write it in the form "Verification: Is the step correct (Yes/No)? X", '
+            "where X is either Yes or No.\n\n"
+            "Question: {problem}\n"
+            "Previous Steps: {steps}"
+        ),
+        separator="\n",
+        score_at="closing",
+        judge=Judge(
+            question="\nNow Step: {step}\nPlease carefully analyze the correctness of the Now Step.\nReply: ",
+            stop=("Is the step correct (Yes/No)?",),
+            decision="Is the step correct (Yes/No)?",
+            no_steps="Since the Now Step is the first step, there are no Previous Steps.",
+            samples=10,
+            temperature=0.95,
+            top_p=0.95,
+            max_tokens=3072,
+        ),
+        ids=("r-prm",),
     )
 )
 

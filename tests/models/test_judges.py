@@ -1,0 +1,90 @@
+"""Generative formats: analyses forked from the question behind a step, the verdict read behind each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import JUDGES, judged, qwen_tokenizer, r1_tokenizer, save
+from solutions import random_trees
+from tiny import small_pool
+from tts_search import HFVerifier
+from tts_search.protocol import Score
+from tts_search.verifiers import FORMATS, Judge, VerifierFormat
+
+NAMES = {"GenPRM-7B": "genprm", "ThinkPRM-1.5B": "thinkprm", "R-PRM-7B-DPO": "r_prm"}
+TOKENIZERS = {"GenPRM-7B": r1_tokenizer, "ThinkPRM-1.5B": r1_tokenizer, "R-PRM-7B-DPO": qwen_tokenizer}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge") / request.param
+    save(folder, TOKENIZERS[request.param](), "qwen2", max_position_embeddings=4096)
+    return folder
+
+
+def load(path: Path, **judge: Any) -> HFVerifier:
+    entry = FORMATS[NAMES[path.name]]
+    assert entry.judge is not None
+    return HFVerifier(str(path), format=replace(entry, judge=replace(entry.judge, **judge)), kv_memory="16MiB")
+
+
+def test_judges_are_recognised(path: Path) -> None:
+    assert HFVerifier(str(path), kv_memory="1MiB").format is FORMATS[NAMES[path.name]]
+
+
+@pytest.mark.parametrize("stops", [(), ("e", "\n")], ids=["to the limit", "stopped"])
+def test_scores_are_the_published_ones(path: Path, stops: tuple[str, ...]) -> None:
+    """Greedy analyses, so that both sides write the same."""
+    verifier = load(path, temperature=0.0, samples=1, max_tokens=5, stop=stops)
+    published = judged(JUDGES[path.name], stops, 5)(path)
+    for problem, steps, scores in random_trees(verifier, random.Random(1), solutions=8):
+        assert scores == pytest.approx(published(problem, steps), abs=1e-5, rel=0)
+
+
+def test_samples_are_averaged_and_do_not_depend_on_company(path: Path) -> None:
+    one, three = load(path, samples=1, max_tokens=6), load(path, samples=3, max_tokens=6)
+    found = []
+    for verifier in (one, three):
+        verifier.begin(0, "Which?")
+        found.append(verifier.score([Score(0, 1, ("a\n\n",), 0)])[0])
+    assert found[0] != found[1]
+    three.begin(1, "What?")
+    again = three.score([Score(1, 1, ("b\n\n",), 0), Score(0, 2, ("a\n\n",), 0)])[1]
+    assert again == pytest.approx(found[1], abs=1e-5)
+
+
+def test_the_text_is_read_once_for_all_analyses(path: Path) -> None:
+    costs = []
+    for samples in (1, 5):
+        verifier = load(path, samples=samples, max_tokens=4)
+        verifier.begin(0, "Which?")
+        verifier.score([Score(0, 1, ("a\n\n",), 0)])
+        costs.append(verifier.end(0))
+    assert costs[0].prefill_tokens == costs[1].prefill_tokens > 0
+    decision = len(verifier._reader.encode(verifier.format.judge.decision))
+    assert costs[1].tokens - costs[0].tokens <= 4 * (4 + decision + 4)
+    assert verifier._pool.pool.forest.stats().branches == 0
+
+
+def test_a_small_pool_gives_the_same_scores(path: Path) -> None:
+    large = [scores for *_, scores in random_trees(load(path, samples=2, max_tokens=5), random.Random(5), solutions=6)]
+    verifier = load(path, samples=2, max_tokens=5)
+    verifier._lane.pool = small_pool(verifier.decoder, 300)
+    small = [scores for *_, scores in random_trees(verifier, random.Random(5), solutions=6)]
+    assert [pytest.approx(scores, abs=1e-5) for scores in large] == small
+
+
+def test_no_room_for_an_analysis(tmp_path: Path) -> None:
+    save(tmp_path, qwen_tokenizer(), "qwen2")
+    entry = VerifierFormat(
+        "short", "label_pair", score_at="closing", labels=("Yes", "No"), judge=Judge(question=" ok?", decision=" so:")
+    )
+    verifier = HFVerifier(str(tmp_path), format=entry, dtype=torch.float32, kv_memory="16MiB")
+    verifier.begin(0, "Which?")
+    (answer,) = verifier.score([Score(0, 1, ("x" * 2030,), 0)])
+    assert "no room for an analysis in its context of 2048 tokens" in str(answer)
