@@ -1,0 +1,232 @@
+"""Reading a search with a verifier: incrementally over a forest, against encoding every candidate's text again.
+
+    python benchmarks/bench_verifier.py --shape smollm2 --layers 3
+    python benchmarks/bench_verifier.py --shape qwen2-1.5b --layers 2 --candidates 64 --steps 10
+
+A search of C candidates and S rounds: every round each candidate grows by a step of 50 tokens on one of the C / 4
+survivors of the round before, and all are scored. Weights are random, in the layout of Skywork's verifiers (a value
+head on the last token of each step); ``--layers`` takes fewer layers of the shape. The ways to do it, each in a process
+of its own:
+
+``incremental``    `HFVerifier`.
+``batched``        the whole text of all candidates again each round, padded, one forward of the body, the head where a
+                   step ends; no cache. What a batched server without prefix caching does.
+``logits``         the same in batches of 4 through the causal LM with all logits, as search-and-learn scores.
+
+Reported: tokens forwarded; seconds of CPU time and of the clock; the peak of resident memory above what the process
+held when its weights were loaded. The two baselines are run at ``--sampled-rounds`` rounds spread evenly over the
+search, and their time is that of all rounds by the number of their tokens (a round's cost grows with the text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tts_search import HFVerifier
+from tts_search.protocol import Score
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "qwen2-1.5b": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+        "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+MODES = ("incremental", "batched", "logits")
+WORDS = 1000
+
+
+@dataclass
+class Round:
+    """The candidates of a round: their texts in steps, and the branches that they grow from."""
+
+    paths: list[tuple[str, ...]]
+    parents: list[int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--step-tokens", type=int, default=50)
+    parser.add_argument("--prompt-tokens", type=int, default=100)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sampled-rounds", type=int, default=4, help="rounds at which the baselines are run")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--run", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.run:
+        print(json.dumps(measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), options)
+        found = {mode: in_process(mode, folder) for mode in options.modes}
+    report(found, options)
+
+
+def in_process(mode: str, folder: str) -> dict[str, float]:
+    """Run one way in a process of its own, for its memory."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", mode, "--checkpoint", folder]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def report(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
+    """Print a table; ratios are to the first way."""
+    layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
+    print(
+        f"{options.shape}, {layers} layers, {options.dtype}, {options.threads} threads, prompt {options.prompt_tokens}"
+    )
+    print(f"{options.candidates} candidates x {options.steps} steps x {options.step_tokens} tokens")
+    print("| way | tokens forwarded | CPU s | clock s | peak MiB above the weights |\n| --- | --- | --- | --- | --- |")
+    first = next(iter(found.values()))
+    for mode, one in found.items():
+        cells = [f"{one[key]:,.4g} ({one[key] / first[key]:.1f}x)" for key in ("tokens", "cpu", "clock", "memory")]
+        print(f"| {mode} | {' | '.join(cells)} |")
+
+
+def write(folder: Path, options: argparse.Namespace) -> None:
+    """A checkpoint of the shape with random weights and a value head; a token a word."""
+    shape = dict(SHAPES[options.shape])
+    kind = shape.pop("model_type")
+    shape["num_hidden_layers"] = options.layers or shape["num_hidden_layers"]
+    config = AutoConfig.for_model(kind, **shape, max_position_embeddings=8192)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    head = {"v_head.summary.weight": torch.randn(1, config.hidden_size), "v_head.summary.bias": torch.zeros(1)}
+    save_file({**load_file(path), **head}, path, {"format": "pt"})
+    vocab = {"\n": 0, "<unk>": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+def search(options: argparse.Namespace) -> list[Round]:
+    """The rounds of a random search; branch numbers run from 1, round after round."""
+    rng = random.Random(0)
+
+    def step() -> str:
+        return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(options.step_tokens - 1))
+
+    rounds: list[Round] = []
+    for number in range(options.steps):
+        keep = rng.sample(range(options.candidates), k=max(1, options.candidates // 4))
+        chosen = [keep[i % len(keep)] for i in range(options.candidates)]
+        first = 1 + (number - 1) * options.candidates
+        parents = [0 if number == 0 else first + i for i in chosen]
+        before = [() if number == 0 else rounds[-1].paths[i] for i in chosen]
+        rounds.append(Round([(*path, step()) for path in before], parents))
+    return rounds
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Load the model and score the search in one way."""
+    rounds = search(options)
+    prompt = " ".join(f"w{i % WORDS}" for i in range(options.prompt_tokens - 1))
+    run = {"incremental": incremental, "batched": again, "logits": again}[options.run]
+    return run(options, rounds, prompt)
+
+
+def incremental(options: argparse.Namespace, rounds: list[Round], prompt: str) -> dict[str, float]:
+    unique = options.prompt_tokens + options.candidates * options.step_tokens * (options.steps + 1)
+    heads = SHAPES[options.shape]
+    layers = options.layers or heads["num_hidden_layers"]
+    width = heads["hidden_size"] // heads["num_attention_heads"] * heads["num_key_value_heads"]
+    size = 4 if options.dtype == "float32" else 2
+    verifier = HFVerifier(
+        str(options.checkpoint), format="skywork", kv_memory=2 * (unique + 2048) * layers * 2 * width * size
+    )
+    start = Gauge()
+    verifier.begin(0, prompt)
+    branch, scored = 1, 0
+    for number, each in enumerate(rounds):
+        requests = [
+            Score(0, branch + i, path, parent)
+            for i, (path, parent) in enumerate(zip(each.paths, each.parents, strict=True))
+        ]
+        for answer in verifier.score(requests):
+            assert not isinstance(answer, Exception), answer
+            scored += len(answer) > number
+        verifier.release(0, [each for each in range(branch - options.candidates, branch) if each > 0])
+        branch += options.candidates
+    assert scored == options.candidates * options.steps
+    usage = verifier.end(0)
+    return start.read(usage.tokens + usage.prefill_tokens + usage.recomputed_tokens, 1.0)
+
+
+@torch.inference_mode()
+def again(options: argparse.Namespace, rounds: list[Round], prompt: str) -> dict[str, float]:
+    """Encode the candidates of a round again, as one batch without logits or in batches of 4 with them."""
+    whole = options.run == "batched"
+    model = (AutoModel if whole else AutoModelForCausalLM).from_pretrained(options.checkpoint, dtype="auto").eval()
+    head = load_file(options.checkpoint / "model.safetensors")["v_head.summary.weight"].to(model.dtype)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.checkpoint)
+    size = options.candidates if whole else 4
+    lead = [*tokenizer(prompt)["input_ids"], 0]
+    every = max(1, options.steps // options.sampled_rounds)
+    sampled = range(every - 1, options.steps, every)
+    start, done = Gauge(), 0
+    for number in sampled:
+        ids = [lead + [t for step in path for t in (*tokenizer(step)["input_ids"], 0)] for path in rounds[number].paths]
+        places = [len(lead) - 1 + (i + 1) * options.step_tokens for i in range(number + 1)]
+        for begin in range(0, len(ids), size):
+            batch = torch.tensor(ids[begin : begin + size])
+            if whole:
+                states = model(batch, use_cache=False).last_hidden_state
+                torch.sigmoid(states[:, places] @ head.T).tolist()
+            else:
+                model(batch, use_cache=False).logits[:, :, :2].softmax(dim=-1)[:, places, 0].tolist()
+            done += batch.numel()
+    total = sum(
+        options.candidates * (len(lead) + (number + 1) * options.step_tokens) for number in range(options.steps)
+    )
+    return start.read(total, total / done)
+
+
+class Gauge:
+    """CPU time, clock and peak memory since it was made."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        self.memory = self._memory("VmRSS")
+        self.cpu, self.clock = time.process_time(), time.perf_counter()
+
+    def read(self, tokens: float, scale: float) -> dict[str, float]:
+        """What the work took, times ``scale``; memory in MiB, as it is."""
+        return {
+            "tokens": tokens,
+            "cpu": (time.process_time() - self.cpu) * scale,
+            "clock": (time.perf_counter() - self.clock) * scale,
+            "memory": (self._memory("VmHWM") - self.memory) / 1024,
+        }
+
+    @staticmethod
+    def _memory(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    main()
