@@ -67,7 +67,8 @@ def test_the_text_is_read_once_for_all_analyses(path: Path) -> None:
         costs.append(verifier.end(0))
     assert costs[0].prefill_tokens == costs[1].prefill_tokens > 0
     decision = len(verifier._reader.encode(verifier.format.judge.decision))
-    assert costs[1].tokens - costs[0].tokens <= 4 * (4 + decision + 4)
+    # An analysis of 4 tokens, read again where its text is cut otherwise (bytes that are no character become 3 each).
+    assert costs[1].tokens - costs[0].tokens <= 4 * (4 + 4 * 12 + decision) < costs[0].prefill_tokens * 4
     assert verifier._pool.pool.forest.stats().branches == 0
 
 
