@@ -28,7 +28,13 @@ class Forest:
     def length(self, branch: int) -> int: ...
     def page_table(self, branches: _Ints) -> tuple[IntBuffer, IntBuffer, int]: ...
     def plan(
-        self, branches: _Ints, q_lens: _Ints | None, num_q_heads: int, num_kv_heads: int, out: PlanBuffer | None
+        self,
+        branches: _Ints,
+        q_lens: _Ints | None,
+        num_q_heads: int,
+        num_kv_heads: int,
+        gpu: bool,
+        out: PlanBuffer | None,
     ) -> PlanBuffer: ...
     def stats(self) -> tuple[int, int, int, int, int]: ...
 
@@ -42,5 +48,6 @@ def plan_table(
     page_size: int,
     num_q_heads: int,
     num_kv_heads: int,
+    gpu: bool,
     out: PlanBuffer | None,
 ) -> PlanBuffer: ...

@@ -253,7 +253,7 @@ class KVForest:
         num_q_heads, num_kv_heads, head_dim
             Hq, a multiple of Hkv; Hkv; D.
         device
-            Where the plan's tensors go; the CPU by default, with ``out`` its device.
+            Where the plan's tensors go, and for which the work is cut; the CPU by default, with ``out`` its device.
         out
             An earlier plan for the same numbers and as many rows, whose tensors are filled again. It has room for some
             hundreds of tokens more in each branch.
@@ -292,8 +292,8 @@ class KVForest:
         host_branches = _ints("branches", branches)
         host_q_lens = None if q_lens is None else _ints("q_lens", q_lens)
 
-        def fill(buffer: _host.PlanBuffer | None) -> _host.PlanBuffer:
-            return self._forest.plan(host_branches, host_q_lens, num_q_heads, num_kv_heads, buffer)
+        def fill(buffer: _host.PlanBuffer | None, gpu: bool) -> _host.PlanBuffer:
+            return self._forest.plan(host_branches, host_q_lens, num_q_heads, num_kv_heads, gpu, buffer)
 
         return make_plan(fill, shape, device, out)
 

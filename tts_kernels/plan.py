@@ -140,7 +140,7 @@ def plan_attention(
     num_q_heads, num_kv_heads, head_dim
         Hq, a multiple of Hkv; Hkv; D.
     device
-        Where the plan's tensors go; the CPU by default, with ``out`` its device.
+        Where the plan's tensors go, and for which the work is cut; the CPU by default, with ``out`` its device.
     out
         An earlier plan for the same numbers and as many rows, whose tensors are filled again.
 
@@ -178,7 +178,7 @@ def plan_attention(
     host_kv_lens = _to_host("kv_lens", kv_lens)
     host_q_lens = None if q_lens is None else _to_host("q_lens", q_lens)
 
-    def fill(buffer: _host.PlanBuffer | None) -> _host.PlanBuffer:
+    def fill(buffer: _host.PlanBuffer | None, gpu: bool) -> _host.PlanBuffer:
         return _host.plan_table(
             table.data_ptr(),
             table.element_size(),
@@ -189,6 +189,7 @@ def plan_attention(
             page_size,
             num_q_heads,
             num_kv_heads,
+            gpu,
             buffer,
         )
 
@@ -214,16 +215,21 @@ class HeadShape(NamedTuple):
 
 
 def make_plan(
-    fill: Callable[[_host.PlanBuffer | None], _host.PlanBuffer],
+    fill: Callable[[_host.PlanBuffer | None, bool], _host.PlanBuffer],
     shape: HeadShape,
     device: torch.device | str | None,
     out: AttentionPlan | None,
 ) -> AttentionPlan:
-    """The plan that ``fill`` makes: ``fill(None)`` returns a new buffer, ``fill(buffer)`` writes an old one again."""
+    """The plan that ``fill`` makes.
+
+    ``fill(None, gpu)`` returns a new buffer, ``fill(buffer, gpu)`` writes an old one again; gpu says whose kernels the
+    work is cut for.
+    """
     if out is None:
-        return _wrap(fill(None), shape, torch.device("cpu" if device is None else device))
+        device = torch.device("cpu" if device is None else device)
+        return _wrap(fill(None, device.type != "cpu"), shape, device)
     source = _reusable(out, shape, device)
-    fill(source.buffer)
+    fill(source.buffer, source.flat.device.type != "cpu")
     if source.flat is not source.host:
         source.flat.copy_(source.host, non_blocking=True)
     return out

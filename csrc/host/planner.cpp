@@ -399,10 +399,9 @@ struct Plan {
         : tree(tree),
           q_lens(check_q_lens(tree, q_lens)),
           order(tree, this->q_lens, shape.page_size),
-          schedule(order, shape, rules) {}
+          schedule(order, shape, shape.rules) {}
 
     const PlanTree& tree;
-    const PlanRules rules;
     const std::vector<int32_t> q_lens;
     const RowOrder order;
     const Schedule schedule;

@@ -28,11 +28,7 @@
 
 namespace tts {
 
-struct PlanShape {
-    int64_t page_size, num_q_heads, num_kv_heads;
-};
-
-// How the work is cut. The numbers are those of the CPU kernels.
+// How the work is cut. The numbers here are those of the CPU kernels.
 struct PlanRules {
     int64_t max_query_rows = 512;  // rows * group of a task: float32 states of 512 x 128 are 256 KB
     int64_t work_items = 32;       // to aim at
@@ -41,6 +37,23 @@ struct PlanRules {
     int64_t min_query_rows = 24;    // rows * group below which reading keys costs more than the arithmetic
     int64_t min_chunk = 256;        // tokens of a segment that was cut
     int64_t segment_overhead = 1024;
+};
+
+// Those of the CUDA kernels: a task and KV head is a thread block. Reading keys costs more than the arithmetic up
+// to a whole tile of 64 query rows, so a task costs its tokens; about 1024 of them are four rounds of an H100's 132
+// SMs with two blocks each; below 256 tokens (128 KB at 128 bfloat16 a head) starting a block and merging its
+// result cost too much of it. No task is for all heads at once.
+inline constexpr PlanRules kGpuRules{.max_query_rows = 64,
+                                     .work_items = 1024,
+                                     .min_item_cost = 256 * 64,
+                                     .narrow_query_rows = 0,
+                                     .min_query_rows = 64,
+                                     .min_chunk = 256,
+                                     .segment_overhead = 64 * 64};
+
+struct PlanShape {
+    int64_t page_size, num_q_heads, num_kv_heads;
+    PlanRules rules = {};
 };
 
 struct Segment {
