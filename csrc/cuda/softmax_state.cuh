@@ -16,6 +16,13 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
+// 1 / x within one unit in the last place; 0 from 2**126.
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 struct SoftmaxState {
     float max = -infinity(), sum = 0.0f;  // max in units of log2
 

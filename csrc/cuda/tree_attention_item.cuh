@@ -80,7 +80,7 @@ struct ScoreMap {
     float scale, softcap, inner;  // inner: what raw scores are multiplied by within the tanh
 
     __device__ explicit ScoreMap(const TreeAttentionArgs& args)
-        : scale(args.scale), softcap(args.softcap), inner(__fdividef(args.scale, args.softcap)) {}
+        : scale(args.scale), softcap(args.softcap), inner(args.scale * reciprocal(args.softcap)) {}
 
     __device__ bool deferred() const { return softcap == 0.0f && scale > 0.0f; }
     __device__ float factor() const { return deferred() ? scale * kLog2E : 1.0f; }
@@ -97,7 +97,7 @@ __device__ void write_result(const TreeAttentionArgs& args, int64_t packed_row, 
                              F value) {
     const int64_t index = packed_row * args.num_q_heads + head;
     T* out = static_cast<T*>(args.out) + index * args.head_dim;
-    const float factor = state.empty() ? 0.0f : __fdividef(1.0f, state.sum);
+    const float factor = state.empty() ? 0.0f : reciprocal(state.sum);
     const int dim = static_cast<int>(args.head_dim);
     for (int d = lane(); d < dim; d += kWarp) out[d] = from_float<T>(value(d) * factor);
     if (lane() == 0) args.lse[index] = state.lse();

@@ -20,11 +20,14 @@ __device__ inline float to_float(f16 x) {
 // Round to nearest even.
 template <class T>
 __device__ T from_float(float x) {
-    if constexpr (sizeof(T) == 4) return x;
-    T y;
-    if constexpr (__is_same(T, bf16)) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-    if constexpr (__is_same(T, f16)) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-    return y;
+    if constexpr (sizeof(T) == 4) {
+        return x;
+    } else {
+        T y;
+        if constexpr (__is_same(T, bf16)) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+        if constexpr (__is_same(T, f16)) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+        return y;
+    }
 }
 
 // Element i of an array whose type is known at run time only.
