@@ -227,12 +227,16 @@ def make_plan(
     """
     if out is None:
         device = torch.device("cpu" if device is None else device)
-        return _wrap(fill(None, device.type != "cpu"), shape, device)
+        return _wrap(fill(None, _is_gpu(device)), shape, device)
     source = _reusable(out, shape, device)
-    fill(source.buffer, source.flat.device.type != "cpu")
+    fill(source.buffer, _is_gpu(source.flat.device))
     if source.flat is not source.host:
         source.flat.copy_(source.host, non_blocking=True)
     return out
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type not in ("cpu", "meta")
 
 
 def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> AttentionPlan:

@@ -141,7 +141,8 @@ py::object plan_forest(const Forest& forest, py::handle branches, py::handle q_l
 // `address` points at int32 or int64 items (by item_size), with strides in items.
 py::object plan_table(uintptr_t address, int64_t item_size, std::pair<int64_t, int64_t> shape,
                       std::pair<int64_t, int64_t> strides, py::handle kv_lens, py::handle q_lens,
-                      int64_t page_size, int64_t num_q_heads, int64_t num_kv_heads, bool gpu, py::object out) {
+                      int64_t page_size, int64_t num_q_heads, int64_t num_kv_heads, bool gpu,
+                      py::object out) {
     const PageTableView table{.data = reinterpret_cast<const void*>(address),
                               .item_size = item_size,
                               .row_stride = strides.first,
@@ -149,8 +150,8 @@ py::object plan_table(uintptr_t address, int64_t item_size, std::pair<int64_t, i
                               .rows = shape.first,
                               .width = shape.second};
     const PlanTree tree = shared_prefixes(table, integers(kv_lens, "kv_lens"), page_size);
-    return plan(tree, optional_integers(q_lens, "q_lens"),
-                {page_size, num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
+    return plan(tree, optional_integers(q_lens, "q_lens"), {page_size, num_q_heads, num_kv_heads, rules(gpu)},
+                std::move(out));
 }
 
 // ---- The module

@@ -39,10 +39,10 @@ struct PlanRules {
     int64_t segment_overhead = 1024;
 };
 
-// Those of the CUDA kernels: a task and KV head is a thread block. Reading keys costs more than the arithmetic up
-// to a whole tile of 64 query rows, so a task costs its tokens; about 1024 of them are four rounds of an H100's 132
-// SMs with two blocks each; below 256 tokens (128 KB at 128 bfloat16 a head) starting a block and merging its
-// result cost too much of it. No task is for all heads at once.
+// Those of the CUDA kernels: a task and KV head is a thread block. Reading keys costs more than the
+// arithmetic up to a whole tile of 64 query rows, so a task costs its tokens; about 1024 of them are four
+// rounds of an H100's 132 SMs with two blocks each; below 256 tokens (128 KB at 128 bfloat16 a head) starting
+// a block and merging its result cost too much of it. No task is for all heads at once.
 inline constexpr PlanRules kGpuRules{.max_query_rows = 64,
                                      .work_items = 1024,
                                      .min_item_cost = 256 * 64,

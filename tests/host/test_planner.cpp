@@ -35,7 +35,7 @@ class View {
         num_slots = sizes[2];
         CHECK(static_cast<int64_t>(num_slots) <= plan.max_slots());
         CHECK(sizes[3] <= static_cast<int32_t>(pages.size()));
-        check_tasks(512 / (shape.num_q_heads / shape.num_kv_heads));
+        check_tasks(shape.rules.max_query_rows / (shape.num_q_heads / shape.num_kv_heads));
         check_segments(shape.page_size, sizes[3]);
         check_merges();
     }
@@ -190,7 +190,8 @@ void plans_read_every_key_once(uint32_t seed) {
     const bool use_q_lens = seed % 3 != 0;
     own_rows(c, use_q_lens);
     const int64_t kv_heads = 1 + random() % 4, group = seed % 7 == 0 ? 600 : 1 + random() % 16;
-    const PlanShape shape{c.forest.page_size(), kv_heads * group, kv_heads};
+    const PlanShape shape{c.forest.page_size(), kv_heads * group, kv_heads,
+                          seed % 4 == 0 ? tts::kGpuRules : tts::PlanRules{}};
     const QLens q_lens = use_q_lens ? QLens(c.q_lens) : std::nullopt;
 
     PlanBuffer plan = tts::plan_attention(c.forest.plan_tree(c.branches), q_lens, shape);
@@ -239,6 +240,21 @@ void a_trunk_is_read_once_a_block_of_rows() {
     }
     // 62 full pages; the partly filled page of the trunk belongs to each branch. 512 / 4 rows a block.
     CHECK((trunk_tokens == std::map<int32_t, int64_t>{{0, 992}, {128, 992}}));
+}
+
+// 16 rows of 4 query heads a task, which is a tile; many tasks, none of which reads less than it should.
+void a_gpu_gets_many_small_tasks() {
+    Star star(4000, 60);
+    const PlanShape shape{16, 32, 8, tts::kGpuRules};
+    PlanBuffer plan = tts::plan_attention(star.forest.plan_tree(star.branches), std::nullopt, shape);
+    const View view(plan, shape);
+    CHECK(view.tasks.size() >= 96 && view.tasks.size() <= 192);
+    for (const tts::Task& task : view.tasks) {
+        CHECK(task.row_end - task.row_begin <= 16);
+        int64_t tokens = 0;
+        for (int32_t i = task.seg_begin; i < task.seg_end; ++i) tokens += view.segments[i].length;
+        CHECK(tokens >= 128);
+    }
 }
 
 void blocks_end_where_trees_end() {
@@ -360,6 +376,7 @@ void bad_tables_are_refused() {
 int main() {
     for (uint32_t seed = 0; seed < 200; ++seed) plans_read_every_key_once(seed);
     a_trunk_is_read_once_a_block_of_rows();
+    a_gpu_gets_many_small_tasks();
     blocks_end_where_trees_end();
     work_items_are_of_about_equal_cost();
     one_long_branch_is_cut_in_pieces();
