@@ -117,17 +117,16 @@ class Library:
 
 
 class _Kernels:
-    """Kernels by name. Their modules are translated and compiled at once, which takes a while the first time."""
+    """Kernels by name, each translated and compiled alone when it is first asked for: attention has many large ones."""
 
     def __init__(self, sources: Iterable[Path], sanitize: str | None) -> None:
-        def module(path: Path) -> Module:
-            return Module(compile_cuda(path, include_dirs=INCLUDES), sanitize)
-
-        self._modules = _for_each(module, sources)
+        self._texts = _for_each(lambda path: compile_cuda(path, include_dirs=INCLUDES), sources)
+        self._sanitize = sanitize
 
     @functools.cache  # noqa: B019  (one library a process)
     def __getitem__(self, name: str) -> Kernel:
-        return next(m for m in self._modules if name in m.translation.kernels).kernel(name)
+        text = next(t for t in self._texts if f".entry {name}(" in t)
+        return Module(text, self._sanitize, only=name).kernel(name)
 
 
 def _bytes(params: Sequence[Parameter], args: Sequence[int]) -> bytes:
