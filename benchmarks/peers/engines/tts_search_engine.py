@@ -14,6 +14,7 @@ from tts_search.protocol import Expand
 def main(checkpoint: str, dtype: str) -> None:
     policy = HFPolicy(checkpoint, dtype=dtype, kv_memory="2GiB")
     policy._eos = frozenset()  # every continuation runs to its limit
+    policy._whole_characters = lambda _, own: len(own)  # and is not cut back to whole characters there
 
     def run(job: Job) -> list[list[int]]:
         root = Branch(Meter(), tokens=job.prompt(), given=job.prefix)
