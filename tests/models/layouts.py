@@ -405,7 +405,10 @@ def eurus(reference: Path) -> Callable[[Path], Published]:
 
 @dataclass(frozen=True)
 class JudgeText:
-    """What a generative verifier's authors put together: the text before the analysis, and the one behind it."""
+    """What a generative verifier's authors put together: the text before the analysis, and the one behind it.
+
+    ThinkPRM's and R-PRM's sentences have no licence: ours stand in their places.
+    """
 
     before: Callable[[Plain, str, Sequence[str]], str]
     decision: str
@@ -452,25 +455,29 @@ def _genprm_text(plain: Plain, problem: str, steps: Sequence[str]) -> str:
 def _thinkprm_text(plain: Plain, problem: str, steps: Sequence[str]) -> str:
     solution = "\n".join(f"Step {number}: {step}" for number, step in enumerate(steps, 1))
     text = (
-        "You are given a math problem and a proposed step-by-step solution:\n\n[Math Problem]\n\n"
-        f"{problem}\n\n[Solution]\n\n{solution}\n\nReview and critique each step in the proposed solution to "
-        "determine whether each step is correct. If the solution is incomplete, only verify the provided steps."
+        f"[Math Problem]\n\n{problem}\n\n[Solution]\n\n{solution}\n\n"
+        "Check the solution one step after the other; it may stop before the end of the problem."
     )
     return plain.chat([("user", text)], add_generation_prompt=True) + "\nLet's verify step by step:"
 
 
-def _r_prm_text(_plain: Plain, problem: str, steps: Sequence[str]) -> str:
-    entry = FORMATS["r_prm"]  # the instruction is long; only what stands around it is written again here
-    none = "Since the Now Step is the first step, there are no Previous Steps."
-    text = entry.prompt.partition("Question: {problem}")[0]
-    text += f"Question: {problem}\nPrevious Steps: " + ("\n".join(steps[:-1]) or none)
-    return text + f"\nNow Step: {steps[-1]}\nPlease carefully analyze the correctness of the Now Step.\nReply: "
+def r_prm_text(instruction: str, none: str, request: str) -> Callable[[Plain, str, Sequence[str]], str]:
+    """The layout of R-PRM's prompt around its sentences."""
+
+    def text(_plain: Plain, problem: str, steps: Sequence[str]) -> str:
+        before = "\n".join(steps[:-1]) or none
+        return (
+            f"{instruction}\n\nQuestion: {problem}\nPrevious Steps: {before}\nNow Step: {steps[-1]}\n{request}Reply: "
+        )
+
+    return text
 
 
+R_PRM = FORMATS["r_prm"].prompt.partition("\n\nQuestion: ")[0]
 JUDGES = {
     "GenPRM-7B": JudgeText(_genprm_text, "</analyze>\n<output>\n**Judgement**: $\\boxed{", ("Yes", "No")),
     "ThinkPRM-1.5B": JudgeText(_thinkprm_text, "\nIs the solution correct? ", ("yes", "no")),
-    "R-PRM-7B-DPO": JudgeText(_r_prm_text, "Is the step correct (Yes/No)?", (" Yes", " No")),
+    "R-PRM-7B-DPO": JudgeText(r_prm_text(R_PRM, "(none)", ""), "Is the step correct (Yes/No)?", (" Yes", " No")),
 }
 
 

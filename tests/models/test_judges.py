@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import JUDGES, judged, qwen_tokenizer, r1_tokenizer, save
+from layouts import JUDGES, JudgeText, judged, qwen_tokenizer, r1_tokenizer, r_prm_text, save
 from solutions import random_trees
 from tiny import small_pool
 from tts_search import HFVerifier
@@ -43,6 +43,24 @@ def test_scores_are_the_published_ones(path: Path, stops: tuple[str, ...]) -> No
     verifier = load(path, temperature=0.0, samples=1, max_tokens=5, stop=stops)
     published = judged(JUDGES[path.name], stops, 5)(path)
     for problem, steps, scores in random_trees(verifier, random.Random(1), solutions=8):
+        assert scores == pytest.approx(published(problem, steps), abs=1e-5, rel=0)
+
+
+def test_the_text_of_a_format_can_be_replaced(tmp_path: Path) -> None:
+    """For authors' instructions that cannot be shipped."""
+    save(tmp_path, qwen_tokenizer(), "qwen2")
+    instruction, none, request = "the Step: Yes or No?", "no Step.", "the analysis.\n"
+    entry = FORMATS["r_prm"]
+    assert entry.judge is not None
+    judge = replace(
+        entry.judge, no_steps=none, question=f"\nNow Step: {{step}}\n{request}Reply: ",
+        temperature=0.0, samples=1, max_tokens=5, stop=(),
+    )  # fmt: skip
+    prompt = f"{instruction}\n\nQuestion: {{problem}}\nPrevious Steps: {{steps}}"
+    verifier = HFVerifier(str(tmp_path), format=replace(entry, prompt=prompt, judge=judge), kv_memory="16MiB")
+    text = JudgeText(r_prm_text(instruction, none, request), judge.decision, (" Yes", " No"))
+    published = judged(text, (), 5)(tmp_path)
+    for problem, steps, scores in random_trees(verifier, random.Random(2), solutions=5):
         assert scores == pytest.approx(published(problem, steps), abs=1e-5, rel=0)
 
 

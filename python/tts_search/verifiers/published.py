@@ -1,6 +1,8 @@
 r"""The formats of published verifiers, one entry each; docs/verifiers.md says what each was checked on.
 
-Where authors' code and popular wrappers of it differ, the entry follows the authors, with one score a step.
+Where authors' code and popular wrappers of it differ, the entry follows the authors, with one score a step. ThinkPRM's
+and R-PRM's instructions are published without a licence: theirs are in our words here, around the markers that the
+models answer to. Pass the authors' text as ``format=replace(FORMATS["r_prm"], prompt=...)`` to use it.
 """
 
 from __future__ import annotations
@@ -258,9 +260,8 @@ register_format(
         chat=(
             (
                 "user",
-                "You are given a math problem and a proposed step-by-step solution:\n\n[Math Problem]\n\n{problem}\n\n"
-                "[Solution]\n\n{steps}\n\nReview and critique each step in the proposed solution to determine whether "
-                "each step is correct. If the solution is incomplete, only verify the provided steps.",
+                "[Math Problem]\n\n{problem}\n\n[Solution]\n\n{steps}\n\n"
+                "Check the solution one step after the other; it may stop before the end of the problem.",
             ),
         ),
         numbered="Step {number}: ",
@@ -284,43 +285,20 @@ register_format(
         head="label_pair",
         labels=(" Yes", " No"),
         prompt=(
-            "You are an excellent math teacher. Please verify the correctness of the Now Step.\n\n"
-            "You first need to analyze the Now Step and the Previous Steps and then summarize based on your "
-            "analysis.\n"
-            "Analysis:\n"
-            "You need to analyze the following aspects.\n"
-            "**Previous Steps Analysis**: You need to analyze the Previous Steps step by step. For each step, you "
-            "need to first explain what the current step is doing, then you try to find any error in the current "
-            "step.\n"
-            "**Now Step Analysis**: You first need to explain what the Now Step is doing, and then point out which "
-            "part of the Question it is trying to solve or which part of the information it states.\n"
-            "**Data Source Analysis**: First you need to find out what data are used in the Now Step, and then you "
-            "need to determine whether the source of the data is reasonable and correct. When you judge whether the "
-            "source of a data is reasonable and correct, you need to specify the specific source of this data: such "
-            "as which part of the question, or which content of the previous step; and then determine the source "
-            "and current use is consistent, the Now Step is used correctly.\n"
-            "**Consistency Analysis**: You need to check that the Now Step is consistent with the contents of the "
-            "Previous Steps, and then you need to check that all the information inside the Now Step is "
-            "consistent.\n"
-            "**Calculation Analysis**: If the Now Step involves any calculations, such as addition, subtraction, "
-            "multiplication, division, equations, modulo operations, etc., you will first need to perform a check "
-            "on the calculation, such as a reverse operation, to see if the calculation was done correctly, and "
-            "then analyze the results of your check to see if there was an error in the calculation.\n"
-            "Conclusion: \n"
-            "Please verify the correctness of the Now Step based on your analysis, if there is any error in the Now "
-            "Step then the Now Step is wrong and vice versa the Now Step is correct. At the end of the Conclusion, "
-            'when you give your final answer, write it in the form "Verification: Is the step correct (Yes/No)? X", '
-            "where X is either Yes or No.\n\n"
+            "A solution to the Question is checked step by step, and it is the turn of the Now Step. Look at what the "
+            "Previous Steps established, at where the Now Step takes its data from, at whether the two agree, and at "
+            'every calculation. Then conclude with "Verification: Is the step correct (Yes/No)? Yes" or "Verification: '
+            'Is the step correct (Yes/No)? No".\n\n'
             "Question: {problem}\n"
             "Previous Steps: {steps}"
         ),
         separator="\n",
         score_at="closing",
         judge=Judge(
-            question="\nNow Step: {step}\nPlease carefully analyze the correctness of the Now Step.\nReply: ",
+            question="\nNow Step: {step}\nReply: ",
             stop=("Is the step correct (Yes/No)?",),
             decision="Is the step correct (Yes/No)?",
-            no_steps="Since the Now Step is the first step, there are no Previous Steps.",
+            no_steps="(none)",
             samples=10,
             temperature=0.95,
             top_p=0.95,
