@@ -38,7 +38,7 @@ FEW = {
 def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
     choice = " and ".join([f"({only})", *(f"not {name}" for name in but)])
-    options = ["-p", "no:cacheprovider", "-p", "gpu_emulator.plugin", "--emulate", operator, "-x", "--timeout", "1200"]
+    options = ["-p", "no:cacheprovider", "-p", "gpu_emulator.plugin", "--emulate", operator, "-x", "--timeout", "3000"]
     command = [sys.executable, "-m", "pytest", *options, "-k", choice, *arguments]
     command += [tests or str(TESTS / f"test_{operator}.py")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
