@@ -170,6 +170,25 @@ def test_hidden_slots_may_hold_anything(page_size: int, group: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plan_cut_for_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tts_kernels.plan._is_gpu", lambda _: True)
+    tree = star(16, branches=40, prefix=1100)
+    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in tree.pages], True)
+    plan = tk.plan_attention(table, tree.kv_lens, page_size=16, num_q_heads=4, num_kv_heads=2, head_dim=64)
+    k, v = caches(tree, 2, 64, dtype)
+    q = torch.randn(40, 4, 64).to(dtype)
+    out, lse = tk.tree_attention(q, k, v, plan, return_lse=True)
+    assert plan.sizes[1] >= 6  # the trunk alone is cut in four, and the tails are many
+    for result, exact, plain in zip(
+        (out, lse),
+        dense_attention(q.double(), k.double(), v.double(), tree, [1] * 40),
+        dense_attention(q, k, v, tree, [1] * 40),
+        strict=True,
+    ):
+        assert_rule(result, exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_visible_nan_shows_where_it_is_read(dtype: torch.dtype) -> None:
     tree = star(16)
     q_lens = [1] * len(tree.pages)
