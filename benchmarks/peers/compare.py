@@ -5,7 +5,7 @@
 
 Each peer is installed from PyPI into an environment of its own under build/peers and runs as a process that waits for
 jobs, so that the engines take turns within each case. A job is one prompt of P tokens that no engine has seen before
-and N sampled continuations of it (temperature 0.8, top-p 0.95). A decode step is the difference of two jobs' times
+and N continuations of it, sampled at temperature 0.8 and --top-p. A decode step is the difference of two jobs' times
 over the difference of their lengths, so that neither prefill nor start-up counts. Every answer is checked for number
 and length; in float32, greedy text is compared with ours token by token.
 """
@@ -29,7 +29,7 @@ ROOT = HERE.parent.parent
 CASES = [(2048, 64), (2048, 16), (512, 64), (512, 16)]  # P, N
 TORCH = "torch==2.13.0"  # before a peer asks for a range that admits a CUDA build
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # vLLM asks for them, but their builds on PyPI want a GPU
-SHORT, LONG = 8, 40  # tokens of the two jobs
+SHORT, LONG = 8, 32  # tokens of the two jobs
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def start(names: list[str], kind: str, work: Path, models: dict[str, Path], thre
     return workers
 
 
-def time_decoding(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+def time_decoding(workers: dict[str, Worker], rounds: int, top_p: float) -> list[dict[str, Any]]:
     """Milliseconds of a decode step of every engine and case, engines in turn within each round."""
     fresh = itertools.count(1)
     rows = []
@@ -156,7 +156,7 @@ def time_decoding(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any
                 times = {}
                 for tokens in (SHORT, LONG):
                     answer = worker.run(
-                        prefix=prefix, branches=branches, tokens=tokens, temperature=0.8, top_p=0.95, fresh=next(fresh)
+                        prefix=prefix, branches=branches, tokens=tokens, temperature=0.8, top_p=top_p, fresh=next(fresh)
                     )
                     times[tokens], peaks[name] = answer["seconds"], answer["peak_mb"]
                 steps[name].append(1000 * (times[LONG] - times[SHORT]) / (LONG - SHORT))
@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="environments, models, logs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--top-p", type=float, default=0.95, help="1.0: without, which some samplers are slow at")
+    parser.add_argument("--kinds", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"], help="text, speed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     names = ["tts_search", *(name for name in options.engines if name != "tts_search")]
@@ -201,9 +203,10 @@ def main() -> None:
     models = export(options.work, options.gguf)
 
     results = {}
-    for kind, measure in (("f32", compare_greedy), ("bf16", lambda w: time_decoding(w, options.rounds))):
+    measures = {"f32": compare_greedy, "bf16": lambda workers: time_decoding(workers, options.rounds, options.top_p)}
+    for kind in options.kinds:
         workers = start(names, kind, options.work, models, options.threads)
-        results[kind] = measure(workers)
+        results[kind] = measures[kind](workers)
         for worker in workers.values():
             worker.close()
         print(table(results[kind]), end="\n\n")

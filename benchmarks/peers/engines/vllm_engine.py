@@ -10,6 +10,9 @@ from serve import Job, serve
 
 def main(checkpoint: str, dtype: str, block_size: str) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GB
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ['OMP_NUM_THREADS']) - 1}"
+    )  # else one is idle
     from vllm import LLM, SamplingParams
 
     llm = LLM(
