@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint sanitize cuda gpu-tools wheel clean
+.PHONY: help demo test emulate test-all bench lint sanitize cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,7 +27,11 @@ test: $(VENV)/.built  ## Build, then run the C++ and the Python tests (not those
 	cmake --build build/cpp --target host_tests > build/cpp.log || { cat build/cpp.log; exit 1; }
 	ctest --test-dir build/cpp --output-on-failure
 	@echo "== Python tests"
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --ignore=tests/gpu_emulator
+
+emulate: $(VENV)/.built  ## Run the CUDA kernels, and what judges them, on the GPU emulator (needs nvcc; clang for sanitizers)
+	@echo "== GPU emulator"
+	$(PYTEST) -m "not slow and not gpu" tests/gpu_emulator
 
 test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
 	$(PYTEST) -m "not gpu"
