@@ -283,6 +283,39 @@ def test_texts_that_do_not_fit_fail_alone(tmp_path: Path) -> None:
     assert again == fine
 
 
+@pytest.mark.parametrize("step", ["", " \n\n"])
+def test_an_empty_step_fails_alone(made: tuple[str, str, PreTrainedModel], step: str) -> None:
+    _, path, _ = made
+    verifier = HFVerifier(path, kv_memory="4MiB")
+    verifier.begin(0, PROBLEM)
+    found = verifier.score([Score(0, 1, ("x", step), 0), Score(0, 2, ("x",), 0), Score(0, 3, ("x",), 0, (step,))])
+    assert isinstance(found[0], ValueError)
+    assert f"step 2 is empty: {step!r}" in str(found[0])
+    assert isinstance(found[2], ValueError)
+    (again,) = verifier.score([Score(0, 4, ("x", "y"), 2)])
+    assert again[:1] == found[1]
+    verifier.end(0)
+    assert verifier._pool.pool.forest.stats().branches == 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_hidden_state_that_is_not_finite_fails_alone(name: str, bad: float, tmp_path: Path) -> None:
+    """The embedding of "#" is of no use: whoever reads one fails, and whoever does not is served."""
+    model = model_of(name)
+    model.get_input_embeddings().weight[TOKENIZER.convert_tokens_to_ids("#"), 3] = bad
+    verifier = HFVerifier(save_checkpoint(tmp_path, model, verifier=FORMATS[name] or None), kv_memory="4MiB")
+    verifier.begin(0, PROBLEM)
+    fine, broken = verifier.score([Score(0, 1, ("x",), 0), Score(0, 2, ("x # y",), 0)])
+    assert len(fine) == 1
+    assert isinstance(broken, FloatingPointError)
+    assert "a hidden state that is not finite" in str(broken)
+    (again,) = verifier.score([Score(0, 3, ("x", "y"), 1)])
+    assert again[:1] == fine
+    verifier.end(0)
+    assert verifier._pool.pool.forest.stats().branches == 0
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
