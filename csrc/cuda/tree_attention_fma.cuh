@@ -110,9 +110,18 @@ class FmaTile {
                 }
             }
             __syncthreads();
-            for (int d = 0; d < width; ++d) {
+            float sum[kRows] = {}, odd[kRows] = {};  // two sums of half as many terms round less
+            for (int d = 0; d + 1 < width; d += 2) {
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) s[r] = fmaf(mine[d], q_[r * dim_ + begin + d], s[r]);
+                for (int r = 0; r < kRows; ++r) {
+                    sum[r] = fmaf(mine[d], q_[r * dim_ + begin + d], sum[r]);
+                    odd[r] = fmaf(mine[d + 1], q_[r * dim_ + begin + d + 1], odd[r]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                if (width % 2) sum[r] = fmaf(mine[width - 1], q_[r * dim_ + begin + width - 1], sum[r]);
+                s[r] += sum[r] + odd[r];
             }
         }
     }
@@ -147,7 +156,9 @@ class FmaTile {
     // The weight in place of lane r's score; returns what its sums are to be multiplied by.
     __device__ float soften(int r, float& s) {
         const float factor = map_.factor(), top = fmaxf(max_[r], reduce_lanes(s, Highest()));
-        const float shift = finite_top(top) * factor, alpha = exp2_fast(max_[r] * factor - shift);
+        // The old shift rounded as it was, so that large scores keep their weights among each other.
+        const float shift = finite_top(top) * factor, old = __fmul_rn(max_[r], factor);
+        const float alpha = exp2_fast(old - shift);
         s = exp2_fast(fmaf(s, factor, -shift));
         max_[r] = top;
         sum_[r] = sum_[r] * alpha + s;

@@ -1,5 +1,4 @@
-// tree_attention on tensor cores: bfloat16 and float16, head sizes up to 256 (rounded up to 64, 96, 128,
-// 256).
+// tree_attention on tensor cores: bfloat16 and float16, head sizes up to 256, padded to 64, 96, 128 or 256.
 //
 // A block of four warps runs a task for one KV head, in tiles of lanes (query heads x rows that share keys):
 //
@@ -103,16 +102,15 @@ struct MmaShape {
     static constexpr int kTile = kKeys * kStride;  // elements of a block of K or V
     static constexpr int kStages = 2;              // of K and V
     static constexpr int kQueries =
-        kLarge ? kStages * 2 * kTile : 2 * kTile;  // where Q is: behind, or in the second
+        (kLarge ? kStages : 1) * 2 * kTile;  // where Q is: behind, or in the second
     static constexpr int kShared = 2 * (kStages * 2 * kTile + (kLarge ? 16 * kWideRowWarps * kStride : 0));
     static constexpr int kResultStride = kDim + 8;  // floats of a row of the result's stage, [16 * kWarps, D]
     static_assert(16 * kWarps * kResultStride * 4 <= kShared && 16 * kWideRowWarps * kStride <= 2 * kTile);
 };
 
 struct MmaShared {
-    uint32_t nonfinite[2]
-                      [4];  // [stage][warp that copied them]: bit r: its row r of V has an infinity or a NaN
-    float2 state[64];       // of the result's stage: max (log2), sum
+    uint32_t nonfinite[2][4];  // [stage][warp]: bit r: row r of V that it copied has an infinity or a NaN
+    float2 state[64];          // of the result's stage: max (log2), sum
 };
 
 // One tile of an item: lanes [first, first + 16 * kRowWarps), as far as there are any.
