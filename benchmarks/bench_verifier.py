@@ -29,6 +29,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -49,7 +50,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MODES = ("incremental", "batched", "logits")
-WORDS = 1000
 
 
 @dataclass
@@ -108,7 +108,7 @@ def report(found: dict[str, dict[str, float]], options: argparse.Namespace) -> N
 
 
 def write(folder: Path, options: argparse.Namespace) -> None:
-    """A checkpoint of the shape with random weights and a value head; a token a word."""
+    """A checkpoint of the shape with random weights and a value head; a token a byte."""
     shape = dict(SHAPES[options.shape])
     kind = shape.pop("model_type")
     shape["num_hidden_layers"] = options.layers or shape["num_hidden_layers"]
@@ -117,10 +117,11 @@ def write(folder: Path, options: argparse.Namespace) -> None:
     path = folder / "model.safetensors"
     head = {"v_head.summary.weight": torch.randn(1, config.hidden_size), "v_head.summary.bias": torch.zeros(1)}
     save_file({**load_file(path), **head}, path, {"format": "pt"})
-    vocab = {"\n": 0, "<unk>": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    newline = "\u010a"  # as byte-level BPE writes it
+    vocab = [newline, *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {newline})]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def search(options: argparse.Namespace) -> list[Round]:
@@ -128,7 +129,7 @@ def search(options: argparse.Namespace) -> list[Round]:
     rng = random.Random(0)
 
     def step() -> str:
-        return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(options.step_tokens - 1))
+        return "".join(rng.choice(ascii_letters) for _ in range(options.step_tokens - 1))
 
     rounds: list[Round] = []
     for number in range(options.steps):
@@ -144,7 +145,7 @@ def search(options: argparse.Namespace) -> list[Round]:
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Load the model and score the search in one way."""
     rounds = search(options)
-    prompt = " ".join(f"w{i % WORDS}" for i in range(options.prompt_tokens - 1))
+    prompt = (ascii_letters * options.prompt_tokens)[: options.prompt_tokens - 1]
     run = {"incremental": incremental, "batched": again, "logits": again}[options.run]
     return run(options, rounds, prompt)
 
