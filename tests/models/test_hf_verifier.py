@@ -298,6 +298,18 @@ def test_an_empty_step_fails_alone(made: tuple[str, str, PreTrainedModel], step:
     assert verifier._pool.pool.forest.stats().branches == 0
 
 
+def test_a_step_that_the_tokenizer_drops_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {**FORMATS["pieces"], "boundary": ""}  # the step's own last token is scored
+    verifier = HFVerifier(save_checkpoint(tmp_path, model_of("pieces"), verifier=entry), kv_memory="4MiB")
+    encode = verifier._reader.encode
+    monkeypatch.setattr(verifier._reader, "encode", lambda text: [] if text == "\u200b" else encode(text))
+    verifier.begin(0, PROBLEM)
+    broken, fine = verifier.score([Score(0, 1, ("\u200b",), 0), Score(0, 2, ("x",), 0)])
+    assert isinstance(broken, ValueError)
+    assert "step 1 is empty to the tokenizer" in str(broken)
+    assert len(fine) == 1
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_hidden_state_that_is_not_finite_fails_alone(name: str, bad: float, tmp_path: Path) -> None:

@@ -77,9 +77,13 @@ class Reader:
         Raises
         ------
         ValueError
-            If the step is empty.
+            If the step is empty, or nothing but characters for which the tokenizer has no tokens.
         """
-        return self._extend(tail, ["" if number == 1 else self.separator, self._clean(step, number), self.boundary])
+        parts = ["" if number == 1 else self.separator, self._clean(step, number), self.boundary]
+        start, tokens, end = self._extend(tail, parts)
+        if not tokens:
+            raise ValueError(f"step {number} is empty to the tokenizer, which has no tokens for {step!r:.50}")
+        return start, tokens, end
 
     def closing(self, tail: Tail, step: str = "", number: int = 1) -> tuple[int, list[int], Tail]:
         """The same for the text behind the steps; ``step`` is the one that is judged, if it is to stand there."""
