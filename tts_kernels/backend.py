@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
 import torch
 
-from . import _library
+from . import _library, triton
 
 BACKENDS: Final = ("auto", "cpp", "triton", "reference")
 
@@ -94,11 +93,7 @@ class debug_checks:  # noqa: N801
 
 def _missing(name: str) -> str:
     """Why a backend is not there; empty if it is."""
-    if name != "triton":
-        return ""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install 'tts-kernels[triton]')"
-    return "this release has no Triton kernels"
+    return triton.missing() if name == "triton" else ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One op: its registered overload, its reference, its argument check and its fake."""
+"""One op: its registered overloads, its reference, its argument check and its fake."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _library
+from . import triton
 from .backend import state
-
-_DEVICES = ("cpu", "meta") if _library.CUDA_MISSING else ("cpu", "meta", "cuda")
 
 
 class Op:
@@ -29,7 +27,8 @@ class Op:
         Empty outputs of the right shapes, of the same signature.
 
     A call to the C++ kernels runs no Python check: they check all that they read and fail bare, and only then does
-    `check` look for the culprit.
+    `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, and
+    where that has none either, to the reference.
     """
 
     def __init__(
@@ -45,29 +44,36 @@ class Op:
         self.check = check
         self.overload = getattr(torch.ops.tts_kernels, name).default
         torch.library.register_fake(f"tts_kernels::{name}", self._checked(fake))
+        self.triton = triton.define(self.overload, self._checked(fake))
+        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"tts_kernels::{name}", "CUDA")
+        self._devices = ("cpu", "meta", "cuda") if has_cuda else ("cpu", "meta")
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            if state.backend != "reference" and self._has_kernel(args):
-                return self.overload(*args)
-        elif state.backend != "reference":
-            if state.debug_checks:
-                self.check(*args)
-            try:
-                return self.overload(*args)
-            except NotImplementedError:  # no kernel where the tensors are
-                pass
-            except RuntimeError:
-                self.check(*args)
-                raise
-        self.check(*args)
+        device = self._device(args)
+        if state.backend in ("auto", "cpp") and (device is None or device in self._devices):
+            return self._cpp(args)
+        if not torch.compiler.is_compiling() or self.triton is None:
+            self.check(*args)
+        if state.backend in ("auto", "triton") and self.triton is not None and device in triton.DEVICES:
+            return self.triton(*args)
         return self.reference(*args)
 
+    def _cpp(self, args: tuple[Any, ...]) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if state.debug_checks:
+            self.check(*args)
+        try:
+            return self.overload(*args)
+        except RuntimeError:
+            self.check(*args)
+            raise
+
     @staticmethod
-    def _has_kernel(args: tuple[Any, ...]) -> bool:
-        """Whether the tensors are where a compiled kernel is."""
-        first = args[0] if isinstance(args[0], torch.Tensor) else next(iter(args[0]), None)
-        return first is None or not isinstance(first, torch.Tensor) or first.device.type in _DEVICES
+    def _device(args: tuple[Any, ...]) -> str | None:
+        """The kind of device that the tensors are on, by the first; None without one."""
+        first = next(iter(args[0]), None) if isinstance(args[0], (list, tuple)) else args[0]
+        return first.device.type if isinstance(first, torch.Tensor) else None
 
     def _checked(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -1,0 +1,89 @@
+"""What kernels share: conversions and products that the interpreter does right too, reductions of scores, the order.
+
+Triton's interpreter (3.7) rounds to bfloat16 wrongly, multiplies bfloat16 matrices wrongly and does not fuse
+`tl.fma`; `INTERPRETED` picks another way there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+LOG2E = tl.constexpr(1.44269504088896341)
+LN2 = tl.constexpr(0.693147180559945309)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x != x, 0x7FC0, rounded)
+        return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, total):
+    """``total + a @ b``: on tensor cores if both have the same 16 bits, else in float32."""
+    if INTERPRETED or a.dtype != b.dtype or a.dtype == tl.float32:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def fused(a, b, c):
+    """``a * b + c`` of float32, rounded once."""
+    if INTERPRETED:  # exact product and sum rounded to odd in float64, so that the second rounding does no harm
+        product = a.to(tl.float64) * b.to(tl.float64)
+        wide = c.to(tl.float64)
+        total = product + wide
+        part = total - product
+        error = (product - (total - part)) + (wide - part)
+        bits = total.to(tl.int64, bitcast=True)
+        odd = bits + tl.where((error > 0) == (total > 0), 1, -1)
+        bits = tl.where((error != 0) & ((bits & 1) == 0), odd, bits)
+        return bits.to(tl.float64, bitcast=True).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """Within a few units in the last place; a polynomial near 0, where the quotient cancels."""
+    y = x * x
+    near = x + x * y * (-0.333333333 + y * (0.133333333 + y * (-0.0539682540 + y * 0.0218694885)))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+# ---- order: csrc/include/total_order.h ---------------------------------------------------------------------------
+
+
+@triton.jit
+def order_key(x):
+    """A signed integer, greater for a better score: NaN below -inf, -0.0 equal to 0.0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x != x, -2147483648, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def key_score(key):
+    """The float of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def ranked(key, index):
+    """A key and an index below 2**32 as one number: greater is better, no two are equal."""
+    return key.to(tl.int64) * 4294967296 + (4294967295 - index.to(tl.int64))
