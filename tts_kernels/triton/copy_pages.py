@@ -1,0 +1,64 @@
+"""copy_pages_: whole pages within each cache, the copies that a fork's first write needs.
+
+    cache[dst[i]] = cache[src[i]] for all caches
+
+One launch for all caches of one layout. Their addresses come from a table on the device that is made when a set of
+caches is first seen and kept, so that later calls copy nothing there and a captured graph has it. A program copies a
+page of a cache, as integers of the elements' width: bit for bit. The pages may be copied in any order: none is both
+read and written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .append_kv import BITS
+from .configs import config
+
+
+@triton.jit
+def copy_kernel(
+    like, table, num_caches, src, dst, page_size, heads, dim, page_stride, slot_stride, head_stride, BLOCK: tl.constexpr
+):
+    """``table`` [caches]: addresses of caches of the element type of ``like``."""
+    i = tl.program_id(0) // num_caches
+    address = tl.load(table + tl.program_id(0) % num_caches)
+    cache = address.to(like.dtype)
+    source = cache + tl.load(src + i).to(tl.int64) * page_stride
+    target = cache + tl.load(dst + i).to(tl.int64) * page_stride
+    for start in range(0, page_size * heads * dim, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        row = (at // dim).to(tl.int64)
+        there = at < page_size * heads * dim
+        offset = row // heads * slot_stride + row % heads * head_stride + at % dim
+        tl.store(target + offset, tl.load(source + offset, mask=there), mask=there)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64).to(device)
+
+
+def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
+    """Copies ``src[i]`` to ``dst[i]`` in every cache."""
+    layouts: dict[tuple[object, ...], list[Tensor]] = {}
+    for cache in caches:
+        if cache[:1].numel():
+            layouts.setdefault((cache.element_size(), cache.shape[1:], cache.stride()), []).append(cache)
+    if src.numel() == 0:
+        return
+    src, dst = src.contiguous(), dst.contiguous()
+    for alike in layouts.values():
+        first = alike[0]
+        table = _table(tuple(c.data_ptr() for c in alike), first.device)
+        elements = first[0].numel()
+        copy_kernel[(len(alike) * src.shape[0],)](
+            first.view(BITS[first.element_size()]), table, len(alike), src, dst, *first.shape[1:], *first.stride()[:3],
+            BLOCK=min(4096, triton.next_power_of_2(elements)), **config("rows", first.device),
+        )  # fmt: skip
