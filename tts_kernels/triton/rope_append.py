@@ -1,0 +1,98 @@
+"""rope_append_: from the projection of queries, keys and values to the KV cache.
+
+A program a token: its Hq + 2 Hkv heads are a tile; heads of q and k are normed (if there are weights) and rotated in
+float32, pairs being the halves of a head, and rounded once; q goes to the output, k and v to the token's slot, v bit
+for bit. Bytes: each element once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import config
+from .numerics import narrow
+from .rms_norm import dense_rows
+
+
+@triton.jit
+def rope_kernel(
+    qkv, row_stride, out, k_cache, v_cache, positions, cos_sin, slots, page_size, num_q_heads, num_kv_heads,
+    q_norm, k_norm, eps, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = out.dtype.element_ty
+    head = tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    column = d < HALF
+    is_q = head < num_q_heads
+    is_k = (head >= num_q_heads) & (head < num_q_heads + num_kv_heads)
+    is_v = (head >= num_q_heads + num_kv_heads) & (head < num_q_heads + 2 * num_kv_heads)
+    source = qkv + t * row_stride + head * (2 * HALF) + d
+    there = column & (is_q | is_k | is_v)
+    raw_low = tl.load(source, mask=there, other=0.0)
+    raw_high = tl.load(source + HALF, mask=there, other=0.0)
+    low = raw_low.to(tl.float32)
+    high = raw_high.to(tl.float32)
+
+    if q_norm is not None or k_norm is not None:
+        scale = 1.0 / tl.sqrt_rn(tl.sum(low * low + high * high, 1)[:, None] / (2 * HALF) + eps)
+        if q_norm is not None:
+            weight_low = tl.load(q_norm + d, mask=column, other=0.0).to(tl.float32)
+            weight_high = tl.load(q_norm + HALF + d, mask=column, other=0.0).to(tl.float32)
+            low = tl.where(is_q, low * scale * weight_low, low)
+            high = tl.where(is_q, high * scale * weight_high, high)
+        if k_norm is not None:
+            weight_low = tl.load(k_norm + d, mask=column, other=0.0).to(tl.float32)
+            weight_high = tl.load(k_norm + HALF + d, mask=column, other=0.0).to(tl.float32)
+            low = tl.where(is_k, low * scale * weight_low, low)
+            high = tl.where(is_k, high * scale * weight_high, high)
+
+    angle = cos_sin + tl.load(positions + t).to(tl.int64) * (2 * HALF) + d
+    cos = tl.load(angle, mask=column, other=0.0)
+    sin = tl.load(angle + HALF, mask=column, other=0.0)
+    rotated_low = narrow(low * cos - high * sin, dtype)
+    rotated_high = narrow(high * cos + low * sin, dtype)
+
+    query = out + (t * num_q_heads + head) * (2 * HALF) + d
+    tl.store(query, rotated_low, mask=column & is_q)
+    tl.store(query + HALF, rotated_high, mask=column & is_q)
+    slot = tl.load(slots + t).to(tl.int64)
+    page = slot // page_size
+    offset = slot % page_size
+    key = k_cache + page * k_page + offset * k_slot + (head - num_q_heads).to(tl.int64) * k_head + d
+    tl.store(key, rotated_low, mask=column & is_k)
+    tl.store(key + HALF, rotated_high, mask=column & is_k)
+    v_at = page * v_page + offset * v_slot + (head - num_q_heads - num_kv_heads).to(tl.int64) * v_head + d
+    tl.store(v_cache + v_at, raw_low, mask=column & is_v)
+    tl.store(v_cache + v_at + HALF, raw_high, mask=column & is_v)
+
+
+def rope_append_(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Queries [T, Hq, D]."""
+    qkv, tokens, head_dim = dense_rows(qkv), qkv.shape[0], cos_sin.shape[1]
+    out = qkv.new_empty(tokens, num_q_heads, head_dim)
+    if qkv.numel():
+        norms = (None if norm is None else norm.contiguous() for norm in (q_norm, k_norm))
+        rope_kernel[(tokens,)](
+            qkv, qkv.stride(0), out, k_cache, v_cache, positions.contiguous(), cos_sin.contiguous(),
+            slots.contiguous(), k_cache.shape[1], num_q_heads, num_kv_heads, *norms, eps,
+            *k_cache.stride()[:3], *v_cache.stride()[:3], HALF=head_dim // 2,
+            HEADS=triton.next_power_of_2(num_q_heads + 2 * num_kv_heads), BLOCK=triton.next_power_of_2(head_dim // 2),
+            **config("rows", qkv.device),
+        )  # fmt: skip
+    return out
