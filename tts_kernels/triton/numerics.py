@@ -31,7 +31,7 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def dot(a, b, total):
     """``total + a @ b``: on tensor cores if both have the same 16 bits, else in float32."""
-    if INTERPRETED or a.dtype != b.dtype or a.dtype == tl.float32:
+    if INTERPRETED or (a.dtype != b.dtype or a.dtype == tl.float32):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total)
 
