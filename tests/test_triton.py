@@ -1,0 +1,114 @@
+"""Triton kernels without a GPU: each op's own tests in the interpreter, and every kernel compiled ahead of time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tts_kernels as tk
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no triton", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET is set: these tests start their own process", allow_module_level=True)
+
+from test_copy_pages import test_strided_and_unequal_caches as copy_unequal
+from trees import brute_plan, caches, grow
+from triton_backend import ahead_of_time as aot
+
+OPS = ["step_scores", "aggregate_steps", "prune", "score_and_prune", "append_kv", "copy_pages", "tree_attention",
+       "merge_states", "linear_logprob", "sample", "rms_norm", "rope_append", "swiglu"]  # fmt: skip
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("op", OPS)
+def test_the_tests_of_the_op_pass_in_the_interpreter(op: str) -> None:
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "triton_backend.plugin", "-p", "no:cacheprovider", "--timeout=600"]
+    done = subprocess.run(
+        [*command, str(HERE / f"test_{op}.py")], env=env, capture_output=True, text=True, cwd=HERE.parent
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is None or int(passed[1]) >= 5
+
+
+def call_all(dtype: torch.dtype) -> None:
+    """Every op once or more, by each way through its kernels."""
+    hidden, positions = torch.randn(40, 64).to(dtype), torch.arange(20)
+    pair = tk.ScoreHead.label_pair(torch.randn(64), torch.randn(64))
+    mlp = tk.ScoreHead.mlp(torch.randn(70, 64).to(dtype), torch.randn(70).to(dtype), torch.randn(2, 70), None)
+    indptr, groups, prior = torch.arange(0, 21, 2), torch.tensor([0, 4, 10]), torch.rand(10)
+    for head in (pair, mlp, pair.with_norm(torch.rand(64), 1e-5), mlp.with_norm(torch.rand(64), 1e-5)):
+        tk.step_scores(hidden, positions, head)
+        for how in ("last", "min", "mean", "prod"):
+            counts = torch.arange(10)
+            tk.score_and_prune(hidden, positions, indptr, head, groups, 2, how=how, prior=prior, prior_counts=counts)
+    for how in ("last", "min", "prod", "mean", "max", "sum"):
+        tk.aggregate_steps(torch.rand(20).to(dtype), indptr, how)
+    for keep_order in (False, True):
+        tk.prune(torch.rand(20).to(dtype), groups * 2, 3, keep_order=keep_order)
+        tk.prune(torch.rand(20).to(dtype), groups * 2, torch.tensor([1, 2]), keep_order=keep_order)
+    for rows in (5, 70):
+        args = (torch.randn(rows, 96).to(dtype), torch.randn(1000, 96).to(dtype), torch.zeros(rows, dtype=torch.int64))
+        tk.linear_logprob(*args, temperature=0.7)
+    seeds, some = torch.arange(3), {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7}
+    for options in (some, {name: torch.tensor([value] * 3) for name, value in some.items()}):
+        tk.sample(torch.randn(3, 50000).to(dtype), seeds=seeds, offsets=seeds, **options)
+    for head_dim in (64, 80, 128, 256):
+        attend(dtype, head_dim, 1)
+    attend(dtype, 128, 20, softcap=3.0, window=9)
+    state = (torch.randn(4, 8, 128).to(dtype), torch.randn(4, 8))
+    tk.merge_states(*state, *state)
+    decode(dtype)
+    copy_unequal()
+
+
+def attend(dtype: torch.dtype, head_dim: int, rows: int, **options: Any) -> None:
+    tree = grow(16, [-1, 0, 0], [64, 30, 40])
+    plan = brute_plan(tree, [rows] * 2, 8, 2, head_dim)
+    k, v = caches(tree, 2, head_dim, dtype)
+    tk.tree_attention(torch.randn(2 * rows, 8, head_dim).to(dtype), k, v, plan, **options)
+
+
+def decode(dtype: torch.dtype) -> None:
+    k, v = (torch.zeros(4, 16, 2, 64).to(dtype) for _ in range(2))
+    tokens, slots, angles = torch.arange(3), torch.arange(3), torch.rand(9, 64)
+    x, norm = torch.randn(3, 512).to(dtype), torch.rand(64).to(dtype)
+    for norms in ({}, {"q_norm": norm, "k_norm": norm}):
+        tk.rope_append_(x, k, v, tokens, angles, slots, num_q_heads=4, num_kv_heads=2, **norms)
+    tk.append_kv_(k, v, torch.ones(3, 2, 64).to(dtype), torch.ones(3, 2, 64).to(dtype), slots)
+    for residual in (None, x):
+        tk.rms_norm(x, torch.rand(512).to(dtype), 1e-5, residual)
+    tk.swiglu(x)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", aot.TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_compile_ahead_of_time(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch of every op; its shared memory fits the device."""
+    from tts_kernels import triton as backend
+
+    target, device_class, shared_limit = aot.TARGETS[name]
+    monkeypatch.setattr(backend, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(backend, "missing", lambda: "")
+    with tk.use_backend("triton"), aot.recorded(monkeypatch, device_class) as launches:
+        call_all(dtype)
+    names = {launch.name for launch in launches}
+    assert len(names) >= len(OPS) + 3
+    for launch in launches:
+        kernel = aot.compiled(launch, target)
+        assert kernel.metadata.shared <= shared_limit, f"{launch.name}: {kernel.metadata.shared} bytes of shared memory"
+        assert kernel.asm["amdgcn" if name.startswith("gfx") else "ptx"]

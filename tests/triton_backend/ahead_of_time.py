@@ -1,0 +1,99 @@
+"""Triton kernels as they would be launched on a GPU, compiled for it here.
+
+`recorded` calls the ops' Triton functions on CPU tensors and writes down every launch instead of running it;
+`compiled` compiles a launch for a target, specialised as Triton's own launcher specialises it: 1 is a constant, and
+multiples of 16 are known to be such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+# Name -> (target, class of device in configs.py, bytes of shared memory that a block may have)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "ampere", 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), "hopper", 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), "blackwell", 227 << 10),
+    "sm_120": (GPUTarget("cuda", 120, 32), "ada", 99 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "cdna", 64 << 10),
+}
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel, its grid, its arguments by name, num_warps and the like."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+
+@contextlib.contextmanager
+def recorded(monkeypatch: Any, device_class: str) -> Iterator[list[Launch]]:
+    """The launches of the Triton functions called inside, for that class of device."""
+    from tts_kernels.triton import configs
+
+    launches: list[Launch] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        assert set(arguments) == set(kernel.arg_names), f"{kernel.__name__}: expected {kernel.arg_names}"
+        launches.append(Launch(kernel, grid, arguments, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(configs, "device_class", lambda _device: device_class)
+        yield launches
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The launch's kernel for a target."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    hints: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if (
+            parameter.is_constexpr
+            or value is None
+            or isinstance(value, bool)
+            or (value == 1 and isinstance(value, int))
+        ):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            hints |= {(i,): [["tt.divisibility", 16]]} if value.data_ptr() % 16 == 0 else {}
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            hints |= {(i,): [["tt.divisibility", 16]]} if value % 16 == 0 else {}
+        else:
+            signature[parameter.name] = "fp32"
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=target, options=launch.options)
