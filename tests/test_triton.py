@@ -20,7 +20,6 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: these tests start their own process", allow_module_level=True)
 
-from test_copy_pages import test_strided_and_unequal_caches as copy_unequal
 from trees import brute_plan, caches, grow
 from triton_backend import ahead_of_time as aot
 
@@ -72,7 +71,6 @@ def call_all(dtype: torch.dtype) -> None:
     state = (torch.randn(4, 8, 128).to(dtype), torch.randn(4, 8))
     tk.merge_states(*state, *state)
     decode(dtype)
-    copy_unequal()
 
 
 def attend(dtype: torch.dtype, head_dim: int, rows: int, **options: Any) -> None:
@@ -89,6 +87,7 @@ def decode(dtype: torch.dtype) -> None:
     for norms in ({}, {"q_norm": norm, "k_norm": norm}):
         tk.rope_append_(x, k, v, tokens, angles, slots, num_q_heads=4, num_kv_heads=2, **norms)
     tk.append_kv_(k, v, torch.ones(3, 2, 64).to(dtype), torch.ones(3, 2, 64).to(dtype), slots)
+    tk.copy_pages_([k, v, torch.zeros(4, 8, 2, 64)], slots[:1], slots[1:2])
     for residual in (None, x):
         tk.rms_norm(x, torch.rand(512).to(dtype), 1e-5, residual)
     tk.swiglu(x)
