@@ -83,7 +83,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
             parameter.is_constexpr
             or value is None
             or isinstance(value, bool)
-            or (value == 1 and isinstance(value, int))
+            or (isinstance(value, int) and value == 1)
         ):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
