@@ -6,10 +6,10 @@
 namespace tts::cuda {
 
 struct SampleArgs {
-    FloatArray logits;  // [B, V]
-    int64_t stride;     // elements from one row to the next
-    int64_t rows;       // B
-    int64_t vocab;      // V
+    FloatArray logits;          // [B, V]
+    int64_t stride;             // elements from one row to the next
+    int64_t rows;               // B
+    int64_t vocab;              // V
     SampleOptions same;         // of every row, but for those that have an array:
     const float* temperatures;  // [B] or null, as the following
     IndexArray top_ks;

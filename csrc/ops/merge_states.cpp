@@ -10,9 +10,8 @@ constexpr int64_t kRowsPerThread = 64;
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
                                         const Tensor& lse_b) {
     const MergeStates states(out_a, lse_a, out_b, lse_b);
-    parallel_for(0, states.lse.numel(), kRowsPerThread, [&](int64_t begin, int64_t end) {
-        kernels().merge_states(states.args, begin, end);
-    });
+    parallel_for(0, states.lse.numel(), kRowsPerThread,
+                 [&](int64_t begin, int64_t end) { kernels().merge_states(states.args, begin, end); });
     return {states.out, states.lse};
 }
 
