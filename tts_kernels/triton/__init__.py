@@ -20,7 +20,7 @@ INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 # Where Triton kernels run: GPUs, and with TRITON_INTERPRET=1 the CPU (to be right there, not fast).
 DEVICES: Final = frozenset({"cuda", "xpu"} | ({"cpu"} if INTERPRETED else set()))
 
-_LIBRARY = torch.library.Library("tts_kernels_triton", "DEF")  # noqa: TOR901
+_LIBRARY = torch.library.Library("tts_kernels_triton", "DEF")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ def aggregate(scores, begin, end, prior, prior_count, HOW: tl.constexpr):
     value = tl.where(count > 0, prior, 0.0).to(tl.float64)
     if HOW == "mean":
         value = value * count.to(tl.float64)
-    for i in range(0, tl.max(end - begin, 0)):
+    for i in range(tl.max(end - begin, 0)):
         there = begin + i < end
         x = tl.load(scores + begin + i, mask=there, other=0.0).to(tl.float32).to(tl.float64)
         if HOW == "last":

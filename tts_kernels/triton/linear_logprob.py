@@ -66,7 +66,7 @@ def merge_kernel(part_max, part_sum, logits, out, rows, parts, BLOCK: tl.constex
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     at = n
-    for _ in range(0, parts):
+    for _ in range(parts):
         x = tl.load(part_max + at, mask=there, other=0.0)
         s = tl.load(part_sum + at, mask=there, other=0.0)
         at += rows
