@@ -150,7 +150,7 @@ def find_cut(row, vocab, infinite, top, scale, least_key, wanted, COUNT: tl.cons
 
 
 @triton.jit
-def kept_weights(x, i, top, scale, cut, ties, seen, least):
+def kept_weights(x, top, scale, cut, ties, seen, least):
     """Weights of the tokens that may be drawn, 0 for the others, and how many equal the cut up to here."""
     keys = order_key(x)
     tie = keys == cut
@@ -216,14 +216,14 @@ def sample_kernel(
                 seen = tl.full((), 0, tl.int32)
                 for start in range(0, vocab, BLOCK):
                     x, i = load_logits(row, start, vocab, infinite, BLOCK)
-                    w, seen = kept_weights(x, i, top, scale, cut, ties, seen, least)
+                    w, seen = kept_weights(x, top, scale, cut, ties, seen, least)
                     total += tl.sum(w, 0)
             target = high_product(philox_draw(tl.load(seeds + r), tl.load(offsets + r)), total)
             before = tl.full((), 0, tl.uint64)
             seen = tl.full((), 0, tl.int32)
             for start in range(0, vocab, BLOCK):
                 x, i = load_logits(row, start, vocab, infinite, BLOCK)
-                w, seen = kept_weights(x, i, top, scale, cut, ties, seen, least)
+                w, seen = kept_weights(x, top, scale, cut, ties, seen, least)
                 here = tl.sum(w, 0)
                 if (before <= target) & (target < before + here):
                     token = tl.min(tl.where(before + tl.cumsum(w, 0) > target, i, vocab), 0)
