@@ -188,11 +188,9 @@ def _attention(
     # Some models pass a window that they do not mask, or the other way round; their eager attention obeys the mask.
     mask = _Mask(sliding_window) if attention_mask is None else attention_mask
     if not mask.known:
-        raise NotImplementedError(
-            f"{type(module).__name__}: expected a causal mask or a sliding window, got another one"
-        )
+        raise ValueError(f"{type(module).__name__}: expected a causal mask or a sliding window, got another one")
     if unsupported := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(unsupported)} is not supported")
+        raise ValueError(f"{type(module).__name__}: attention with {', '.join(unsupported)} is not supported")
     forest_cache.attended += 1
     out = tk.tree_attention(
         query[0].transpose(0, 1), key, value, plan, scale=scaling, softcap=softcap or 0.0, window=mask.window
