@@ -7,12 +7,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 from tts_search.algorithms import ALGORITHMS, Branch, Moves, Run
 from tts_search.config import SearchConfig
 from tts_search.errors import SearchError
-from tts_search.protocol import Expand, Policy, Release, Request, Score, Usage, Verifier
+from tts_search.protocol import (
+    Expand,
+    Policy,
+    PruningVerifier,
+    Release,
+    Request,
+    Score,
+    ScoreAndPrune,
+    Scored,
+    Usage,
+    Verifier,
+)
 from tts_search.result import SearchResult, build_result
 from tts_search.stats import SearchStats
 
@@ -77,6 +89,7 @@ class Engine:
                     yield from self._serve(Expand, self.policy.expand)
                 if self.verifier is not None:
                     yield from self._serve(Score, self.verifier.score)
+                    yield from self._serve(ScoreAndPrune, self._score_and_prune(self.verifier))
         finally:
             for task in list(self._tasks):
                 self._close(task)
@@ -120,11 +133,26 @@ class Engine:
             yield from self._guarded(task, partial(self._answer, task, own))
             begin = end
 
+    @staticmethod
+    def _score_and_prune(verifier: Verifier) -> Callable[[Sequence[ScoreAndPrune]], Sequence[Scored | Exception]]:
+        """The verifier's own call, or one that leaves the pruning to the algorithm."""
+        if isinstance(verifier, PruningVerifier):
+            return verifier.score_and_prune
+
+        def score_alone(requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
+            answers = verifier.score(scores := _scores(requests))
+            if len(answers) != len(scores):
+                raise ValueError(f"expected {len(scores)} answers, one a request, got {len(answers)}")
+            rest = iter(answers)
+            return [Scored.of(list(islice(rest, len(_scores([request]))))) for request in requests]
+
+        return score_alone
+
     def _answer(self, task: _Task, answers: Sequence[Any]) -> SearchResult | None:
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        task.scored |= {request.branch for request in task.requests if isinstance(request, Score)}
+        task.scored |= {score.branch for score in _scores(task.requests)}
         return self._advance(task, answers)
 
     def _advance(self, task: _Task, answers: Sequence[Any] | None) -> SearchResult | None:
@@ -182,3 +210,12 @@ class Engine:
         for driver in task.begun:
             with suppress(Exception):  # the problem has its result or its error already
                 driver.end(task.run.problem)
+
+
+def _scores(requests: Iterable[Request]) -> list[Score]:
+    """What the verifier is to score, in order."""
+    scores = []
+    for request in requests:
+        candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
+        scores += [candidate for candidate in candidates if isinstance(candidate, Score)]
+    return scores

@@ -6,6 +6,7 @@ answers; it does no I/O, knows no model and no other problem::
     requests -> answers
     [Expand, ...] -> [list of Step, one a child]
     [Score, ...] -> [list of float, one a step]
+    [ScoreAndPrune, ...] -> [Scored, ...]
     [Release, ...] -> [None, ...]
 
 An engine merges what the algorithms of many problems want into one call of a :class:`Policy` or a :class:`Verifier`. A
@@ -24,7 +25,18 @@ from typing import Protocol, runtime_checkable
 
 from tts_search.types import Step, StepParams
 
-__all__ = ["Expand", "Policy", "Release", "Request", "Score", "Usage", "Verifier"]
+__all__ = [
+    "Expand",
+    "Policy",
+    "PruningVerifier",
+    "Release",
+    "Request",
+    "Score",
+    "ScoreAndPrune",
+    "Scored",
+    "Usage",
+    "Verifier",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,57 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreAndPrune:
+    """Score the candidates of a round and name the best of each group. Answer: a :class:`Scored`.
+
+    Attributes
+    ----------
+    problem : int
+        Index of the problem in this run.
+    candidates : tuple of Score or float
+        What is to be scored, or the score of a candidate that has no new step.
+    groups : tuple of tuple of int
+        Who compete with each other: indices in `candidates`. Who is in none is only scored.
+    keep : tuple of int
+        How many of each group survive.
+    how : str
+        The aggregate of a candidate's scores (those of its lookahead too) that counts.
+    """
+
+    problem: int
+    candidates: tuple[Score | float, ...]
+    groups: tuple[tuple[int, ...], ...]
+    keep: tuple[int, ...]
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a round came to.
+
+    Attributes
+    ----------
+    scores : sequence of sequence of float
+        The answer to each :class:`Score` among the candidates, in order.
+    survivors : sequence of sequence of int or None
+        The best of each group, best first, as indices in the candidates; ties go to whom the group names first. None:
+        whoever asks has to find them.
+    """
+
+    scores: Sequence[Sequence[float]]
+    survivors: Sequence[Sequence[int]] | None = None
+
+    @classmethod
+    def of(
+        cls, answers: Sequence[Sequence[float] | Exception], survivors: Sequence[Sequence[int]] | None = None
+    ) -> Scored | Exception:
+        """The answer to a round: its scores, or what is wrong with one of its candidates."""
+        scores = [answer for answer in answers if not isinstance(answer, Exception)]
+        failed = [answer for answer in answers if isinstance(answer, Exception)]
+        return failed[0] if failed else cls(scores, survivors)
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """These branches will not be expanded or scored again, nor be a parent. (Their children may be.) Answer: None."""
 
@@ -89,7 +152,7 @@ class Release:
     branches: tuple[int, ...]
 
 
-Request = Expand | Score | Release
+Request = Expand | Score | ScoreAndPrune | Release
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +218,11 @@ class Verifier(Protocol):
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of the problem and say what it cost."""
+
+
+@runtime_checkable
+class PruningVerifier(Verifier, Protocol):
+    """A verifier that can score and prune in one call. Of any other one the engine asks the scores alone."""
+
+    def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> Sequence[Scored | Exception]:
+        """Answer requests of any number of problems, in order."""

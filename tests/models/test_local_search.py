@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from tiny import save_checkpoint, small_pool, talkative, tiny_model
-from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchResult, search
+from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, SearchResult, search, search_iter
 from tts_search.protocol import Score
+
+import tts_kernels as tk
 
 PROBLEMS = ["What is the sum?", "Which is it, then?", "Is the no. 3?"]
 READING = {
@@ -81,6 +84,58 @@ def test_the_seed_fixes_a_search_whatever_else_is_in_flight(paths: tuple[str, st
     assert_same(alone, together)
     other = search(PROBLEMS, policy, verifier, replace(config, seed=1), progress=False)
     assert [c.text for r in other for c in r.completions] != [c.text for r in together for c in r.completions]
+
+
+class ScoresAlone:
+    """A verifier that cannot prune."""
+
+    def __init__(self, verifier: HFVerifier) -> None:
+        self.begin, self.score, self.release, self.end = (
+            verifier.begin, verifier.score, verifier.release, verifier.end
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["last", "min", "max", "mean"])
+@pytest.mark.parametrize("name", ["beam_search", "lookahead", "compete", "dvts", "occupy"])
+def test_one_call_scores_and_prunes(
+    paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    """The decisions of a round come from one op over all problems, and are those of the search's own ranking."""
+    base = CONFIGS["beam_search"] if name == "occupy" else CONFIGS[name]
+    config = replace(base, aggregate=how, completed="occupy" if name == "occupy" else base.completed)
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    expected = search(PROBLEMS, policy, ScoresAlone(verifier), config, progress=False)
+    calls: Counter[str] = Counter()
+
+    def count(op: str) -> None:
+        call = getattr(tk, op)
+        monkeypatch.setattr(tk, op, lambda *args, **options: calls.update([op]) or call(*args, **options))
+
+    count("step_scores")
+    count("score_and_prune")
+    found = search(PROBLEMS, policy, verifier, config, progress=False)
+    rounds = max(result.stats.rounds for result in found)
+    assert calls == {"step_scores" if how == "mean" else "score_and_prune": rounds}
+    assert [result.tree.to_json() for result in found] == [result.tree.to_json() for result in expected]
+
+
+@pytest.mark.parametrize("name", ["beam_search", "dvts"])
+def test_a_hidden_state_that_is_not_finite_fails_its_problem_alone(paths: tuple[str, str], name: str) -> None:
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    hidden, seen = verifier.decoder.hidden, []
+
+    def poisoned(batch, kv, rows):
+        states = hidden(batch, kv, rows).clone()
+        if len(states) and not seen:  # the row of the first problem's first candidate
+            seen.append(states)
+            states[0, 0] = float("nan")
+        return states
+
+    verifier.decoder.hidden = poisoned
+    outcomes = dict(search_iter(PROBLEMS, policy, verifier, CONFIGS[name], progress=False))
+    assert isinstance(outcomes[0], SearchError)
+    assert "not finite" in str(outcomes[0])
+    assert all(isinstance(outcomes[number], SearchResult) for number in (1, 2))
 
 
 def test_the_prefix_is_shared(paths: tuple[str, str]) -> None:

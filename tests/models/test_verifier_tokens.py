@@ -10,7 +10,7 @@ from test_hf_verifier import harmless
 from test_local_search import CONFIGS, PROBLEMS, READING
 from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, search
-from tts_search.protocol import Score
+from tts_search.protocol import Score, ScoreAndPrune, Scored
 
 
 class Recorder(HFVerifier):
@@ -23,6 +23,10 @@ class Recorder(HFVerifier):
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
         self.asked += requests
         return super().score(requests)
+
+    def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
+        self.asked += [each for request in requests for each in request.candidates if isinstance(each, Score)]
+        return super().score_and_prune(requests)
 
     def tokens_of(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from tts_search import SearchConfig, SearchError, Step, beam_search, best_of_n, dvts, search, search_iter
-from tts_search.protocol import Policy, Release, Verifier
+from tts_search.protocol import Policy, PruningVerifier, Release, Score, Scored, Verifier
 from tts_search.seeds import Streams, stream
+from tts_search.voting import aggregate
 
 PROBLEMS = [f"problem {i}" for i in range(7)]
 CONFIGS = st.builds(
@@ -335,15 +338,69 @@ def test_release_is_one_request_a_round():
         answers: list = [None] * len(requests)
         if kinds[-1] == "Expand":
             answers = [[Step("a\n\n", False)] * len(request.children) for request in requests]
-        elif kinds[-1] == "Score":
-            answers = [[0.5] * len(request.steps) for request in requests]
+        elif kinds[-1] == "ScoreAndPrune":
+            answers = [Scored([[0.5] * len(each.steps) for each in request.candidates]) for request in requests]
         else:
             assert requests == [Release(0, requests[0].branches)]
         try:
             requests = moves.send(answers)
         except StopIteration:
             break
-    assert kinds == ["Expand", "Score", "Release"] * 2 + ["Expand", "Score"]
+    assert kinds == ["Expand", "ScoreAndPrune", "Release"] * 2 + ["Expand", "ScoreAndPrune"]
+
+
+class Pruner(ScriptedVerifier):
+    """Ranks candidates itself; `choose` may change its mind."""
+
+    choose = staticmethod(lambda keep, ranked: ranked[:keep])
+
+    def score_and_prune(self, requests):
+        return [self._round(request) for request in requests]
+
+    def _round(self, request):
+        scores = iter(self.score([each for each in request.candidates if isinstance(each, Score)]))
+        found = [next(scores) if isinstance(each, Score) else each for each in request.candidates]
+        values = [each if isinstance(each, float) else aggregate(each, request.how) for each in found]
+        survivors = [
+            self.choose(keep, sorted(group, key=lambda number: -values[number]))
+            for group, keep in zip(request.groups, request.keep, strict=True)
+        ]
+        return Scored([each for each in found if not isinstance(each, float)], survivors)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_verifier_may_prune(seed):
+    rng = random.Random(seed)
+    method = rng.choice(["beam_search", "dvts"])
+    completed = rng.choice(["leave", "occupy", "compete"])
+    tree = RandomTree(seed, end=0.3, length=0.1, empty=0.1, blank=0.1)
+    config = SearchConfig(method, n=8, expand=rng.choice([2, 4]), max_steps=5, completed=completed,
+                          aggregate=rng.choice(["last", "min", "prod"]), dedupe=rng.random() < 0.5,
+                          lookahead=rng.choice([0, 1]))  # fmt: skip
+    try:
+        expected = search(PROBLEMS[:3], *drivers(tree), config, progress=False)
+    except SearchError as error:  # a tree of nothing but empty texts
+        with pytest.raises(SearchError, match=re.escape(str(error))):
+            search(PROBLEMS[:3], ScriptedPolicy(tree.step), Pruner(tree.scores), config, progress=False)
+        return
+    found = search(PROBLEMS[:3], ScriptedPolicy(tree.step), Pruner(tree.scores), config, progress=False)
+    assert list(map(outcome, found)) == list(map(outcome, expected))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda keep, ranked: ranked[: keep - 1],
+        lambda keep, ranked: [ranked[0]] * keep,
+        lambda keep, ranked: [*ranked[: keep - 1], 99],
+    ],
+)
+def test_survivors_that_are_not_of_their_group_are_an_error(choose):
+    verifier = Pruner(score_names({}))
+    verifier.choose = choose
+    config = SearchConfig(n=4, expand=2, max_steps=3)
+    with pytest.raises(SearchError, match=r"verifier: expected \[2\] survivors of the groups \(\(0, 1, 2, 3\),\), got"):
+        search(["p"], ScriptedPolicy(by_name()), verifier, config, progress=False)
 
 
 def test_shorthands():
@@ -359,6 +416,8 @@ def test_scripted_drivers_follow_the_protocol():
     policy, verifier = drivers(RandomTree(1))
     assert isinstance(policy, Policy)
     assert isinstance(verifier, Verifier)
+    assert not isinstance(verifier, PruningVerifier)
+    assert isinstance(Pruner(score_names({})), PruningVerifier)
 
 
 def test_stats():

@@ -8,11 +8,12 @@ it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 
 from tts_search.algorithms.branch import Branch, Run
-from tts_search.algorithms.moves import Moves, expand, release, score
+from tts_search.algorithms.moves import Moves, expand, release, score_and_prune
 
 __all__ = ["has_grown", "in_order", "mark_pruned", "search_groups"]
 
@@ -33,9 +34,10 @@ def search_groups(run: Run) -> Moves[list[Branch]]:
         if not any(group.pool or group.ended for group in groups):
             raise run.error("policy: it returned nothing, an empty text for each sample")
         candidates = [branch for group in active for branch in group.pool if branch.round == run.round]
-        yield from score(run, candidates, last=last)
-        for group in active:
-            group.prune()
+        contenders, places = [group.contenders for group in active], [group.places for group in active]
+        survivors = yield from score_and_prune(run, candidates, contenders, places, last=last)
+        for group, best in zip(active, survivors, strict=True):
+            group.prune(best)
         active = [group for group in active if group.live]
         if not active or run.is_done(_members(groups)):
             break
@@ -120,23 +122,33 @@ class Group:
                 texts.add(text)
         return kept
 
-    def prune(self) -> None:
-        """Let the best of the pool survive; ties go to the earlier candidate."""
+    @property
+    def contenders(self) -> list[Branch]:
+        """Who of the pool competes for the places."""
+        if self.config.completed == "leave":
+            return [branch for branch in self.pool if not branch.ended]
+        return self.pool
+
+    def prune(self, best: list[Branch]) -> None:
+        """Let the best of the pool survive, best first."""
+        contenders = self.contenders
         if self.config.completed == "leave":
             self.ended += [branch for branch in self.pool if branch.ended]
-            contenders = [branch for branch in self.pool if not branch.ended]
-        else:
-            contenders = self.pool
-        chosen = self._best(contenders)
+        chosen = best if self.rules.order == "score" else self._in_pool_order(best)
         mark_pruned(contenders, chosen, f"number {{rank}} of {{count}} by score, and {len(chosen)} stay")
         if self.config.completed == "occupy":
             self._take_places(chosen)
         else:
             self.survivors = chosen
 
-    def _best(self, contenders: list[Branch]) -> list[Branch]:
-        ranked = sorted(range(len(contenders)), key=lambda index: -contenders[index].score)[: self.places]
-        return [contenders[index] for index in (ranked if self.rules.order == "score" else sorted(ranked))]
+    def _in_pool_order(self, best: list[Branch]) -> list[Branch]:
+        left = Counter(branch.id for branch in best)  # a copy that competes has its original's id
+        chosen = []
+        for branch in self.contenders:
+            if left[branch.id]:
+                left[branch.id] -= 1
+                chosen.append(branch)
+        return chosen
 
     def _take_places(self, chosen: list[Branch]) -> None:
         """Finished branches among the chosen keep their places for good; the rest of the places is open next round."""

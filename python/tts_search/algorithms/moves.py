@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from tts_search.algorithms.branch import Branch, Run
-from tts_search.protocol import Expand, Release, Request, Score
+from tts_search.protocol import Expand, Release, Request, Score, ScoreAndPrune, Scored
 from tts_search.types import StepParams
 from tts_search.voting import aggregate
 
-__all__ = ["Moves", "expand", "release", "score"]
+__all__ = ["Moves", "expand", "release", "score", "score_and_prune"]
 
 T = TypeVar("T")
 Moves = Generator[Sequence[Request], Sequence[Any], T]
@@ -85,25 +86,86 @@ def score(run: Run, branches: Sequence[Branch], *, last: bool) -> Moves[None]:
     """
     if not run.scored:
         return
+    fresh = yield from _to_score(run, branches, last)
+    answers = (yield list(fresh.values())) if fresh else ()
+    _take_scores(run, fresh, answers)
+
+
+def score_and_prune(
+    run: Run, branches: Sequence[Branch], groups: Sequence[Sequence[Branch]], keep: Sequence[int], *, last: bool
+) -> Moves[list[list[Branch]]]:
+    """Have branches that have just grown scored, and find the best of each group, in one request.
+
+    Parameters
+    ----------
+    run : Run
+        The search.
+    branches : sequence of Branch
+        Those that have just grown, as `score` takes them.
+    groups : sequence of sequence of Branch
+        Who compete with each other; branches that were scored earlier may be among them.
+    keep : sequence of int
+        How many of each group survive.
+    last : bool
+        Whether no round follows.
+
+    Returns
+    -------
+    list of list of Branch
+        The survivors of each group, best first; ties go to the earlier in the group.
+    """
+    fresh = yield from _to_score(run, branches, last)
+    if fresh:
+        everyone = list({branch.id: branch for group in (branches, *groups) for branch in group}.values())
+        place = {branch.id: index for index, branch in enumerate(everyone)}
+        request = ScoreAndPrune(
+            run.problem,
+            tuple(fresh.get(branch, branch.score) for branch in everyone),
+            tuple(tuple(place[branch.id] for branch in group) for group in groups),
+            tuple(keep),
+            run.config.aggregate,
+        )
+        (answer,) = yield [request]
+        _take_scores(run, fresh, answer.scores)
+        if answer.survivors is not None:
+            return [[everyone[index] for index in best] for best in _checked_survivors(run, request, answer)]
+    return [sorted(group, key=lambda branch: -branch.score)[:count] for group, count in zip(groups, keep, strict=True)]
+
+
+def _to_score(run: Run, branches: Sequence[Branch], last: bool) -> Moves[dict[Branch, Score]]:
+    """What to ask about each branch that has grown; the others get their parents' scores."""
     ahead: dict[int, tuple[str, ...]] = {}
     if run.config.lookahead and not last:
         ahead = yield from _look_ahead(run, [branch for branch in branches if _is_new(branch)])
-    requests = []
-    fresh = []
+    fresh = {}
     for branch in branches:
         assert branch.parent is not None
         if _is_new(branch):
-            fresh.append(branch)
             parent = branch.parent.scored_id
-            requests.append(Score(run.problem, branch.id, branch.steps, parent, ahead.get(branch.id, ())))
+            fresh[branch] = Score(run.problem, branch.id, branch.steps, parent, ahead.get(branch.id, ()))
         else:  # what its parent was given for steps that it only looked ahead to does not count
             branch.scores = branch.parent.scores[: len(branch.steps)]
             branch.score = aggregate(branch.scores, run.config.aggregate)
-    answers = (yield requests) if requests else ()
-    for branch, request, scores in zip(fresh, requests, answers, strict=True):
+    return fresh
+
+
+def _take_scores(run: Run, fresh: dict[Branch, Score], answers: Sequence[Sequence[float]]) -> None:
+    for (branch, request), scores in zip(fresh.items(), answers, strict=True):
         branch.scores = _checked(run, request, scores)
         branch.score = aggregate(branch.scores, run.config.aggregate)
         branch.scored_id = branch.id
+
+
+def _checked_survivors(run: Run, request: ScoreAndPrune, answer: Scored) -> Sequence[Sequence[int]]:
+    survivors = answer.survivors or ()
+    expected = [min(count, len(group)) for group, count in zip(request.groups, request.keep, strict=True)]
+    if [len(best) for best in survivors] != expected or any(
+        not Counter(best) <= Counter(group) for best, group in zip(survivors, request.groups, strict=True)
+    ):
+        raise run.error(
+            f"verifier: expected {expected} survivors of the groups {request.groups}, got {survivors!r:.200}"
+        )
+    return survivors
 
 
 def _is_new(branch: Branch) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -12,19 +13,22 @@ import tts_kernels as tk
 from tts_search.branches import MAX_FORWARD_TOKENS, Branch, BranchPool, Meter
 from tts_search.decoder import pool_for
 from tts_search.errors import require
-from tts_search.protocol import Score, Usage
+from tts_search.protocol import Score, ScoreAndPrune, Scored, Usage
 from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
 from tts_search.verifiers.heads import lm_head, load_head
 from tts_search.verifiers.judge import JudgeScorer
-from tts_search.verifiers.lane import HeadScorer, Lane, Task, branch_at
+from tts_search.verifiers.lane import Contest, HeadScorer, Lane, Task, branch_at
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.reader import Reader, Tail
+from tts_search.voting import aggregate
 
 if TYPE_CHECKING:
     from tts_search.adapters.checkpoint import Checkpoint
     from tts_search.decoder import Decoder, DecoderKind
 
 __all__ = ["HFVerifier"]
+
+_CONTINUED: Final = {"last", "min", "max"}  # aggregates of floats that can be continued to the bit
 
 
 class HFVerifier:
@@ -137,6 +141,57 @@ class HFVerifier:
         jobs = [self._job(request) for request in requests]
         self._scorer.score({branch: job for job in jobs if job.error is None for branch in job.asked})
         return [self._finish(job) for job in jobs]
+
+    def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
+        """Score candidates as `score` does, and find the best of each group in the same call of the head.
+
+        A head's scores with an aggregate that can be continued to the bit ("last", "min", "max") are pruned by
+        :func:`tts_kernels.score_and_prune`; with others, the survivors are left to whoever asks.
+        """
+        rounds = [
+            {number: self._job(each) for number, each in enumerate(request.candidates) if isinstance(each, Score)}
+            for request in requests
+        ]
+        jobs = [job for jobs in rounds for job in jobs.values()]
+        waiting: dict[Branch, Task] = {branch: job for job in jobs if job.error is None for branch in job.asked}
+        hows = {request.how for request in requests}
+        survivors: list[list[list[int]] | None] = [None] * len(requests)
+        if type(self._scorer) is HeadScorer and len(hows) == 1 and hows <= _CONTINUED:
+            survivors = self._prune(self._scorer, waiting, requests, rounds)
+        else:
+            self._scorer.score(waiting)
+        return [
+            Scored.of([self._finish(job) for job in jobs.values()], best)
+            for jobs, best in zip(rounds, survivors, strict=True)
+        ]
+
+    @staticmethod
+    def _prune(
+        scorer: HeadScorer,
+        waiting: Mapping[Branch, Task],
+        requests: Sequence[ScoreAndPrune],
+        rounds: Sequence[Mapping[int, _Job]],
+    ) -> list[list[list[int]] | None]:
+        """Score what waits; the survivors of each request's groups, as indices of its candidates."""
+        contest = Contest(requests[0].how)
+        numbers: list[int] = []  # of each candidate in the contest, its index in its request
+        for request, jobs in zip(requests, rounds, strict=True):
+            rest = set(range(len(request.candidates))).difference(*request.groups)
+            for group, keep in zip((*request.groups, sorted(rest)), (*request.keep, 0), strict=True):
+                contest.sizes.append(len(group))
+                contest.keep.append(keep)
+                for number in group:
+                    numbers.append(number)
+                    candidate = request.candidates[number]
+                    if isinstance(candidate, Score):
+                        contest.places.append(jobs[number].places)
+                        contest.prior.append(aggregate(jobs[number].base.scores, request.how))
+                    else:
+                        contest.places.append([])
+                        contest.prior.append(candidate)
+        best = iter(scorer.score_and_prune(waiting, contest))
+        groups = [list(islice(best, len(request.groups) + 1))[:-1] for request in requests]
+        return [[[numbers[entry] for entry in group] for group in own] for own in groups]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""

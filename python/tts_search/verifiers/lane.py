@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +20,7 @@ from tts_search.verifiers.reader import Tail
 if TYPE_CHECKING:
     from tts_search.decoder import Decoder
 
-__all__ = ["HeadScorer", "Lane", "Task", "branch_at"]
+__all__ = ["Contest", "HeadScorer", "Lane", "Task", "branch_at"]
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +108,29 @@ class Lane:
         return later
 
 
+@dataclass(slots=True)
+class Contest:
+    """Who compete with whom, candidate by candidate, group after group.
+
+    Attributes
+    ----------
+    how : str
+        The aggregate that counts: one that continues to the bit, ``"last"``, ``"min"`` or ``"max"``.
+    places : list of list of (Branch, int)
+        Where the new steps of each candidate are scored.
+    prior : list of float
+        The aggregate of each candidate's earlier steps; -inf: it has none.
+    sizes, keep : list of int
+        Of each group: how many candidates it has, and how many survive.
+    """
+
+    how: str
+    places: list[list[tuple[Branch, int]]] = field(default_factory=list)
+    prior: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    keep: list[int] = field(default_factory=list)
+
+
 class HeadScorer:
     """Scores places by a head over their hidden states: no logits, and the head at those places alone."""
 
@@ -127,24 +153,77 @@ class HeadScorer:
 
         A hidden state that is not finite is an error of its task: no score can be trusted then.
         """
+        places, hidden = self._hidden(waiting)
+        if places:
+            values = tk.step_scores(hidden, torch.arange(len(hidden), device=hidden.device), self.head)
+            self._note(waiting, places, *_read(values, torch.isfinite(hidden).all(dim=-1)))
+
+    def score_and_prune(self, waiting: Mapping[Branch, Task], contest: Contest) -> list[list[int]]:
+        """Do what `score` does, and find the best of each group: one op over all that was read.
+
+        Returns
+        -------
+        list of list of int
+            Of each group its survivors, best first, by their numbers among all candidates.
+        """
+        places, hidden = self._hidden(waiting)
+        if not places:  # nothing could be read
+            return [[] for _ in contest.keep]
+        row_of = {place: row for row, place in enumerate(places)}
+        rows = [[row_of[place] for place in asked if place in row_of] for asked in contest.places]
+        index = partial(torch.tensor, dtype=torch.int64, device=hidden.device)
+        scored = [row for own in rows for row in own]
+        pruned = tk.score_and_prune(
+            hidden,
+            index(scored),
+            index([0, *accumulate(map(len, rows))]),
+            self.head,
+            index([0, *accumulate(contest.sizes)]),
+            index(contest.keep),
+            max_k=max(1, *contest.keep),
+            how=contest.how,
+            prior=torch.tensor(contest.prior, device=hidden.device),
+            prior_counts=index([int(prior > -math.inf) for prior in contest.prior]),
+        )
+        best, values, finite = _read(pruned.indices, pruned.step_scores, torch.isfinite(hidden).all(dim=-1))
+        self._note(waiting, [places[row] for row in scored], values, [finite[row] for row in scored])
+        width = pruned.indices.shape[1]
+        lines = [best[start : start + width] for start in range(0, len(best), width)]
+        return [[int(number) for number in line if number >= 0] for line in lines]
+
+    def _hidden(self, waiting: Mapping[Branch, Task]) -> tuple[list[tuple[Branch, int]], Tensor]:
+        """Read branches; the places that got a hidden state, and those [places, H]."""
+        places: list[tuple[Branch, int]] = []
+        parts: list[Tensor] = []
 
         def take(forwarded: Forwarded) -> None:
             if forwarded.rows:
-                hidden = forwarded.outputs
-                values = tk.step_scores(hidden, torch.arange(len(hidden), device=hidden.device), self.head)
-                self._note(waiting, forwarded, values.tolist(), torch.isfinite(hidden).all(dim=-1).tolist())
+                places.extend(forwarded.rows)
+                parts.append(forwarded.outputs)
             self.lane.pool.release([branch for branch in forwarded.done if branch in waiting[branch].questions])
 
         self.lane.read(waiting, take)
+        return places, torch.cat(parts) if parts else torch.empty(0, 0)
 
     def _note(
-        self, waiting: Mapping[Branch, Task], forwarded: Forwarded, values: list[float], finite: list[bool]
+        self,
+        waiting: Mapping[Branch, Task],
+        places: Sequence[tuple[Branch, int]],
+        values: Sequence[float],
+        finite: Sequence[float],
     ) -> None:
-        for place, value, is_finite in zip(forwarded.rows, values, finite, strict=True):
+        for place, value, is_finite in zip(places, values, finite, strict=True):
             task = waiting[place[0]]
             task.found[place] = value
             if not is_finite:
                 task.error = FloatingPointError("the verifier gave a hidden state that is not finite")
+
+
+def _read(*tensors: Tensor) -> list[list[float]]:
+    """The numbers of tensors of float32, integers below 2**53 or bool, by one transfer."""
+    flat: list[float] = torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors]).tolist()
+    ends = list(accumulate(tensor.numel() for tensor in tensors))
+    return [flat[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def branch_at(parent: Branch, start: int, tokens: list[int]) -> Branch:
