@@ -55,6 +55,8 @@ class HFPolicy:
     decoder : {"auto", "lean", "transformers"}
         What runs the model: on a CPU by default the lean decoder of the families that it knows, in all other cases the
         model's own modules in transformers with attention over the forest. The other two values insist on one.
+    chat : bool
+        False: a problem is a whole prompt, rendered by the caller, and is read as it is.
 
     Raises
     ------
@@ -78,13 +80,19 @@ class HFPolicy:
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
         decoder: DecoderKind = "auto",
+        chat: bool = True,
     ) -> None:
         require("transformers", "search")
         from tts_search.adapters import transformers as adapter
         from tts_search.decoders.loading import load_decoder
 
+        if system_prompt is not None and not chat:
+            raise ValueError(
+                f"system_prompt: expected None with chat=False, whose prompts are whole, got {system_prompt!r}"
+            )
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         self.system_prompt = system_prompt
+        self.chat = chat
         self.decoder: Decoder = load_decoder(path_or_id, dtype=dtype, device=device, decoder=decoder)
         self._eos = adapter.eos_tokens(path_or_id, self.tokenizer)
         self._pool = BranchPool(pool_for(self.decoder, kv_memory))
@@ -125,6 +133,8 @@ class HFPolicy:
         return state.root.meter.usage(self.decoder.shape, state.sampled)
 
     def _prompt(self, text: str) -> str:
+        if not self.chat:
+            return text
         if self.tokenizer.chat_template is None:
             bos = self.tokenizer.bos_token or ""
             return bos + "".join(f"{part}\n\n" for part in (self.system_prompt, text) if part)
@@ -155,14 +165,18 @@ class HFPolicy:
         return job
 
     def _parent(self, state: _Problem, request: Expand) -> Branch:
-        """The branch to continue: one that this policy made, or the text of the steps read anew."""
+        """The branch to continue: one that this policy made, or such a one with what the steps' text has beyond it."""
         text = "".join(request.steps)
         if not text:
             return state.root
         node = state.nodes.get(request.branch)
         if node is None or node.text != text:
-            tokens = self._encode(text)
-            node = _Node(Branch(state.root.meter, state.root, state.root.length, tokens, given=len(tokens)), text)
+            begun = (each for each in state.nodes.values() if _begins(each.text, text))
+            base = max(begun, key=lambda each: len(each.text), default=_Node(state.root, ""))
+            if base.text == text:
+                return base.branch
+            tokens = self._encode(text[len(base.text) :])
+            node = _Node(Branch(state.root.meter, base.branch, base.branch.length, tokens, given=len(tokens)), text)
             state.nodes[request.branch] = node
         return node.branch
 
@@ -268,6 +282,13 @@ class HFPolicy:
                 self._pool.hold(child.branch)  # a step of one token was never forwarded
                 job.state.nodes[number] = _Node(child.branch, "".join(job.request.steps) + step.text)
         return steps
+
+
+def _begins(start: str, text: str) -> bool:
+    """Whether a text begins with another one that ends where no word is cut."""
+    if not text.startswith(start):
+        return False
+    return not start or len(start) == len(text) or start[-1].isspace() or text[len(start)].isspace()
 
 
 class _Delimiter:
