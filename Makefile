@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate test-all bench lint sanitize cuda gpu-tools wheel clean
+.PHONY: help demo test emulate test-all ray docs bench lint sanitize cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,15 @@ emulate: $(VENV)/.built  ## Run the CUDA kernels, and what judges them, on the G
 
 test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
 	$(PYTEST) -m "not gpu"
+
+ray: $(VENV)/.built  ## Test `tts-search eval --ray` on a local cluster, killing a worker (installs Ray)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/search/test_ray.py
+
+docs: $(VENV)/.built  ## Build the documentation into build/docs; a warning is an error (installs Sphinx)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(VENV)/.built  ## Run the microbenchmarks; tables and plots in build/bench
 	@echo "== microbenchmarks (pytest-benchmark)"

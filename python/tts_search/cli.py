@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tts_search.api import search
 from tts_search.config import METHODS, SearchConfig
 from tts_search.errors import MissingExtraError, SearchError, require
-from tts_search.evaluate import Experiment, evaluate, read_records, write_manifest
+from tts_search.evaluate import Experiment, Runner, evaluate, read_records, run_here, write_manifest
 from tts_search.protocol import Policy, Verifier
 from tts_search.report import Row, accuracy_table, cost_table
 from tts_search.result import SearchResult
@@ -30,10 +32,16 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line."""
     with _errors_as_text():
-        build_app()()
+        build_app()(_with_ray_address(sys.argv[1:]))
 
 
-def build_app() -> Callable[[], None]:
+def _with_ray_address(arguments: Sequence[str]) -> list[str]:
+    """Give ``--ray`` without an address the one that means Ray's own choice: typer has no options of optional value."""
+    without = [one == "--ray" and after.startswith("-") for one, after in pairwise([*arguments, "-"])]
+    return [f"{one}=" if bare else one for one, bare in zip(arguments, without, strict=True)]
+
+
+def build_app() -> Callable[[Sequence[str]], None]:
     """Return the command line's application.
 
     Raises
@@ -121,6 +129,12 @@ def build_app() -> Callable[[], None]:
         in_flight: int = typer.Option(None, help="Problems searched side by side; by default, by their size."),
         vote: str = vote_option,
         trees: bool = typer.Option(False, "--trees", help="Keep the search trees."),
+        ray: str = typer.Option(
+            None,
+            metavar="[ADDRESS]",
+            help="Run on a Ray cluster: at the address, started here (local), or without one what Ray finds or starts.",
+        ),
+        actors: int = typer.Option(None, help="Engines on the cluster; by default one a GPU, else one a core."),
         system_prompt: str = system_option,
         format: str = format_option,
         dtype: str = dtype_option,
@@ -135,13 +149,20 @@ def build_app() -> Callable[[], None]:
             for size in n
             for number in seed
         }
-        models = _load(policy, verifier, system_prompt, format, dtype, device, kv_memory)
+        load = partial(_load, policy, verifier, system_prompt, format, dtype, device, kv_memory)
+        if ray is None:
+            models, run = load(), partial(run_here, max_in_flight=in_flight)
+        else:
+            from tts_search.adapters.ray import on_ray
+
+            models = (None, None)
+            run = on_ray(load, address=ray or None, actors=actors, device=device, max_in_flight=in_flight)
         names = (policy, verifier or "", system_prompt or "", format, dtype or "")
         experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
         write_manifest(out / "manifest.json", experiments, data, tasks=len(tasks))
         results = out / "results.jsonl"
         try:
-            run_experiments(tasks, experiments, results, vote or _default_vote(verifier), in_flight)
+            run_experiments(tasks, experiments, results, vote or _default_vote(verifier), run)
         except KeyboardInterrupt:
             print(f"interrupted; finished tasks are in {results}, run it again to go on", file=sys.stderr)
             raise SystemExit(130) from None
@@ -181,7 +202,7 @@ def build_app() -> Callable[[], None]:
 
 
 def run_experiments(
-    tasks: Sequence[Task], experiments: Sequence[Experiment], results: Path, vote: str, max_in_flight: int | None
+    tasks: Sequence[Task], experiments: Sequence[Experiment], results: Path, vote: str, run: Runner = run_here
 ) -> None:
     """Run experiments into a results file and print their tables."""
     seconds: dict[str, float] = {}
@@ -189,7 +210,7 @@ def run_experiments(
     begun = {record.experiment for record in read_records(results)}  # of these, the time is not known
     for experiment in experiments:
         begin = time.perf_counter()
-        records = evaluate(tasks, [experiment], results, max_in_flight=max_in_flight)
+        records = evaluate(tasks, [experiment], results, run=run)
         if experiment.key not in begun:
             seconds[experiment.label] = time.perf_counter() - begin
         rows.append(Row(experiment.label, records, vote))

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,17 @@ from tts_search.strategy import estimate_pass_rate
 from tts_search.tasks import Task
 from tts_search.voting import VOTES
 
-__all__ = ["Experiment", "Record", "evaluate", "read_configs", "read_records", "write_manifest"]
+__all__ = [
+    "Experiment",
+    "Record",
+    "Runner",
+    "evaluate",
+    "read_configs",
+    "read_record",
+    "read_records",
+    "run_here",
+    "write_manifest",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Experiment:
     config : SearchConfig
         How to search.
     policy, verifier
-        The models.
+        The models. Without a policy it can run elsewhere only, where both are loaded (:mod:`tts_search.adapters.ray`).
     names : tuple of str
         What tells these models from others, such as their paths: a record of other models or another config is not
         taken for one of this experiment.
@@ -51,7 +62,7 @@ class Experiment:
 
     label: str
     config: SearchConfig
-    policy: Policy
+    policy: Policy | None
     verifier: Verifier | None
     names: tuple[str, ...] = ()
     keep_trees: bool = False
@@ -145,6 +156,10 @@ class Record:
         return self.correct.get(vote, self.correct.get("majority", False))
 
 
+Runner = Callable[[Experiment, Sequence[Task]], Iterable[Record]]
+"""Runs an experiment over tasks and yields records as tasks finish, in any order."""
+
+
 def evaluate(
     tasks: Sequence[Task],
     experiments: Sequence[Experiment],
@@ -153,6 +168,7 @@ def evaluate(
     also: Sequence[str | Path] = (),
     progress: bool = True,
     max_in_flight: int | None = None,
+    run: Runner | None = None,
 ) -> list[Record]:
     """Run experiments over tasks; append a line to a results file for each task as it finishes.
 
@@ -173,6 +189,8 @@ def evaluate(
         Show a progress bar.
     max_in_flight : int or None
         Problems searched side by side, as in :func:`~tts_search.search_iter`.
+    run : callable or None
+        Runs an experiment; by default :func:`run_here`. :func:`tts_search.adapters.ray.on_ray` makes one for a cluster.
 
     Returns
     -------
@@ -186,6 +204,7 @@ def evaluate(
     """
     if len({task.id for task in tasks}) != len(tasks):
         raise ValueError("tasks: expected different ids")
+    run = run or partial(run_here, progress=progress, max_in_flight=max_in_flight)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [*also, path]
@@ -194,7 +213,7 @@ def evaluate(
         for experiment in experiments:
             variants = experiment.variants
             todo = [task for task in tasks if not all(_is_done(records, one, task) for one in variants)]
-            for record in _run(experiment, todo, progress=progress, max_in_flight=max_in_flight):
+            for record in run(experiment, todo):
                 results.write(json.dumps(asdict(record), allow_nan=False) + "\n")
                 results.flush()
                 records[record.experiment, record.task] = record
@@ -208,9 +227,18 @@ def _is_done(records: Mapping[tuple[str, str], Record], experiment: Experiment, 
     return record is not None and not record.error
 
 
-def _run(
-    experiment: Experiment, tasks: Sequence[Task], *, progress: bool, max_in_flight: int | None
+def run_here(
+    experiment: Experiment, tasks: Sequence[Task], *, progress: bool = True, max_in_flight: int | None = None
 ) -> Iterator[Record]:
+    """Run an experiment in this process; yield the records of a task (one a budget) as it finishes.
+
+    Raises
+    ------
+    ValueError
+        If the experiment has no policy.
+    """
+    if experiment.policy is None:
+        raise ValueError(f"experiment {experiment.label!r}: expected a policy, got None")
     outcomes = search_iter(
         [task.problem for task in tasks],
         experiment.policy,
@@ -259,17 +287,28 @@ def read_records(path: str | Path) -> list[Record]:
     """Read a results file, oldest first; what a crash left half-written is passed over. No file is no records."""
     if not Path(path).exists():
         return []
-    known = {one.name for one in fields(Record)}
     records = []
     with open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                entry: dict[str, Any] = json.loads(line)
-                record = Record(**{name: value for name, value in entry.items() if name in known})
-                records.append(replace(record, models=tuple(record.models)))
+                records.append(read_record(line))
             except (json.JSONDecodeError, AttributeError, TypeError):
                 continue
     return records
+
+
+def read_record(line: str) -> Record:
+    """Read a line of a results file.
+
+    Raises
+    ------
+    json.JSONDecodeError, AttributeError, TypeError
+        If it is no record.
+    """
+    entry: dict[str, Any] = json.loads(line)
+    known = {one.name for one in fields(Record)}
+    record = Record(**{name: value for name, value in entry.items() if name in known})
+    return replace(record, models=tuple(record.models))
 
 
 def _open_to_append(path: Path) -> IO[str]:

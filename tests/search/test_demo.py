@@ -193,7 +193,7 @@ def test_run_experiments(tmp_path, capsys):
         "mine", SearchConfig(n=4, max_steps=3), ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores)
     )
     tasks = [Task("1", "p", "7", "1\x1b[2J\x1b]0;owned\x07"), Task("2", "", "8", "2")]
-    cli.run_experiments(tasks, [experiment], tmp_path / "results.jsonl", "prm_max", 8)
+    cli.run_experiments(tasks, [experiment], tmp_path / "results.jsonl", "prm_max")
     cli.write_manifest(tmp_path / "manifest.json", [experiment], tmp_path / "data.jsonl")
     printed = capsys.readouterr().out
     assert "mine" in printed

@@ -1,0 +1,132 @@
+"""An evaluation on a local Ray cluster of two one-core workers: the results of one machine, whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError
+from tts_search.adapters.ray import on_ray, problems_per_call
+from tts_search.cli import _with_ray_address
+from tts_search.data import MODELS_DIR
+from tts_search.demo import make_tasks
+from tts_search.evaluate import Experiment, Record, evaluate, read_records
+
+TASKS = make_tasks((1, 2, 3), 20, 0)
+CONFIG = SearchConfig(n=4, max_steps=8, max_step_tokens=32)
+POLICY, VERIFIER = str(MODELS_DIR / "policy-0.1m"), str(MODELS_DIR / "prm-strong")
+
+
+def load(folder: Path) -> tuple[HFPolicy, HFVerifier]:
+    """Load the models and leave a file named by the process."""
+    (folder / str(os.getpid())).touch()
+    return HFPolicy(POLICY), HFVerifier(VERIFIER)
+
+
+def comparable(records: list[Record]) -> list[Record]:
+    """Records without the time and what depends on the neighbours in a batch."""
+    changing = ("wall_s", "waves", "recomputed_tokens")
+    return [
+        replace(one, stats={name: value for name, value in one.stats.items() if name not in changing})
+        for one in records
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        (["eval", "--ray"], ["eval", "--ray="]),
+        (["eval", "--ray", "--n", "4"], ["eval", "--ray=", "--n", "4"]),
+        (["eval", "--ray", "local", "d.jsonl"], ["eval", "--ray", "local", "d.jsonl"]),
+        ([], []),
+    ],
+)
+def test_the_address_is_optional(given: list[str], parsed: list[str]) -> None:
+    assert _with_ray_address(given) == parsed
+
+
+def test_calls_are_large_but_not_too_few() -> None:
+    assert problems_per_call(10_000, 64, 4) == 16  # full engines
+    assert problems_per_call(500, 64, 4) == 2  # four calls an actor
+    assert problems_per_call(1, 64, 4) == 1
+
+
+@pytest.fixture
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    here = Experiment("test", CONFIG, *load(tmp_path), ("policy", "verifier"))
+    expected = evaluate(TASKS, [here], tmp_path / "here.jsonl", progress=False)
+    killed = []
+
+    def run(experiment, tasks):
+        for number, record in enumerate(on_ray(partial(load, workers), max_in_flight=2)(experiment, tasks)):
+            yield record
+            if number == 10:
+                killed.append(next(workers.iterdir()))
+                os.kill(int(killed[0].name), signal.SIGKILL)
+
+    path = tmp_path / "ray.jsonl"
+    elsewhere = replace(here, policy=None, verifier=None)
+    records = evaluate(TASKS, [elsewhere], path, progress=False, run=run)
+    assert comparable(records) == comparable(expected)
+    assert Counter(one.task for one in read_records(path)) == {task.id: 1 for task in TASKS}
+    assert killed
+    assert len(list(workers.iterdir())) >= 3  # two, and the one that took the place of the killed one
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "ray.jsonl"
+    experiment = Experiment("test", CONFIG, None, None, ("policy", "verifier"))
+    run = on_ray(partial(load, tmp_path), actors=1)
+    first = evaluate(TASKS[:5], [experiment], path, progress=False, run=run)
+    records = evaluate(TASKS[:8], [experiment], path, progress=False, run=run)
+    assert records[:5] == first
+    assert Counter(one.task for one in read_records(path)) == {task.id: 1 for task in TASKS[:8]}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_models_that_cannot_be_loaded_are_an_error(tmp_path: Path) -> None:
+    experiment = Experiment("test", CONFIG, None, None)
+    run = on_ray(partial(HFPolicy, str(tmp_path)), actors=1)
+    with pytest.raises(SearchError, match=r"^ray: "):
+        evaluate(TASKS[:2], [experiment], tmp_path / "ray.jsonl", progress=False, run=run)
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"problem": "1 + 2", "answer": "3"}\n{"problem": "2 + 2", "answer": "4"}\n')
+    arguments = [str(data), "--policy", POLICY, "--verifier", VERIFIER, "--n", "4", "--actors", "1"]
+    command = [sys.executable, "-m", "tts_search.cli", "eval", *arguments, "--out", str(tmp_path), "--ray=local"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    shown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "best_of_n, n=4, seed=0" in shown
+    assert len(read_records(tmp_path / "results.jsonl")) == 2
+
+
+def test_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^actors: expected an int >= 1, got 0$"):
+        on_ray(partial(load, tmp_path), actors=0)
+    with pytest.raises(ValueError, match=r"^experiment 'test': expected a policy, got None$"):
+        evaluate(TASKS[:1], [Experiment("test", CONFIG, None, None)], tmp_path / "x.jsonl")
