@@ -70,7 +70,7 @@ class StandIn:
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What a page may use without having made it."""
     import tts_search
 
@@ -81,7 +81,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     monkeypatch.setattr(tts_search, "HFPolicy", StandIn(HFPolicy, MODELS_DIR / "policy-0.1m"), raising=False)
     monkeypatch.setattr(tts_search, "HFVerifier", StandIn(HFVerifier, MODELS_DIR / "prm-strong", llama), raising=False)
     problems = [one.problem for one in generate("test", 1, 2, 0)]
-    yield {"__name__": "docs", "path": str(llama), "instruction": "Judge.", "problems": problems}
+    return {"__name__": "docs", "path": str(llama), "instruction": "Judge.", "problems": problems}
 
 
 def prepare(page: Path, names: dict[str, Any]) -> None:
