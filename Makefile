@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate test-all ray docs bench lint sanitize cuda gpu-tools wheel clean
+.PHONY: help demo test emulate test-all adapters ray docs bench lint sanitize cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -44,6 +44,11 @@ docs: $(VENV)/.built  ## Build the documentation into build/docs; a warning is a
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
+
+adapters: $(VENV)/.built  ## Run the adapters' tests against the frameworks from PyPI (and search-and-learn's source, if SEARCH_AND_LEARN names its src)
+	@echo "== adapters against its_hub and crucible-ttc, kept out of $(VENV)"
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/adapters 'its-hub==1.2.0' 'crucible-ttc==0.1.1'
+	PYTHONPATH=$(CURDIR)/build/adapters $(PYTEST) tests/adapters tests/search/test_its_hub_package.py
 
 bench: $(VENV)/.built  ## Run the microbenchmarks; tables and plots in build/bench
 	@echo "== microbenchmarks (pytest-benchmark)"
