@@ -74,11 +74,15 @@ class Worker:
         self.log = log
         self._read()
 
-    def run(self, **job: Any) -> dict[str, Any]:
-        """Run one job; its answer, checked."""
+    def ask(self, **job: Any) -> dict[str, Any]:
+        """Run one job; its answer."""
         assert self.process.stdin is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        answer = self._read()
+        return self._read()
+
+    def run(self, **job: Any) -> dict[str, Any]:
+        """Run a job of branches of equal length; its answer, checked."""
+        answer = self.ask(**job)
         if answer["count"] != job["branches"] or answer["lengths"] != [job["tokens"]]:
             raise SystemExit(f"{self.log.stem}: asked for {job}, got {answer['count']} of lengths {answer['lengths']}")
         return answer

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Engines print where they like, from their import on: all of it goes to stderr.
 OUT = os.fdopen(os.dup(1), "w")
@@ -36,20 +37,25 @@ class Job:
 
 def serve(run: Callable[[Job], Sequence[Sequence[int]]]) -> None:
     """Answer jobs until stdin ends: seconds, the length of each continuation, the first one's ids, peak memory."""
-    print(json.dumps({"ready": True}), file=OUT, flush=True)
-    for line in sys.stdin:
-        job = Job(**json.loads(line))
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
-        continuations = run(job)
-        seconds = time.perf_counter() - begin
-        result = {
-            "seconds": seconds,
+        continuations = run(Job(**job))
+        return {
+            "seconds": time.perf_counter() - begin,
             "lengths": sorted({len(tokens) for tokens in continuations}),
             "count": len(continuations),
             "first": [int(token) for token in continuations[0]],
-            "peak_mb": peak_megabytes(),
         }
-        print(json.dumps(result), file=OUT, flush=True)
+
+    answer_lines(answer)
+
+
+def answer_lines(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer each line of stdin until it ends, and say how much memory it took so far."""
+    print(json.dumps({"ready": True}), file=OUT, flush=True)
+    for line in sys.stdin:
+        print(json.dumps({**answer(json.loads(line)), "peak_mb": peak_megabytes()}), file=OUT, flush=True)
 
 
 def peak_megabytes() -> int:

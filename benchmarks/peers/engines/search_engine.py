@@ -1,0 +1,37 @@
+"""Our beam search: policy and verifier on a forked cache, in one process."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from serve import answer_lines
+from tts_search import HFPolicy, HFVerifier, SearchConfig, search
+
+NEVER = "\x00\x00"  # no step ends before its limit
+
+
+def main(checkpoint: str, dtype: str) -> None:
+    policy = HFPolicy(checkpoint, dtype=dtype, kv_memory="2GiB")
+    policy._eos = frozenset()  # every step runs to its limit
+    policy._whole_characters = lambda _, own: len(own)  # and is not cut back to whole characters there
+    verifier = HFVerifier(checkpoint, format="yes_no", dtype=dtype, kv_memory="2GiB")
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        config = SearchConfig(
+            n=job["n"], expand=job["expand"], max_steps=job["rounds"], max_step_tokens=job["step_tokens"],
+            delimiter=NEVER, seed=job["seed"],
+        )  # fmt: skip
+        begin = time.perf_counter()
+        (result,) = search([job["problem"]], policy, verifier, config, progress=False)
+        seconds = time.perf_counter() - begin
+        stats = result.stats
+        tokens = {"policy": stats.policy_prefill_tokens + stats.policy_tokens, "verifier": stats.verifier_tokens}
+        return {"seconds": seconds, "generated": stats.policy_tokens, "forwarded": tokens, "rounds": stats.rounds}
+
+    answer_lines(answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
