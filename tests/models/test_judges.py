@@ -37,12 +37,13 @@ def test_judges_are_recognised(path: Path) -> None:
     assert HFVerifier(str(path), kv_memory="1MiB").format is FORMATS[NAMES[path.name]]
 
 
+@pytest.mark.parametrize("solutions", [8, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stops", [(), ("e", "\n")], ids=["to the limit", "stopped"])
-def test_scores_are_the_published_ones(path: Path, stops: tuple[str, ...]) -> None:
+def test_scores_are_the_published_ones(path: Path, stops: tuple[str, ...], solutions: int) -> None:
     """Greedy analyses, so that both sides write the same."""
     verifier = load(path, temperature=0.0, samples=1, max_tokens=5, stop=stops)
     published = judged(JUDGES[path.name], stops, 5)(path)
-    for problem, steps, scores in random_trees(verifier, random.Random(1), solutions=8):
+    for problem, steps, scores in random_trees(verifier, random.Random(1), solutions):
         assert scores == pytest.approx(published(problem, steps), abs=1e-5, rel=0)
 
 
