@@ -58,6 +58,8 @@ class Experiment:
         Whether records hold the search tree.
     nested : tuple of int
         Of a best-of-N: record these smaller budgets, too, from the same samples. ``{n}`` in the label is the budget.
+    timed : bool
+        Whether its time says anything: not if it takes samples that another experiment has paid for.
     """
 
     label: str
@@ -67,6 +69,7 @@ class Experiment:
     names: tuple[str, ...] = ()
     keep_trees: bool = False
     nested: tuple[int, ...] = ()
+    timed: bool = True
 
     @property
     def variants(self) -> list[Experiment]:
@@ -79,6 +82,7 @@ class Experiment:
                 config=replace(self.config, n=size),
                 keep_trees=self.keep_trees and size == self.config.n,
                 nested=(),
+                timed=self.timed and size == self.config.n,
             )
             for size in sizes
         ]
@@ -118,6 +122,9 @@ class Record:
         Its score.
     stats : dict
         Fields of :class:`~tts_search.SearchStats`.
+    seconds : float or None
+        Its share of the experiment's time: since the task before it was done. Tasks run side by side, so a search
+        itself takes longer (``stats["wall_s"]``). None: not known.
     tree : str or None
         The search tree as JSON.
     error : str or None
@@ -143,6 +150,7 @@ class Record:
     best: str = ""
     score: float | None = None
     stats: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
     tree: str | None = None
     error: str | None = None
 
@@ -247,12 +255,14 @@ def run_here(
         progress=progress,
         max_in_flight=max_in_flight,
     )
+    begin = time.perf_counter()
     for index, outcome in outcomes:
+        begin, seconds = time.perf_counter(), time.perf_counter() - begin
         for variant in experiment.variants:
             own = outcome
             if isinstance(outcome, SearchResult) and variant.config.n < experiment.config.n:
                 own = outcome.first(variant.config.n)
-            yield _record(variant, tasks[index], own)
+            yield replace(_record(variant, tasks[index], own), seconds=seconds if variant.timed else None)
 
 
 def _record(experiment: Experiment, task: Task, outcome: SearchResult | SearchError) -> Record:

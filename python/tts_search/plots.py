@@ -54,7 +54,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
     policies = sorted({row.policy for row in rows})
     save("accuracy-n", _panels(plt, searches, policies, "n", lambda row: row.n))
     save("accuracy-flops", _panels(plt, searches, policies, "total FLOPs a problem", _flops))
-    save("accuracy-seconds", _panels(plt, searches, policies, "seconds a problem", lambda row: row.mean("wall_s")))
+    save("accuracy-seconds", _panels(plt, searches, policies, "seconds a problem", lambda row: row.seconds))
     rates = pass_rates(rows)
     for one in BINS:
         tasks = {

@@ -20,7 +20,7 @@ the problem itself without any step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from tts_search.types import Step, StepParams
@@ -184,6 +184,12 @@ class Usage:
     peak_logical_kv_tokens: int = 0
     recomputed_tokens: int = 0
     waves: int = 0
+
+    def part(self, share: float) -> Usage:
+        """Return what this share of the branches cost; the prompt is read for any of them."""
+        counts = {name: share * value for name, value in asdict(self).items() if name != "prefill_tokens"}
+        whole = {name: value if name == "flops" else round(value) for name, value in counts.items()}
+        return replace(self, **whole)
 
 
 @runtime_checkable

@@ -104,8 +104,16 @@ class Row:
 
     def mean(self, name: str) -> float:
         """Return the mean of one of the stats; NaN if it is not known of all."""
-        values = [record.stats.get(name, math.nan) for record in self.records if record.error is None]
-        return sum(values) / len(values) if values else math.nan
+        return _average([record.stats.get(name, math.nan) for record in self.records if record.error is None])
+
+    @property
+    def seconds(self) -> float:
+        """Mean share of a task in the time of all; NaN if it is not known of all."""
+        return _average([math.nan if record.seconds is None else record.seconds for record in self.records])
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
@@ -280,14 +288,13 @@ def flops_table(rows: Sequence[Row]) -> str:
     for row in rows:
         policy, verifier = row.mean("flops_policy"), row.mean("flops_verifier")
         peaks = [row.mean("peak_unique_kv_tokens"), row.mean("peak_logical_kv_tokens")]
-        seconds = row.mean("wall_s")
         lines.append(
             [
                 row.label,
                 *(f"{row.mean(name):.0f}" for name in names),
                 *(f"{one:.3g}" for one in (policy, verifier, policy + verifier)),
                 *(f"{one:.0f}" for one in peaks),
-                "-" if math.isnan(seconds) else f"{seconds:.3g}",
+                "-" if math.isnan(row.seconds) else f"{row.seconds:.3g}",
             ]
         )
     header = ["cost a problem", "policy tokens", "if read anew", "verifier tokens", "policy FLOPs", "verifier FLOPs"]

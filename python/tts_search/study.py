@@ -212,6 +212,7 @@ def _experiments(grid: Grid, cell: Cell, models: _Models) -> list[Experiment]:
             (cell.policy, name),
             keep_trees=size <= 16,
             nested=cell.nested,
+            timed=name == cell.verifiers[0],
         )
         for name, size in zip(cell.verifiers, _sizes(cell), strict=True)
     ]
@@ -243,7 +244,7 @@ class Memo:
     """A policy that gives a sample it has given before again: several verifiers can read one sampling.
 
     A sample is known by the problem's text, the steps before it, its seed and its parameters, which fix it. Usage is
-    that of the first time.
+    that of the first time, or the part of it that the samples asked for now are of all.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -252,13 +253,18 @@ class Memo:
         self._asked: set[int] = set()  # problems that the policy knows of
         self._steps: dict[tuple[object, ...], Step] = {}
         self._usage: dict[str, Usage] = {}
+        self._asked_for: dict[int, int] = {}  # samples of a problem in flight
+        self._sampled: dict[str, int] = {}
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem; the policy hears of it with the first request that is new."""
         self._texts[problem] = text
+        self._asked_for[problem] = 0
 
     def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
         """Answer requests, those that hold anything new by the policy."""
+        for request in requests:
+            self._asked_for[request.problem] += len(request.children)
         new = [request for request in requests if any(key not in self._steps for key in self._keys(request))]
         for problem in sorted({request.problem for request in new} - self._asked):
             self._policy.begin(problem, self._texts[problem])
@@ -278,11 +284,11 @@ class Memo:
 
     def end(self, problem: int) -> Usage:
         """Forget the problem and say what it cost when it was answered first."""
-        text = self._texts.pop(problem)
+        text, asked_for = self._texts.pop(problem), self._asked_for.pop(problem)
         if problem in self._asked:
             self._asked.remove(problem)
-            self._usage[text] = self._policy.end(problem)
-        return self._usage.get(text, Usage())
+            self._usage[text], self._sampled[text] = self._policy.end(problem), asked_for
+        return self._usage.get(text, Usage()).part(asked_for / max(1, self._sampled.get(text, asked_for)))
 
     def _keys(self, request: Expand) -> list[tuple[object, ...]]:
         text = self._texts[request.problem]

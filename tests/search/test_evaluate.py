@@ -159,7 +159,9 @@ def test_nested_budgets_are_recorded_from_one_sampling(tmp_path):
     assert again.ended == []
     alone = replace(one, config=replace(one.config, n=2), nested=(), label="best-of-2")
     by_itself = evaluate(TASKS, [alone], tmp_path / "alone.jsonl", progress=False)
-    strip = {"stats": {}, "tree": None}
+    assert [record.seconds is None for record in records[:12]] == [True] * 12
+    assert all(record.seconds > 0 for record in records[12:])
+    strip = {"stats": {}, "tree": None, "seconds": None}
     assert [replace(record, **strip) for record in by_itself] == [replace(record, **strip) for record in records[6:12]]
 
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
-from tts_search import SearchConfig, SearchError, Step, Thinking, equivalent, search
+from tts_search import SearchConfig, SearchError, Step, TextPolicy, TextVerifier, Thinking, equivalent, search
 from tts_search.config import METHODS
 from tts_search.evaluate import read_configs, read_records
+from tts_search.protocol import Usage
 from tts_search.study import Grid, Memo, cells, plan_as_text, run_study, share_out
 
 TINY = Grid(problems=1, levels=(1, 2), budgets=(1, 4), largest=8, policies=("policy-0.1m", "policy-0.6m"))
@@ -64,6 +65,22 @@ def test_memo_gives_the_same_samples_again():
     with pytest.raises(SearchError, match="no"):
         search(["broken"], memo, verifier, config, progress=False)
     assert not policy.problems
+
+
+def test_memo_counts_what_was_asked_for():
+    memo = Memo(TextPolicy(lambda requests: [[Step("a", True, 3)] * one.num_samples for one in requests]))
+    verifier = TextVerifier(lambda branches: [[0.5] * len(steps) for _, steps in branches])
+    tokens = [
+        search(["p"], memo, verifier, SearchConfig(method="best_of_n", n=n), progress=False)[0].stats.policy_tokens
+        for n in (4, 4, 2)
+    ]
+    assert tokens == [12, 12, 6]
+
+
+def test_a_part_of_what_was_sampled_costs_its_share():
+    usage = Usage(100, 7, 3.0, 50, 60, 4, 2)
+    assert usage.part(0.5) == Usage(50, 7, 1.5, 25, 30, 2, 1)
+    assert usage.part(1.0) == usage
 
 
 def test_a_tiny_study(tmp_path):
