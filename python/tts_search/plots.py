@@ -40,6 +40,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "tts_search"  # the same bytes for the same data
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small files, and it can be searched
     import matplotlib.pyplot as plt
 
     out.mkdir(parents=True, exist_ok=True)
@@ -95,12 +96,14 @@ def _panels(
         sampled = [row for row in own if row.method == "best_of_n" and row.verifier == (verifiers or [""])[0]]
         majority = [replace(row, vote="majority") for row in sampled]  # needs no verifier
         _line(axis, majority, at, of, "-", "#999999", "majority")
-        axis.set(title=policy, xlabel=label, ylim=(0, 102))
+        axis.set(title=policy, xlabel=label)
         if any(x > 0 for line in axis.lines for x in line.get_xdata()):
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy %")
+    low, high = axes[0][0].get_ylim()  # of all panels
+    axes[0][0].set_ylim(max(0.0, low), min(102.0, high))
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=3, fontsize=8)
