@@ -177,7 +177,8 @@ def test_report_and_plots(folder, tmp_path):
     bins = {f"accuracy-n-{name}" for name in ("easy", "medium", "hard")}
     assert names == {"accuracy-n", "accuracy-flops", "accuracy-seconds", "strategy-map", *bins}
     drawn = (tmp_path / "accuracy-n.svg").read_text()
-    assert drawn.count("<path") > 30
+    assert all(f">{text}</text>" in drawn for text in ("accuracy %", "n", "majority"))
+    assert drawn.count("clip-path=") >= 3  # the lines
     again = tmp_path / "again"
     write_report(folder, again)
     assert (again / "accuracy-n.svg").read_text() == drawn
