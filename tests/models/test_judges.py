@@ -47,6 +47,15 @@ def test_scores_are_the_published_ones(path: Path, stops: tuple[str, ...], solut
         assert scores == pytest.approx(published(problem, steps), abs=1e-5, rel=0)
 
 
+def test_a_heading_by_itself_is_a_step(path: Path) -> None:
+    """Policies write "Step 2:" and a blank line; formats that number the steps themselves have nothing else to read."""
+    verifier = load(path, temperature=0.0, samples=1, max_tokens=3, stop=())
+    published = judged(JUDGES[path.name], (), 3)(path)
+    steps = ("So.\n\n", "Step 7:\n\n", "Paragraph 1: \n\n")
+    verifier.begin(0, "Which?")
+    assert verifier.score([Score(0, 1, steps, 0)])[0] == pytest.approx(published("Which?", steps), abs=1e-5)
+
+
 def test_the_text_of_a_format_can_be_replaced(tmp_path: Path) -> None:
     """For authors' instructions that cannot be shipped."""
     save(tmp_path, qwen_tokenizer(), "qwen2")

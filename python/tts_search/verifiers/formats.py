@@ -118,7 +118,8 @@ class VerifierFormat:
     replace : tuple of (str, str)
         Texts that are replaced in steps, again and again until there are none.
     numbered : str
-        Stands before each step; ``{number}`` counts from 1. A step that begins with such a text loses it.
+        Stands before each step; ``{number}`` counts from 1. A step that begins with such a text and goes on loses
+        it.
     encoding : str
         What the tokenizer gets as one text. ``"text"``: all. ``"steps"``: the prompt, each step and each boundary.
         ``"pieces"``: those, and in the prompt what is before the problem, the problem, and what is after it.

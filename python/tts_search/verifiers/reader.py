@@ -110,7 +110,7 @@ class Reader:
         entry = self.format
         text = step.strip() if entry.strip else step
         if entry.numbered and (found := self._number.match(text)):
-            text = text[found.end() :].lstrip()
+            text = text[found.end() :].lstrip() or text  # a heading by itself is a step
         for old, new in entry.replace:
             while old in text:
                 text = text.replace(old, new)
