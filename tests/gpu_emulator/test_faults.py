@@ -117,6 +117,7 @@ RACES: dict[str, tuple[int, int, Any]] = {
     "late_threadfence": (8, 1, lambda: [torch.zeros(8), torch.zeros(8), ints(1), torch.zeros(1)]),
     "two_blocks_one_word": (2, 8, lambda: [ints(8)]),
     "cp_async_over_a_reader": (1, 32, lambda: [torch.zeros(64, 4), torch.zeros(64, 4)]),
+    "cp_async_of_another_blocks_write": (2, 32, lambda: [torch.zeros(64, 4), torch.zeros(64, 4)]),
 }
 
 

@@ -81,6 +81,16 @@ def test_warp_scan(seed: int, sanitize: str | None) -> None:
     assert y.tolist() == x.cumsum(0).tolist()
 
 
+@sanitizers
+@seeds
+def test_cp_async_in_many_blocks(seed: int, sanitize: str | None) -> None:
+    """Blocks run one after another on the same stacks and the same shared memory, which is no race of theirs."""
+    x, y = torch.randn(7, 304), torch.full((7, 384), torch.nan)
+    right("staged_rows", sanitize).launch(7, 32, [x, y, 302, 304], seed=seed)
+    assert torch.equal(y[:, :302], x[:, :302])
+    assert y[:, 302:].eq(0).all()
+
+
 @cache
 def kernel(file: str, name: str, sanitize: str | None = None) -> Kernel:
     return load(HERE / "kernels" / file, name, sanitize=sanitize)

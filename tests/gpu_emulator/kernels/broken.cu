@@ -138,6 +138,15 @@ extern "C" __global__ void cp_async_over_a_reader(const float4* x, float4* y) {
     y[32 + threadIdx.x] = row[31 - threadIdx.x];
 }
 
+extern "C" __global__ void cp_async_of_another_blocks_write(float4* x, float4* y) {
+    __shared__ float4 row[32];
+    x[blockIdx.x * 32 + threadIdx.x] = make_float4(1.0f, 2.0f, 3.0f, 4.0f);
+    copy_async(&row[threadIdx.x], &x[(blockIdx.x ^ 1) * 32 + threadIdx.x]);
+    asm volatile("cp.async.wait_all;");
+    __syncthreads();
+    y[blockIdx.x * 32 + threadIdx.x] = row[31 - threadIdx.x];
+}
+
 extern "C" __global__ void endless(const volatile int* flag) {
     while (*flag == 0) {
     }

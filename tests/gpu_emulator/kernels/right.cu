@@ -112,3 +112,26 @@ extern "C" __global__ void warp_scan(const int* x, int* y) {  // inclusive, 32 e
     }
     y[threadIdx.x] = row[threadIdx.x];
 }
+
+// Rows of n floats by cp.async, two stages deep; what a row lacks to a multiple of 128 is zeros. x [gridDim.x,
+// stride], y [gridDim.x, pieces * 128], stride a multiple of 4.
+extern "C" __global__ void staged_rows(const float* x, float* y, int n, int stride) {
+    __shared__ float4 ring[2][32];
+    const int t = threadIdx.x, pieces = (n + 127) / 128;
+    const float* row = x + blockIdx.x * stride;
+    auto fetch = [&](int piece) {
+        const int first = piece * 128 + t * 4, bytes = min(max(4 * (n - first), 0), 16);
+        const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(&ring[piece % 2][t]));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
+                     "l"(bytes ? row + first : row), "r"(bytes)
+                     : "memory");
+        asm volatile("cp.async.commit_group;");
+    };
+    fetch(0);
+    for (int piece = 0; piece < pieces; ++piece) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads();
+        if (piece + 1 < pieces) fetch(piece + 1);
+        reinterpret_cast<float4*>(y)[(blockIdx.x * pieces + piece) * 32 + 31 - t] = ring[piece % 2][31 - t];
+    }
+}

@@ -215,9 +215,14 @@ std::string doing(const Thread& thread) {
 }
 
 // ---- stacks: kept from launch to launch ----
+// A thread's locals lie where another block's thread had its own before. TSan would take that for a race, so
+// for TSan a stack is mapped anew for each thread, which makes it forget who wrote there.
 class Stacks {
   public:
     void* get(size_t index) {
+#if defined(EMU_TSAN)
+        if (index < stacks_.size()) return renew(stacks_[index]);
+#endif
         while (stacks_.size() <= index) {
             void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -229,6 +234,13 @@ class Stacks {
     }
 
   private:
+    static void* renew(void* stack) {
+        void* memory = mmap(stack, kStackBytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+        if (memory == MAP_FAILED) std::perror("mmap of a fiber's stack"), std::abort();
+        return memory;
+    }
+
     std::vector<void*> stacks_;
 } stacks;
 
