@@ -61,10 +61,7 @@ def recorded(monkeypatch: Any, device_class: str) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
-        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        assert set(arguments) == set(kernel.arg_names), f"{kernel.__name__}: expected {kernel.arg_names}"
-        launches.append(Launch(kernel, grid, arguments, options))
+        launches.append(launch_of(kernel, grid, args, kwargs))
 
     with monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
@@ -72,8 +69,25 @@ def recorded(monkeypatch: Any, device_class: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """The launch's kernel for a target."""
+def launch_of(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """What Triton's launcher is called with; the arguments in the kernel's order."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {k: given.pop(k) for k in OPTIONS if k in given}
+    assert set(given) == set(kernel.arg_names), f"{kernel.__name__}: expected {kernel.arg_names}"
+    return Launch(kernel, grid, {name: given[name] for name in kernel.arg_names}, options)
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """What of a launch's arguments a compiled kernel depends on."""
+
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    hints: dict[tuple[int, ...], list[list[Any]]]
+
+
+def specialised(launch: Launch) -> Specialisation:
+    """As Triton's own launcher does it."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     hints: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -95,5 +109,11 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
             hints |= {(i,): [["tt.divisibility", 16]]} if value % 16 == 0 else {}
         else:
             signature[parameter.name] = "fp32"
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    return Specialisation(signature, constants, hints)
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The launch's kernel for a target."""
+    given = specialised(launch)
+    source = ASTSource(fn=launch.kernel, signature=given.signature, constexprs=given.constants, attrs=given.hints)
     return triton.compile(source, target=target, options=launch.options)
