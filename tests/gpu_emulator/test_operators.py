@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -19,7 +20,7 @@ from gpu_emulator.library import operators
 pytestmark = [pytest.mark.skipif(nvcc() is None, reason="no nvcc"), pytest.mark.timeout(3600)]
 TESTS = HERE.parent
 ALL = operators()
-QUICK = ("aggregate_steps", "prune")  # compiled in seconds; the others take a minute or two the first time
+QUICK = ("aggregate_steps", "append_kv", "copy_pages", "merge_states", "prune")  # the others take minutes to compile
 # What asks about the CPU itself, and torch's checks of registration, which the CPU's own run makes.
 NOT_OURS = ("instruction_sets", "opcheck", "isa")
 # Tens of thousands of launches or blocks: hours here, seconds on a GPU.
@@ -27,29 +28,40 @@ TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set")
 # Small cases of each kind, for the sanitizers: a process a launch.
 FEW = {
     "aggregate_steps": "strided",
+    "append_kv": "strided or nan",
+    "copy_pages": "strided",
+    "merge_states": "empty_state or nan_shows",
     "step_scores": "test_equals_the_definition and 3-17",
     "prune": "test_sizes or groups_of_nan or saturated",
     "score_and_prune": "equals_its_parts and last",
-    "linear_logprob": "test_equals_the_definition and size2",
+    "linear_logprob": "test_equals_the_definition and (size2 or size3 or size6)",
     "sample": "draws_exactly and 37",
+    # each head size that has a kernel of its own, in each dtype, and the plain one; rows that see their keys in part
+    "tree_attention": " or ".join(f"test_head_sizes[{d}-" for d in (7, 64, 96, 128, 256)) + " or test_ragged_prefill",
 }
 
 
 def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
+    options = ["-p", "gpu_emulator.plugin", "--emulate", operator, *arguments]
+    run_tests(options, tests or str(TESTS / f"test_{operator}.py"), only, but)
+
+
+def run_tests(options: Sequence[str], tests: str, only: str, but: Sequence[str]) -> None:
+    """The same for any plugin that says how many launches it emulated."""
     choice = " and ".join([f"({only})", *(f"not {name}" for name in but)])
-    options = ["-p", "no:cacheprovider", "-p", "gpu_emulator.plugin", "--emulate", operator, "-x", "--timeout", "3000"]
-    command = [sys.executable, "-m", "pytest", *options, "-k", choice, *arguments]
-    command += [tests or str(TESTS / f"test_{operator}.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--timeout", "3000", *options]
+    command += ["-k", choice, tests]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     launches = re.search(r"(\d+) emulated launches", done.stdout)
     assert launches is not None
     assert int(launches[1]) > 0
+    print(f"{tests}: {re.findall('[0-9]+ passed', done.stdout)}, {launches[1]} launches")
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [0, 3, 11])
 @pytest.mark.parametrize(
     "operator", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
@@ -62,9 +74,10 @@ def test_launches() -> None:
     run("score_and_prune,linear_logprob,step_scores", tests=str(HERE / "launches.py"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(clang() is None, reason="no clang")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("operator", FEW)
+@pytest.mark.parametrize(
+    "operator", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FEW]
+)
 def test_under_a_sanitizer(operator: str, sanitizer: str) -> None:
     run(operator, "--emulate-sanitize", sanitizer, only=FEW[operator])

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gpu_emulator import Kernel, clang, load
+from gpu_emulator.build import HERE
+from gpu_emulator.test_operators import run_tests
 
 pytest.importorskip("triton", reason="no triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -18,6 +20,30 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+# A few of each op's own tests: nearly every launch is another specialisation, which Triton and the emulator compile
+# anew. Head sizes and dtypes that tree_attention has a way of its own for are all there.
+OPS = {
+    "aggregate_steps": "strided or nan",
+    "append_kv": "strided or nan",
+    "copy_pages": "strided",
+    "linear_logprob": "large_logits or test_equals_the_definition[dtype1-size3]",
+    "merge_states": "empty_state or nan_shows",
+    "prune": "saturated or nothing_kept or strided",
+    "rms_norm": "zero_rows or strided",
+    "rope_append": "other_slots or non_finite",
+    "sample": "kth_stay or ties_at_the_lower_id or min_p_is or greedy_takes",
+    "score_and_prune": "without_new_steps",
+    "step_scores": "nan_passes or difference_of_labels",
+    "swiglu": "extreme_gates or strided",
+    "tree_attention": "rows_without_keys or test_head_sizes[64-dtype1 or test_head_sizes[96-dtype2",
+}
+WAYS = {
+    "in order": [],
+    "shuffled": ["--emulate-seed", "3"],
+    "address": ["--emulate-sanitize", "address"],
+    "thread": ["--emulate-sanitize", "thread"],
+}
 
 capabilities = pytest.mark.parametrize("capability", [80, 120])
 
@@ -100,3 +126,15 @@ def test_sort_scan_and_atomics(capability: int) -> None:
     assert torch.equal(ordered, x.sort(1, descending=True).values)
     torch.testing.assert_close(sums, x.cumsum(1), rtol=1e-4, atol=1e-4)
     assert positive.item() == int((x > 0).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_of_the_ops(op: str, way: str) -> None:
+    """The ops' own tests on their Triton kernels, compiled for sm_80; a process for each op and way."""
+    if way in ("address", "thread") and clang() is None:
+        pytest.skip("no clang")
+    options = ["-p", "triton_backend.emulated", *WAYS[way]]
+    run_tests(options, str(HERE.parent / f"test_{op}.py"), OPS[op], ())
