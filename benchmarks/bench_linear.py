@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import costs
 import pytest
 import torch
-from measure import Bound, compare
+from measure import compare
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,7 +56,7 @@ def run(benchmark: Any, name: str, names: list[str], rows: int, dtype: torch.dty
 
     elements = sum(weight.numel() for weight in dense)
     benchmark.group = f"linear {name}, {str(dtype)[6:]}"
-    bound = Bound(elements * dtype.itemsize, 2 * rows * elements, dtype)
+    bound = costs.linear(rows, elements, dtype)
     compare(benchmark, ours, {"torch": theirs, "torch packed": theirs_packed}, rounds=rounds, bound=bound)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import costs
 import pytest
 import torch
-from measure import Bound, compare
+from measure import compare
 from torch import Tensor
 
 import tts_kernels as tk
@@ -36,7 +37,7 @@ def test_linear_logprob(benchmark: Any, rows: int, dtype: torch.dtype) -> None:
         return logits().float().log_softmax(-1).gather(-1, targets[:, None])
 
     baselines = {"torch": full} | ({"torch in float32": in_float32} if dtype != torch.float32 else {})
-    bound = Bound(weight.numel() * weight.element_size(), 2 * rows * width * vocabulary, dtype)
+    bound = costs.linear_logprob(rows, width, vocabulary, dtype)
     benchmark.group = f"linear_logprob, {str(dtype)[6:]}"
     ours = lambda: tk.linear_logprob(hidden, weight, targets)  # noqa: E731
     compare(benchmark, ours, baselines, rounds=7, bound=bound)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import costs
 import pytest
 import torch
-from measure import Bound, compare
+from measure import compare
 from torch import Tensor
 
 import tts_kernels as tk
@@ -78,5 +79,5 @@ def test_sample(benchmark: Any, name: str, rows: int, kind: str) -> None:
         run,
         {"torch": lambda: transformers_chain(x, **CASES[name])},
         rounds=5 if rows > 1 else 30,
-        bound=Bound(x.numel() * 4),
+        bound=costs.sample(*x.shape, x.dtype),
     )

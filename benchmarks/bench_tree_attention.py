@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import costs
 import pytest
 import torch
 from measure import Bound, Call, compare, last_cache_bytes
@@ -40,8 +41,8 @@ class Case:
         return sum(n * length for n, length in zip(self.fan_out, self.lengths, strict=True))
 
     def bound(self) -> Bound:
-        read = 2 * self.tokens() * KV_HEADS * DIM * self.dtype.itemsize
-        return Bound(read, 4 * self.branches * HEADS * DIM * sum(self.lengths), self.dtype)
+        reads = self.branches * sum(self.lengths)
+        return costs.tree_attention(self.tokens(), reads, HEADS, KV_HEADS, DIM, self.dtype)
 
     def layer(self) -> tuple[Call, Call]:
         """Ours and torch's, over one layer's caches of their own."""
