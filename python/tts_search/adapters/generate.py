@@ -1,0 +1,337 @@
+"""Plain ``model.generate()`` of transformers over a KV forest.
+
+:class:`GenerationCache` is a cache of transformers in which equal rows are one branch. `generate` repeats a prompt for
+each of its ``num_return_sequences`` or ``num_beams`` and pads the prompts of a batch; the cache takes both back before
+the model runs: it forwards each distinct (branch, new tokens) once, packed and without padding, and hands every row its
+logits. Rows fork when they come to differ; ``reorder_cache`` renames rows and frees the branches that none of them is
+left on, so beam search copies no prefix.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.adapters.transformers import ATTENTION, ForestCache, model_shape, register
+from tts_search.decoder import Batch, Decoder, KVPool, pool_for
+
+from transformers.generation.utils import GENERATION_MODES_MAPPING  # isort: skip  (after what says how to install it)
+
+__all__ = ["GenerationCache", "generate_over_forest"]
+
+_HOOKED: Final = "_tts_kernels_hooks"
+# What a packed forward cannot follow.
+_UNSUPPORTED: Final = ("inputs_embeds", "token_type_ids", "labels", "output_attentions", "output_hidden_states")
+
+
+class GenerationCache(ForestCache):
+    """A ``past_key_values`` for ``model.generate()`` whose rows share what they have in common.
+
+    Greedy and sampling, ``num_return_sequences``, beam search, batches of padded prompts, assisted decoding, chunked
+    prefill and several turns on one cache all run as they do with transformers' own caches. The model gets a pair of
+    forward hooks that pack and unpack; they do nothing for other caches.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder loaded with ``attn_implementation="tts_kernels"``, after :func:`~.transformers.register`.
+    kv_memory : int or str or None
+        Size of the pool: bytes or text such as ``"2GiB"``. By default a quarter of the free memory at most. Pages that
+        no token was written to take no memory.
+    page_size : int
+        Token slots of a page.
+
+    Attributes
+    ----------
+    pool : tts_search.decoder.KVPool
+        The forest and its pages.
+    peak_bytes : int
+        The most memory that pages with tokens took since the cache was made or reset.
+    forwarded_tokens : int
+        Tokens that went through the model.
+
+    Raises
+    ------
+    ValueError
+        If the model has attention that cannot run over a forest, or another attention implementation.
+
+    Examples
+    --------
+    >>> register()
+    >>> model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="tts_kernels")  # doctest: +SKIP
+    >>> cache = GenerationCache(model, kv_memory="1GiB")  # doctest: +SKIP
+    >>> out = model.generate(**inputs, past_key_values=cache, num_return_sequences=16)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any, *, kv_memory: int | str | None = None, page_size: int = 16) -> None:
+        _check_attention(model)
+        self.pool: KVPool = pool_for(cast(Decoder, _Sizes(model)), kv_memory, page_size)
+        super().__init__(self.pool.kv)
+        self._rows: list[int] = []  # the branch of each row of the batch
+        self._columns = 0  # of input_ids so far, padding included
+        self._wanted: tuple[Tensor, Tensor] | None = None  # how to unpack the forward in progress
+        self.peak_bytes = self.forwarded_tokens = 0
+        if not hasattr(model, _HOOKED):
+            model.register_forward_pre_hook(_pack, with_kwargs=True)
+            model.register_forward_hook(_unpack, with_kwargs=True)
+            setattr(model, _HOOKED, True)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The forest branch of each row of the batch; rows that do not differ yet have the same one."""
+        return tuple(self._rows)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 before the first forward, as in transformers."""
+        return len(self._rows) or -1
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Columns of ``input_ids`` that are in the cache, padding included."""
+        return self._columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        """-1: a row may have as many tokens as the pool holds."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was. O(rows), and no token is copied."""
+        self._keep([self._rows[index] for index in beam_idx.tolist()])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._keep([self._rows[index] for index in torch.arange(len(self._rows))[indices.cpu()].tolist()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._keep([branch for branch in self._rows for _ in range(repeats)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens off every row: ``-tokens_to_remove`` of them."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected a number <= 0, got {tokens_to_remove}")
+        for branch in set(self._rows):
+            self.pool.forest.truncate(branch, self.pool.forest.length(branch) + tokens_to_remove)
+        self._columns += tokens_to_remove
+
+    def reset(self) -> None:
+        """Forget all rows; the pool stays."""
+        self._keep([])
+        self._columns = 0
+        self._wanted = None
+        self.peak_bytes = self.forwarded_tokens = 0
+
+    def _keep(self, rows: list[int]) -> None:
+        self.pool.forest.free(sorted(set(self._rows) - set(rows)))
+        self._rows = rows
+
+    def pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> dict[str, Any]:
+        """Turn a forward's arguments into a packed one's: each distinct (branch, new tokens) once, no padding.
+
+        Parameters
+        ----------
+        input_ids
+            [B, L]: new tokens of each row.
+        attention_mask
+            [B, columns so far]: 0 for padding, which stands on the left.
+        position_ids
+            [B, L] or [1, L]: checked, not used.
+        logits_to_keep
+            Logits of so many of the last columns are wanted; 0 or None: of all.
+
+        Returns
+        -------
+        dict
+            Keyword arguments of the model's forward.
+
+        Raises
+        ------
+        ValueError
+            For another number of rows than before, right padding, or positions that do not follow from the mask.
+        RuntimeError
+            If the pool is full, or the last forward failed.
+        """
+        if self._wanted is not None:
+            raise RuntimeError("past_key_values: the last forward on this cache failed; call its reset()")
+        count, width = input_ids.shape
+        if self._rows and len(self._rows) != count:
+            raise ValueError(
+                f"input_ids: expected {len(self._rows)} rows, as in past_key_values, got {count}; "
+                "batch_repeat_interleave() repeats the cache's rows"
+            )
+        real = torch.ones(count, width, dtype=torch.bool) if attention_mask is None else _real(attention_mask, width)
+        place = real.cumsum(1) - 1  # [B, L]: a token's place among its row's new ones
+        self._check_columns(real, place, position_ids)
+        tokens = [tuple(row[keep].tolist()) for row, keep in zip(input_ids.cpu(), real, strict=True)]
+        batch, offsets = self._append(tokens)
+        self._columns += width
+        kept = slice(-logits_to_keep if logits_to_keep else None, None)
+        rows, inverse = torch.unique((offsets[:, None] + place)[:, kept][real[:, kept]], return_inverse=True)
+        rows, inverse = rows.to(input_ids.device), inverse.to(input_ids.device)
+        self._wanted = (rows[inverse] if logits_to_keep is None else inverse, real[:, kept])
+        return {**self.inputs(batch), **({} if logits_to_keep is None else {"logits_to_keep": rows})}
+
+    def unpack(self, logits: Tensor) -> Tensor:
+        """Logits [B, K, V] of every row from those of the packed forward [1, R, V]; zeros for padding."""
+        assert self._wanted is not None
+        (index, real), self._wanted = self._wanted, None
+        own = logits[0].index_select(0, index)
+        if bool(real.all()):
+            return own.view(*real.shape, -1)
+        out = logits.new_zeros(*real.shape, logits.shape[-1])
+        out[real.to(out.device)] = own
+        return out
+
+    def _check_columns(self, real: Tensor, place: Tensor, position_ids: Tensor | None) -> None:
+        lengths = torch.tensor([self.pool.forest.length(branch) for branch in self._rows] or [0])[:, None]
+        if ((~real[:, -1:]) & (real.any(1, keepdim=True) | (lengths > 0))).any():
+            raise ValueError("attention_mask: expected padding on the left, got a row that ends in padding")
+        if position_ids is not None and ((position_ids.cpu() != lengths + place) & real).any():
+            raise ValueError("position_ids: expected each row to count from 0 over its unmasked tokens, got others")
+
+    def _append(self, tokens: Sequence[tuple[int, ...]]) -> tuple[Batch, Tensor]:
+        """Give each row its new tokens; the forward, and the packed row [B] of each row's first one."""
+        forest = self.pool.forest
+        old = self._rows or [forest.add_root()] * len(tokens)
+        groups: dict[tuple[int, tuple[int, ...]], int] = {}
+        which = [groups.setdefault(pair, len(groups)) for pair in zip(old, tokens, strict=True)]
+        branches = self._diverge([branch for branch, _ in groups])
+        grown = {branch: new for branch, (_, new) in zip(branches, groups, strict=True) if new}
+        try:
+            batch = self.pool.pack(list(grown), list(grown.values()))
+        except tk.OutOfPages as error:
+            forest.free(sorted(set(branches) - set(self._rows)))
+            raise RuntimeError(
+                f"kv_memory: the pool of {forest.num_pages} pages of {forest.page_size} tokens is too small: {error}"
+            ) from error
+        self._rows = [branches[index] for index in which]
+        self._count(batch.tokens.numel())
+        offsets = dict(zip(grown, itertools.accumulate(map(len, grown.values()), initial=0), strict=False))
+        return batch, torch.tensor([offsets.get(branch, 0) for branch in self._rows])
+
+    def _diverge(self, parents: Sequence[int]) -> list[int]:
+        """A branch for each group of rows: the last group of a parent takes the parent itself, the others fork it."""
+        last = {parent: index for index, parent in enumerate(parents)}
+        branches = list(parents)
+        forked = [index for index, parent in enumerate(parents) if last[parent] != index]
+        for index, child in zip(forked, self.pool.forest.fork([parents[index] for index in forked]), strict=True):
+            branches[index] = child
+        return branches
+
+    def _count(self, num_tokens: int) -> None:
+        stats = self.pool.forest.stats()
+        page_bytes = self.pool.forest.page_size * self.pool.shape.kv_bytes(self.kv.dtype)
+        self.peak_bytes = max(self.peak_bytes, (stats.pages_total - stats.pages_free) * page_bytes)
+        self.forwarded_tokens += num_tokens
+
+
+def generate_over_forest(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    generation_config: Any,
+    kv_memory: int | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The decoding loop that ``generate`` would have run, over a forest: a ``custom_generate``.
+
+    For a model loaded with any attention implementation, which it gets back at the end.
+
+    Parameters
+    ----------
+    model, input_ids, generation_config, **kwargs
+        What ``generate`` gives to a custom decoding loop. A :class:`GenerationCache` among them is continued.
+    kv_memory
+        As in :class:`GenerationCache`; a keyword of ``generate`` then.
+
+    Returns
+    -------
+    Tensor or ModelOutput
+        What ``generate`` returns.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot run over a forest, or another cache with tokens in it is to be continued.
+
+    Examples
+    --------
+    >>> model.generate(**inputs, num_beams=16, custom_generate=generate_over_forest)  # doctest: +SKIP
+    """
+    given = kwargs.pop("past_key_values", None)
+    if not isinstance(given, GenerationCache) and given is not None and given.get_seq_length():
+        raise ValueError(f"past_key_values: expected a GenerationCache or an empty cache, got {type(given).__name__}")
+    mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
+    loop = getattr(type(model), GENERATION_MODES_MAPPING[mode])
+    with _attention_over_forest(model):
+        cache = given if isinstance(given, GenerationCache) else GenerationCache(model, kv_memory=kv_memory)
+        return loop(model, input_ids, generation_config=generation_config, past_key_values=cache, **kwargs)
+
+
+@contextmanager
+def _attention_over_forest(model: Any) -> Iterator[None]:
+    register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _pack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before the model's forward."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, GenerationCache):
+        return None
+    _check_attention(model)
+    options = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)), **kwargs}
+    if unsupported := [name for name in _UNSUPPORTED if options.get(name) is not None and options[name] is not False]:
+        raise ValueError(f"{', '.join(unsupported)}: not supported with a GenerationCache")
+    names = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+    packed = cache.pack(**{name: options.pop(name, None) for name in names})
+    return (), {**options, **packed}
+
+
+def _unpack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
+    """Behind the model's forward."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, GenerationCache):
+        cache.check_layers(type(model).__name__)
+        output.logits = cache.unpack(output.logits)
+    return output
+
+
+def _real(attention_mask: Tensor, width: int) -> Tensor:
+    """Which of the last ``width`` columns are no padding: bool [B, width] on the CPU."""
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected two dimensions, got {list(attention_mask.shape)}")
+    return attention_mask[:, -width:].cpu().bool()
+
+
+class _Sizes:
+    """What `pool_for` asks of a decoder."""
+
+    def __init__(self, model: Any) -> None:
+        self.shape, self.device, self.dtype = model_shape(model), torch.device(model.device), model.dtype
+
+
+def _check_attention(model: Any) -> None:
+    found = model.config._attn_implementation
+    if found != ATTENTION:
+        raise ValueError(
+            f'attn_implementation: expected "{ATTENTION}", got "{found}": call '
+            f'tts_search.adapters.transformers.register() and model.set_attn_implementation("{ATTENTION}")'
+        )
