@@ -1,0 +1,43 @@
+"""The search that docs/kernels.md writes with tts_kernels alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tts_search.data import MODELS_DIR
+from tts_search.data.arithmetic import generate
+
+DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+def code_of(test: str) -> str:
+    """The code that docs/kernels.md says a test runs."""
+    found = re.search(
+        rf"tests/adapters/{test}.py -->\n```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert found is not None
+    return found[1]
+
+
+def test_a_search_in_fifty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    code = code_of("test_docs_kernels")
+    search = code.partition("tokenizer = ")[0]
+    assert len([line for line in search.splitlines() if line.strip()]) <= 51  # imports apart
+    assert "tts_search" not in code
+    problem = generate("test", 2, 1, seed=3)[0]
+    names: dict[str, Any] = {
+        "POLICY": str(MODELS_DIR / "policy-3m"), "PRM": str(MODELS_DIR / "prm-strong"), "PROBLEM": problem.problem,
+    }  # fmt: skip
+    exec(code, names)
+    assert capsys.readouterr().out.rstrip().endswith(f"\\boxed{{{problem.answer}}}.")
+    assert 0.5 < names["score"] <= 1
+    for lane in (names["policy"], names["prm"]):  # the prompt, and what the beam added to it, once
+        stats = lane.forest.stats()
+        assert stats.branches == len(lane.beam) == 16
+        assert stats.unique_tokens < stats.logical_tokens / 2
+        lane.forest.free(lane.beam)
+        assert lane.forest.stats().pages_free == lane.forest.num_pages
