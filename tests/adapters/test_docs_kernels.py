@@ -10,21 +10,20 @@ import pytest
 from tts_search.data import MODELS_DIR
 from tts_search.data.arithmetic import generate
 
-DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def code_of(test: str) -> str:
-    """The code that docs/kernels.md says a test runs."""
-    found = re.search(
-        rf"tests/adapters/{test}.py -->\n```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert found is not None
-    return found[1]
+def code_of(page: str, test: str) -> list[str]:
+    """The Python blocks of a page that it says a test runs."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.findall(rf"<!-- tested by tests/adapters/{test} -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert found
+    return found
 
 
 def test_a_search_in_fifty_lines(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    code = code_of("test_docs_kernels")
+    (code,) = code_of("kernels.md", "test_docs_kernels.py")
     search = code.partition("tokenizer = ")[0]
     assert len([line for line in search.splitlines() if line.strip()]) <= 51  # imports apart
     assert "tts_search" not in code

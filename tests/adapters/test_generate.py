@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 pytest.importorskip("transformers")
+from test_docs_kernels import code_of
 from tiny import CONFIGS, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -248,3 +248,15 @@ def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("=")[0] for line in lines] == ["num_return_sequences", "num_beams"]
     assert [line.rpartition("; ")[2] for line in lines] == ["3 of 3 texts equal", "1 of 1 texts equal"]
+
+
+def test_the_code_of_the_docs() -> None:
+    names: dict[str, Any] = {
+        "path": str(MODELS_DIR / "policy-0.1m"),
+        "inputs": {"input_ids": torch.tensor([[1, 40, 41]])},
+    }
+    first, second = code_of("adapters/transformers.md", "test_generate.py")
+    exec(first, names)
+    assert names["out"].shape[0] == 16
+    exec(second, names)
+    assert names["out"].shape[0] == 1

@@ -154,7 +154,8 @@ def test_the_code_of_the_docs() -> None:
         "vllm_kv_cache": torch.cat((k, v), -1).transpose(1, 2), "paged_kv_indptr": indptr, "paged_kv_indices": indices,
         "paged_kv_last_page_len": last, "paged_kv_cache": torch.stack((k, v), 1).transpose(2, 3).contiguous(),
     }  # fmt: skip
-    before, after = code_of("test_page_tables").split("# FlashInfer")
+    (code,) = code_of("kernels.md", "test_page_tables.py")
+    before, after = code.split("# FlashInfer")
     exec(before, names)
     assert (names["out"] - dense(q, k, v)).abs().max() < 1e-5
     names["out"] = None
