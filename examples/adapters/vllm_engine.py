@@ -37,7 +37,7 @@ def main() -> None:
     config = SearchConfig("beam_search", n=args.n, expand=4, max_steps=12, max_step_tokens=48, seed=3)
     verifier = HFVerifier(args.verifier)
     for caching in (True, False) if args.without_cache else (True,):
-        options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+        options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "block_size": 32}
         policy = VLLMPolicy(args.policy, enable_prefix_caching=caching, **options)
         start = time.perf_counter()
         results = search([problem.problem for problem in problems], policy, verifier, config)

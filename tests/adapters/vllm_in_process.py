@@ -38,7 +38,13 @@ def grow(policy: VLLMPolicy, problem: str) -> dict[str, object]:
 
 
 def main() -> None:
-    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+    engine = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "block_size": 32,
+        "max_num_batched_tokens": 1024,
+    }
     policy = VLLMPolicy(str(MODELS_DIR / "policy-3m"), **engine)
     problems = generate("test", 3, 6, seed=5)
     texts = [problem.problem for problem in problems]
