@@ -231,7 +231,7 @@ def make_plan(
     source = _reusable(out, shape, device)
     fill(source.buffer, _is_gpu(source.flat.device))
     if source.flat is not source.host:
-        source.flat.copy_(source.host, non_blocking=True)
+        source.flat.copy_(_staged(source.host, source.flat.device), non_blocking=True)
     return out
 
 
@@ -239,9 +239,14 @@ def _is_gpu(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def _staged(host: Tensor, device: torch.device) -> Tensor:
+    """What to copy to a device: for a GPU pinned memory, so that the host goes on and may refill its own meanwhile."""
+    return host.pin_memory() if _is_gpu(device) else host
+
+
 def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> AttentionPlan:
     host = torch.frombuffer(buffer, dtype=torch.int32)
-    flat = host if device.type == "cpu" else host.to(device, non_blocking=True)
+    flat = _staged(host, device).to(device, non_blocking=True)
     fields: tuple[Tensor, ...] = torch.split_with_sizes(flat, buffer.lengths)
     sizes, rows, positions, merge_indptr, tasks, segments, merge_slots, pages = fields
     plan = AttentionPlan(

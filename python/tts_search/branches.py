@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.decoder import Batch, DecoderShape, KVPool
+from tts_search.device import upload
 from tts_search.protocol import Usage
 
 MAX_FORWARD_TOKENS: Final = 2048
@@ -369,7 +370,7 @@ class BranchPool:
         wanted = [offset[branch] + position for branch, position in rows]
         if wanted == list(range(len(tokens))):
             return batch, self.pool.kv, None
-        return batch, self.pool.kv, torch.tensor(wanted, dtype=torch.int64, device=self.pool.device)
+        return batch, self.pool.kv, upload(torch.tensor(wanted, dtype=torch.int64), self.pool.device)
 
     def _count(self, takes: dict[Branch, int], logit_rows: Sequence[tuple[Branch, int]]) -> None:
         """Enter a forward that was run in the books."""

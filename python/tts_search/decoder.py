@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.device import upload
 
 PAGE_SIZE: Final = 16
 DecoderKind = Literal["auto", "lean", "transformers"]
@@ -147,7 +148,7 @@ class KVPool:
         """Reserve slots [sum(counts)] for new tokens and copy the shared pages that they would write to."""
         new = self.forest.append(branches, counts)
         if new.copy_src.numel():
-            tk.copy_pages_(self._tensors, new.copy_src.to(self.device), new.copy_dst.to(self.device))
+            tk.copy_pages_(self._tensors, upload(new.copy_src, self.device), upload(new.copy_dst, self.device))
         return new.slots
 
     def batch(
@@ -160,9 +161,9 @@ class KVPool:
     ) -> Batch:
         """The packed forward of the last ``counts`` tokens of each branch."""
         return Batch(
-            torch.tensor(tokens, dtype=torch.int64, device=self.device),
-            torch.tensor(positions, dtype=torch.int64, device=self.device),
-            slots.to(self.device),
+            upload(torch.tensor(tokens, dtype=torch.int64), self.device),
+            upload(torch.tensor(positions, dtype=torch.int64), self.device),
+            upload(slots, self.device),
             self.forest.plan(
                 branches,
                 counts,

@@ -12,6 +12,7 @@ from torch import Tensor
 import tts_kernels as tk
 from tts_search.branches import Branch, BranchPool, Meter, PoolTooSmallError
 from tts_search.decoder import pool_for
+from tts_search.device import read_tokens, upload
 from tts_search.errors import require
 from tts_search.protocol import Expand, Usage
 from tts_search.types import Step
@@ -215,9 +216,9 @@ class HFPolicy:
         children = [child for run in runs for child in run.waiting]
         if len(children) != len(runs):
             rows = [row for row, run in enumerate(runs) for _ in run.waiting]
-            logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
-        tokens, logprobs = tk.sample(logits, **_sampling(children, logits.device))
-        for child, token, logprob in zip(children, tokens.tolist(), logprobs.tolist(), strict=True):
+            logits = logits.index_select(0, upload(torch.tensor(rows), logits.device))
+        tokens, logprobs = read_tokens(tk.sample(logits, **_sampling(children, logits.device)))
+        for child, token, logprob in zip(children, tokens, logprobs, strict=True):
             self._push(child, token, logprob)
         self._pool.release(child.branch for child in children if child.step is not None and child.step.finished)
         return {run.branch: [child for child in run.waiting if child.goes_on] for run in runs}
@@ -391,7 +392,7 @@ def _sampling(children: Sequence[_Child], device: torch.device) -> dict[str, Any
     for name, dtype in (("temperature", torch.float32), ("top_p", torch.float32), ("top_k", torch.int64)):
         values = [getattr(each, name) for each in params]
         same = values.count(values[0]) == len(values)
-        options[name] = values[0] if same else torch.tensor(values, dtype=dtype, device=device)
-    options["seeds"] = torch.tensor([child.seed for child in children], dtype=torch.int64, device=device)
-    options["offsets"] = torch.tensor([child.num_tokens for child in children], dtype=torch.int64, device=device)
+        options[name] = values[0] if same else upload(torch.tensor(values, dtype=dtype), device)
+    options["seeds"] = upload(torch.tensor([child.seed for child in children], dtype=torch.int64), device)
+    options["offsets"] = upload(torch.tensor([child.num_tokens for child in children], dtype=torch.int64), device)
     return options

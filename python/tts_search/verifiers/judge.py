@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.branches import Branch, Forwarded, PoolTooSmallError
+from tts_search.device import read_tokens, upload
 from tts_search.verifiers.formats import Judge
 from tts_search.verifiers.lane import HeadScorer, Lane, Task, branch_at
 from tts_search.verifiers.reader import Reader, Tail
@@ -124,23 +125,24 @@ class JudgeScorer(HeadScorer):
         if not drawn:  # a chunk of a question
             return []
         row_of = {branch: row for row, (branch, _) in enumerate(forwarded.rows)}
-        rows = torch.tensor([row_of[run.branch] for run in runs for _ in run.waiting], device=forwarded.outputs.device)
-        tokens = self._draw(forwarded.outputs.index_select(0, rows), drawn)
+        rows = torch.tensor([row_of[run.branch] for run in runs for _ in run.waiting])
+        outputs = forwarded.outputs
+        tokens = self._draw(outputs.index_select(0, upload(rows, outputs.device)), drawn)
         for analysis, token in zip(drawn, tokens, strict=True):
             self._push(analysis, token)
         return [_Run(each.branch, each.task, [each]) for each in drawn if not each.ended and each.task.error is None]
 
     def _draw(self, logits: Tensor, drawn: Sequence[_Analysis]) -> list[int]:
         judge = self.judge
-        tokens: list[int] = tk.sample(
+        sampled = tk.sample(
             logits,
             temperature=judge.temperature,
             top_p=judge.top_p,
             top_k=judge.top_k,
-            seeds=torch.tensor([analysis.seed for analysis in drawn], device=logits.device),
-            offsets=torch.tensor([len(analysis.branch.tokens) for analysis in drawn], device=logits.device),
-        ).tokens.tolist()
-        return tokens
+            seeds=upload(torch.tensor([analysis.seed for analysis in drawn]), logits.device),
+            offsets=upload(torch.tensor([len(analysis.branch.tokens) for analysis in drawn]), logits.device),
+        )
+        return read_tokens(sampled)[0]
 
     def _push(self, analysis: _Analysis, token: int) -> None:
         """Give an analysis its next token and see whether it ends there."""

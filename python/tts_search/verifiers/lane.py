@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.branches import Branch, BranchPool, Forwarded, PoolTooSmallError
+from tts_search.device import read_scores, upload
 from tts_search.protocol import Usage
 from tts_search.verifiers.reader import Tail
 
@@ -156,7 +156,7 @@ class HeadScorer:
         places, hidden = self._hidden(waiting)
         if places:
             values = tk.step_scores(hidden, torch.arange(len(hidden), device=hidden.device), self.head)
-            self._note(waiting, places, *_read(values, torch.isfinite(hidden).all(dim=-1)))
+            self._note(waiting, places, *read_scores(values, torch.isfinite(hidden).all(dim=-1)))
 
     def score_and_prune(self, waiting: Mapping[Branch, Task], contest: Contest) -> list[list[int]]:
         """Do what `score` does, and find the best of each group: one op over all that was read.
@@ -171,25 +171,26 @@ class HeadScorer:
             return [[] for _ in contest.keep]
         row_of = {place: row for row, place in enumerate(places)}
         rows = [[row_of[place] for place in asked if place in row_of] for asked in contest.places]
-        index = partial(torch.tensor, dtype=torch.int64, device=hidden.device)
+
+        def index(values: Iterable[int]) -> Tensor:
+            return upload(torch.tensor(list(values), dtype=torch.int64), hidden.device)
+
         scored = [row for own in rows for row in own]
         pruned = tk.score_and_prune(
             hidden,
             index(scored),
-            index([0, *accumulate(map(len, rows))]),
+            index(accumulate(map(len, rows), initial=0)),
             self.head,
-            index([0, *accumulate(contest.sizes)]),
+            index(accumulate(contest.sizes, initial=0)),
             index(contest.keep),
             max_k=max(1, *contest.keep),
             how=contest.how,
-            prior=torch.tensor(contest.prior, device=hidden.device),
-            prior_counts=index([int(prior > -math.inf) for prior in contest.prior]),
+            prior=upload(torch.tensor(contest.prior), hidden.device),
+            prior_counts=index(prior > -math.inf for prior in contest.prior),
         )
-        best, values, finite = _read(pruned.indices, pruned.step_scores, torch.isfinite(hidden).all(dim=-1))
+        best, values, finite = read_scores(pruned.indices, pruned.step_scores, torch.isfinite(hidden).all(dim=-1))
         self._note(waiting, [places[row] for row in scored], values, [finite[row] for row in scored])
-        width = pruned.indices.shape[1]
-        lines = [best[start : start + width] for start in range(0, len(best), width)]
-        return [[int(number) for number in line if number >= 0] for line in lines]
+        return [[number for number in line if number >= 0] for line in best]
 
     def _hidden(self, waiting: Mapping[Branch, Task]) -> tuple[list[tuple[Branch, int]], Tensor]:
         """Read branches; the places that got a hidden state, and those [places, H]."""
@@ -210,20 +211,13 @@ class HeadScorer:
         waiting: Mapping[Branch, Task],
         places: Sequence[tuple[Branch, int]],
         values: Sequence[float],
-        finite: Sequence[float],
+        finite: Sequence[bool],
     ) -> None:
         for place, value, is_finite in zip(places, values, finite, strict=True):
             task = waiting[place[0]]
             task.found[place] = value
             if not is_finite:
                 task.error = FloatingPointError("the verifier gave a hidden state that is not finite")
-
-
-def _read(*tensors: Tensor) -> list[list[float]]:
-    """The numbers of tensors of float32, integers below 2**53 or bool, by one transfer."""
-    flat: list[float] = torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors]).tolist()
-    ends = list(accumulate(tensor.numel() for tensor in tensors))
-    return [flat[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def branch_at(parent: Branch, start: int, tokens: list[int]) -> Branch:

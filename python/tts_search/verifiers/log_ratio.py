@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.branches import Branch, Forwarded, Meter
+from tts_search.device import read_scores, upload
 from tts_search.protocol import Usage
 from tts_search.verifiers.lane import Lane, Task
 
@@ -138,7 +139,8 @@ class Likelihood:
             return {}
         states = torch.stack([self._state(branch, position - 1) for branch, position in places])
         targets = torch.tensor([branch.tokens[position - branch.start] for branch, position in places])
-        values = iter(tk.linear_logprob(states, self.weight, targets.to(states.device)).tolist())
+        logprobs = tk.linear_logprob(states, self.weight, upload(targets, states.device))
+        values = iter(read_scores(logprobs)[0])
         found = {branch: [next(values) for _ in branch.tokens] for branch in done}
         for branch in done:
             states_of = self._states[branch]

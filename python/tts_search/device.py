@@ -1,0 +1,40 @@
+"""Traffic between the host and the device of a model: indices go up, tokens and scores come down, nothing else does.
+
+The host of a search on a GPU plans and the device computes, at the same time. So what goes up is copied from pinned
+memory while the host goes on, and the host waits for the device in `read_tokens` and `read_scores` alone: once a decode
+step and once a round of scoring. On a CPU nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+
+__all__ = ["read_scores", "read_tokens", "upload"]
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device, without waiting for the copy. torch keeps the pinned memory until it is done."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def read_tokens(sampled: tk.Sampled) -> tuple[list[int], list[float]]:
+    """The tokens of a decode step [B] and their log-probabilities [B]. Waits for the device once."""
+    tokens, logprobs = _read(*sampled)
+    return tokens, logprobs
+
+
+def read_scores(*columns: Tensor) -> list[list[Any]]:
+    """What a round of scoring found, [S] each: scores, indices, flags. Waits for the device once."""
+    return _read(*columns)
+
+
+def _read(*tensors: Tensor) -> list[list[Any]]:
+    """Values of tensors of one device: the last copy waits for itself, and so for those before it in the stream."""
+    *before, last = tensors
+    host = [tensor.to("cpu", non_blocking=True) for tensor in before]
+    return [tensor.tolist() for tensor in (*host, last.cpu())]
