@@ -7,19 +7,26 @@ step and once a round of scoring. On a CPU nothing is copied.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 import tts_kernels as tk
 
-__all__ = ["read_scores", "read_tokens", "upload"]
+__all__ = ["read_scores", "read_tokens", "refill", "upload"]
+
+_CPU: Final = torch.device("cpu")
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on a device, without waiting for the copy. torch keeps the pinned memory until it is done."""
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host if host.device.type == device.type else host.pin_memory().to(device, non_blocking=True)
+
+
+def refill(buffer: Tensor, host: Tensor) -> None:
+    """Write a CPU tensor over one on any device, without waiting for the copy."""
+    buffer.copy_(host if buffer.device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
 def read_tokens(sampled: tk.Sampled) -> tuple[list[int], list[float]]:
@@ -36,5 +43,5 @@ def read_scores(*columns: Tensor) -> list[list[Any]]:
 def _read(*tensors: Tensor) -> list[list[Any]]:
     """Values of tensors of one device: the last copy waits for itself, and so for those before it in the stream."""
     *before, last = tensors
-    host = [tensor.to("cpu", non_blocking=True) for tensor in before]
+    host = [tensor.to(_CPU, non_blocking=True) for tensor in before]
     return [tensor.tolist() for tensor in (*host, last.cpu())]

@@ -8,7 +8,7 @@ states through `tts_kernels.linear_logprob`: there is no [tokens, vocabulary] te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -58,13 +58,13 @@ class LogRatioScorer:
 
     def score(self, waiting: Mapping[Branch, Task]) -> None:
         """Fill in what the tasks of these branches are to find."""
-        own = self.models[0].read(waiting)
-        twins = {branch: self._twin(branch) for branch in own}
-        other = self.models[1].read({twins[branch]: waiting[branch] for branch in own})
-        for branch, mine in own.items():
-            task = waiting[branch]
-            if task.error is None:
-                self._sum(branch, task, mine, other[twins[branch]])
+        read, values = self.models[0].read(waiting)
+        twins = {self._twin(branch): branch for branch in read}
+        read_too, other_values = self.models[1].read({twin: waiting[branch] for twin, branch in twins.items()})
+        columns = read_scores(values, other_values)
+        own, other = (_by_branch(*each) for each in zip((read, read_too), columns, strict=True))
+        for twin, theirs in other.items():
+            self._sum(twins[twin], waiting[twins[twin]], own[twins[twin]], theirs)
 
     def release(self, branches: Iterable[Branch]) -> None:
         """Nobody asks for these branches any more."""
@@ -124,11 +124,11 @@ class Likelihood:
 
     def __init__(self, lane: Lane, weight: Tensor) -> None:
         self.lane = lane
-        self.weight = weight
+        self.weight = weight.to(lane.decoder.device)
         self._states: dict[Branch, dict[int, Tensor]] = {}  # hidden states by position
 
-    def read(self, waiting: Mapping[Branch, Task]) -> dict[Branch, list[float]]:
-        """Read branches; the log-probability of each own token of those whose tasks have no error."""
+    def read(self, waiting: Mapping[Branch, Task]) -> tuple[list[Branch], Tensor]:
+        """Read branches; those whose tasks have no error, and the log-probabilities of all their own tokens."""
         for branch in waiting:
             branch.marks = list(range(branch.start, branch.length))
         self._read_before(waiting)
@@ -136,17 +136,15 @@ class Likelihood:
         done = [branch for branch, task in waiting.items() if task.error is None]
         places = [(branch, position) for branch in done for position in range(branch.start, branch.length)]
         if not places:
-            return {}
+            return [], torch.empty(0)
         states = torch.stack([self._state(branch, position - 1) for branch, position in places])
         targets = torch.tensor([branch.tokens[position - branch.start] for branch, position in places])
         logprobs = tk.linear_logprob(states, self.weight, upload(targets, states.device))
-        values = iter(read_scores(logprobs)[0])
-        found = {branch: [next(values) for _ in branch.tokens] for branch in done}
         for branch in done:
             states_of = self._states[branch]
             for position in range(branch.start, branch.length - _KEPT):
                 states_of.pop(position, None)
-        return found
+        return done, logprobs
 
     def forget(self, branches: Iterable[Branch]) -> None:
         """Drop what is kept of branches."""
@@ -179,6 +177,12 @@ class Likelihood:
 
     def _state(self, branch: Branch, position: int) -> Tensor:
         return self._states[branch if position >= branch.start else _holder(branch, position)][position]
+
+
+def _by_branch(branches: Sequence[Branch], values: Sequence[float]) -> dict[Branch, list[float]]:
+    """Values of the own tokens of branches, branch after branch."""
+    each = iter(values)
+    return {branch: [next(each) for _ in branch.tokens] for branch in branches}
 
 
 def _holder(branch: Branch, position: int) -> Branch:
