@@ -56,6 +56,17 @@ def test_missing_cuda_kernels_say_why() -> None:
         assert why == "" or "was not built" in why
 
 
+def test_what_runs_on_a_gpu_is_said() -> None:
+    info = tk.backend_info()
+    assert set(info.on_gpu) >= {"sample", "tree_attention", "linear", "decoder_layers_"}
+    assert info.on_gpu["decoder_layers_"] == info.on_gpu["linear"] == "torch"
+    by_kernel = info.on_gpu["tree_attention"]
+    assert (by_kernel == "cpp") == (info.cuda == "")
+    assert torch.cuda.is_available() or "is_available() is False" in info.gpu
+    with tk.use_backend("reference"):
+        assert set(tk.backend_info().on_gpu.values()) == {"reference"}
+
+
 def test_instruction_set_can_be_forced_and_a_wrong_one_is_named() -> None:
     for isa in tk.backend_info().cpu_isas:
         done = run("import tts_kernels as tk; print(tk.backend_info().cpu_isa)", TTS_KERNELS_CPU_ISA=isa)
@@ -68,7 +79,7 @@ def test_instruction_set_can_be_forced_and_a_wrong_one_is_named() -> None:
 
 def test_module_prints_what_is_there() -> None:
     done = subprocess.run([sys.executable, "-m", "tts_kernels"], capture_output=True, text=True, check=True)
-    for word in ("torch", "instruction sets", "in use", "cpp", "triton", "reference"):
+    for word in ("torch", "instruction sets", "in use", "cpp", "triton", "reference", "GPU", "by torch"):
         assert word in done.stdout
 
 

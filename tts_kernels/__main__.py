@@ -20,6 +20,9 @@ def main() -> None:
     print(f"backend          {info.in_use}")
     for name, missing in info.available.items():
         print(f"  {name:<14} {missing or 'there'}")
+    print(f"GPU              {info.gpu}")
+    for name in sorted(set(info.on_gpu.values())):
+        print(f"  by {name:<11} {', '.join(op for op, runs in info.on_gpu.items() if runs == name)}")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,12 @@ class BackendInfo:
         Those that this build has and this processor runs, from slow to fast.
     cuda
         Empty if the C++ backend has its CUDA kernels, else why not.
+    gpu
+        The GPU that torch sees, or why there is none.
+    on_gpu
+        Operator -> what runs it for a CUDA tensor, as things stand: ``"cpp"`` if its CUDA kernel was built; else
+        ``"triton"`` if it has one and triton is installed; else ``"torch"``, a composition of other operators, or the
+        slow ``"reference"``.
     """
 
     in_use: str
@@ -119,6 +125,8 @@ class BackendInfo:
     cpu_isa: str
     cpu_isas: tuple[str, ...]
     cuda: str
+    gpu: str
+    on_gpu: dict[str, str]
 
 
 def backend_info() -> BackendInfo:
@@ -130,6 +138,8 @@ def backend_info() -> BackendInfo:
     >>> tk.backend_info().available["cpp"]
     ''
     """
+    from .op import OPS  # which needs this module
+
     ops = torch.ops.tts_kernels
     return BackendInfo(
         in_use=state.backend,
@@ -137,4 +147,13 @@ def backend_info() -> BackendInfo:
         cpu_isa=ops.cpu_isa(),
         cpu_isas=tuple(ops.cpu_isas().split(",")),
         cuda=_library.CUDA_MISSING,
+        gpu=_gpu(),
+        on_gpu={name: op.runs("cuda") for name, op in sorted(OPS.items())},
     )
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none: torch.cuda.is_available() is False"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"

@@ -10,6 +10,8 @@ import torch
 from . import triton
 from .backend import state
 
+OPS: dict[str, Op] = {}
+
 
 class Op:
     """Calls ``torch.ops.tts_kernels.<name>``, or another implementation where the backend asks for it.
@@ -25,10 +27,13 @@ class Op:
         values for tensors whose values cannot be read (`checks.readable`), as it serves the fake too.
     fake
         Empty outputs of the right shapes, of the same signature.
+    composed
+        The operator by other operators and torch, fast enough for a GPU without a kernel of its own; None if it is not
+        made of such.
 
     A call to the C++ kernels runs no Python check: they check all that they read and fail bare, and only then does
-    `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, and
-    where that has none either, to the reference.
+    `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, where
+    that has none either, to what the operator is composed of, and else to the reference.
     """
 
     def __init__(
@@ -38,10 +43,13 @@ class Op:
         reference: Callable[..., Any],
         check: Callable[..., None],
         fake: Callable[..., Any],
+        composed: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
+        OPS[name] = self
         self.reference = reference
         self.check = check
+        self.composed = composed
         self.overload = getattr(torch.ops.tts_kernels, name).default
         torch.library.register_fake(f"tts_kernels::{name}", self._checked(fake))
         self.triton = triton.define(self.overload, self._checked(fake))
@@ -49,14 +57,21 @@ class Op:
         self._devices = ("cpu", "meta", "cuda") if has_cuda else ("cpu", "meta")
 
     def __call__(self, *args: Any) -> Any:
-        device = self._device(args)
-        if state.backend in ("auto", "cpp") and (device is None or device in self._devices):
+        runs = self.runs(self._device(args))
+        if runs == "cpp":
             return self._cpp(args)
         if not torch.compiler.is_compiling() or self.triton is None:
             self.check(*args)
+        run: Callable[..., Any] = {"triton": self.triton, "torch": self.composed}.get(runs) or self.reference
+        return run(*args)
+
+    def runs(self, device: str | None) -> str:
+        """What runs for tensors on a kind of device: cpp, triton, torch (it is composed of other ops) or reference."""
+        if state.backend in ("auto", "cpp") and (device is None or device in self._devices):
+            return "cpp"
         if state.backend in ("auto", "triton") and self.triton is not None and device in triton.DEVICES:
-            return self.triton(*args)
-        return self.reference(*args)
+            return "triton"
+        return "torch" if state.backend != "reference" and self.composed and device in triton.DEVICES else "reference"
 
     def _cpp(self, args: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():

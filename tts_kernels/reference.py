@@ -7,8 +7,10 @@ dtype (tests call it in float64) and is what the kernels are held against.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -302,7 +304,9 @@ def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """Panels of 16 rows [ceil(N / 16), ceil(K / s), 16, s], zero-padded; s is 2 in bfloat16, else 1."""
+    """Panels of 16 rows [ceil(N / 16), ceil(K / s), 16, s], zero-padded; s = 2 in bfloat16, else 1. On a GPU [N, K]."""
+    if weight.device.type not in ("cpu", "meta"):
+        return weight.contiguous()
     step = 2 if weight.dtype == torch.bfloat16 else 1
     rows, depth = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -depth % step, 0, -rows % 16))
@@ -312,6 +316,8 @@ def pack_linear(weight: Tensor) -> Tensor:
 
 def unpack_linear(weight: Tensor, in_features: int, out_features: int) -> Tensor:
     """The inverse of `pack_linear`; [N, K]."""
+    if weight.dim() == 2:
+        return weight
     panels, steps, rows, step = weight.shape
     return weight.transpose(1, 2).reshape(panels * rows, steps * step)[:out_features, :in_features].contiguous()
 
@@ -390,8 +396,13 @@ def decoder_layers_(
     intermediate: int,
     windows: Sequence[int],
     eps: float,
+    ops: Any = None,
 ) -> Tensor:
-    """The operators of each layer one after another; twelve weights a layer, an empty one is not there."""
+    """The operators of each layer one after another; twelve weights a layer, an empty one is not there.
+
+    ``ops`` has the operators, which are otherwise those of this module.
+    """
+    ops = ops or sys.modules[__name__]
     hidden, head_dim = x.shape[1], cos_sin.shape[1]
     inner, scale = num_q_heads * head_dim, float(head_dim) ** -0.5
     qkv_width = inner + 2 * num_kv_heads * head_dim
@@ -400,15 +411,17 @@ def decoder_layers_(
         qkv_bias, q_norm, k_norm, o_bias, gate_up_bias, down_bias = (
             layer[part] if layer[part].numel() else None for part in (2, 3, 4, 6, 9, 11)
         )
-        projected = linear(rms_norm(x, norm, eps, None)[0], qkv, hidden, qkv_width, qkv_bias, None)
+        projected = ops.linear(ops.rms_norm(x, norm, eps, None)[0], qkv, hidden, qkv_width, qkv_bias, None)
         heads = (num_q_heads, num_kv_heads, q_norm, k_norm, eps)
-        q = rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads)
+        q = ops.rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads)
         tables = (plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7])
         sizes = (page_size, num_kv_heads, max_slots, scale, 0.0, window)
-        attended = tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes)[0].flatten(1)
+        attended = ops.tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes)[0].flatten(1)
         if rows is not None and i == len(windows) - 1:
             attended, x = attended[rows.long()], x[rows.long()]
-        x = linear(attended, o, inner, hidden, o_bias, x)
-        units = linear(rms_norm(x, post_norm, eps, None)[0], gate_up, hidden, 2 * intermediate, gate_up_bias, None)
-        x = linear(swiglu(units), down, intermediate, hidden, down_bias, x)
+        x = ops.linear(attended, o, inner, hidden, o_bias, x)
+        units = ops.linear(
+            ops.rms_norm(x, post_norm, eps, None)[0], gate_up, hidden, 2 * intermediate, gate_up_bias, None
+        )
+        x = ops.linear(ops.swiglu(units), down, intermediate, hidden, down_bias, x)
     return x

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -12,7 +14,11 @@ from torch import Tensor
 from .. import checks, reference
 from ..op import Op
 from ..plan import AttentionPlan
-from .linear import PANEL, PackedLinear
+from .linear import PackedLinear, linear_op, packed_shape
+from .rms_norm import rms_norm_op
+from .rope_append import rope_append_op
+from .swiglu import swiglu_op
+from .tree_attention import tree_attention_op
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def _check_layer(
     layer: str, parts: dict[str, Tensor], x: Tensor, q_width: int, kv_width: int, head_dim: int, intermediate: int
 ) -> None:
     """Shapes of a layer's weights; TypeError, ValueError that name the layer and its part."""
-    hidden, step = int(x.shape[1]), 2 if x.dtype == torch.bfloat16 else 1
+    hidden = int(x.shape[1])
     sizes = {
         "qkv": (q_width + 2 * kv_width, hidden),
         "o": (hidden, q_width),
@@ -241,9 +247,7 @@ def _check_layer(
     norms = {"input_norm": hidden, "post_norm": hidden, "q_norm": head_dim, "k_norm": head_dim}
     for name, part in parts.items():
         if name in sizes:
-            outputs, inputs = sizes[name]
-            shape = [-(-outputs // PANEL), -(-inputs // step), PANEL, step]
-            checks.tensor(f"{layer}.{name}", part, (x.dtype,), shape, x.device)
+            checks.tensor(f"{layer}.{name}", part, (x.dtype,), packed_shape(*sizes[name], x.dtype, x.device), x.device)
         elif part.numel() or name in ("input_norm", "post_norm"):
             size = norms[name] if name in norms else sizes[name.removesuffix("_bias")][0]
             checks.tensor(f"{layer}.{name}", part, (x.dtype,), [size], x.device)
@@ -254,4 +258,18 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0] if rows is None else rows.shape[0], x.shape[1])
 
 
-_op = Op("decoder_layers_", reference=reference.decoder_layers_, check=_check, fake=_fake)
+_OPERATORS = SimpleNamespace(
+    linear=linear_op,
+    rms_norm=rms_norm_op,
+    rope_append_=rope_append_op,
+    tree_attention=tree_attention_op,
+    swiglu=swiglu_op,
+)
+
+_op = Op(
+    "decoder_layers_",
+    reference=reference.decoder_layers_,
+    check=_check,
+    fake=_fake,
+    composed=partial(reference.decoder_layers_, ops=_OPERATORS),
+)

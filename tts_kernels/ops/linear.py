@@ -22,7 +22,8 @@ class PackedLinear:
     ----------
     weight
         [ceil(N / 16), ceil(K / s), 16, s]: panels of 16 rows of W, K outermost; s = 2 for bfloat16, else 1. The padding
-        is zero. The layout is the same for every instruction set.
+        is zero. The layout is the same for every instruction set. On a GPU it is W itself, [N, K], as its libraries
+        read it.
     in_features, out_features
         K and N.
     """
@@ -60,7 +61,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
     Returns
     -------
     PackedLinear
-        About the same number of bytes: N is padded to a multiple of 16, K to an even number in bfloat16.
+        About the same number of bytes: on a CPU N is padded to a multiple of 16, K to an even number in bfloat16. On a
+        GPU it is the weight, uncopied if it is contiguous.
 
     Raises
     ------
@@ -86,7 +88,8 @@ def pack_linear(weight: Tensor) -> PackedLinear:
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias + residual``, summed in float32 and rounded once.
 
-    A row's result does not depend on the other rows, on their number, or on the number of threads, to the bit.
+    On a CPU a row's result does not depend on the other rows, on their number, or on the number of threads, to the bit.
+    On a GPU torch's library multiplies, which may choose another order of summation for another number of rows.
 
     Parameters
     ----------
@@ -125,7 +128,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual
     """
     if not isinstance(packed, PackedLinear):
         raise TypeError(f"packed: expected a PackedLinear from pack_linear, got {checks.describe(packed)}")
-    out: Tensor = _linear(x, packed.weight, packed.in_features, packed.out_features, bias, residual)
+    out: Tensor = linear_op(x, packed.weight, packed.in_features, packed.out_features, bias, residual)
     return out
 
 
@@ -134,13 +137,20 @@ def _step(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.bfloat16 else 1
 
 
+def packed_shape(outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Shape of the packed weight of a layer."""
+    if device.type not in ("cpu", "meta"):
+        return [outputs, inputs]
+    step = _step(dtype)
+    return [-(-outputs // PANEL), -(-inputs // step), PANEL, step]
+
+
 def _check_pack(weight: Tensor) -> None:
     checks.tensor("weight", weight, shape=["N", "K"])
 
 
 def _fake_pack(weight: Tensor) -> Tensor:
-    step = _step(weight.dtype)
-    return weight.new_empty(-(-weight.shape[0] // PANEL), -(-weight.shape[1] // step), PANEL, step)
+    return weight.new_empty(packed_shape(weight.shape[0], weight.shape[1], weight.dtype, weight.device))
 
 
 def _check(
@@ -149,9 +159,9 @@ def _check(
     checks.tensor("x", x, shape=["T", "K"])
     if x.shape[1] != in_features:
         raise ValueError(f"x: expected shape [T, {in_features}], got {checks.describe(x)}")
-    step = _step(x.dtype)
-    panels, steps = -(-out_features // PANEL), -(-in_features // step)
-    checks.tensor("packed.weight", weight, (x.dtype,), [panels, steps, PANEL, step], x.device)
+    checks.tensor(
+        "packed.weight", weight, (x.dtype,), packed_shape(out_features, in_features, x.dtype, x.device), x.device
+    )
     if not weight.is_contiguous():
         raise ValueError("packed.weight: expected a contiguous tensor, got a strided one")
     if bias is not None:
@@ -164,5 +174,22 @@ def _fake(x: Tensor, weight: Tensor, in_features: int, out_features: int, *added
     return x.new_empty(x.shape[0], out_features)
 
 
-_pack = Op("pack_linear", reference=reference.pack_linear, check=_check_pack, fake=_fake_pack)
-_linear = Op("linear", reference=reference.linear, check=_check, fake=_fake)
+def _by_torch(
+    x: Tensor, weight: Tensor, in_features: int, out_features: int, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """One product of torch's library, which adds a bias or a residual before it rounds."""
+    weight = reference.unpack_linear(weight, in_features, out_features)
+    if residual is not None and bias is None:
+        return torch.addmm(residual, x, weight.T)
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+_pack = Op(
+    "pack_linear",
+    reference=reference.pack_linear,
+    check=_check_pack,
+    fake=_fake_pack,
+    composed=reference.pack_linear,
+)
+linear_op = Op("linear", reference=reference.linear, check=_check, fake=_fake, composed=_by_torch)

@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     >>> h, normed
     (tensor([[3., 4.]]), tensor([[0.8485, 1.1314]]))
     """
-    normed, summed = _op(x, weight, eps, residual)
+    normed, summed = rms_norm_op(x, weight, eps, residual)
     return normed, x if residual is None else summed
 
 
@@ -64,4 +64,4 @@ def _fake(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tup
     return x.new_empty(rows, width), x.new_empty(rows if residual is not None else 0, width)
 
 
-_op = Op("rms_norm", reference=reference.rms_norm, check=_check, fake=_fake)
+rms_norm_op = Op("rms_norm", reference=reference.rms_norm, check=_check, fake=_fake)

@@ -78,7 +78,9 @@ def rope_append_(
     >>> k[0, 2, 0], v[0, 2, 0]
     (tensor([-1.,  0.]), tensor([5., 6.]))
     """
-    q: Tensor = _op(qkv, k_cache, v_cache, positions, cos_sin, slots, num_q_heads, num_kv_heads, q_norm, k_norm, eps)
+    q: Tensor = rope_append_op(
+        qkv, k_cache, v_cache, positions, cos_sin, slots, num_q_heads, num_kv_heads, q_norm, k_norm, eps
+    )
     return q
 
 
@@ -123,4 +125,4 @@ def _fake(qkv: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty((qkv.shape[0], rest[4], k_cache.shape[3]))
 
 
-_op = Op("rope_append_", reference=reference.rope_append_, check=_check, fake=_fake)
+rope_append_op = Op("rope_append_", reference=reference.rope_append_, check=_check, fake=_fake)

@@ -38,7 +38,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     >>> tk.swiglu(torch.tensor([[0.0, 1.0, 5.0, 2.0]]))
     tensor([[0.0000, 1.4621]])
     """
-    out: Tensor = _op(gate_up)
+    out: Tensor = swiglu_op(gate_up)
     return out
 
 
@@ -52,4 +52,4 @@ def _fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-_op = Op("swiglu", reference=reference.swiglu, check=_check, fake=_fake)
+swiglu_op = Op("swiglu", reference=reference.swiglu, check=_check, fake=_fake)

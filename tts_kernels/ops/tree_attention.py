@@ -118,7 +118,7 @@ def tree_attention(
     checks.number("softcap", softcap, 0.0)
     if window is not None:
         checks.integer("window", window, 1)
-    out, lse = _op(
+    out, lse = tree_attention_op(
         q,
         k_cache,
         v_cache,
@@ -239,4 +239,4 @@ def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-_op = Op("tree_attention", reference=reference.tree_attention, check=_check, fake=_fake)
+tree_attention_op = Op("tree_attention", reference=reference.tree_attention, check=_check, fake=_fake)
