@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ import tts_kernels as tk
 from tts_search.decoder import Batch, DecoderShape, KVPool
 from tts_search.device import upload
 from tts_search.protocol import Usage
+
+if TYPE_CHECKING:
+    from tts_search.graphs import DecodeGraphs
 
 MAX_FORWARD_TOKENS: Final = 2048
 
@@ -181,11 +184,14 @@ class BranchPool:
         Where the KV lives.
     max_tokens : int
         The most tokens of one forward; longer prompts are read in chunks.
+    graphs : DecodeGraphs or None
+        Runs the forwards that want logits of one new token of each branch.
     """
 
-    def __init__(self, pool: KVPool, max_tokens: int = MAX_FORWARD_TOKENS) -> None:
+    def __init__(self, pool: KVPool, max_tokens: int = MAX_FORWARD_TOKENS, graphs: DecodeGraphs | None = None) -> None:
         self.pool = pool
         self.max_tokens = max_tokens
+        self.graphs = graphs
         self._resident: dict[Branch, None] = {}
         self._guests: set[Branch] = set()  # released ones that are back so that descendants can be forked from them
         self._clock = 0
@@ -226,7 +232,7 @@ class BranchPool:
         try:
             done = [branch for branch in active if not branch.pending]
             rows = [(branch, position) for branch in active for position in _reached(branch, takes.get(branch, 0))]
-            outputs = model(*self._pack(takes, slots, rows))
+            outputs = self._run(takes, slots, rows, model, self.graphs if head else None)
         except BaseException:
             for branch in takes:  # their slots were reserved but never written
                 self._drop_kv(branch)
@@ -350,10 +356,15 @@ class BranchPool:
             takes[node] = takes.pop(node)
         return torch.cat(slots)
 
-    def _pack(
-        self, takes: dict[Branch, int], slots: Tensor, rows: list[tuple[Branch, int]]
-    ) -> tuple[Batch, tk.KVCache, Tensor | None]:
-        """What a model takes to forward ``takes`` and give outputs for ``rows`` (None: all of them, in order)."""
+    def _run(
+        self,
+        takes: dict[Branch, int],
+        slots: Tensor,
+        rows: list[tuple[Branch, int]],
+        model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor],
+        graphs: DecodeGraphs | None,
+    ) -> Tensor:
+        """Forward ``takes``; the outputs of ``rows``."""
         tokens: list[int] = []
         positions: list[int] = []
         offset: dict[Branch, int] = {}  # row of a branch's token, less the token's position
@@ -366,11 +377,16 @@ class BranchPool:
                 begin = node.cached - take
                 tokens += node.tokens[begin - node.start : node.cached - node.start]
                 positions += range(begin, node.cached)
-        batch = self.pool.batch([_kv(node) for node in takes], list(takes.values()), tokens, positions, slots)
+        branches = [_kv(node) for node in takes]
         wanted = [offset[branch] + position for branch, position in rows]
-        if wanted == list(range(len(tokens))):
-            return batch, self.pool.kv, None
-        return batch, self.pool.kv, upload(torch.tensor(wanted, dtype=torch.int64), self.pool.device)
+        all_in_order = wanted == list(range(len(tokens)))
+        if graphs is not None and all_in_order and len(tokens) == len(branches):
+            logits = graphs.logits(branches, tokens, positions, slots)
+            if logits is not None:
+                return logits
+        batch = self.pool.batch(branches, list(takes.values()), tokens, positions, slots)
+        chosen = None if all_in_order else upload(torch.tensor(wanted, dtype=torch.int64), self.pool.device)
+        return model(batch, self.pool.kv, chosen)
 
     def _count(self, takes: dict[Branch, int], logit_rows: Sequence[tuple[Branch, int]]) -> None:
         """Enter a forward that was run in the books."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.device import upload
+from tts_search.device import refill, upload
 
 PAGE_SIZE: Final = 16
 DecoderKind = Literal["auto", "lean", "transformers"]
@@ -79,7 +79,12 @@ class Batch:
 
 
 class Decoder(Protocol):
-    """A causal language model whose keys and values live in a paged pool."""
+    """A causal language model whose keys and values live in a paged pool.
+
+    ``records`` says whether its forward on a GPU can be recorded: it reads no value there.
+    """
+
+    records: bool
 
     @property
     def shape(self) -> DecoderShape: ...
@@ -158,21 +163,29 @@ class KVPool:
         tokens: Sequence[int],
         positions: Sequence[int],
         slots: Tensor,
+        out: Batch | None = None,
     ) -> Batch:
-        """The packed forward of the last ``counts`` tokens of each branch."""
-        return Batch(
-            upload(torch.tensor(tokens, dtype=torch.int64), self.device),
-            upload(torch.tensor(positions, dtype=torch.int64), self.device),
-            upload(slots, self.device),
-            self.forest.plan(
-                branches,
-                counts,
-                num_q_heads=self.shape.num_q_heads,
-                num_kv_heads=self.shape.num_kv_heads,
-                head_dim=self.shape.head_dim,
-                device=self.device,
-            ),
+        """The packed forward of the last ``counts`` tokens of each branch.
+
+        With ``out``, an earlier batch of as many tokens, that one's tensors are filled again; ValueError, with nothing
+        written, if the plan does not fit.
+        """
+        plan = self.forest.plan(
+            branches,
+            counts,
+            num_q_heads=self.shape.num_q_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            device=self.device,
+            out=None if out is None else out.plan,
         )
+        ids, places = torch.tensor(tokens, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        if out is None:
+            return Batch(upload(ids, self.device), upload(places, self.device), upload(slots, self.device), plan)
+        refill(out.tokens, ids)
+        refill(out.positions, places)
+        refill(out.slots, slots)
+        return out
 
 
 def pool_for(decoder: Decoder, kv_memory: int | str | None, page_size: int = PAGE_SIZE) -> KVPool:

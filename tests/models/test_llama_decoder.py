@@ -171,7 +171,10 @@ def test_what_it_does_not_know_it_does_not_run(name: str) -> None:
 
 def test_weights_that_it_cannot_run() -> None:
     assert why_not_lean(tiny_model().double()) == "of dtype torch.float64"
-    assert why_not_lean(tiny_model().to("meta")) == "that is not on the CPU"
+    assert why_not_lean(tiny_model().to("meta")) == "on meta"
+    split = tiny_model()
+    split.lm_head.to("meta")
+    assert why_not_lean(split) == "on cpu, meta"
     mixed = tiny_model()
     mixed.lm_head.half()
     assert why_not_lean(mixed) == "of dtype torch.float16, torch.float32"

@@ -213,6 +213,8 @@ class TransformersDecoder:
         If the model has attention that this implementation cannot stand for; the message says which.
     """
 
+    records = False  # some models look at values on the way
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
         self.shape = model_shape(model)

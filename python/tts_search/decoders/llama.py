@@ -51,8 +51,9 @@ class LlamaConfig:
 class LlamaDecoder:
     """A model of the Llama family as a :class:`tts_search.decoder.Decoder`.
 
-    The linear layers, norms and rotations of a row do not depend on the other rows of a batch, to the bit; attention
-    does as far as the plan cuts a row's keys elsewhere in other company.
+    On a CPU the linear layers, norms and rotations of a row do not depend on the other rows of a batch, to the bit;
+    attention does as far as the plan cuts a row's keys elsewhere in other company. A forward on a GPU asks nothing of
+    the host, so it can be recorded.
 
     Parameters
     ----------
@@ -69,6 +70,8 @@ class LlamaDecoder:
     ValueError
         If a tensor is left over: the model has a part that this decoder does not know.
     """
+
+    records = True
 
     def __init__(self, config: LlamaConfig, state: dict[str, Tensor]) -> None:
         self.config = config
@@ -135,18 +138,20 @@ class LlamaDecoder:
 
 def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
     """Rows [R, K] of a packed weight."""
+    if packed.weight.dim() == 2:
+        return packed.weight.index_select(0, rows)
     return packed.weight[rows // 16, :, rows % 16].flatten(1)[:, : packed.in_features]
 
 
 class _Weights:
-    """Takes tensors out of a state dict and into memory of our own: they may be views of a mapped file."""
+    """Takes tensors out of a state dict; on a CPU into memory of our own, as they may be views of a mapped file."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state = state
         self.arena = Arena()
 
     def take(self, name: str) -> Tensor:
-        return self.arena.keep(self.state.pop(name).detach())
+        return self._kept(self.state.pop(name).detach())
 
     def find(self, name: str) -> Tensor | None:
         return self.take(name) if name in self.state else None
@@ -154,14 +159,18 @@ class _Weights:
     def packed(self, *names: str) -> tk.PackedLinear:
         """The projections of these names, which read the same rows, as one."""
         packed = tk.pack_linear(self._joined("weight", names))
-        return replace(packed, weight=self.arena.keep(packed.weight))
+        return replace(packed, weight=self._kept(packed.weight))
 
     def bias(self, *names: str) -> Tensor | None:
         """Their biases; all of them have one, or none."""
-        return self.arena.keep(self._joined("bias", names)) if f"{names[0]}.bias" in self.state else None
+        return self._kept(self._joined("bias", names)) if f"{names[0]}.bias" in self.state else None
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return self.arena.keep(tensor) if tensor.device.type == "cpu" else tensor.contiguous()
 
     def _joined(self, part: str, names: Sequence[str]) -> Tensor:
-        return torch.cat([self.state.pop(f"{name}.{part}").detach() for name in names])
+        parts = [self.state.pop(f"{name}.{part}").detach() for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def layer(self, number: int, window: int | None) -> tk.DecoderLayer:
         layer = f"layers.{number}"

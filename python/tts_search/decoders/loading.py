@@ -37,6 +37,7 @@ _WINDOWS: Final[dict[str, Callable[[Any], list[int | None]]]] = {
 }
 # Rotations whose angles depend on nothing but the position; others look at the length of the longest sequence.
 _ROPES: Final = ("default", "linear", "llama3", "yarn")
+_DEVICES: Final = ("cpu", "cuda", "xpu")
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -85,8 +86,8 @@ def load_decoder(
 def why_not_lean(model: Any) -> str | None:
     """What about a model of transformers keeps `LlamaDecoder` from running it; None if nothing does.
 
-    The rule: a model of Llama, Mistral, Qwen2 or Qwen3 or its causal LM, on the CPU, in float32, bfloat16 or float16
-    throughout, not quantised, with SiLU and a rotation that depends on the position alone.
+    The rule: a model of Llama, Mistral, Qwen2 or Qwen3 or its causal LM, on the CPU or on one GPU, in float32,
+    bfloat16 or float16 throughout, not quantised, with SiLU and a rotation that depends on the position alone.
     """
     config, name = model.config, type(model).__name__
     family = name.removesuffix("ForCausalLM").removesuffix("Model")
@@ -94,8 +95,9 @@ def why_not_lean(model: Any) -> str | None:
         return f"of class {name}, not of {', '.join(_WINDOWS)}"
     if getattr(config, "quantization_config", None) is not None:
         return "with quantised weights"
-    if {parameter.device.type for parameter in model.parameters()} != {"cpu"}:
-        return "that is not on the CPU"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in _DEVICES:
+        return f"on {', '.join(sorted(map(str, devices)))}"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= {*_DTYPES}:
         return f"of dtype {', '.join(sorted(map(str, dtypes)))}"
@@ -131,5 +133,5 @@ def llama_config(model: Any) -> LlamaConfig:
         num_kv_heads=config.num_key_value_heads,
         eps=config.rms_norm_eps,
         windows=tuple(_WINDOWS[family](config)),
-        cos_sin=torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1),
+        cos_sin=torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1).to(model.device),
     )

@@ -14,6 +14,7 @@ from tts_search.branches import Branch, BranchPool, Meter, PoolTooSmallError
 from tts_search.decoder import pool_for
 from tts_search.device import read_tokens, upload
 from tts_search.errors import require
+from tts_search.graphs import decode_graphs
 from tts_search.protocol import Expand, Usage
 from tts_search.types import Step
 
@@ -54,8 +55,8 @@ class HFPolicy:
         a quarter of the free memory. A search that needs more runs in waves: idle branches give their KV up and read
         their tokens again when it is their turn.
     decoder : {"auto", "lean", "transformers"}
-        What runs the model: on a CPU by default the lean decoder of the families that it knows, in all other cases the
-        model's own modules in transformers with attention over the forest. The other two values insist on one.
+        What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
+        modules in transformers with attention over the forest. The other two values insist on one.
     chat : bool
         False: a problem is a whole prompt, rendered by the caller, and is read as it is.
 
@@ -96,7 +97,8 @@ class HFPolicy:
         self.chat = chat
         self.decoder: Decoder = load_decoder(path_or_id, dtype=dtype, device=device, decoder=decoder)
         self._eos = adapter.eos_tokens(path_or_id, self.tokenizer)
-        self._pool = BranchPool(pool_for(self.decoder, kv_memory))
+        pool = pool_for(self.decoder, kv_memory)
+        self._pool = BranchPool(pool, graphs=decode_graphs(self.decoder, pool))
         self._problems: dict[int, _Problem] = {}
         self._delimiters: dict[str | None, _Delimiter] = {}
 

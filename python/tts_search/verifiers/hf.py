@@ -13,6 +13,7 @@ import tts_kernels as tk
 from tts_search.branches import MAX_FORWARD_TOKENS, Branch, BranchPool, Meter
 from tts_search.decoder import pool_for
 from tts_search.errors import require
+from tts_search.graphs import decode_graphs
 from tts_search.protocol import Score, ScoreAndPrune, Scored, Usage
 from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
 from tts_search.verifiers.heads import lm_head, load_head
@@ -304,7 +305,8 @@ def _lane(path_or_id: str, causal_lm: bool, batch_tokens: int, *, kv_memory: int
     from tts_search.decoders.loading import load_decoder
 
     model = load_decoder(path_or_id, causal_lm=causal_lm, **options)
-    return Lane(model, BranchPool(pool_for(model, kv_memory), batch_tokens))
+    pool = pool_for(model, kv_memory)
+    return Lane(model, BranchPool(pool, batch_tokens, decode_graphs(model, pool) if causal_lm else None))
 
 
 def _sum(one: Usage, other: Usage) -> Usage:
