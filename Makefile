@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate test-all adapters ray docs bench lint sanitize cuda gpu-tools wheel clean
+.PHONY: help demo test emulate test-all adapters ray docs bench test-gpu lint sanitize cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -50,11 +50,16 @@ adapters: $(VENV)/.built  ## Run the adapters' tests against the frameworks from
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/adapters 'its-hub==1.2.0' 'crucible-ttc==0.1.1'
 	PYTHONPATH=$(CURDIR)/build/adapters $(PYTEST) tests/adapters tests/search/test_its_hub_package.py
 
-bench: $(VENV)/.built  ## Run the microbenchmarks; tables and plots in build/bench
-	@echo "== microbenchmarks (pytest-benchmark)"
+test-gpu: $(VENV)/.built  ## Run the tests that need a GPU; with SANITIZE=1 under compute-sanitizer
+	@echo "== GPU tests"
+	TTS_SANITIZE=$(SANITIZE) $(BIN)/python -m pytest -m gpu -rs
+
+DEVICE ?= cpu
+bench: $(VENV)/.built  ## Run the microbenchmarks, with DEVICE=cuda on a GPU; tables and plots in build/bench
+	@echo "== microbenchmarks (pytest-benchmark) on $(DEVICE)"
 	@mkdir -p build/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:cacheprovider -o python_files='bench_*.py' -o timeout=0 \
-	  --benchmark-json=build/bench/bench.json --benchmark-columns=median,rounds
+	  --device=$(DEVICE) --benchmark-json=build/bench/bench.json --benchmark-columns=median,rounds
 	$(BIN)/python benchmarks/summary.py build/bench/bench.json build/bench
 
 lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format

@@ -39,7 +39,8 @@ def main() -> None:
 def markdown(results: dict[str, Any]) -> str:
     """One row a benchmark: our time, how much faster than each baseline, which part of the bound."""
     commit, cpu = results["commit_info"]["id"][:7], results["machine_info"]["cpu"].get("brand_raw", platform.machine())
-    lines = [f"{cpu}, commit {commit}, {results['datetime'][:10]}", ""]
+    devices = {entry["extra_info"]["device"] for entry in results["benchmarks"] if "device" in entry["extra_info"]}
+    lines = [f"{', '.join(sorted(devices))} of {cpu}, commit {commit}, {results['datetime'][:10]}", ""]
     lines += ["| benchmark | us | times faster than | fraction of |", "| --- | --- | --- | --- |"]
     for entry in results["benchmarks"]:
         info = entry["extra_info"]

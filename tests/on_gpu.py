@@ -1,0 +1,47 @@
+"""A pytest plugin that runs an op's tests on a GPU, tensors and all.
+
+``PYTHONPATH=tests pytest -p on_gpu tests/test_prune.py``: the GPU is torch's default device, so that a test's tensors
+are there unless it says otherwise, and values are checked there as on a CPU. ``--on-backend triton`` chooses among
+implementations; ``--pretend-gpu`` tries the tests themselves where there is no GPU (`pretend_gpu`). Tests of threads,
+of instruction sets and of layouts that only a CPU has do not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from pretend_gpu import PretendGpu
+
+import tts_kernels as tk
+
+NOT_FOR_GPU = (
+    "thread",
+    "instruction_set",
+    "opcheck",
+    "documented_layout",
+    "does_not_depend_on_its_company",
+    "any_plan",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--on-backend", default="auto", help="as tts_kernels.use_backend takes it")
+    parser.addoption("--pretend-gpu", action="store_true", help="on the CPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    dropped = [item for item in items if any(word in item.name for word in NOT_FOR_GPU)]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(autouse=True)
+def _on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test starts on the GPU, with this backend and checks of values."""
+    option = request.config.getoption
+    device = PretendGpu(watches=False) if option("pretend_gpu") else nullcontext()
+    with device, torch.device("cuda"), tk.use_backend(option("on_backend")), tk.debug_checks(True):
+        yield
