@@ -41,7 +41,7 @@ def test_decode_step(benchmark: Any, branches: int, prefix: int) -> None:
     root = forest.add_root()
     forest.append([root], [prefix])
     children = forest.fork([root] * branches)
-    slots = forest.append(children, [1] * branches).slots
+    slots = forest.append(children, [1] * branches).slots.to(cache.k[0].device)
     plan = forest.plan(children, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     layers = tk.DecoderLayers([random_layer() for _ in range(LAYERS)])
     theta = torch.arange(prefix + 1)[:, None] * 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)

@@ -37,10 +37,10 @@ def test_fork_and_append(benchmark: Any, length: int) -> None:
 
     def ours() -> None:
         children = forest.fork(parents)
-        new = forest.append(children, [1] * BRANCHES)
-        tk.copy_pages_(caches, new.copy_src, new.copy_dst)
+        slots, copy_src, copy_dst = (t.to(k.device) for t in forest.append(children, [1] * BRANCHES))
+        tk.copy_pages_(caches, copy_src, copy_dst)
         for layer in range(LAYERS):
-            tk.append_kv_(cache.k[layer], cache.v[layer], k, v, new.slots)
+            tk.append_kv_(cache.k[layer], cache.v[layer], k, v, slots)
         forest.free(children)
 
     dense = torch.randn(BRANCHES, KV_HEADS, 64, DIM).to(torch.bfloat16).repeat(1, 1, length // 64, 1)

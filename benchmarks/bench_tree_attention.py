@@ -84,9 +84,19 @@ def grow(fan_out: list[int], lengths: list[int]) -> tuple[tk.KVForest, list[int]
     return forest, nodes
 
 
+def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Torch's fused attention with its log-sum-exp; a GPU's flash attention takes no float32."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if q.dtype == torch.float32:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+        return out, lse[..., : q.shape[2]]
+    return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
 def flash_by_level(q: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
     """One call of torch's flash attention a level [nodes, Hkv, L, D], merged pair by pair."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     rows = q.shape[0]
     out = lse = None
     for k, v in levels:

@@ -253,7 +253,8 @@ class KVForest:
         num_q_heads, num_kv_heads, head_dim
             Hq, a multiple of Hkv; Hkv; D.
         device
-            Where the plan's tensors go, and for which the work is cut; the CPU by default, with ``out`` its device.
+            Where the plan's tensors go, and for which the work is cut; by default torch's default
+            device, or that of ``out``.
         out
             An earlier plan for the same numbers and as many rows, whose tensors are filled again. It has room for some
             hundreds of tokens more in each branch.
@@ -313,4 +314,6 @@ def _ints(name: str, values: Ints) -> Any:
 
 def _tensor(buffer: _host.IntBuffer) -> Tensor:
     """An int32 tensor over a host buffer, uncopied."""
-    return torch.frombuffer(buffer, dtype=torch.int32) if len(buffer) else torch.empty(0, dtype=torch.int32)
+    return (
+        torch.frombuffer(buffer, dtype=torch.int32) if len(buffer) else torch.empty(0, dtype=torch.int32, device="cpu")
+    )

@@ -140,7 +140,8 @@ def plan_attention(
     num_q_heads, num_kv_heads, head_dim
         Hq, a multiple of Hkv; Hkv; D.
     device
-        Where the plan's tensors go, and for which the work is cut; the CPU by default, with ``out`` its device.
+        Where the plan's tensors go, and for which the work is cut; by default torch's default
+        device, or that of ``out``.
     out
         An earlier plan for the same numbers and as many rows, whose tensors are filled again.
 
@@ -226,7 +227,7 @@ def make_plan(
     work is cut for.
     """
     if out is None:
-        device = torch.device("cpu" if device is None else device)
+        device = torch.get_default_device() if device is None else torch.device(device)
         return _wrap(fill(None, _is_gpu(device)), shape, device)
     source = _reusable(out, shape, device)
     fill(source.buffer, _is_gpu(source.flat.device))
