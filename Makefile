@@ -86,8 +86,9 @@ gpu-tools: $(VENV)/.installed  ## Install the GPU emulator's compilers: nvcc (fr
 	@command -v clang++-19 || apt-get install -y --no-install-recommends clang-19 libclang-rt-19-dev || \
 	  echo "clang-19 and libclang-rt-19-dev are missing: install them as root; without them the sanitizers' tests are skipped"
 
-wheel: $(VENV)/.built  ## Build a wheel into dist/
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+wheel: $(VENV)/.built  ## Build, audit and test the sdist and a manylinux wheel for each Python that is here (installs zig)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[wheel]'
+	$(BIN)/python tools/wheels.py $(WHEEL)
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info tts_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,7 +18,8 @@ class CMakeBuild(build_ext):
     """Configure, build and install the `python` component to where setuptools expects the extensions."""
 
     def run(self) -> None:
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Wheels for several Pythons may share a build tree: only the forest's module is compiled for each of them.
+        build = Path(os.environ.get("TTS_KERNELS_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         destination = ROOT if self.editable_mode else Path(self.build_lib).resolve()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DTTS_BUILD_TESTS=OFF", *self._generator()]
