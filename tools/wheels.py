@@ -1,8 +1,8 @@
 """Builds, audits and tests release wheels: `make wheel`, or one step by `tools/wheels.py build | audit | test`.
 
 The sdist is made first and unpacked, and every wheel is built from it. Without the manylinux image, zig's clang is the
-compiler: it links against the C library of any older glibc. All wheels are built in one CMake tree, so that the operator
-library, which knows no Python, is compiled once and is the same file in all of them.
+compiler: it links against the C library of any older glibc. All wheels are built in one CMake tree, so that the
+operator library, which knows no Python, is compiled once and is the same file in all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from elftools.elf.dynamic import DynamicSection
@@ -49,7 +48,9 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="the CUDA wheel: with _cuda.so, as version +cu13")
     arguments = parser.parse_args()
     interpreters = {one: path for one in arguments.python if (path := find_python(one)) is not None}
-    print(f"== Pythons: {', '.join(interpreters)}; not here: {', '.join({*arguments.python} - {*interpreters}) or 'none'}")
+    print(
+        f"== Pythons: {', '.join(interpreters)}; not here: {', '.join({*arguments.python} - {*interpreters}) or 'none'}"
+    )
     if "build" in arguments.steps:
         build(interpreters, cuda=arguments.cuda)
     wheels = {one: wheel_for(one, cuda=arguments.cuda) for one in interpreters}
@@ -151,9 +152,13 @@ def build_variables(*, cuda: bool) -> dict[str, str]:
         "CMAKE_RANLIB": tools / "ranlib",
         "TORCH_DIR": Path(torch.__file__).parent,
         "TTS_CUDA": "ON" if cuda else "OFF",
+        "CMAKE_MODULE_LINKER_FLAGS": "-Wl,--strip-debug",  # zig's C++ library comes with what a debugger reads
     }
+    forget = ("_Python*", "PYTHON_*", "pybind11*")  # of the Python before
     return {
-        "CMAKE_ARGS": " ".join(f"-D{name}={value}" for name, value in options.items()),
+        "CMAKE_ARGS": " ".join(
+            [f"-U{name}" for name in forget] + [f"-D{name}={value}" for name, value in options.items()]
+        ),
         "CMAKE_GENERATOR": "Ninja",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "SOURCE_DATE_EPOCH": "315532800",  # the first date that a zip file can hold
@@ -188,7 +193,9 @@ def audit(wheels: Sequence[Path]) -> None:
             for name in compiled:
                 audit_library(wheel, Path(archive.extract(name, folder)))
             libraries.add(hashlib.sha256(archive.read("tts_kernels/_ops.so")).hexdigest())
-        print(f"== {wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB, {size / 2**20:.2f} MiB of it compiled (unpacked)")
+        print(
+            f"== {wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB, {size / 2**20:.2f} MiB of it compiled (unpacked)"
+        )
     expect(len(libraries) == 1, wheels[0], f"one operator library in all wheels, got {len(libraries)}")
     print(f"== one operator library, sha256 {libraries.pop()[:16]}")
 
@@ -199,7 +206,9 @@ def audit_library(wheel: Path, path: Path) -> None:
     expect(needed <= {*FROM_TORCH, *FROM_SYSTEM}, wheel, f"{path.name} to need torch and glibc alone, got {needed}")
     expect(glibc <= GLIBC, wheel, f"{path.name} to need glibc {GLIBC} at most, got {glibc}")
     entry = {name for name in exported if name.startswith("PyInit_")}
-    expect(("_host" in path.name) == bool(entry), wheel, f"{path.name} to have a PyInit_ if it is a module, got {entry}")
+    expect(
+        ("_host" in path.name) == bool(entry), wheel, f"{path.name} to have a PyInit_ if it is a module, got {entry}"
+    )
     ours = [name for name in exported if "tts" in name]
     expect(not ours, wheel, f"{path.name} to export nothing of ours, got {ours[:3]}")
 
@@ -207,13 +216,15 @@ def audit_library(wheel: Path, path: Path) -> None:
 def read_elf(path: Path) -> tuple[set[str], tuple[int, ...], set[str]]:
     """The libraries that a library needs, the glibc that its symbols need, the names that it exports."""
     with open(path, "rb") as file:
-        elf = ELFFile(file)
-        dynamic = [section for section in elf.iter_sections() if isinstance(section, DynamicSection)]
+        sections = list(ELFFile(file).iter_sections())
+        dynamic = [section for section in sections if isinstance(section, DynamicSection)]
         needed = {tag.needed for section in dynamic for tag in section.iter_tags("DT_NEEDED")}
-        versions = [one for section in elf.iter_sections() if isinstance(section, GNUVerNeedSection) for one in names_of(section)]
-        symbols = elf.get_section_by_name(".dynsym").iter_symbols()
-        exported = {one.name for one in symbols if one["st_shndx"] != "SHN_UNDEF" and one["st_info"]["bind"] != "STB_LOCAL"}
-    glibc = [tuple(map(int, match[1].split("."))) for one in versions if (match := re.fullmatch(r"GLIBC_([\d.]+)", one))]
+        wanted = [name for section in sections if isinstance(section, GNUVerNeedSection) for name in names_of(section)]
+        symbols = [one for section in sections if section.name == ".dynsym" for one in section.iter_symbols()]
+        defined = [one for one in symbols if one["st_shndx"] != "SHN_UNDEF"]
+        exported = {one.name for one in defined if one["st_info"]["bind"] != "STB_LOCAL"}
+    matches = [re.fullmatch(r"GLIBC_([\d.]+)", name) for name in wanted]
+    glibc = [tuple(map(int, match[1].split("."))) for match in matches if match]
     return needed, max(glibc, default=(0,)), exported
 
 
@@ -230,10 +241,18 @@ def expect(condition: bool, wheel: Path, what: str) -> None:
 # ---- test ----------------------------------------------------------------------------------------------------------
 
 KERNELS = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py"))]
+SMOKE = (
+    "backend",
+    "forest",
+    "kv_cache",
+    "plan",
+    "prune",
+    "symbols",
+)  # what the module of each Python serves, above all
 TESTS = {
     "all": [*KERNELS, str(ROOT / "tests" / "search"), str(ROOT / "tests" / "models")],
     "kernels": KERNELS,  # at every instruction set that the processor has (test_instruction_sets.py)
-    "smoke": [str(ROOT / "tests" / f"test_{name}.py") for name in ("forest", "prune", "symbols", "backend")],
+    "smoke": [str(ROOT / "tests" / f"test_{name}.py") for name in SMOKE],
 }
 PACKAGES = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "numpy")
 # Deselected: they read what is built in the checkout, not what is installed.
