@@ -23,6 +23,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("aggregate_steps(Tensor scores, Tensor indptr, str how) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("aggregate_steps", TORCH_BOX(&aggregate_steps)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("aggregate_steps", TTS_BOX(&aggregate_steps)); }
 
 }  // namespace tts::ops

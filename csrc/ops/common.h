@@ -11,6 +11,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdio>
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -29,6 +31,35 @@ using torch::stable::Tensor;
 inline void require(bool condition, const char* what) {
     if (!condition) throw std::runtime_error(what);
 }
+
+// ---- the boundary to torch --------------------------------------------------------------------------------
+
+// Runs a kernel; on failure returns false and what it said. Not inlined, so that its caller has nothing to
+// unwind.
+using BoxedKernel = void (*)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
+[[gnu::noinline]] inline bool ran(BoxedKernel kernel, StableIValue* stack, uint64_t num_args,
+                                  uint64_t num_outputs, char (&message)[256]) noexcept {
+    try {
+        kernel(stack, num_args, num_outputs);
+        return true;
+    } catch (const std::exception& error) {
+        std::snprintf(message, sizeof message, "%s", error.what());
+    } catch (...) {
+        std::snprintf(message, sizeof message, "unknown error");
+    }
+    return false;
+}
+
+// A kernel as torch calls it. No exception of ours leaves the library: torch may have another C++ runtime
+// than we (a wheel has libc++ inside), and then cannot catch it. torch throws in our place, through a frame
+// without cleanups.
+template <BoxedKernel kernel>
+void guarded(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+    char message[256];
+    if (!ran(kernel, stack, num_args, num_outputs, message)) aoti_torch_check(false, "", "", 0, message);
+}
+
+#define TTS_BOX(function) (&tts::ops::guarded<&TORCH_BOX(function)>)
 
 // ---- the device -------------------------------------------------------------------------------------------
 

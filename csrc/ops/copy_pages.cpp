@@ -47,6 +47,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("copy_pages_(Tensor(a!)[] caches, Tensor src, Tensor dst) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("copy_pages_", TORCH_BOX(&copy_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("copy_pages_", TTS_BOX(&copy_pages)); }
 
 }  // namespace tts::ops

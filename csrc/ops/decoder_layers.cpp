@@ -92,6 +92,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
         "Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("decoder_layers_", TORCH_BOX(&decoder_layers_)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("decoder_layers_", TTS_BOX(&decoder_layers_)); }
 
 }  // namespace tts::ops

@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CompositeExplicitAutograd, m) {
-    m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-    m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+    m.impl("cpu_isa", TTS_BOX(&cpu_isa));
+    m.impl("cpu_isas", TTS_BOX(&cpu_isas));
 }
 
 }  // namespace tts::ops

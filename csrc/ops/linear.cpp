@@ -84,8 +84,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) {
-    m.impl("pack_linear", TORCH_BOX(&pack_linear));
-    m.impl("linear", TORCH_BOX(&linear));
+    m.impl("pack_linear", TTS_BOX(&pack_linear));
+    m.impl("linear", TTS_BOX(&linear));
 }
 
 }  // namespace tts::ops

@@ -64,6 +64,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("linear_logprob(Tensor hidden, Tensor weight, Tensor targets, float temperature) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("linear_logprob", TORCH_BOX(&linear_logprob)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("linear_logprob", TTS_BOX(&linear_logprob)); }
 
 }  // namespace tts::ops

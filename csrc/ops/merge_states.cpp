@@ -21,6 +21,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("merge_states", TORCH_BOX(&merge_states)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("merge_states", TTS_BOX(&merge_states)); }
 
 }  // namespace tts::ops

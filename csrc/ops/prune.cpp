@@ -18,6 +18,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("prune(Tensor scores, Tensor indptr, int width, Tensor? k, bool keep_order) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("prune", TORCH_BOX(&prune)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("prune", TTS_BOX(&prune)); }
 
 }  // namespace tts::ops

@@ -65,6 +65,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
         "Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("rope_append_", TORCH_BOX(&rope_append_)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("rope_append_", TTS_BOX(&rope_append_)); }
 
 }  // namespace tts::ops

@@ -171,6 +171,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
         "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("sample", TTS_BOX(&sample)); }
 
 }  // namespace tts::ops

@@ -44,6 +44,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
           "bool keep_order) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("score_and_prune", TORCH_BOX(&score_and_prune)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("score_and_prune", TTS_BOX(&score_and_prune)); }
 
 }  // namespace tts::ops

@@ -28,6 +28,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("step_scores(Tensor hidden, Tensor positions, " TTS_HEAD_SCHEMA ") -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("step_scores", TORCH_BOX(&step_scores)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("step_scores", TTS_BOX(&step_scores)); }
 
 }  // namespace tts::ops

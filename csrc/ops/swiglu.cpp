@@ -21,6 +21,6 @@ Tensor swiglu(const Tensor& gate_up_in) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) { m.def("swiglu(Tensor gate_up) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("swiglu", TTS_BOX(&swiglu)); }
 
 }  // namespace tts::ops

@@ -218,6 +218,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
         "lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("tree_attention", TORCH_BOX(&tree_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("tree_attention", TTS_BOX(&tree_attention)); }
 
 }  // namespace tts::ops
