@@ -32,7 +32,10 @@ def test_nothing_of_ours_is_exported() -> None:
 
 def test_kernels_carry_their_instruction_set() -> None:
     """An inline function compiled for AVX-512 must never be the copy that an older processor runs."""
-    ours = [(kind, name) for kind, name in symbols() if "tts::" in name]
+    everything = symbols()
+    if not everything:
+        pytest.skip("the library is stripped")
+    ours = [(kind, name) for kind, name in everything if "tts::" in name]
     kernels = {s for s in SETS for _, name in ours if name.startswith(f"tts::{s}::")}
     assert "generic" in kernels
 

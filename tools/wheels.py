@@ -35,6 +35,8 @@ LIMIT = 5 * 2**20  # bytes of compiled code in a CPU wheel
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")  # loaded before ours, by torch
 FROM_SYSTEM = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2")
 
+FROM_GCC = ("libstdc++.so.6", "libgcc_s.so.1")  # torch loads them too
+
 OPTIONS = {"stdin": subprocess.DEVNULL, "check": True}
 
 
@@ -45,14 +47,18 @@ def main() -> None:
     parser.add_argument("--python", nargs="+", default=list(VERSIONS), help="versions to build for, if they are here")
     parser.add_argument("--torch", default=pinned("torch"), help="release that the tests run with")
     parser.add_argument("--tests", choices=("all", "kernels", "smoke"), default="all")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA wheel: with _cuda.so, as version +cu13")
+    parser.add_argument(
+        "--cuda", action="store_true", help="the CUDA wheels: version +cu13, with what `make cuda` built"
+    )
     arguments = parser.parse_args()
     interpreters = {one: path for one in arguments.python if (path := find_python(one)) is not None}
     print(
         f"== Pythons: {', '.join(interpreters)}; not here: {', '.join({*arguments.python} - {*interpreters}) or 'none'}"
     )
     if "build" in arguments.steps:
-        build(interpreters, cuda=arguments.cuda)
+        build(interpreters)
+        if arguments.cuda:
+            add_cuda([wheel_for(one, cuda=False) for one in interpreters])
     wheels = {one: wheel_for(one, cuda=arguments.cuda) for one in interpreters}
     if "audit" in arguments.steps:
         audit(list(wheels.values()))
@@ -101,7 +107,7 @@ def environment(path: Path, python: Path, *packages: str) -> Path:
 # ---- build ---------------------------------------------------------------------------------------------------------
 
 
-def build(interpreters: dict[str, Path], *, cuda: bool) -> None:
+def build(interpreters: dict[str, Path]) -> None:
     """Build the sdist, and a wheel from it for each interpreter."""
     DIST.mkdir(exist_ok=True)
     sdist = call_backend(Path(sys.executable), ROOT, f"build_sdist({str(DIST)!r})", {})
@@ -115,12 +121,12 @@ def build(interpreters: dict[str, Path], *, cuda: bool) -> None:
         inside = environment(BUILD / f"build-{one}", python, "setuptools", "wheel", "pybind11")
         shutil.rmtree(source / "build", ignore_errors=True)
         with tempfile.TemporaryDirectory() as folder:
-            name = call_backend(inside, source, f"build_wheel({folder!r})", build_variables(cuda=cuda))
+            name = call_backend(inside, source, f"build_wheel({folder!r})", build_variables())
             exclude = [word for library in FROM_TORCH for word in ("--exclude", library)]
             command = [BIN / "auditwheel", "repair", "--plat", PLATFORM, "--only-plat", "-w", DIST, *exclude]
             path = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
             subprocess.run([*map(str, command), f"{folder}/{name}"], env=path, capture_output=True, **OPTIONS)
-        print(f"== {wheel_for(one, cuda=cuda).name}")
+        print(f"== {wheel_for(one, cuda=False).name}")
 
 
 def call_backend(python: Path, source: Path, call: str, variables: dict[str, str]) -> str:
@@ -134,7 +140,7 @@ def call_backend(python: Path, source: Path, call: str, variables: dict[str, str
     return run.stdout.splitlines()[-1]
 
 
-def build_variables(*, cuda: bool) -> dict[str, str]:
+def build_variables() -> dict[str, str]:
     """What setup.py and CMake read: one build tree, zig as the compiler, torch's headers from this environment."""
     tools = BUILD / "zig"
     tools.mkdir(parents=True, exist_ok=True)
@@ -151,7 +157,6 @@ def build_variables(*, cuda: bool) -> dict[str, str]:
         "CMAKE_AR": tools / "ar",
         "CMAKE_RANLIB": tools / "ranlib",
         "TORCH_DIR": Path(torch.__file__).parent,
-        "TTS_CUDA": "ON" if cuda else "OFF",
         "CMAKE_MODULE_LINKER_FLAGS": "-Wl,--strip-debug",  # zig's C++ library comes with what a debugger reads
     }
     forget = ("_Python*", "PYTHON_*", "pybind11*")  # of the Python before
@@ -162,14 +167,36 @@ def build_variables(*, cuda: bool) -> dict[str, str]:
         "CMAKE_GENERATOR": "Ninja",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "SOURCE_DATE_EPOCH": "315532800",  # the first date that a zip file can hold
-        "TTS_KERNELS_BUILD_DIR": str(BUILD / ("cmake-cuda" if cuda else "cmake")),
+        "TTS_KERNELS_BUILD_DIR": str(BUILD / "cmake"),
     }
 
 
-def wheel_for(python: str, *, cuda: bool = False) -> Path:
+def add_cuda(wheels: Sequence[Path]) -> None:
+    """Make CUDA wheels of CPU wheels: the same files and the CUDA library, as local version +cu13."""
+    library = ROOT / "build" / "cuda" / "_cuda.so"
+    if not library.is_file():
+        sys.exit(f"{library}: expected the CUDA library; `make cuda` builds it")
+    needs = max(GLIBC, read_elf(library)[1])  # nvcc's host compiler is the system's, with the system's glibc
+    tool = [sys.executable, "-m", "wheel"]
+    for wheel in wheels:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*tool, "unpack", "-d", folder, str(wheel)], stdout=subprocess.DEVNULL, **OPTIONS)
+            (unpacked,) = Path(folder).iterdir()
+            (info,) = unpacked.glob("*.dist-info")
+            shutil.copy(library, unpacked / "tts_kernels" / "_cuda.so")
+            metadata = (info / "METADATA").read_text(encoding="utf-8")
+            (info / "METADATA").write_text(re.sub(r"(?m)^(Version: .*)$", r"\1+cu13", metadata), encoding="utf-8")
+            tags = (info / "WHEEL").read_text(encoding="utf-8")
+            platform = f"manylinux_{needs[0]}_{needs[1]}_x86_64"
+            (info / "WHEEL").write_text(tags.replace(PLATFORM, platform), encoding="utf-8")
+            info.rename(info.with_name(info.name.replace(".dist-info", "+cu13.dist-info")))
+            subprocess.run([*tool, "pack", "-d", str(DIST), str(unpacked)], stdout=subprocess.DEVNULL, **OPTIONS)
+
+
+def wheel_for(python: str, *, cuda: bool) -> Path:
     """The wheel that was built for a Python."""
     tag = python.replace(".", "")
-    found = sorted(DIST.glob(f"tts_kernels-*-cp{tag}-cp{tag}-{PLATFORM}.whl"), key=lambda path: path.stat().st_mtime)
+    found = sorted(DIST.glob(f"tts_kernels-*-cp{tag}-cp{tag}-manylinux*.whl"), key=lambda path: path.stat().st_mtime)
     found = [path for path in found if ("+cu" in path.name) == cuda]
     if not found:
         sys.exit(f"dist: expected a wheel for Python {python}")
@@ -203,14 +230,22 @@ def audit(wheels: Sequence[Path]) -> None:
 def audit_library(wheel: Path, path: Path) -> None:
     """Check what a library needs and what it exports."""
     needed, glibc, exported = read_elf(path)
+    if "_cuda" in path.name:
+        expect(
+            needed <= {*FROM_TORCH, *FROM_SYSTEM, *FROM_GCC},
+            wheel,
+            f"{path.name} to need no CUDA library, got {needed}",
+        )
+        return
     expect(needed <= {*FROM_TORCH, *FROM_SYSTEM}, wheel, f"{path.name} to need torch and glibc alone, got {needed}")
     expect(glibc <= GLIBC, wheel, f"{path.name} to need glibc {GLIBC} at most, got {glibc}")
-    entry = {name for name in exported if name.startswith("PyInit_")}
-    expect(
-        ("_host" in path.name) == bool(entry), wheel, f"{path.name} to have a PyInit_ if it is a module, got {entry}"
-    )
-    ours = [name for name in exported if "tts" in name]
-    expect(not ours, wheel, f"{path.name} to export nothing of ours, got {ours[:3]}")
+    entry = {"PyInit__host"} if "_host" in path.name else set()
+    expect(exported == entry, wheel, f"{path.name} to export {entry or 'nothing'}, got {sorted(exported)[:5]}")
+    if not entry:
+        command = [str(BIN / "torch-abi-audit"), str(path)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        stable = re.search(r"Torch ABI: +STABLE\n +Min torch: +2\.10\.", shown)
+        expect(stable is not None, wheel, f"{path.name} to use torch's stable ABI of 2.10 alone, got {shown}")
 
 
 def read_elf(path: Path) -> tuple[set[str], tuple[int, ...], set[str]]:
