@@ -7,6 +7,7 @@ is which branch, and ask for what is new. The adapters to those frameworks are m
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import OrderedDict
@@ -22,8 +23,8 @@ from tts_search.types import Step, StepParams
 
 __all__ = ["Continuation", "StepSampler", "StepScorer", "before_delimiter"]
 
-# Problems of theirs are numbered from here, so that the same policy can serve a search besides.
-_FIRST_PROBLEM: Final = 1 << 40
+# The problems of all samplers and scorers, apart from those of searches: they may share a policy or a verifier.
+_NUMBERS: Final = itertools.count(1 << 40)
 _GREEDY: Final = -1  # the last number of the path of a child that took the most likely tokens
 _STRANGE: Final = -2  # the first number of a path that no sampling led to
 
@@ -77,7 +78,6 @@ class _Problems(Generic[Tree]):
         self.trees: OrderedDict[str, tuple[int, Tree]] = OrderedDict()
         self._driver = driver
         self._max = max_problems
-        self._next = _FIRST_PROBLEM
         self._ended = Usage()
 
     def open(self, text: str, tree: Tree) -> tuple[int, Tree]:
@@ -85,9 +85,9 @@ class _Problems(Generic[Tree]):
         if text not in self.trees:
             if not isinstance(text, str) or not text.strip():
                 raise SearchError(f"expected a problem that is not empty, got {text!r:.200}")
-            self._driver.begin(self._next, text)
-            self.trees[text] = (self._next, tree)
-            self._next += 1
+            number = next(_NUMBERS)
+            self._driver.begin(number, text)
+            self.trees[text] = (number, tree)
         self.trees.move_to_end(text)
         return self.trees[text]
 

@@ -108,9 +108,10 @@ def test_an_edited_text_is_read_from_where_it_is_known(policy_path):
     sampler = StepSampler(policy, seed=1)
     steps = sampler.sample([Continuation(PROBLEM, "", PARAMS, 8)])[0]
     step = next(step for step in steps if not step.finished and step.reason == "stop")
-    before = policy._problems[1 << 40].root.meter.prompt
+    (problem,) = policy._problems.values()
+    before = problem.root.meter.prompt
     sampler.sample([Continuation(PROBLEM, f"{step.text}So ", PARAMS)])
-    assert policy._problems[1 << 40].root.meter.prompt - before == 3
+    assert problem.root.meter.prompt - before == 3
     usage = sampler.close()
     assert usage.prefill_tokens == before + 3
 
@@ -125,6 +126,13 @@ def test_a_search_and_a_sampler_share_a_policy(policy_path):
     texts = [one.text for one in alone.completions]
     assert sorted(step.text for step in steps) == sorted(texts)
     assert [one.text for one in beside.completions] == texts
+
+
+def test_samplers_and_scorers_share_drivers(verifier_path):
+    verifier = HFVerifier(verifier_path, kv_memory="4MiB")
+    one, other = StepScorer(verifier), StepScorer(verifier)
+    assert one.score([(PROBLEM, "1 + 1")]) == other.score([(PROBLEM, "1 + 1")])
+    assert one.close().tokens == other.close().tokens > 0
 
 
 def test_scores_of_known_steps_are_kept(verifier_path):
