@@ -172,6 +172,7 @@ def test_hidden_slots_may_hold_anything(page_size: int, group: int, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_plan_cut_for_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tts_kernels.plan._is_gpu", lambda _: True)
+    monkeypatch.setattr("tts_kernels.plan._staged", lambda host, _: host)  # no GPU, no pinned memory
     tree = star(16, branches=40, prefix=1100)
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in tree.pages], True)
     plan = tk.plan_attention(table, tree.kv_lens, page_size=16, num_q_heads=4, num_kv_heads=2, head_dim=64)
