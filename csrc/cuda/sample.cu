@@ -362,7 +362,7 @@ __device__ int draw(const Row<T>& row, float& logprob, Shared& shared) {
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads, 2) void sample_kernel(SampleArgs args) {
+__global__ __launch_bounds__(kThreads) void sample_kernel(SampleArgs args) {
     __shared__ Shared shared;
     const int64_t r = blockIdx.x;
     const T* x = static_cast<const T*>(args.logits.data) + r * args.stride;
