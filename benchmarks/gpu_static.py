@@ -1,8 +1,9 @@
 """What the compiler says of every CUDA kernel: registers, spills, shared memory, occupancy. No GPU is needed.
 
-``python benchmarks/gpu_static.py`` compiles csrc/cuda for each architecture and writes gpu_static.md. Occupancy
-follows the CUDA C++ programming guide's tables of compute capabilities: how many blocks an SM holds by registers,
-shared memory, warps and blocks. Dynamic shared memory is the launcher's: it is stated here by kernel, at its largest.
+``python benchmarks/gpu_static.py`` compiles csrc/cuda for each architecture and writes gpu_static.md, with what
+gpu_model.py predicts from it. Occupancy follows the CUDA C++ programming guide's tables of compute capabilities: how
+many blocks an SM holds by registers, shared memory, warps and blocks. Dynamic shared memory is the launcher's: it is
+stated here by kernel, at its largest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +26,12 @@ REPORT = Path(__file__).with_suffix(".md")
 
 @dataclass(frozen=True)
 class Architecture:
-    """Limits of one SM: warps and blocks it holds, and shared memory in bytes, of all its blocks and of one."""
+    """Limits of one SM: warps and blocks it holds, and shared memory in bytes, of all its blocks and of one.
 
+    code: the architecture whose machine code the library has for it.
+    """
+
+    code: int
     warps: int
     blocks: int
     shared: int
@@ -34,12 +39,12 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    80: Architecture(64, 32, 164 << 10, 163 << 10),
-    86: Architecture(48, 16, 100 << 10, 99 << 10),
-    89: Architecture(48, 24, 100 << 10, 99 << 10),
-    90: Architecture(64, 32, 228 << 10, 227 << 10),
-    100: Architecture(64, 32, 228 << 10, 227 << 10),
-    120: Architecture(48, 32, 100 << 10, 99 << 10),
+    80: Architecture(80, 64, 32, 164 << 10, 163 << 10),
+    86: Architecture(80, 48, 16, 100 << 10, 99 << 10),
+    89: Architecture(80, 48, 24, 100 << 10, 99 << 10),
+    90: Architecture(90, 64, 32, 228 << 10, 227 << 10),
+    100: Architecture(100, 64, 32, 228 << 10, 227 << 10),
+    120: Architecture(120, 48, 32, 100 << 10, 99 << 10),
 }
 REGISTERS, WARP, REGISTER_UNIT, SHARED_UNIT, SHARED_OF_THE_SYSTEM = 65536, 32, 256, 128, 1024
 
@@ -155,9 +160,12 @@ def _end_of_name(full: str) -> int:
 
 def survey(architectures: Iterable[int] = ARCHITECTURES) -> list[Kernel]:
     """Every kernel of csrc/cuda, for each architecture."""
-    jobs = [(source, a) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in architectures]
+    wanted = list(architectures)
+    codes = sorted({ARCHITECTURES[a].code for a in wanted})
+    jobs = [(source, code) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for code in codes]
     with concurrent.futures.ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        return [kernel for kernels in pool.map(lambda job: compile_kernels(*job), jobs) for kernel in kernels]
+        compiled = [kernel for kernels in pool.map(lambda job: compile_kernels(*job), jobs) for kernel in kernels]
+    return [replace(k, architecture=a) for k in compiled for a in wanted if ARCHITECTURES[a].code == k.architecture]
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -170,9 +178,7 @@ def table(kernels: list[Kernel]) -> str:
     for file, name in dict.fromkeys((k.file, k.name) for k in kernels):
         row = {k.architecture: k for k in kernels if (k.file, k.name) == (file, name)}
         first = next(iter(row.values()))
-        cells = [
-            f"{row[a].registers}, {row[a].spilled}, {row[a].blocks} ({row[a].occupancy:.0%})" for a in architectures
-        ]
+        cells = [cell(row[a]) for a in architectures]
         shared = f"{max(k.shared for k in row.values())} + {first.dynamic_shared}"
         lines.append(f"| {file} | `{name}` | {first.threads} | {shared} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -184,14 +190,26 @@ def cell(kernel: Kernel) -> str:
 
 def report(kernels: list[Kernel]) -> str:
     """The page."""
+    import gpu_model
+
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"V([\d.]+)", version)
     return f"""# CUDA kernels as compiled
 
 `python benchmarks/gpu_static.py`, nvcc {release[1] if release else "?"}. Each cell: registers a thread, bytes spilled,
-blocks that an SM holds at once (and the part of its warps that they are). Verified by emulation; not timed.
+blocks that an SM holds at once (and the part of its warps that they are). sm_86 and sm_89 run the code for sm_80 within
+their own limits.
 
 {table(kernels)}
+
+# What a model predicts
+
+Predicted from a model, verified by emulation; not timed. Each cell: the least that the roofline allows / what the model
+predicts = the predicted part of the roofline. The model is gpu_model.py; it takes for granted:
+
+{gpu_model.ASSUMPTIONS}
+
+{gpu_model.table(kernels)}
 """
 
 
