@@ -1,13 +1,21 @@
-"""How many launches an operator takes; run by test_operators.py, in a process that emulates."""
+"""How many launches an operator takes, and which; run by test_operators.py, in a process that emulates."""
 
 from __future__ import annotations
+
+import importlib
+import re
+import sys
+from typing import Any
 
 import pytest
 import torch
 
 import tts_kernels as tk
 
-from .library import Library
+from .library import ROOT, Library
+
+sys.path.append(str(ROOT / "benchmarks"))
+gpu_model, gpu_static = map(importlib.import_module, ("gpu_model", "gpu_static"))
 
 ONE_ROW = tk.ScoreHead.scalar(torch.ones(8))
 HIDDEN_LAYER = tk.ScoreHead.mlp(torch.ones(3, 8), None, torch.rand(2, 3), None)
@@ -35,3 +43,100 @@ def test_nothing_to_do_is_no_launch(emulated: Library) -> None:
     tk.step_scores(torch.rand(9, 8), torch.arange(0), ONE_ROW)
     tk.linear_logprob(torch.rand(0, 8), torch.rand(600, 8), torch.arange(0))
     assert emulated.launches == []
+
+
+# ---- benchmarks/gpu_model.py: the launches that it counts are those that are made ----
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.rand(shape).bfloat16()
+
+
+def attend() -> Any:
+    forest = tk.KVForest(64)
+    root = forest.add_root()
+    forest.append([root], [40])
+    leaves = forest.fork([root] * 3)
+    forest.append(leaves, [5] * 3)
+    plan = forest.plan(leaves, num_q_heads=4, num_kv_heads=2, head_dim=64)
+    tk.tree_attention(half(3, 4, 64), half(64, 16, 2, 64), half(64, 16, 2, 64), plan)
+    tasks = [
+        gpu_model.Task(end - begin, [1]) for _, _, begin, end, _ in plan.tasks.tolist()
+    ]  # all that there is room for
+    return gpu_model.tree_attention(tasks, plan.max_slots, 3, 4, 2, 64, 55)
+
+
+def hidden_layer() -> Any:
+    tk.step_scores(half(9, 64), torch.arange(5), tk.ScoreHead.mlp(half(300, 64), None, torch.rand(2, 300), None))
+    return gpu_model.hidden_layer(5, 64, 300)
+
+
+def copy_pages() -> Any:
+    caches = [half(6, 16, 2, 64) for _ in range(3)]
+    tk.copy_pages_(caches, torch.tensor([0, 1]), torch.tensor([4, 5]))
+    return gpu_model.copy_pages(2, 3, 16 * 2 * 64 * 2)
+
+
+def append_kv() -> Any:
+    tk.append_kv_(half(6, 16, 2, 64), half(6, 16, 2, 64), half(7, 2, 64), half(7, 2, 64), torch.arange(7))
+    return gpu_model.append_kv(7, 2, 64)
+
+
+def merge_states() -> Any:
+    tk.merge_states(half(3, 5, 64), torch.rand(3, 5), half(3, 5, 64), torch.rand(3, 5))
+    return gpu_model.merge_states(3, 5, 64)
+
+
+def linear_logprob(rows: int) -> Any:
+    tk.linear_logprob(half(rows, 64), half(600, 64), torch.zeros(rows, dtype=torch.int64))
+    return gpu_model.linear_logprob(rows, 64, 600)
+
+
+def score_and_prune() -> Any:
+    steps, groups = torch.arange(7), torch.tensor([0, 2, 6])
+    tk.score_and_prune(half(9, 64), torch.arange(6), steps, tk.ScoreHead.scalar(torch.ones(64)), groups, 2)
+    return gpu_model.score_and_prune(6, 64, 2, 2)
+
+
+def step_scores() -> Any:
+    tk.step_scores(half(9, 64), torch.arange(5), tk.ScoreHead.scalar(torch.ones(64)))
+    return gpu_model.step_scores(5, 64)
+
+
+def aggregate_steps() -> Any:
+    tk.aggregate_steps(torch.rand(600), torch.arange(0, 601, 3), "min")
+    return gpu_model.aggregate_steps(600, 200)
+
+
+def prune() -> Any:
+    tk.prune(torch.rand(12), torch.arange(0, 13, 4), 2)
+    return gpu_model.prune(3, 4, 2)
+
+
+def sample() -> Any:
+    tk.sample(torch.rand(3, 100), seeds=torch.arange(3), offsets=torch.arange(3), top_p=0.9)
+    return gpu_model.sample(3, 100, True)
+
+
+CALLS = [
+    attend,
+    hidden_layer,
+    copy_pages,
+    append_kv,
+    merge_states,
+    score_and_prune,
+    step_scores,
+    aggregate_steps,
+    prune,
+]
+CALLS += [sample, lambda: linear_logprob(5), lambda: linear_logprob(70)]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_cost_model_counts_the_launches_that_are_made(emulated: Library, call: Any) -> None:
+    counted = call()
+    assert [launch.grid[0] for launch in emulated.launches] == [launch.blocks for launch in counted]
+    for made, launch in zip(emulated.launches, counted, strict=True):
+        name = gpu_static.demangle(made.kernel)
+        assert re.search(launch.kernel, name)
+        assert made.shared == next((n for form, n in gpu_static.DYNAMIC_SHARED.items() if re.search(form, name)), 0)

@@ -71,7 +71,7 @@ def test_the_cases_of_the_cpu(operator: str, seed: int) -> None:
 
 @pytest.mark.slow
 def test_launches() -> None:
-    run("score_and_prune,linear_logprob,step_scores", tests=str(HERE / "launches.py"))
+    run(",".join(ALL), tests=str(HERE / "launches.py"))
 
 
 @pytest.mark.skipif(clang() is None, reason="no clang")
