@@ -29,6 +29,9 @@ READERS = (traffic.read_tokens, traffic.read_scores)
 
 aten = torch.ops.aten
 MOVES = (aten.to, aten._to_copy)
+# Some of what asks for a guard of the device, in tests of single operators.
+UNGUARDED = (Tensor.double, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.long, Tensor.int, Tensor.bool,
+             Tensor.byte, Tensor.contiguous, Tensor.nonzero, torch.equal, torch.nonzero)  # fmt: skip
 # Operators whose result's shape hangs on values: the host has to know them.
 SHAPED_BY_VALUES = (aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive, aten.repeat_interleave,
                     aten.bincount, aten.equal, aten.is_nonzero)  # fmt: skip
@@ -63,9 +66,9 @@ class GpuTensor(Tensor):
         mode = _get_current_dispatch_mode()  # these would ask for a guard of the device first
         if func is Tensor.copy_:
             return mode._copied(*args, **(kwargs or {}))
-        if func in (Tensor.__getitem__, Tensor.__setitem__):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) or (not mode.watches and func in UNGUARDED):
             mode._check(aten.index.Tensor, args, None)
-            return mode._run(func, args, {})
+            return mode._run(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 

@@ -38,7 +38,7 @@ class Case:
         forest.append([root], [9])
         branches = forest.fork([root, root])
         counts = [1, 3]
-        slots = forest.append(branches, counts).slots
+        slots = forest.append(branches, counts).slots.to(torch.get_default_device())
         positions = torch.tensor([9, 9, 10, 11])
         plan = forest.plan(branches, counts, num_q_heads=Q_HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
         theta = torch.arange(20)[:, None] * 10.0 ** -torch.linspace(0, 1, HEAD_DIM // 2)
