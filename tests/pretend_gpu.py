@@ -31,7 +31,7 @@ aten = torch.ops.aten
 MOVES = (aten.to, aten._to_copy)
 # Some of what asks for a guard of the device, in tests of single operators.
 UNGUARDED = (Tensor.double, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.long, Tensor.int, Tensor.bool,
-             Tensor.byte, Tensor.contiguous, Tensor.nonzero, torch.equal, torch.nonzero)  # fmt: skip
+             Tensor.byte, Tensor.__invert__, Tensor.contiguous, Tensor.nonzero, torch.equal, torch.nonzero)  # fmt: skip
 # Operators whose result's shape hangs on values: the host has to know them.
 SHAPED_BY_VALUES = (aten.nonzero, aten.masked_select, aten._unique2, aten.unique_consecutive, aten.repeat_interleave,
                     aten.bincount, aten.equal, aten.is_nonzero)  # fmt: skip
