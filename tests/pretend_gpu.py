@@ -118,7 +118,10 @@ class PretendGpu(TorchDispatchMode):
         def on_device(op: Op, *args: Any) -> Any:
             if not _gpu_tensors(args):
                 return call(op, *args)
-            return op._cpp(args) if op.composed is None else op.composed(*args)
+            if op.composed is None:
+                return op._cpp(args)
+            op.check(*args)
+            return op.composed(*args)
 
         fakes = mock.patch("torch.cuda._lazy_init"), mock.patch.object(Op, "__call__", on_device)
         for patch in (*fakes, torch.inference_mode()):  # there an operator arrives whole, not as parts with guards
