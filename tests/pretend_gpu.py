@@ -66,7 +66,7 @@ class GpuTensor(Tensor):
         mode = _get_current_dispatch_mode()  # these would ask for a guard of the device first
         if func is Tensor.copy_:
             return mode._copied(*args, **(kwargs or {}))
-        if func in (Tensor.__getitem__, Tensor.__setitem__) or (not mode.watches and func in UNGUARDED):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) or (func in UNGUARDED and not mode.watches):
             mode._check(aten.index.Tensor, args, None)
             return mode._run(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
