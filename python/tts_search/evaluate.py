@@ -31,6 +31,7 @@ __all__ = [
     "Record",
     "Runner",
     "evaluate",
+    "latest",
     "read_configs",
     "read_record",
     "read_records",
@@ -216,7 +217,7 @@ def evaluate(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [*also, path]
-    records = {(record.experiment, record.task): record for file in files for record in read_records(file)}
+    records = latest(record for file in files for record in read_records(file))
     with _open_to_append(path) as results:
         for experiment in experiments:
             variants = experiment.variants
@@ -224,15 +225,27 @@ def evaluate(
             for record in run(experiment, todo):
                 results.write(json.dumps(asdict(record), allow_nan=False) + "\n")
                 results.flush()
-                records[record.experiment, record.task] = record
-    return [
-        records[variant.key, task.id] for experiment in experiments for variant in experiment.variants for task in tasks
-    ]
+                records[record.experiment, record.task, record.problem] = record
+    variants = [variant for experiment in experiments for variant in experiment.variants]
+    return [records[variant.key, task.id, task.problem] for variant in variants for task in tasks]
 
 
-def _is_done(records: Mapping[tuple[str, str], Record], experiment: Experiment, task: Task) -> bool:
-    record = records.get((experiment.key, task.id))
-    return record is not None and not record.error
+def latest(records: Iterable[Record]) -> dict[tuple[str, str, str], Record]:
+    """Return, by experiment, task and problem, the last record that is no error; if all are, the last one.
+
+    The problem's text tells data sets apart whose tasks have the same ids.
+    """
+    found: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        key = (record.experiment, record.task, record.problem)
+        if record.error is None or key not in found or found[key].error is not None:
+            found[key] = record
+    return found
+
+
+def _is_done(records: Mapping[tuple[str, str, str], Record], experiment: Experiment, task: Task) -> bool:
+    record = records.get((experiment.key, task.id, task.problem))
+    return record is not None and not record.error and record.gold == task.answer
 
 
 def run_here(

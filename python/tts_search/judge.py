@@ -6,6 +6,7 @@ only. Here the limit is one of CPU time, and exceeding it ends the process: a bu
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -38,19 +39,34 @@ class Judge:
         if importlib.util.find_spec("math_verify") is None:
             return None
         with self._lock:
-            worker = self._started()
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            try:
-                worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-                worker.stdin.flush()
-                reply = worker.stdout.readline()
-            except BrokenPipeError:
-                reply = b""
-            if not reply:
-                worker.communicate()
-                self._worker = None
+            reply, status = self._ask(gold, answer)
+            if not reply and status != -signal.SIGPROF:  # not out of time: it was killed, perhaps before it was asked
+                reply, _ = self._ask(gold, answer)
             return bool(json.loads(reply)) if reply else None
+
+    def _ask(self, gold: str, answer: str) -> tuple[bytes, int | None]:
+        """The worker's reply; if it ended instead, no reply and its exit status."""
+        worker = self._started()
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            worker.stdin.flush()
+            reply = worker.stdout.readline()
+        except BrokenPipeError:
+            reply = b""
+        except BaseException:  # Ctrl-C: a reply that is still to come would be taken for that to the next question
+            worker.kill()
+            self._end(worker)
+            raise
+        if not reply:
+            self._end(worker)
+        return reply, worker.returncode
+
+    def _end(self, worker: subprocess.Popen[bytes]) -> None:
+        self._worker = None
+        with contextlib.suppress(BrokenPipeError):
+            worker.communicate()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._worker is None or self._owner != os.getpid():  # a fork starts one of its own

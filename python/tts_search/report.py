@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tts_search.config import SearchConfig
-from tts_search.evaluate import Record, read_configs, read_records
+from tts_search.evaluate import Record, latest, read_configs, read_records
 from tts_search.strategy import BINS, Bin, difficulty_bin, fit
 
 __all__ = [
@@ -203,20 +205,27 @@ def sign_test(first: Row, second: Row) -> tuple[float, float]:
 
 
 def read_folder(folder: str | Path) -> list[Record]:
-    """Read all ``results*.jsonl`` of a folder: of each task and experiment, the last record.
+    """Read all ``results*.jsonl`` of a folder: of each task and experiment, the last record, if possible no error.
+
+    If the folder holds several data sets, tasks of different problems that have the same id are told apart by a hash of
+    the problem behind the id.
 
     Raises
     ------
     ValueError
         If there are none.
     """
-    latest = {}
-    for path in sorted(Path(folder).glob("results*.jsonl")):
-        for record in read_records(path):
-            latest[record.experiment, record.task] = record
-    if not latest:
+    paths = sorted(Path(folder).glob("results*.jsonl"))
+    records = list(latest(record for path in paths for record in read_records(path)).values())
+    if not records:
         raise ValueError(f"{folder}: expected results in results*.jsonl, found none")
-    return list(latest.values())
+    problems = Counter(task for task, _ in {(record.task, record.problem) for record in records})
+    return [_with_own_id(record) if problems[record.task] > 1 else record for record in records]
+
+
+def _with_own_id(record: Record) -> Record:
+    digest = hashlib.blake2b(record.problem.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+    return replace(record, task=f"{record.task} #{digest}")
 
 
 def rows_of(records: Iterable[Record], vote: str | None = None) -> list[Row]:
@@ -344,18 +353,28 @@ def _map_table(rows: Sequence[Row]) -> str:
 def strategy_table(records: Sequence[Record], configs: Mapping[str, SearchConfig]) -> str:
     """Return the cross-validated accuracy of a fitted strategy by policy, verifier and n, beside the best fixed choice.
 
-    A strategy chooses method and vote by the problem's difficulty (pass@1 in the largest best-of-N); the fixed choice
-    is the same for all problems. Neither is chosen by a problem that it is counted on.
+    A strategy chooses method and vote by the problem's difficulty; the fixed choice is the same for all problems.
+    Neither is chosen by a problem that it is counted on. A row each for the difficulty as a search of a new problem
+    finds it (estimated from the smallest best-of-N of at least 4 samples, which are not counted in n), and as only the
+    right answer tells it (pass@1 in the largest best-of-N): the most that better estimates could bring.
     """
-    sampled = [row for row in rows_of(records) if row.verifier]
-    sizes = sorted({row.n for row in sampled})
+    searches = [row for row in rows_of(records) if row.verifier]
+    sizes = sorted({row.n for row in searches})
     lines = []
-    for policy, verifier in sorted({(row.policy, row.verifier) for row in sampled}):
-        own = [record for row in sampled if (row.policy, row.verifier) == (policy, verifier) for record in row.records]
-        if not any(record.method == "best_of_n" for record in own):
+    for policy, verifier in sorted({(row.policy, row.verifier) for row in searches}):
+        own = [one for row in searches if (row.policy, row.verifier) == (policy, verifier) for one in row.records]
+        own = [record for record in own if record.experiment in configs]
+        sampled = [one for one in own if one.method == "best_of_n" and one.num_completions]
+        if not sampled:
             continue
-        fitted = fit(own, configs, budget=own[0].n)
-        for name, accuracy in (("by difficulty", fitted.accuracy), ("one for all", fitted.fixed)):
+        fitted = fit(own, configs, budget=sampled[0].n)
+        results = [("difficulty known", fitted.accuracy), ("one for all", fitted.fixed)]
+        probes = [configs[one.experiment] for one in sampled if one.n >= 4 and one.pass_estimate is not None]
+        if probes:
+            probe = min(probes, key=lambda config: config.n)
+            estimated = fit(own, configs, budget=probe.n, probe=probe).accuracy
+            results.insert(0, (f"difficulty from {probe.n} samples", estimated))
+        for name, accuracy in results:
             cells = [f"{100 * accuracy[n]:.1f}" if n in accuracy else "-" for n in sizes]
             lines.append([f"{policy}, {verifier}, {name}", *cells])
     return format_table(["cross-validated accuracy %", *(f"n={n}" for n in sizes)], lines)

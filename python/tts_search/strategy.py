@@ -228,7 +228,8 @@ class FittedStrategy:
     calibration : tuple of (float, float)
         Points (estimate, pass@1) of a rising step function: what problems with such an estimate came to.
     accuracy : dict
-        By budget, the cross-validated accuracy: each problem searched as the other folds' results say.
+        By budget, the cross-validated accuracy: each problem searched as the other folds' results say for the bin of
+        its estimate; without a probe, for the bin of its true pass@1, which no search of a new problem knows.
     fixed : dict
         By budget, the same for the best single choice, whatever the difficulty.
     """
@@ -246,10 +247,7 @@ class FittedStrategy:
 
     def calibrated(self, estimate: float) -> float:
         """Return the pass@1 of problems with such an estimate."""
-        if not self.calibration:
-            return estimate
-        at = bisect.bisect_right([point for point, _ in self.calibration], estimate) - 1
-        return self.calibration[max(0, at)][1]
+        return _calibrated(self.calibration, estimate)
 
     def choose(self, pass_rate: float | None) -> Choice:
         """Return the best choice of the bin; of the middle one, without an estimate."""
@@ -283,7 +281,9 @@ def fit(
         A best-of-N among the experiments, by which to estimate the difficulty of new problems. Its estimates are
         calibrated: pooled to a rising function of pass@1.
     folds : int
-        Of the cross-validation. No problem has a part in choosing the search that its accuracy is counted with.
+        Of the cross-validation, at least 2. With a probe, a held-out problem is searched as a new one would be: its
+        estimate, calibrated on the other folds, says its bin, the other folds say what is best there. Without one it is
+        put into the bin of its own pass rate: an upper bound, since that takes its right answer.
     seed : int
         Fixes the folds.
     cost : callable
@@ -292,34 +292,48 @@ def fit(
     Raises
     ------
     ValueError
-        If there are no records, or none with this budget.
+        If there are no records, or none with this budget; none of the probe; less than two folds.
     """
+    if folds < 2:
+        raise ValueError(f"folds: expected an int >= 2, got {folds!r}")
     outcomes = _Outcomes(records, configs, cost)
     rates = dict(pass_rates) if pass_rates is not None else outcomes.pass_rates()
     tasks = sorted(task for task in outcomes.tasks if task in rates)
     if budget not in outcomes.budgets or not tasks:
         raise ValueError(f"budget: expected one of {sorted(outcomes.budgets)} with known pass rates, got {budget!r}")
-    bins = {task: difficulty_bin(rates[task]) for task in tasks}
+    estimates = None if probe is None else outcomes.estimates(probe)
+    if estimates is not None and not estimates:
+        raise ValueError(f"probe: expected a best-of-N among the experiments, got {probe!r}")
     random.Random(seed).shuffle(tasks)
+    splits = [_split(tasks[fold::folds], tasks, rates, estimates) for fold in range(min(folds, len(tasks)))]
     table: dict[tuple[Bin, int], Choice] = {}
     accuracy: dict[int, float] = {}
     fixed: dict[int, float] = {}
     for size in sorted(outcomes.budgets):
-        for one in BINS:
-            table[one, size] = outcomes.best(size, [task for task in tasks if bins[task] == one] or tasks)
+        table |= {(one, size): choice for one, choice in outcomes.best_by_bin(size, tasks, rates).items()}
         right = right_fixed = 0.0
-        for fold in range(min(folds, len(tasks))):
-            held_out = tasks[fold::folds]
-            others = [task for task in tasks if task not in set(held_out)] or tasks
-            chosen = {
-                one: outcomes.best(size, [task for task in others if bins[task] == one] or others) for one in BINS
-            }
-            single = outcomes.best(size, others)
-            right += sum(outcomes.right(chosen[bins[task]], task) for task in held_out)
-            right_fixed += sum(outcomes.right(single, task) for task in held_out)
+        for others, bins in splits:
+            chosen, single = outcomes.best_by_bin(size, others, rates), outcomes.best(size, others)
+            right += sum(outcomes.right(chosen[one], task) for task, one in bins.items())
+            right_fixed += sum(outcomes.right(single, task) for task in bins)
         accuracy[size], fixed[size] = right / len(tasks), right_fixed / len(tasks)
-    calibration = _isotonic(outcomes.estimates(probe), rates) if probe is not None else ()
+    calibration = () if estimates is None else _isotonic(estimates, rates)
     return FittedStrategy(table, budget, probe, calibration, accuracy, fixed)
+
+
+def _split(
+    held_out: Sequence[str],
+    tasks: Sequence[str],
+    rates: Mapping[str, float],
+    estimates: Mapping[str, float] | None,
+) -> tuple[list[str], dict[str, Bin]]:
+    """The tasks to learn from, and the held-out ones with the bins that a search would put them in."""
+    others = [task for task in tasks if task not in set(held_out)] or list(tasks)
+    if estimates is None:
+        return others, {task: difficulty_bin(rates[task]) for task in held_out}
+    calibration = _isotonic({task: estimates[task] for task in others if task in estimates}, rates)
+    known = {task: _calibrated(calibration, estimates[task]) for task in held_out if task in estimates}
+    return others, {task: difficulty_bin(known[task]) if task in known else "medium" for task in held_out}
 
 
 class _Outcomes:
@@ -361,6 +375,13 @@ class _Outcomes:
         """The most accurate choice of a budget; the first one on ties."""
         return max(self.choices[budget], key=lambda choice: sum(self.right(choice, task) for task in tasks))
 
+    def best_by_bin(self, budget: int, tasks: Sequence[str], rates: Mapping[str, float]) -> dict[Bin, Choice]:
+        """The most accurate choice for the tasks of each bin; for all tasks, where a bin has none."""
+        return {
+            one: self.best(budget, [task for task in tasks if difficulty_bin(rates[task]) == one] or tasks)
+            for one in BINS
+        }
+
     def pass_rates(self) -> dict[str, float]:
         return {
             task: record.num_correct / record.num_completions
@@ -375,12 +396,24 @@ class _Outcomes:
 
 def _isotonic(estimates: Mapping[str, float], rates: Mapping[str, float]) -> tuple[tuple[float, float], ...]:
     """Least-squares rising step function from estimates to rates, by pooling adjacent violators."""
+    of_estimate: dict[float, list[float]] = {}  # equal estimates have one value
+    for task, estimate in estimates.items():
+        if task in rates:
+            of_estimate.setdefault(estimate, []).append(rates[task])
     blocks: list[tuple[float, float, int]] = []  # first estimate, mean rate, count
-    for estimate, rate in sorted((estimates[task], rates[task]) for task in estimates if task in rates):
-        block = (estimate, rate, 1)
+    for estimate, own in sorted(of_estimate.items()):
+        block = (estimate, math.fsum(own) / len(own), len(own))
         while blocks and blocks[-1][1] >= block[1]:
             first, mean, count = blocks.pop()
             total = count + block[2]
             block = (first, (mean * count + block[1] * block[2]) / total, total)
         blocks.append(block)
     return tuple((first, mean) for first, mean, _ in blocks)
+
+
+def _calibrated(calibration: Sequence[tuple[float, float]], estimate: float) -> float:
+    """The value of a step function, given by where each step begins, at an estimate; without steps, the estimate."""
+    if not calibration:
+        return estimate
+    at = bisect.bisect_right([point for point, _ in calibration], estimate) - 1
+    return calibration[max(0, at)][1]

@@ -94,6 +94,34 @@ def test_other_threads_compare_as_well():
     assert result == [True]
 
 
+def test_an_interruption_leaves_no_reply_for_the_next_question(monkeypatch):
+    pytest.importorskip("math_verify")
+    judge = Judge(limit_s=5)
+    assert judge.equal("x", "x") is True
+    worker = judge._worker
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "stdout", Interrupted())
+        patch.setattr(worker, "communicate", worker.wait)
+        with pytest.raises(KeyboardInterrupt):
+            judge.equal("a+b", "b+a")
+    assert judge.equal("2x + 2", "2x + 3") is False  # not the verdict on a+b
+    assert judge.equal("x", "x") is True
+
+
+def test_a_worker_that_was_killed_is_replaced():
+    pytest.importorskip("math_verify")
+    judge = Judge(limit_s=5)
+    assert judge.equal("x", "x") is True
+    judge._worker.kill()
+    judge._worker.wait()
+    assert judge.equal("a+b", "b+a") is True
+
+
 def test_without_math_verify_nothing_can_be_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert Judge(limit_s=1).equal("a+b", "b+a") is None

@@ -15,7 +15,7 @@ import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step, Thinking
 from tts_search.evaluate import Experiment, Record, evaluate, read_configs, read_records, write_manifest
-from tts_search.report import Row, accuracy_table, cost_table, format_table, sign_test, wilson
+from tts_search.report import Row, accuracy_table, cost_table, format_table, read_folder, sign_test, wilson
 from tts_search.tasks import Task
 
 TASKS = [Task(str(i), f"problem {i}", str(i), str(i % 2 + 1)) for i in range(6)]
@@ -173,6 +173,33 @@ def test_what_other_files_hold_is_not_run_again(tmp_path):
     )
     assert len(records) == 6
     assert solved_problems(policy) == ["problem 4", "problem 5"]
+
+
+def test_another_data_set_with_the_same_ids_is_run(tmp_path):
+    path = tmp_path / "results.jsonl"
+    evaluate(TASKS, [experiment(Solver())], path, progress=False)
+    others = [Task(task.id, f"another {task.answer}", task.answer) for task in TASKS]
+    policy = Solver()
+    records = evaluate(others, [experiment(policy)], path, progress=False)
+    assert [record.problem for record in records] == [task.problem for task in others]
+    assert len(policy.ended) == 6
+    again = Solver()
+    evaluate(TASKS, [experiment(again)], path, progress=False)
+    assert again.ended == []
+    mended = [replace(task, answer="7") for task in TASKS]  # right answers that have been corrected
+    assert not any(record.is_correct("prm_max") for record in evaluate(mended, [experiment(again)], path))
+    records = read_folder(tmp_path)
+    assert len(records) == len({record.task for record in records}) == 12
+
+
+def test_an_old_error_hides_no_later_success(tmp_path):
+    evaluate(TASKS, [experiment(Solver(broken="24"))], tmp_path / "results-2.jsonl", progress=False)
+    evaluate(TASKS, [experiment(Solver())], tmp_path / "results-1.jsonl", progress=False)
+    assert not any(record.error for record in read_folder(tmp_path))
+    policy = Solver()
+    files = [tmp_path / "results-1.jsonl", tmp_path / "results-2.jsonl"]
+    evaluate(TASKS, [experiment(policy)], tmp_path / "results-3.jsonl", also=files, progress=False)
+    assert policy.ended == []
 
 
 def test_counts_of_right_completions(tmp_path):

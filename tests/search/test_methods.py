@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, names, score_names
 from tts_search import ConfigError, SearchConfig, SearchError, Step, TextPolicy, Thinking, search
 from tts_search.algorithms.frontier import proportional, worth_their_kv
+from tts_search.config import METHODS
 
 TREE_METHODS = ("rebase", "ets", "particle_filtering", "puct")
 SCORES = st.lists(st.sampled_from([-math.inf, 0.0, 0.1, 0.5, 0.5000001, 0.9, 1.0]), min_size=1, max_size=12)
@@ -357,3 +358,33 @@ def test_bad_thinking(options, name):
 def test_thinking_from_json():
     config = SearchConfig(method="budget_forcing", thinking={"max_tokens": 9})
     assert config.thinking == Thinking(max_tokens=9)
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_thinking_is_cut_into_steps_however_it_ends(ends_by_itself):
+    def sample(request):
+        if request.params.delimiter is None:
+            return Step("7", True, 1, reason="eos")
+        return Step("a\n\nb" + "</think>" * ends_by_itself, False, 3, reason="stop" if ends_by_itself else "length")
+
+    policy = TextPolicy(lambda requests: [[sample(one)] * one.num_samples for one in requests])
+    verifier = ScriptedVerifier(lambda _, steps: [0.5] * len(steps))
+    config = SearchConfig(method="budget_forcing", n=1, thinking=Thinking(max_tokens=3))
+    (result,) = search(["p"], policy, verifier, config, progress=False)
+    assert result.best.steps == ("a\n\n", "b</think>", "7")
+
+
+def test_thinking_that_fills_the_context_is_no_answer():
+    policy = TextPolicy(lambda requests: [[Step("hm", True, 3, reason="length")] * one.num_samples for one in requests])
+    (result,) = search(["p"], policy, None, SearchConfig(method="budget_forcing", n=2), progress=False)
+    assert [(one.text, one.finished) for one in result.completions] == [("hm", False)] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_branch_at_the_end_of_the_context_stops_without_finishing(method):
+    policy = ScriptedPolicy(lambda *_: Step("cut", True, 1, reason="length"))
+    config = SearchConfig(method=method, n=2, expand=2, max_steps=3)
+    (result,) = search(["p"], policy, ScriptedVerifier(lambda _, steps: [0.5] * len(steps)), config, progress=False)
+    assert [(one.text, one.finished) for one in result.completions] == [("cut", False)] * 2
+    assert len(policy.calls) == 1
+    assert {node.state for node in result.tree.nodes[1:]} == {"open"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from browser import Page, find_chromium
@@ -104,10 +105,10 @@ def test_tables(folder):
     assert tables == sanitize(tables)
 
 
-def record(task, method, n, right, rate=0.5, verifier="v"):
+def record(task, method, n, right, rate=0.5, verifier="v", **options):
     return Record(
         f"{method}{n}", task, f"{method}, n={n}", "", "", "", method, n, 0, ("p", verifier),
-        correct={"prm_max": right}, num_completions=100, num_correct=round(100 * rate),
+        correct={"prm_max": right}, num_completions=100, num_correct=round(100 * rate), **options,
     )  # fmt: skip
 
 
@@ -128,13 +129,18 @@ def test_a_strategy_beside_the_best_fixed_choice(folder):
     records = []
     for i in range(40):
         easy = i % 2 == 0
-        records.append(record(str(i), "best_of_n", 8, right=easy, rate=0.9 if easy else 0.0))
+        records.append(record(str(i), "best_of_n", 8, right=easy, rate=0.9 if easy else 0.0, pass_estimate=0.5))
         records.append(record(str(i), "dvts", 8, right=not easy, rate=0.0))
     lines = strategy_table(records, configs).splitlines()
-    assert lines[2].split()[-1] == "100.0"
-    assert lines[2].startswith("p, v, by difficulty")
-    assert float(lines[3].split()[-1]) <= 52.5
-    assert "by difficulty" in report_tables(records, configs=configs)
+    names = ["p, v, difficulty from 8 samples", "p, v, difficulty known", "p, v, one for all"]
+    assert [line.rpartition("  ")[0].strip() for line in lines[2:]] == names
+    estimated, known, fixed = (float(line.split()[-1]) for line in lines[2:])
+    assert known == 100.0
+    assert max(estimated, fixed) <= 52.5  # the estimates are all the same
+    assert "difficulty known" in report_tables(records, configs=configs)
+    failed = [record(str(i), "best_of_n", 8, right=False, verifier="w", error="no") for i in range(9)]
+    failed = [replace(one, num_completions=0, num_correct=0, correct={}) for one in failed]
+    assert strategy_table([*records, *failed], configs).splitlines() == lines
     write_report(folder, folder / "with-strategy", plots=False)
     assert "cross-validated accuracy" in (folder / "with-strategy" / "tables.txt").read_text()
 

@@ -191,6 +191,23 @@ def test_no_problem_chooses_its_own_strategy():
     assert alone.table["easy", 16].config.method == "best_of_n"
 
 
+def test_the_bin_of_a_held_out_problem_is_estimated():
+    """Estimates that tell nothing: that the right answers tell is of no use, and all get one search."""
+    records = [replace(record, pass_estimate=0.5) for record in world()]
+    known = fit(records, CONFIGS, budget=16)
+    estimated = fit(records, CONFIGS, budget=16, probe=CONFIGS["best_of_n/4"])
+    assert known.accuracy[16] == 1.0
+    assert estimated.accuracy[16] == estimated.fixed[16] == pytest.approx(2 / 3)
+    assert estimated.table == known.table
+
+
+def test_fit_needs_two_folds_and_the_probe():
+    with pytest.raises(ValueError, match=r"^folds: expected an int >= 2, got 1"):
+        fit(world(), CONFIGS, budget=16, folds=1)
+    with pytest.raises(ValueError, match=r"^probe: expected a best-of-N among the experiments"):
+        fit(world(), CONFIGS, budget=16, probe=SearchConfig(method="best_of_n", n=5))
+
+
 def test_pass_rates_may_be_given():
     strategy = fit(world(), CONFIGS, budget=16, pass_rates={str(number): 1.0 for number in range(60)})
     assert strategy.choose(0.0).config.method == "beam_search"  # no hard problem known: the best of all
@@ -221,8 +238,11 @@ def test_isotonic_regression(points):
     assert [at for at, _ in steps] == sorted(at for at, _ in steps)
     strategy = FittedStrategy({}, 1, calibration=steps)
     fitted = [strategy.calibrated(estimate) for estimate, _ in points]
-    if len(set(estimates.values())) == len(points):  # residuals of pooled means add up to nothing
-        assert math.fsum(fitted) == pytest.approx(math.fsum(rates.values()), abs=1e-6)
+    assert math.fsum(fitted) == pytest.approx(math.fsum(rates.values()), abs=1e-6)  # residuals of means
+
+
+def test_equal_estimates_have_the_mean_of_their_rates():
+    assert _isotonic({"a": 0.5, "b": 0.5, "c": 0.5}, {"a": 0.0, "b": 0.3, "c": 0.9}) == ((0.5, pytest.approx(0.4)),)
 
 
 def test_costs_add_up():

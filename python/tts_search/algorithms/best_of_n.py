@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tts_search.algorithms.branch import Branch, Run
+from tts_search.algorithms.groups import has_grown
 from tts_search.algorithms.moves import Moves, expand, score
 from tts_search.config import SearchConfig
 
@@ -21,7 +22,7 @@ def best_of_n(run: Run) -> Moves[list[Branch]]:
     for size in _waves(run.config):
         run.round += 1
         wave = yield from expand(run, [run.root] * size, last=True)
-        if not any(branch.text or branch.finished for branch in wave):
+        if not any(map(has_grown, wave)):
             raise run.error("policy: it returned nothing, an empty text for each sample")
         yield from score(run, wave, last=True)
         completions += wave

@@ -135,8 +135,11 @@ class Run:
         limit = self.config.max_tokens
         return None if limit is None else limit - branch.path_tokens
 
-    def grow(self, branch: Branch, step: Step, *, last: bool) -> None:
+    def grow(self, branch: Branch, step: Step, delimiter: str | None, *, last: bool) -> None:
         """Put the step that was sampled for a new branch into it.
+
+        If it was sampled to another `delimiter` than the config's, or to none, it may hold several steps. One that is
+        finished but for its length, as at the end of a model's context, stops its branch without finishing it.
 
         Raises
         ------
@@ -150,12 +153,13 @@ class Run:
         branch.text, branch.num_tokens = step.text, step.num_tokens
         branch.path_tokens = parent.path_tokens + step.num_tokens
         branch.texts = (*parent.texts, step.text) if step.text else parent.texts
-        uncut = last and rules.free_last_round
+        uncut = delimiter != config.delimiter
         steps, branch.blank = split_steps(parent.blank + step.text, config.delimiter if uncut else None)
         branch.steps = parent.steps + steps
         branch.scored_id = parent.scored_id
         branch.cut = step.reason == "length"
-        branch.finished = step.finished or (rules.marker is not None and rules.marker in step.text)
+        complete = step.finished and not branch.cut
+        branch.finished = complete or (rules.marker is not None and rules.marker in step.text)
         branch.stopped = step.finished or (rules.length_ends and branch.cut) or (rules.empty_ends and not step.text)
         tokens_left = self.tokens_left(branch)
         branch.ended = branch.finished or branch.stopped or last or (tokens_left is not None and tokens_left <= 0)

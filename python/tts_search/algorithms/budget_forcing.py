@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from tts_search.algorithms.branch import Branch, Run
+from tts_search.algorithms.groups import has_grown
 from tts_search.algorithms.moves import Moves, expand, release, score
 from tts_search.config import Thinking
 from tts_search.types import StepParams
@@ -27,7 +28,7 @@ def budget_forcing(run: Run) -> Moves[list[Branch]]:
     done: list[Branch] = []
     for run.round in range(1, thinking.max_extensions + 2):
         thoughts = yield from expand(run, thoughts, last=False, params=lambda branch: _think(run, thinking, branch))
-        if run.round == 1 and not any(branch.text or branch.finished for branch in thoughts):
+        if run.round == 1 and not any(map(has_grown, thoughts)):
             raise run.error("policy: it returned nothing, an empty text for each sample")
         last = run.round > thinking.max_extensions
         goes_on = [branch for branch in thoughts if not last and _is_short(run, branch, thinking)]
@@ -39,10 +40,10 @@ def budget_forcing(run: Run) -> Moves[list[Branch]]:
             break
         yield from release(run, [*done, *thoughts])
     for branch in done:
-        if thinking.end not in branch.text and not branch.finished:
+        if thinking.end not in branch.text and not branch.stopped:
             run.write(branch, thinking.end, instead_of=thinking.end)
     run.round += 1
-    unanswered = [branch for branch in done if not branch.finished and _room(run, branch) > 0]
+    unanswered = [branch for branch in done if not branch.stopped and _room(run, branch) > 0]
     answers = (yield from expand(run, unanswered, last=True)) if unanswered else []
     answer_of = {answer.parent.id: answer for answer in answers if answer.parent is not None}
     completions = sorted((answer_of.get(branch.id, branch) for branch in done), key=lambda branch: branch.path)

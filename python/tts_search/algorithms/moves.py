@@ -57,7 +57,7 @@ def expand(
                 f"policy: expected {len(family)} steps for branch {request.branch}, one a sample, got {len(steps)}"
             )
         for child, step in zip(family, steps, strict=True):
-            run.grow(child, step, last=last)
+            run.grow(child, step, request.params.delimiter, last=last)
     return children
 
 
@@ -207,7 +207,7 @@ def _look_ahead(run: Run, branches: Sequence[Branch]) -> Moves[dict[int, tuple[s
         for (origin, child), request, steps in zip(children.items(), requests, answers, strict=True):
             if len(steps) != 1:
                 raise run.error(f"policy: expected 1 step for branch {request.branch}, got {len(steps)}")
-            run.grow(child, steps[0], last=False)
+            run.grow(child, steps[0], request.params.delimiter, last=False)
             child.stopped = child.stopped or not child.text  # it would go on like this
             tips[origin] = child
     return {origin: _steps_after(origin, tip) for origin, tip in tips.items()}
