@@ -25,9 +25,9 @@ inline constexpr bool kPairs<bf16> = kHasPairs;
 
 inline constexpr int64_t kKeyBlock = 64;  // keys a block: one block of scores stays in the L1 cache
 #if defined(__AVX512F__)
-inline constexpr int kTileRows = 8, kTileVecs = 3;  // 24 accumulators, 3 + 1 operands of 32 registers
+inline constexpr int kLaneTileRows = 8, kTileVecs = 3;  // 24 accumulators, 3 + 1 operands of 32 registers
 #else
-inline constexpr int kTileRows = 4, kTileVecs = 3;  // 12 accumulators, 3 + 1 operands of 16 registers
+inline constexpr int kLaneTileRows = 4, kTileVecs = 3;  // 12 accumulators, 3 + 1 operands of 16 registers
 #endif
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -106,13 +106,13 @@ struct Scratch {
 
 // Prefetches the keys and values that come next, a few cache lines at a time between other work: pages lie
 // anywhere, so no hardware prefetcher finds them.
-class Prefetch {
+class KeyPrefetch {
   public:
     // Rows of K, then as many of V: `pieces` stretches of `bytes`, a stride apart. All within about `calls`
     // steps.
     void aim(const void** rows, int64_t keys, int64_t pieces, int64_t bytes, int64_t k_stride,
              int64_t v_stride, int64_t calls) {
-        *this = Prefetch();
+        *this = KeyPrefetch();
         rows_ = rows, keys_ = keys, pieces_ = pieces, bytes_ = bytes;
         k_stride_ = k_stride, v_stride_ = v_stride;
         const int64_t lines = 2 * keys * pieces * ((bytes + kLine - 1) / kLine);
@@ -147,7 +147,7 @@ struct Item {
     const Task& task;
     const int64_t head_begin, head_end, group, lanes;
     const Scratch scratch;
-    Prefetch prefetch;
+    KeyPrefetch prefetch;
     int64_t kv_head = -1, packed_head = -1;  // in hand; whose queries are in q_pack
     int64_t k_offset = 0, v_offset = 0;      // elements from the first head's keys and values to this one's
 

@@ -17,23 +17,23 @@ TTS_BEGIN_ISA
 // ----------------------------------------------------------------------------------------------
 
 #if defined(__FMA__)
-inline constexpr int64_t kChain = INT64_MAX;
+inline constexpr int64_t kLaneChain = INT64_MAX;
 #else
-inline constexpr int64_t kChain = 8;  // products that are summed one after the other, each sum rounded twice
+inline constexpr int64_t kLaneChain = 8;  // products that are summed one after the other, each sum rounded twice
 #endif
 
-// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to kTileRows),
+// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to kLaneTileRows),
 // start = 0, or c where `accumulate`, times factor[lane] if there is one.
 template <bool kIsPairs, int kVecs>
 inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_stride,
                      int64_t steps, float* c, int64_t c_stride, int64_t rows, bool accumulate,
-                     const float* factor, Prefetch& prefetch) {
-    constexpr int W = Vec::width, R = kTileRows;
+                     const float* factor, KeyPrefetch& prefetch) {
+    constexpr int W = Vec::width, R = kLaneTileRows;
     for (int64_t i = 0; i < rows; i += R, a += R * a_row, c += R * c_stride) {
         prefetch.step();
         const float *ak = a, *bk = b;
         for (int64_t k = 0; k < steps;) {
-            const int64_t begin = k, end = steps - k < kChain ? steps : k + kChain;
+            const int64_t begin = k, end = steps - k < kLaneChain ? steps : k + kLaneChain;
             Vec acc[R][kVecs];
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
@@ -212,7 +212,7 @@ class Tiles {
         }
     }
 
-    static int64_t row_groups(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+    static int64_t row_groups(int64_t rows) { return (rows + kLaneTileRows - 1) / kLaneTileRows; }
 
     void pack_keys(int64_t count) {
         const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;

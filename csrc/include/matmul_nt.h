@@ -66,7 +66,7 @@ inline constexpr int kDotRows = 4, kDotCols = 2;  // 8 of 16: products without f
 #endif
 
 // Lines of memory to fetch into L2, a few at each step of the tiles that are multiplied meanwhile.
-struct Prefetch {
+struct LinePrefetch {
     const char* line;
     int lines;  // at each step
 
@@ -101,7 +101,7 @@ inline void reduce_add(const Vec (&a)[N], float* out, int64_t stride) {
 // c[r][j] = a[r] . b[j] for a full tile; lda, ldb, ldc are elements between rows.
 template <int Rows, int Cols, class A, class B>
 inline void dot_tile(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
-                     Prefetch& ahead) {
+                     LinePrefetch& ahead) {
     using Step = DotStep<A, B>;
     Vec sums[Cols][Rows];
     for (auto& column : sums) {
@@ -128,7 +128,7 @@ inline void dot_panel(const A* a, int64_t lda, int64_t rows, const B* b, int64_t
                       int64_t ldc) {
     const int64_t tile = Cols * ldb * static_cast<int64_t>(sizeof(B)) / 64;  // lines of the next tile of B
     const int64_t steps = (rows + kDotRows - 1) / kDotRows * (depth / DotStep<A, B>::width + 1);
-    Prefetch ahead{reinterpret_cast<const char*>(b + Cols * ldb),
+    LinePrefetch ahead{reinterpret_cast<const char*>(b + Cols * ldb),
                    static_cast<int>((tile + steps - 1) / steps)};
     int64_t i = 0;
     for (; i + kDotRows <= rows; i += kDotRows) {
