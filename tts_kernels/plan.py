@@ -55,7 +55,7 @@ class AttentionPlan:
     page_size, num_q_heads, num_kv_heads, head_dim
         What the plan was made for.
     max_slots
-        Room for partial states: at least the slots in use.
+        Room for partial states: at least the slots in use, a power of two.
     """
 
     rows: Tensor

@@ -19,11 +19,12 @@ TTS_BEGIN_ISA
 #if defined(__FMA__)
 inline constexpr int64_t kLaneChain = INT64_MAX;
 #else
-inline constexpr int64_t kLaneChain = 8;  // products that are summed one after the other, each sum rounded twice
+inline constexpr int64_t kLaneChain =
+    8;  // products that are summed one after the other, each sum rounded twice
 #endif
 
-// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to kLaneTileRows),
-// start = 0, or c where `accumulate`, times factor[lane] if there is one.
+// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to
+// kLaneTileRows), start = 0, or c where `accumulate`, times factor[lane] if there is one.
 template <bool kIsPairs, int kVecs>
 inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_stride,
                      int64_t steps, float* c, int64_t c_stride, int64_t rows, bool accumulate,

@@ -133,9 +133,10 @@ py::object plan(const PlanTree& tree, const std::optional<Ints>& q_lens, const P
 
 py::object plan_forest(const Forest& forest, py::handle branches, py::handle q_lens, int64_t num_q_heads,
                        int64_t num_kv_heads, bool gpu, py::object out) {
-    const PlanTree tree = forest.plan_tree(integers(branches, "branches"));
-    return plan(tree, optional_integers(q_lens, "q_lens"),
-                {forest.page_size(), num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
+    const Ints ids = integers(branches, "branches");
+    const std::optional<Ints> rows = optional_integers(q_lens, "q_lens");
+    const PlanTree tree = forest.plan_tree(ids);  // it points into the forest: no Python from here on
+    return plan(tree, rows, {forest.page_size(), num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
 }
 
 // `address` points at int32 or int64 items (by item_size), with strides in items.
@@ -149,9 +150,10 @@ py::object plan_table(uintptr_t address, int64_t item_size, std::pair<int64_t, i
                               .column_stride = strides.second,
                               .rows = shape.first,
                               .width = shape.second};
-    const PlanTree tree = shared_prefixes(table, integers(kv_lens, "kv_lens"), page_size);
-    return plan(tree, optional_integers(q_lens, "q_lens"), {page_size, num_q_heads, num_kv_heads, rules(gpu)},
-                std::move(out));
+    const Ints lengths = integers(kv_lens, "kv_lens");
+    const std::optional<Ints> rows = optional_integers(q_lens, "q_lens");
+    const PlanTree tree = shared_prefixes(table, lengths, page_size);
+    return plan(tree, rows, {page_size, num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
 }
 
 // ---- The module

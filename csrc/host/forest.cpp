@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <tuple>
 
 namespace tts {
@@ -25,14 +26,29 @@ int64_t saturating_add(int64_t a, int64_t b) {
     return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
 }
 
+// Lists of pages that are reserved ahead are at least so long: those below are too small for memory to run
+// out at them but by the worst of luck.
+constexpr int64_t kManyPages = 1024;
+
+// Makes room for `size` items as push_back does, so that many small steps cost O(1) each.
+template <class Item>
+void reserve_at_least(std::vector<Item>& list, size_t size) {
+    if (list.capacity() < size) list.reserve(std::max(size, 2 * list.capacity()));
+}
+
 }  // namespace
 
 // ---- BranchTable
 // -------------------------------------------------------------------------------------------
 
+void BranchTable::reserve(int64_t count) {
+    while (static_cast<int64_t>(blocks_.size()) * kBlock < next_id_ + count) {
+        blocks_.push_back(std::make_unique<Block>());
+    }
+}
+
 int64_t BranchTable::add(int32_t run, int32_t length) {
-    if (next_id_ % kBlock == 0) blocks_.push_back(std::make_unique<Block>());
-    Block& block = *blocks_.back();
+    Block& block = *blocks_[next_id_ / kBlock];
     block.branches[next_id_ % kBlock] = {.run = run, .length = length};
     ++block.live;
     ++size_;
@@ -57,6 +73,10 @@ Branch* BranchTable::find(int64_t id) {
 // ---- PagePool
 // ----------------------------------------------------------------------------------------------
 
+void PagePool::reserve(int64_t pages) {
+    reserve_at_least(returned_, static_cast<size_t>(std::min(total_, fresh_ + pages)));
+}
+
 int32_t PagePool::take() {
     if (returned_.empty()) return static_cast<int32_t>(fresh_++);
     const int32_t page = returned_.back();
@@ -67,7 +87,15 @@ int32_t PagePool::take() {
 // ---- Runs
 // --------------------------------------------------------------------------------------------------
 
+// Memory for one new run, and for giving every run back.
+void Forest::reserve_run() {
+    if (!free_runs_.empty()) return;
+    reserve_at_least(runs_, runs_.size() + 1);
+    reserve_at_least(free_runs_, runs_.size() + 1);
+}
+
 int32_t Forest::new_run(int32_t parent, int32_t first_column) {
+    reserve_run();
     int32_t run = static_cast<int32_t>(runs_.size());
     if (free_runs_.empty()) {
         runs_.emplace_back();
@@ -97,7 +125,7 @@ void Forest::remove_child(int32_t parent, int32_t child) {
 }
 
 // Gives back a branch's reference to its run, and whatever nobody holds any more above it.
-void Forest::drop(int32_t run) {
+void Forest::drop(int32_t run) noexcept {
     --runs_[run].refs;
     while (runs_[run].refs == 0) {
         const int32_t parent = runs_[run].parent;
@@ -112,9 +140,14 @@ void Forest::drop(int32_t run) {
 }
 
 // A run that nothing but its only child holds becomes the front of that child. The child's branches and
-// children stay as they are.
-void Forest::join_with_child(int32_t run) {
+// children stay as they are. Without memory for it the two stay apart, which costs a run and nothing else.
+void Forest::join_with_child(int32_t run) noexcept {
     const int32_t child = runs_[run].child_xor, parent = runs_[run].parent;
+    try {
+        reserve_at_least(runs_[run].pages, runs_[run].pages.size() + runs_[child].pages.size());
+    } catch (const std::bad_alloc&) {
+        return;
+    }
     std::vector<int32_t> pages = std::move(runs_[run].pages);
     pages.insert(pages.end(), runs_[child].pages.begin(), runs_[child].pages.end());
     runs_[child].pages = std::move(pages);
@@ -129,15 +162,17 @@ void Forest::join_with_child(int32_t run) {
 }
 
 // Cuts a run after its first `count` pages. They become a new run above it (which is returned), so that
-// nothing that points at the run has to move.
+// nothing that points at the run has to move. If it throws, it has changed nothing.
 int32_t Forest::split(int32_t run, size_t count) {
     const int32_t parent = runs_[run].parent;
+    std::vector<int32_t> rest(runs_[run].pages.begin() + static_cast<ptrdiff_t>(count),
+                              runs_[run].pages.end());
     const int32_t upper = new_run(kNone, runs_[run].first_column);
     Run& above = runs_[upper];
     Run& below = runs_[run];
     above.pages = std::move(below.pages);
-    below.pages.assign(above.pages.begin() + static_cast<ptrdiff_t>(count), above.pages.end());
     above.pages.resize(count);
+    below.pages = std::move(rest);
     above.parent = parent;
     below.parent = upper;
     below.first_column = end_column(above);
@@ -179,12 +214,28 @@ Forest::Forest(int64_t num_pages, int64_t page_size) : page_size_(page_size), po
     }
 }
 
-int64_t Forest::length(int64_t branch) const { return live(branch, "branch").length; }
+void Forest::check_whole() const {
+    if (!broken_) return;
+    throw std::runtime_error("forest: memory ran out in the midst of an append; make a new forest");
+}
+
+int64_t Forest::length(int64_t branch) const {
+    check_whole();
+    return live(branch, "branch").length;
+}
+
+int64_t Forest::add_root() {
+    check_whole();
+    branches_.reserve(1);
+    return branches_.add(Branch::kEmpty, 0);
+}
 
 std::vector<int64_t> Forest::fork(std::span<const int64_t> parents) {
+    check_whole();
     check_live(parents, "parents");
     std::vector<int64_t> children;
     children.reserve(parents.size());
+    branches_.reserve(static_cast<int64_t>(parents.size()));
     for (const int64_t id : parents) {
         const Branch parent = *branches_.find(id);
         if (parent.run != Branch::kEmpty) ++runs_[parent.run].refs;
@@ -195,6 +246,7 @@ std::vector<int64_t> Forest::fork(std::span<const int64_t> parents) {
 }
 
 void Forest::free(std::span<const int64_t> branches) {
+    check_whole();
     ++operation_;
     for (size_t i = 0; i < branches.size(); ++i) live_once(branches[i], "branches", static_cast<int64_t>(i));
     for (const int64_t id : branches) {
@@ -230,18 +282,43 @@ Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const
             run.scratch += shared;
             total.copies += shared;
         }
-        const int64_t room = columns(branch.length) * page_size_ - branch.length;
-        const int64_t pages = count > room ? (count - room - 1) / page_size_ + 1 : 0;
-        total.pages = saturating_add(total.pages, pages);
+        total.pages = saturating_add(total.pages, new_pages(branch, count));
         total.tokens = saturating_add(total.tokens, count);
     }
     total.pages = saturating_add(total.pages, total.copies);
     return total;
 }
 
+// Pages that a branch needs for `count` tokens more, its last one's copy aside.
+int64_t Forest::new_pages(const Branch& branch, int64_t count) const {
+    const int64_t room = columns(branch.length) * page_size_ - branch.length;
+    return count > room ? (count - room - 1) / page_size_ + 1 : 0;
+}
+
+// Takes the memory of an append before it changes anything: to give pages back, and of its long lists of
+// pages, in the run of a branch that has it to itself, else in a new list.
+std::vector<Forest::Spare> Forest::reserve(std::span<const int64_t> branches, std::span<const int64_t> counts,
+                                           const Demand& total) {
+    pool_.reserve(total.pages);
+    std::vector<Spare> spares;
+    if (total.pages < kManyPages) return spares;
+    for (size_t i = 0; i < branches.size(); ++i) {
+        const Branch& branch = *branches_.find(branches[i]);
+        const auto pages = static_cast<size_t>(counts[i] > 0 ? new_pages(branch, counts[i]) : 0);
+        if (pages == 0) continue;
+        if (branch.run != Branch::kEmpty && runs_[branch.run].refs == 1) {
+            reserve_at_least(runs_[branch.run].pages, runs_[branch.run].pages.size() + pages);
+        } else {
+            spares.push_back({i, {}});
+            spares.back().pages.reserve(pages + 1);  // one for a copy of its last page
+        }
+    }
+    return spares;
+}
+
 // Moves a branch off its run, onto a run of one fresh page in place of the last one. Returns (that page, the
-// fresh one).
-std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch) {
+// fresh one). The new run's list of pages is `list`, which is empty.
+std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch, std::vector<int32_t>& list) {
     const int32_t shared = branch.run;
     const size_t pages = runs_[shared].pages.size();
     const int32_t source = runs_[shared].pages.back(), last_column = end_column(runs_[shared]) - 1;
@@ -249,19 +326,22 @@ std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch) {
     branch.run = new_run(above, last_column);
     runs_[branch.run].refs = 1;
     const int32_t copy = pool_.take();
+    runs_[branch.run].pages.swap(list);
     runs_[branch.run].pages.push_back(copy);
     drop(shared);
     return {source, copy};
 }
 
-// Adds pages for `count` > 0 more tokens to a branch that may write to its last page.
-void Forest::grow(Branch& branch, int32_t count) {
+// Adds pages for `count` > 0 more tokens to a branch that may write to its last page. A new run's list of
+// pages is `list`, which is empty.
+void Forest::grow(Branch& branch, int32_t count, std::vector<int32_t>& list) {
     const int32_t old_columns = static_cast<int32_t>(columns(branch.length));
     const bool in_place = branch.run != Branch::kEmpty && runs_[branch.run].refs == 1;
     if (!in_place) {
         const int32_t parent = branch.run;
         branch.run = new_run(parent == Branch::kEmpty ? kNone : parent, old_columns);
         runs_[branch.run].refs = 1;
+        runs_[branch.run].pages.swap(list);
         if (parent != Branch::kEmpty)
             --runs_[parent].refs;  // from a branch to a child run: never the last one
     }
@@ -286,6 +366,7 @@ void Forest::write_slots(const Branch& branch, int32_t count, int32_t* slots) co
 }
 
 Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t> counts) {
+    check_whole();
     if (branches.size() != counts.size()) {
         bad_value("counts", "one a branch, " + std::to_string(branches.size()),
                   std::to_string(counts.size()));
@@ -295,20 +376,26 @@ Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t
 
     const auto tokens = static_cast<size_t>(total.tokens), copies = static_cast<size_t>(total.copies);
     Append result{IntBuffer(tokens), IntBuffer(copies), IntBuffer(copies)};
+    std::vector<Spare> spares = reserve(branches, counts, total);
+    auto spare = spares.begin();
     int32_t* slots = result.slots.data();
     size_t copied = 0;
+    broken_ = true;  // until all is done
     for (size_t i = 0; i < branches.size(); ++i) {
         const auto count = static_cast<int32_t>(counts[i]);
         if (count == 0) continue;
         Branch& branch = *branches_.find(branches[i]);
+        std::vector<int32_t> list;  // of a new run's pages
+        if (spare != spares.end() && spare->entry == i) list = std::move(spare++->pages);
         if (branch.length % page_size_ != 0 && runs_[branch.run].refs > 1) {
-            std::tie(result.copy_src[copied], result.copy_dst[copied]) = copy_tail(branch);
+            std::tie(result.copy_src[copied], result.copy_dst[copied]) = copy_tail(branch, list);
             ++copied;
         }
-        grow(branch, count);
+        grow(branch, count, list);
         write_slots(branch, count, slots);
         slots += count;
     }
+    broken_ = false;
     return result;
 }
 
@@ -316,42 +403,40 @@ Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t
 // ----------------------------------------------------------------------------------------------
 
 void Forest::truncate(int64_t id, int64_t length) {
+    check_whole();
     Branch& branch = live(id, "branch");
     if (length < 0 || length > branch.length) {
         bad_value("length", "0 to " + std::to_string(branch.length) + ", the branch's length",
                   std::to_string(length));
     }
-    logical_tokens_ -= branch.length - length;
-    branch.length = static_cast<int32_t>(length);
-    if (branch.run == Branch::kEmpty) return;
-
-    // Move up to the run that holds the new last page, then cut that run unless others need it whole.
+    // The run that holds the new last page, cut behind it: the branch's own in place, another by a split,
+    // whose lower part goes if nobody else holds it.
     const auto end = static_cast<int32_t>(columns(length));
     const int32_t old = branch.run;
     int32_t run = old;
-    while (run != kNone && runs_[run].first_column >= end) run = runs_[run].parent;
-    if (run != old) {
-        if (run != kNone) ++runs_[run].refs;
-        drop(old);
+    while (run >= 0 && runs_[run].first_column >= end) run = runs_[run].parent;
+    if (run >= 0 && end_column(runs_[run]) > end) {
+        const auto kept = static_cast<size_t>(end - runs_[run].first_column);
+        if (run == old && runs_[run].refs == 1) {
+            pool_.give_back(std::span(runs_[run].pages).subspan(kept));
+            runs_[run].pages.resize(kept);
+        } else {
+            run = split(run, kept);
+        }
     }
-    branch.run = run == kNone ? Branch::kEmpty : run;
-    if (run == kNone || end_column(runs_[run]) == end) return;
-
-    const auto kept = static_cast<size_t>(end - runs_[run].first_column);
-    if (runs_[run].refs == 1) {
-        pool_.give_back(std::span(runs_[run].pages).subspan(kept));
-        runs_[run].pages.resize(kept);
-        return;
-    }
-    branch.run = split(run, kept);
-    ++runs_[branch.run].refs;
-    drop(run);
+    logical_tokens_ -= branch.length - length;
+    branch.length = static_cast<int32_t>(length);
+    if (run == old) return;
+    branch.run = run >= 0 ? run : Branch::kEmpty;
+    if (run >= 0) ++runs_[run].refs;
+    drop(old);
 }
 
 // ---- What the branches read
 // --------------------------------------------------------------------------------
 
 PageTable Forest::page_table(std::span<const int64_t> branches) const {
+    check_whole();
     PageTable table;
     table.lengths = IntBuffer(branches.size());
     for (size_t i = 0; i < branches.size(); ++i) {
@@ -373,6 +458,7 @@ PageTable Forest::page_table(std::span<const int64_t> branches) const {
 }
 
 PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
+    check_whole();
     check_live(branches, "branches");
     PlanTree tree;
     tree.leaf.reserve(branches.size());
@@ -399,6 +485,7 @@ PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
 }
 
 ForestStats Forest::stats() const {
+    check_whole();
     // Every page before a run's last one is full. The last one is if there are child runs, else the longest
     // of the branches that end in it says how far it is read.
     std::vector<int64_t> end(runs_.size(), 0);

@@ -14,7 +14,9 @@
 //     that child at once. So there are fewer than two runs a branch, however long a chain of forks was.
 //   * A run with child runs is full: its pages hold no free slot for those below (a shorter branch may end in
 //   it).
-//   * Nothing recurses, and an operation that throws has changed nothing.
+//   * Nothing recurses.
+//   * An operation that throws has changed nothing. One exception: where memory runs out for a short list in
+//     the midst of an append, the forest is broken, and every later operation throws.
 #pragma once
 
 #include <array>
@@ -71,6 +73,7 @@ struct Branch {
 // died.
 class BranchTable {
   public:
+    void reserve(int64_t count);  // so many calls of `add` will not throw
     int64_t add(int32_t run, int32_t length);
     void remove(int64_t id);
     Branch* find(int64_t id);  // null if there is no such live branch
@@ -106,8 +109,9 @@ class PagePool {
     explicit PagePool(int64_t total) : total_(total) {}
     int64_t total() const { return total_; }
     int64_t available() const { return total_ - fresh_ + static_cast<int64_t>(returned_.size()); }
+    void reserve(int64_t pages);  // memory to take so many pages and to give all back
     int32_t take();
-    void give_back(std::span<const int32_t> pages) {
+    void give_back(std::span<const int32_t> pages) noexcept {
         returned_.insert(returned_.end(), pages.rbegin(), pages.rend());
     }
 
@@ -121,7 +125,7 @@ class Forest {
   public:
     Forest(int64_t num_pages, int64_t page_size);
 
-    int64_t add_root() { return branches_.add(Branch::kEmpty, 0); }
+    int64_t add_root();
 
     // Gives branch i counts[i] more tokens. O(entries + tokens). Entries are served in order: a shared,
     // partly filled last page is copied for all but its last holder.
@@ -174,16 +178,27 @@ class Forest {
         int64_t tokens = 0, pages = 0, copies = 0;
     };
     Demand demand(std::span<const int64_t> branches, std::span<const int64_t> counts);
-    void grow(Branch& branch, int32_t count);
+    int64_t new_pages(const Branch& branch, int64_t count) const;
+
+    // The memory of a list of pages that an append will make.
+    struct Spare {
+        size_t entry;
+        std::vector<int32_t> pages;
+    };
+    std::vector<Spare> reserve(std::span<const int64_t> branches, std::span<const int64_t> counts,
+                               const Demand& total);
+    void grow(Branch& branch, int32_t count, std::vector<int32_t>& list);
     void write_slots(const Branch& branch, int32_t count, int32_t* slots) const;
 
+    void check_whole() const;
+    void reserve_run();
     int32_t new_run(int32_t parent, int32_t first_column);
     void add_child(int32_t parent, int32_t child);
     void remove_child(int32_t parent, int32_t child);
-    void drop(int32_t run);
-    void join_with_child(int32_t run);
+    void drop(int32_t run) noexcept;
+    void join_with_child(int32_t run) noexcept;
     int32_t split(int32_t run, size_t count);
-    std::pair<int32_t, int32_t> copy_tail(Branch& branch);
+    std::pair<int32_t, int32_t> copy_tail(Branch& branch, std::vector<int32_t>& list);
 
     int64_t page_size_;
     PagePool pool_;
@@ -191,6 +206,7 @@ class Forest {
     mutable std::vector<Run> runs_;  // the planner leaves marks in it
     std::vector<int32_t> free_runs_;
     int64_t logical_tokens_ = 0;
+    bool broken_ = false;  // an append threw half done
     mutable uint64_t operation_ = 0;
 };
 

@@ -1,6 +1,7 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -471,7 +472,9 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
     room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], rows);
     room[PlanBuffer::kPages] =
         with_slack(room[PlanBuffer::kPages], branches * (kSpareTokens / shape.page_size + 1));
-    PlanBuffer out(room, with_slack(plan.schedule.num_slots, rows));
+    // A power of two: torch.compile takes it for a constant, so it should seldom change.
+    PlanBuffer out(room, static_cast<int64_t>(std::bit_ceil(
+                             static_cast<uint64_t>(with_slack(plan.schedule.num_slots, rows)))));
     plan.store(out);
     return out;
 }

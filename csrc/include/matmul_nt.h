@@ -129,7 +129,7 @@ inline void dot_panel(const A* a, int64_t lda, int64_t rows, const B* b, int64_t
     const int64_t tile = Cols * ldb * static_cast<int64_t>(sizeof(B)) / 64;  // lines of the next tile of B
     const int64_t steps = (rows + kDotRows - 1) / kDotRows * (depth / DotStep<A, B>::width + 1);
     LinePrefetch ahead{reinterpret_cast<const char*>(b + Cols * ldb),
-                   static_cast<int>((tile + steps - 1) / steps)};
+                       static_cast<int>((tile + steps - 1) / steps)};
     int64_t i = 0;
     for (; i + kDotRows <= rows; i += kDotRows) {
         dot_tile<kDotRows, Cols>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc, ahead);

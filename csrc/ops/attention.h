@@ -17,6 +17,13 @@ inline bool is_cache(const Tensor& t) {
     return is_here(t) && t.dim() == 4 && is_float(t) && rows_contiguous(t);
 }
 
+// No two slots are one memory, as those of an expanded tensor are.
+inline bool writable(const Tensor& cache) {
+    bool distinct = true;
+    for (int i = 0; i < 3; ++i) distinct &= cache.stride(i) != 0 || cache.size(i) <= 1;
+    return distinct;
+}
+
 // Two caches of one shape and dtype.
 inline bool same_cache(const Tensor& k, const Tensor& v) {
     if (!is_cache(k) || !is_cache(v) || k.scalar_type() != v.scalar_type()) return false;

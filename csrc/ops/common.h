@@ -134,6 +134,13 @@ T* data(Tensor& t) {
     return static_cast<T*>(t.mutable_data_ptr());
 }
 
+[[noreturn]] inline void out_of_memory(int64_t elements, std::initializer_list<int64_t> shape) {
+    std::string sizes;
+    for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error("out of memory: no room for " + std::to_string(elements) + " elements, [" +
+                             sizes + "]");
+}
+
 // A new contiguous tensor beside `like`. Straight from the C interface: stable::new_empty costs a look-up by
 // name and a boxed call, a microsecond that small ops feel.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -149,8 +156,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
     const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                    strides, type, device_type, device_index, &handle));
+    if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, type,
+                                 device_type, device_index, &handle) != TORCH_SUCCESS) {
+        out_of_memory(step, shape);
+    }
     return Tensor(handle);
 }
 

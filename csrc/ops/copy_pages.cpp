@@ -27,7 +27,7 @@ void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& 
     require(dst_tensor.numel() == count, "dst");
     std::vector<PageCopyArgs> args;
     for (Tensor& cache : caches) {
-        require(is_cache(cache), "caches");
+        require(is_cache(cache) && writable(cache), "caches");
         require_range(src, count, 0, cache.size(0));
         require_range(dst, count, 0, cache.size(0));
         args.push_back(page_args(cache));

@@ -15,14 +15,16 @@ struct Head {
     double eps;
     bool sigmoid;
 
+    static bool is_vector(const Tensor& t, int64_t size) { return t.dim() == 1 && t.size(0) == size; }
+
     // Pointers for the kernels, after checks against H = `width`.
     HeadArgs args(int64_t width) const {
         const int64_t inner = w1 ? w1->size(0) : 0;
-        require(weight.dim() == 1 && weight.size(0) == (w1 ? inner : width), "weight");
+        require(is_vector(weight, w1 ? inner : width), "weight");
         require(!w1 || (w1->dim() == 2 && w1->size(1) == width), "w1");
-        require(!b1 || (w1 && b1->numel() == inner), "b1");
-        require(!bias || bias->numel() == 1, "bias");
-        require(!norm_weight || norm_weight->numel() == width, "norm_weight");
+        require(!b1 || (w1 && is_vector(*b1, inner)), "b1");
+        require(!bias || is_vector(*bias, 1), "bias");
+        require(!norm_weight || is_vector(*norm_weight, width), "norm_weight");
         return {.weight = float32(weight),
                 .bias = float32(bias),
                 .w1 = floats(w1),

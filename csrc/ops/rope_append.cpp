@@ -5,7 +5,7 @@
 namespace tts::ops {
 namespace {
 
-CachePages writable(Tensor cache) {
+CachePages pages_to_write(Tensor cache) {
     return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
@@ -21,17 +21,18 @@ const void* head_norm(const std::optional<Tensor>& weight, int64_t head_dim, DTy
 
 Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& positions_in, const Tensor& cos_sin_in, const Tensor& slots_in,
-                    int64_t num_q_heads, int64_t num_kv_heads, const std::optional<Tensor>& q_norm,
-                    const std::optional<Tensor>& k_norm, double eps) {
+                    int64_t num_q_heads, int64_t num_kv_heads, const std::optional<Tensor>& q_norm_in,
+                    const std::optional<Tensor>& k_norm_in, double eps) {
     const Tensor qkv = dense_rows(qkv_in), positions = dense(positions_in), slots = dense(slots_in);
     const Tensor cos_sin = dense(cos_sin_in);
+    const std::optional<Tensor> q_norm = dense(q_norm_in), k_norm = dense(k_norm_in);
     const DType type = dtype(qkv);
     require(cos_sin.dim() == 2 && num_q_heads >= 1 && num_kv_heads >= 1 && eps >= 0.0 && eps < 1e300,
             "options");
     const int64_t count = qkv.size(0), head_dim = cos_sin.size(1);
     require(head_dim % 2 == 0 && qkv.size(1) == (num_q_heads + 2 * num_kv_heads) * head_dim, "qkv");
     require(same_cache(k_cache, v_cache) && k_cache.size(2) == num_kv_heads && k_cache.size(3) == head_dim &&
-                dtype(k_cache) == type,
+                dtype(k_cache) == type && writable(k_cache) && writable(v_cache),
             "caches");
     RopeAppendArgs args{.qkv = {qkv.const_data_ptr(), type},
                         .stride = qkv.stride(0),
@@ -45,8 +46,8 @@ Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v
                         .eps = static_cast<float>(eps),
                         .slots = indices(slots),
                         .page_size = k_cache.size(1),
-                        .k_cache = writable(k_cache),
-                        .v_cache = writable(v_cache),
+                        .k_cache = pages_to_write(k_cache),
+                        .v_cache = pages_to_write(v_cache),
                         .q = nullptr};
     require(positions.numel() == count && slots.numel() == count, "positions and slots");
     require_range(args.positions, count, 0, cos_sin.size(0));

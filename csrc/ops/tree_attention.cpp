@@ -100,7 +100,7 @@ struct Plan {
 
 void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Plan& plan,
                    int64_t num_kv_heads) {
-    require(q.dim() == 3 && rows_contiguous(q), "q");
+    require(q.dim() == 3 && q.size(2) >= 1 && rows_contiguous(q), "q");
     require(same_cache(k_cache, v_cache) && k_cache.scalar_type() == q.scalar_type(), "caches");
     require(
         k_cache.size(1) == plan.page_size && k_cache.size(2) == num_kv_heads && k_cache.size(3) == q.size(2),

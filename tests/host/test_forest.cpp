@@ -1,6 +1,8 @@
 // The KV forest against a model that stores every token, and the cases that are easy to get wrong.
 #include <algorithm>
+#include <cstdlib>
 #include <map>
+#include <new>
 #include <random>
 #include <set>
 #include <span>
@@ -9,6 +11,16 @@
 
 #include "check.h"
 #include "forest.h"
+
+static int64_t allocations_left = -1;  // the one after them fails; -1: none does
+
+void* operator new(size_t size) {
+    if (allocations_left >= 0 && allocations_left-- == 0) throw std::bad_alloc();
+    if (void* memory = std::malloc(size)) return memory;
+    throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -287,6 +299,78 @@ void slots_reach_the_end_of_int32() {
     CHECK(free_pages(forest) == 0);
 }
 
+// What a forest is, as far as one can see.
+struct Picture {
+    std::vector<std::vector<int32_t>> pages;
+    std::vector<int64_t> numbers;
+    bool operator==(const Picture&) const = default;
+};
+
+Picture picture(const Forest& forest, const Ints& branches) {
+    const tts::ForestStats s = forest.stats();
+    Picture result{{}, {s.branches, s.pages_free, s.logical_tokens, s.unique_tokens}};
+    for (const int64_t branch : branches) {
+        result.pages.push_back(pages_of(forest, branch));
+        result.numbers.push_back(forest.length(branch));
+    }
+    return result;
+}
+
+// Runs an operation on trees of some depth with each of its allocations failing in turn. Returns how often
+// the forest was broken by it.
+template <class Operation>
+int without_memory(Operation run) {
+    int broken = 0;
+    for (int64_t failing = 0;; ++failing) {
+        Forest forest(20000, 4);
+        Ints ids{forest.add_root(), forest.add_root()};
+        forest.append(ids, Ints{70, 1});
+        for (const int64_t child : forest.fork(Ints{ids[0], ids[0], ids[0]})) ids.push_back(child);
+        forest.append(Ints{ids[2], ids[3]}, Ints{30, 5});
+        for (const int64_t child : forest.fork(Ints(300, ids[3]))) ids.push_back(child);
+        forest.free(Ints{ids[3]});
+        ids.erase(ids.begin() + 3);
+        const Picture before = picture(forest, ids);
+        std::string failed;
+        allocations_left = failing;
+        try {
+            run(forest, ids);
+        } catch (const std::bad_alloc&) {
+            failed = "failed";
+        }
+        const bool ran = allocations_left >= 0;  // to its end, needing no more
+        allocations_left = -1;
+        if (failed.empty() && ran) return broken;
+        if (failed.empty()) continue;  // did without
+        if (contains(thrown<std::runtime_error>([&] { forest.stats(); }), "memory ran out")) {
+            CHECK(contains(thrown<std::runtime_error>([&] { forest.append(ids, ids); }), "memory ran out"));
+            CHECK(contains(thrown<std::runtime_error>([&] { forest.free(ids); }), "memory ran out"));
+            ++broken;
+            continue;
+        }
+        CHECK(picture(forest, ids) == before);
+        forest.append(ids, Ints(ids.size(), 1));
+        forest.free(ids);
+        CHECK(free_pages(forest) == 20000);
+    }
+}
+
+void without_memory_nothing_changes() {
+    CHECK(without_memory([](Forest& f, const Ints&) { f.add_root(); }) == 0);
+    CHECK(without_memory([](Forest& f, const Ints& ids) { f.fork(Ints(1000, ids[0])); }) == 0);
+    CHECK(without_memory([](Forest& f, const Ints& ids) { f.free(ids); }) == 0);
+    CHECK(without_memory([](Forest& f, const Ints& ids) { f.free(Ints{ids[0], ids[3]}); }) == 0);
+    for (const int64_t length : {0, 3, 16, 66}) {
+        CHECK(without_memory([=](Forest& f, const Ints& ids) { f.truncate(ids[2], length); }) == 0);
+        CHECK(without_memory([=](Forest& f, const Ints& ids) { f.truncate(ids[5], length); }) == 0);
+    }
+    // Long appends to a branch that has a run to itself, whether or not the run's list has room.
+    CHECK(without_memory([](Forest& f, const Ints& ids) { f.append(Ints{ids[1]}, Ints{40000}); }) == 0);
+    CHECK(without_memory([](Forest& f, const Ints& ids) { f.append(Ints{ids[2]}, Ints{40000}); }) == 0);
+    // Copies and short lists may break the forest, which then says so.
+    CHECK(without_memory([](Forest& f, const Ints& ids) { f.append(ids, Ints(ids.size(), 7)); }) > 0);
+}
+
 }  // namespace
 
 int main() {
@@ -301,5 +385,6 @@ int main() {
     errors_name_the_culprit_and_change_nothing();
     ids_are_never_used_again();
     slots_reach_the_end_of_int32();
+    without_memory_nothing_changes();
     std::puts("forest: ok");
 }

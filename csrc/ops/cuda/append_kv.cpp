@@ -12,7 +12,7 @@ void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor&
     const OnDevice device(k_cache);
     const Tensor slots = dense(slots_in);
     const IndexArray index = indices(slots);
-    require(same_cache(k_cache, v_cache), "caches");
+    require(same_cache(k_cache, v_cache) && writable(k_cache) && writable(v_cache), "caches");
     require(fits(k_in, k_cache, slots.numel()) && fits(v_in, v_cache, slots.numel()), "k, v");
     const Tensor k = rows_contiguous(k_in) ? k_in : dense(k_in),
                  v = rows_contiguous(v_in) ? v_in : dense(v_in);

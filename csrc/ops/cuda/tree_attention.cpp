@@ -20,7 +20,7 @@ const int32_t* int32s(const Tensor& t, int64_t dim, int64_t size, const char* wh
 
 void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, int64_t page_size,
                    int64_t num_kv_heads) {
-    require(q.dim() == 3 && q.size(2) <= cuda::kMaxHeadDim, "q");
+    require(q.dim() == 3 && q.size(2) >= 1 && q.size(2) <= cuda::kMaxHeadDim, "q");
     require(same_cache(k_cache, v_cache) && k_cache.scalar_type() == q.scalar_type(), "caches");
     require(page_size >= 1 && k_cache.size(1) == page_size && k_cache.size(2) == num_kv_heads &&
                 k_cache.size(3) == q.size(2),
