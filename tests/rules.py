@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
@@ -37,3 +38,13 @@ def assert_names(kind: type[Exception], name: str, call: Callable[..., Any], *ar
     with pytest.raises(kind, match=rf"^{name}") as caught:
         call(*args, **kwargs)
     assert type(caught.value) is kind
+
+
+def compilations(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> int:
+    """How often torch.compile compiles for these calls."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for args in calls:
+        compiled(*args)
+    return int(counter.frame_count)

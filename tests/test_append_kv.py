@@ -83,3 +83,16 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
         slots[-1] = bad
         assert_names(IndexError, "slots", append, k_cache, v_cache, k, v, slots)
     assert torch.equal(k_cache, before)
+
+
+def test_a_cache_whose_pages_are_one_memory_is_refused() -> None:
+    k_cache, v_cache, k, v, slots = inputs(torch.float32, 9)
+    before = k_cache.clone()
+    for name, caches in (
+        ("k_cache", (k_cache[:1].expand_as(k_cache), v_cache)),
+        ("v_cache", (k_cache, v_cache[:, :1].expand_as(v_cache))),
+    ):
+        assert_names(ValueError, name, tk.append_kv_, *caches, k, v, slots)
+    src, dst = torch.tensor([0]), torch.tensor([1])
+    assert_names(ValueError, r"caches\[0\]", tk.copy_pages_, [k_cache[:1].expand_as(k_cache)], src, dst)
+    assert torch.equal(k_cache, before)

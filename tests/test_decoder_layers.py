@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, compilations
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -196,7 +196,6 @@ def test_bad_input_names_the_argument() -> None:
         (TypeError, r"layers\[0\].input_norm", {"x": half}),
         (ValueError, r"layers\[0\].input_norm", {"x": case.x[:, 1:]}),
         (ValueError, r"layers\[1\].post_norm", {"layers": [good[0], replace(good[1], post_norm=torch.ones(3))]}),
-        (ValueError, r"layers\[1\].o", {"layers": [good[0], replace(good[1], o=tk.pack_linear(torch.ones(50, 3)))]}),
         (ValueError, r"layers\[0\].down_bias", {"layers": [replace(good[0], down_bias=torch.ones(3)), good[1]]}),
         (ValueError, "k_caches", {"k_caches": case.k_caches[:1]}),
         (TypeError, r"v_caches\[1\]", {"v_caches": [case.v_caches[0], case.v_caches[1].half()]}),
@@ -212,5 +211,40 @@ def test_bad_input_names_the_argument() -> None:
         layers = change.get("layers")
         changed = {**change, "layers": tk.DecoderLayers(layers)} if isinstance(layers, list) else change
         assert_names(kind, name, replace(case.copy(), **changed).run)
-    with pytest.raises(ValueError, match=r"^layers: expected at least one"):
-        tk.DecoderLayers([])
+    other = replace(case.plan, num_q_heads=2)
+    assert_names(ValueError, "plan", replace(case, plan=other).run)
+
+
+def test_layers_that_do_not_fit_are_named() -> None:
+    """Their padded weights would fit: HIDDEN + 1 columns have as many panels as HIDDEN."""
+    good = layer(torch.float32, full=False, window=None)
+    assert_names(ValueError, "layers", tk.DecoderLayers, [])
+    assert_names(TypeError, r"layers\[1\]", tk.DecoderLayers, [good, None])
+    for kind, name, wrong in [
+        (ValueError, "qkv", tk.pack_linear(torch.ones(good.qkv.out_features + 1, HIDDEN))),
+        (ValueError, "o", tk.pack_linear(torch.ones(HIDDEN + 1, good.o.in_features))),
+        (ValueError, "gate_up", tk.pack_linear(torch.ones(2 * INNER + 1, HIDDEN))),
+        (ValueError, "down", tk.pack_linear(torch.ones(HIDDEN + 1, INNER))),
+        (TypeError, "down", torch.ones(HIDDEN, INNER)),
+        (ValueError, "window", 0),
+        (TypeError, "window", 2.0),
+    ]:
+        layers = [good, replace(good, **{name: wrong})]  # type: ignore[arg-type]
+        assert_names(kind, rf"layers\[1\].{name}", tk.DecoderLayers, layers)
+
+
+def test_compiles_once_for_all_numbers_of_rows() -> None:
+    case = Case.random(torch.float32)
+    forest = tk.KVForest(PAGES, page_size=PAGE_SIZE)
+    root = forest.add_root()
+    forest.append([root], [20])
+    shape = {"num_q_heads": Q_HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+
+    def step(x: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, plan: tk.AttentionPlan) -> torch.Tensor:
+        return replace(case, x=x, positions=positions, slots=slots, plan=plan).run()
+
+    calls = [
+        (torch.randn(n, HIDDEN), torch.arange(n), torch.arange(n), forest.plan([root], [n], **shape))
+        for n in range(2, 14)
+    ]
+    assert compilations(step, calls) <= 4  # max_slots is a constant of the graph

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -451,3 +453,44 @@ def test_a_list_that_shrinks_while_it_is_read() -> None:
 
     branches: list[Any] = [Shrinking(), 0, 0]
     assert len(forest.fork(branches)) == 1
+
+
+def test_a_forest_may_change_while_a_plan_takes_its_arguments() -> None:
+    """The planner reads the forest in place; an int that frees a branch must have done so before."""
+    forest = KVForest(4096, page_size=1)
+    root = forest.add_root()
+    forest.append([root], [3000])
+
+    class Freeing:
+        def __index__(self) -> int:
+            forest.free([root])
+            return 1
+
+    with pytest.raises(IndexError, match=r"^branches\[0\].*freed"):
+        forest.plan([root], [Freeing()], num_q_heads=1, num_kv_heads=1, head_dim=8)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its address space")
+def test_without_memory_an_append_changes_nothing() -> None:
+    code = """
+import resource, tts_kernels as tk
+forest = tk.KVForest(2**27 - 1)
+root = forest.add_root()
+forest.append([root], [10])
+before = forest.stats()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for spare in (1 << 28, 4_200_000_000):  # none for the slots; none for the pages beside them
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare, hard))
+    try:
+        forest.append([root], [1_000_000_003])
+    except MemoryError:
+        print("MemoryError")
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert forest.stats() == before, forest.stats()
+assert forest.append([root], [1]).slots.tolist() == [10]
+forest.free([root])
+assert forest.stats().pages_free == 2**27 - 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "MemoryError\nMemoryError\n"), done.stderr

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, compilations
 from torch.library import opcheck
 from torch.utils import _pytree as pytree
 
@@ -140,7 +140,16 @@ def test_opcheck_compile_and_pytree() -> None:
         assert torch.equal(compiled(x, packed, bias), doubled(x, packed, bias))
         (leaf,), spec = pytree.tree_flatten(packed)
         assert leaf is packed.weight
-        assert pytree.tree_unflatten([leaf], spec) == packed
+        again = pytree.tree_unflatten([leaf], spec)
+        assert (again.weight, again.in_features, again.out_features) == (packed.weight, 9, 18)
+        assert again != packed  # by identity: comparing tensors has no one answer
+        assert hash(packed) == hash(packed)
+
+
+def test_compiles_once_for_all_numbers_of_rows() -> None:
+    packed = tk.pack_linear(torch.randn(16, 8))
+    calls = [(torch.randn(n, 8), torch.randn(n, 16)) for n in range(2, 14)]
+    assert compilations(lambda x, residual: tk.linear(x, packed, residual=residual), calls) <= 2
 
 
 def test_reference_backend() -> None:

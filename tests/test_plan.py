@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Any
@@ -412,6 +413,24 @@ def test_a_plan_is_a_pytree_of_its_tensors() -> None:
     assert_equal_plans(copy.copy(plan), plan)
 
 
+def test_a_plan_can_be_copied_and_pickled() -> None:
+    forest, branches = star(branches=3)
+    plan = forest.plan(branches, **HEADS)
+    for again in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert_equal_plans(again, plan)
+        assert repr(again) == repr(plan)
+        assert again.rows.data_ptr() != plan.rows.data_ptr()
+        with pytest.raises(ValueError, match=r"^out: expected a plan from KVForest\.plan"):
+            forest.plan(branches, **HEADS, out=again)
+
+
+def test_room_for_partial_states_is_a_power_of_two() -> None:
+    forest, branches = star(branches=3)
+    for _ in range(5):
+        assert forest.plan(branches, **HEADS).max_slots.bit_count() == 1
+        forest.append(branches, [300] * 3)
+
+
 def test_a_plan_goes_through_compile() -> None:
     def function(x: Tensor, plan: AttentionPlan) -> Tensor:
         return x[plan.rows.long()] * plan.page_size + plan.sizes[1] + plan.num_rows
@@ -435,6 +454,7 @@ def test_a_plan_goes_through_compile() -> None:
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads: expected at least 1"),
         ({"head_dim": 0}, ValueError, "head_dim: expected at least 1"),
         ({"num_q_heads": 8.0}, TypeError, "num_q_heads: expected an int"),
+        ({"num_q_heads": 2**31}, ValueError, "num_q_heads: expected below 2147483648"),
         ({"page_size": 0}, ValueError, "page_size: expected at least 1"),
         ({"page_table": [[0]]}, TypeError, "page_table: expected a tensor"),
         ({"page_table": torch.zeros(2, 2)}, TypeError, "page_table: expected torch.int32 or torch.int64"),

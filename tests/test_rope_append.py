@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, compilations
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -118,11 +118,12 @@ def test_other_slots_stay_as_they_are() -> None:
         assert not torch.equal(cache, old)
 
 
-def test_strided_caches_rows_and_indices() -> None:
+def test_strided_caches_rows_norms_and_indices() -> None:
     """Caches as the framework's interleaved [P, 2, page_size, Hkv, D] would give them."""
-    case = Case.random(6, 3, 1, 16, torch.float32)
+    case = Case.random(6, 3, 1, 16, torch.float32, norms=True)
     expected = case.copy()
     q = expected.run()
+    norms = torch.stack([case.q_norm, case.k_norm], dim=1)
     both = torch.stack([case.k_cache, case.v_cache], dim=1)
     strided = replace(
         case,
@@ -131,6 +132,8 @@ def test_strided_caches_rows_and_indices() -> None:
         v_cache=both[:, 1],
         positions=case.positions.repeat_interleave(2)[::2],
         slots=case.slots.long().repeat_interleave(2)[::2],
+        q_norm=norms[:, 0],
+        k_norm=norms[:, 1],
     )
     assert torch.equal(strided.run(), q)
     assert torch.equal(both[:, 0], expected.k_cache)
@@ -174,6 +177,16 @@ def test_opcheck_and_compile() -> None:
     assert torch.equal(theirs.k_cache, ours.k_cache)
 
 
+def test_compiles_once_for_all_numbers_of_tokens() -> None:
+    case = Case.random(14, 2, 1, 8, torch.float32)
+    calls = [(case.qkv[:n].clone(), case.positions[:n].clone(), case.slots[:n].clone()) for n in range(2, 14)]
+
+    def step(qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return replace(case, qkv=qkv, positions=positions, slots=slots).run()
+
+    assert compilations(step, calls) <= 2
+
+
 def test_bad_input_names_the_argument_and_writes_nothing() -> None:
     case = Case.random(4, 2, 1, 8, torch.float32, norms=True)
     before = case.copy()
@@ -182,11 +195,13 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
         (ValueError, "qkv", {"qkv": case.qkv[:, 1:]}),
         (ValueError, "qkv", {"num_q_heads": 3}),
         (ValueError, "num_q_heads", {"num_q_heads": 0}),
+        (ValueError, "num_q_heads", {"num_q_heads": 2**31}),
         (TypeError, "num_kv_heads", {"num_kv_heads": 1.0}),
         (TypeError, "k_cache", {"k_cache": case.k_cache.half()}),
         (ValueError, "k_cache", {"k_cache": case.k_cache[0]}),
         (ValueError, "k_cache", {"k_cache": case.k_cache.transpose(0, 3).contiguous().transpose(0, 3)}),
         (ValueError, "v_cache", {"v_cache": case.v_cache[:8]}),
+        (ValueError, "v_cache", {"v_cache": case.v_cache[:1].expand(9, -1, -1, -1)}),
         (TypeError, "positions", {"positions": case.positions.float()}),
         (ValueError, "positions", {"positions": case.positions[:3]}),
         (IndexError, "positions", {"positions": torch.tensor([0, 1, 200, 3])}),
@@ -200,6 +215,7 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
         (TypeError, "q_norm", {"q_norm": case.q_norm.half()}),
         (ValueError, "k_norm", {"k_norm": case.k_norm[:4]}),
         (ValueError, "eps", {"eps": -1.0}),
+        (ValueError, "eps", {"eps": 1e39}),
     ]
     for kind, name, change in bad:
         assert_names(kind, name, replace(case, **change).run)

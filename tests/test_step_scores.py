@@ -139,3 +139,18 @@ def test_bad_heads_name_the_argument() -> None:
     assert_names(ValueError, "good", tk.ScoreHead.two_class, torch.randn(2, 4), good=2)
     assert_names(ValueError, "w2", tk.ScoreHead.mlp, torch.randn(3, 4), None, torch.randn(2, 4), None)
     assert_names(ValueError, "eps", tk.ScoreHead.scalar(row).with_norm, row, -1.0)
+    assert_names(ValueError, "eps", tk.ScoreHead.scalar(row).with_norm, row, 1e39)
+
+
+def test_a_head_made_by_hand_is_checked_as_strictly_as_under_compile() -> None:
+    hidden, positions, row = torch.randn(5, 4), torch.tensor([0, 4]), torch.randn(4)
+    wide = torch.randn(4, 2)
+    for name, head in [
+        ("head.bias", tk.ScoreHead(row, bias=torch.ones(1, 1))),
+        ("head.b1", tk.ScoreHead(row[:3], w1=torch.randn(3, 4), b1=torch.ones(1, 3))),
+        ("head.norm_weight", tk.ScoreHead(row, norm_weight=torch.ones(2, 2))),
+        ("head.weight", tk.ScoreHead(wide[:, 0])),
+        ("head.w1", tk.ScoreHead(row[:2], w1=wide.T)),
+    ]:
+        assert_names(ValueError, name, tk.step_scores, hidden, positions, head)
+    assert tk.ScoreHead(row) != tk.ScoreHead(row)  # by identity: comparing tensors has no one answer

@@ -49,3 +49,14 @@ def test_kernel_files_include_nothing_that_could_be_shared() -> None:
     for file in files:
         for header in re.findall(r'#include [<"]([^>"]+)[>"]', file.read_text()):
             assert header in own | {"cstdint", "immintrin.h"}, f"{file.name} includes {header}"
+
+
+def test_a_name_of_the_kernels_has_one_definition() -> None:
+    """The headers share a namespace: of two classes or constants of one name the linker keeps whichever comes first."""
+    root = Path(__file__).parent.parent / "csrc"
+    files: dict[str, set[str]] = {}
+    for file in [f for folder in ("cpu", "include") for f in (root / folder).glob("*.h")]:
+        for name in re.findall(r"(?m)^(?:struct|class|inline constexpr [\w:]+) (\w+)(?: \{| =|<)", file.read_text()):
+            files.setdefault(name, set()).add(file.name)
+    assert len(files) > 50
+    assert not {name: sorted(where) for name, where in files.items() if len(where) > 1}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, compilations
 from torch import Tensor
 from torch.library import opcheck
 from trees import Plan, Tree, brute_plan, caches, dense_attention, grow, poison, with_short_branches
@@ -327,6 +327,21 @@ def test_opcheck_and_compile() -> None:
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
+def test_compiles_seldom_as_branches_grow() -> None:
+    forest = tk.KVForest(512, page_size=4)
+    root = forest.add_root()
+    forest.append([root], [40])
+    branches = forest.fork([root] * 4)
+    k, v = torch.randn(2, 512, 4, 2, 16)
+
+    def calls() -> Any:
+        for _ in range(12):
+            forest.append(branches, [9] * 4)
+            yield torch.randn(4, 4, 16), k, v, forest.plan(branches, num_q_heads=4, num_kv_heads=2, head_dim=16)
+
+    assert compilations(lambda q, k, v, plan: tk.tree_attention(q, k, v, plan), calls()) <= 3
+
+
 def test_reference_backend_agrees() -> None:
     tree = dvts(16)
     q_lens = [1] * len(tree.pages)
@@ -350,15 +365,22 @@ def test_bad_input_names_the_argument() -> None:
     assert_names(ValueError, "q", attend, q[0], k, v, plan, scale=1.0)
     assert_names(ValueError, "q", attend, q[:8], k, v, plan)
     assert_names(ValueError, "q", attend, q[:, :7], k, v, plan)
+    assert_names(ValueError, "q", attend, q[:, :6], k, v, plan)  # a multiple of the KV heads, not of the plan
+    assert_names(ValueError, "q", attend, q[..., :8], k[..., :8], v[..., :8], plan)
+    none = dataclasses.replace(plan, head_dim=0)
+    assert_names(ValueError, "q", attend, q[..., :0], k[..., :0], v[..., :0], none, scale=1.0)
     assert_names(ValueError, "k_cache", attend, q, k[0], v, plan)
     assert_names(ValueError, "k_cache", attend, q, k[..., :8], v, plan)
     assert_names(ValueError, "k_cache", attend, q, k.transpose(2, 3).contiguous().transpose(2, 3), v, plan)
     assert_names(ValueError, "v_cache", attend, q, k, v[:-1], plan)
     assert_names(ValueError, "scale", attend, q, k, v, plan, scale=float("nan"))
     assert_names(TypeError, "scale", attend, q, k, v, plan, scale="1")
+    assert_names(ValueError, "scale", attend, q, k, v, plan, scale=1e39)
+    assert_names(ValueError, "scale", attend, q, k, v, plan, scale=10**400)
     assert_names(ValueError, "softcap", attend, q, k, v, plan, softcap=-1.0)
     assert_names(ValueError, "softcap", attend, q, k, v, plan, softcap=float("inf"))
     assert_names(ValueError, "window", attend, q, k, v, plan, window=0)
+    assert_names(ValueError, "window", attend, q, k, v, plan, window=2**63)
     assert_names(TypeError, "window", attend, q, k, v, plan, window=1.5)
 
 

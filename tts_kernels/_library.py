@@ -16,7 +16,8 @@ def load() -> None:
     Raises
     ------
     ImportError
-        If the library was not built, or needs a newer torch than the one that is installed.
+        If the library was not built, needs a newer torch than the one that is installed, or was told by
+        ``TTS_KERNELS_CPU_ISA`` to use instructions that are not there.
     """
     if not PATH.exists():
         raise ImportError(f"{PATH} is missing: build the package with `pip install .`")
@@ -26,6 +27,10 @@ def load() -> None:
         raise ImportError(
             f"{PATH} does not load in torch {torch.__version__} (2.10 or newer is needed): {error}"
         ) from error
+    try:
+        torch.ops.tts_kernels.cpu_isa()  # here, as torch keeps no message of an error in one of its threads
+    except RuntimeError as error:
+        raise ImportError(str(error)) from error
 
 
 def load_cuda() -> str:

@@ -15,6 +15,8 @@ from .backend import state
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int32, torch.int64)
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def describe(value: Any) -> str:
@@ -56,28 +58,38 @@ def cache(
     dtypes: Sequence[torch.dtype] = FLOAT,
     shape: Sequence[int | str] = ("P", "page_size", "Hkv", "D"),
     device: torch.device | None = None,
+    *,
+    written: bool = False,
 ) -> None:
-    """One layer's pages: [P, page_size, Hkv, D] with a contiguous last dimension. TypeError, ValueError."""
+    """One layer's pages: [P, page_size, Hkv, D], last dimension contiguous, no two slots one memory if `written`.
+
+    TypeError, ValueError.
+    """
     tensor(name, value, dtypes, shape, device)
     if value.stride(3) != 1 and value.shape[3] > 1:
         _fail(ValueError, name, "a contiguous last dimension", f"strides {value.stride()}")
+    if written and any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+        _fail(ValueError, name, "slots of their own to write to", f"an expanded tensor of strides {value.stride()}")
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:
-    """A finite number in [low, high], or (low, high] with `open_low`. TypeError, ValueError."""
+    """A finite float32 in [low, high], or (low, high] with `open_low`. TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _fail(TypeError, name, "a number", value)
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+    low, high = max(low, -_LARGEST), min(high, _LARGEST)
+    if not low <= value <= high or (open_low and value < low + _SMALLEST):
         bounds = f"{'(' if open_low else '['}{low}, {high}]"
-        _fail(ValueError, name, f"a finite number in {bounds}", value)
+        _fail(ValueError, name, f"a finite float32 in {bounds}", value)
 
 
-def integer(name: str, value: Any, low: int) -> None:
-    """An int of at least `low`. TypeError, ValueError."""
+def integer(name: str, value: Any, low: int, end: int = 2**63) -> None:
+    """An int of at least `low`, below `end`. TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         _fail(TypeError, name, "an int", value)
     if value < low:
         _fail(ValueError, name, f"at least {low}", value)
+    if value >= end:
+        _fail(ValueError, name, f"below {end}", value)
 
 
 def choice(name: str, value: Any, options: Sequence[str]) -> None:

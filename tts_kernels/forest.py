@@ -61,7 +61,9 @@ class KVForest:
     it while another still holds it. The forest knows page numbers alone; the cache itself is a `KVCache` or any other
     tensors [num_pages, page_size, Hkv, D].
 
-    Branches are ints that count up from 0 and are never used again. An operation that raises has changed nothing.
+    Branches are ints that count up from 0 and are never used again. An operation that raises has changed nothing; only
+    where memory runs out for one of the many short lists of an `append`, the forest may break, and then every later
+    operation raises a RuntimeError.
     Arguments named ``branches``, ``counts`` and the like take a list, tuple, range, array or one-dimensional CPU tensor
     of int. A forest is not thread-safe.
 

@@ -77,6 +77,11 @@ class AttentionPlan:
         numbers = ", ".join(f"{name}={getattr(self, name)}" for name in _NUMBERS)
         return f"AttentionPlan(num_rows={self.num_rows}, {numbers}, device={self.rows.device})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle has the same tensors and numbers, but no planner's memory behind them."""
+        tensors, numbers = _flatten(self)
+        return AttentionPlan, (*tensors, *numbers)
+
     @property
     def num_rows(self) -> int:
         """T: rows of q and out."""
@@ -208,7 +213,7 @@ class HeadShape(NamedTuple):
     def check(self) -> None:
         """TypeError, ValueError."""
         for name, value in zip(self._fields, self, strict=True):
-            checks.integer(name, value, 1)
+            checks.integer(name, value, 1, 2**31)
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_q_heads}"

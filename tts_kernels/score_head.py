@@ -13,7 +13,7 @@ from . import checks
 _Bias = float | Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreHead:
     """How a hidden state becomes a step's score; made by one of the class methods.
 
@@ -159,6 +159,9 @@ def check_head(
         checks.tensor("head.bias", bias, (torch.float32,), [1], device)
     if norm_weight is not None:
         checks.tensor("head.norm_weight", norm_weight, shape=[width], device=device)
+    for name, part in (("weight", weight), ("w1", w1), ("b1", b1), ("norm_weight", norm_weight)):
+        if part is not None and not part.is_contiguous():
+            raise ValueError(f"head.{name}: expected a contiguous tensor, got strides {part.stride()}")
     checks.number("head.eps", eps, low=0.0)
 
 

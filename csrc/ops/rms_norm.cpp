@@ -1,4 +1,6 @@
 // torch.ops.tts_kernels.rms_norm
+#include <limits>
+
 #include "decoder.h"
 
 namespace tts::ops {
@@ -12,7 +14,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
     const int64_t count = x.size(0), width = x.size(1);
     require(weight.dim() == 1 && weight.size(0) == width && dtype(weight) == type, "weight");
     require(residual.size(0) == count && residual.size(1) == width && dtype(residual) == type, "residual");
-    require(eps >= 0.0 && eps < 1e300, "eps");
+    require(eps >= 0.0 && eps <= std::numeric_limits<float>::max(), "eps");
     Tensor normed = empty(x, {count, width}, x.scalar_type());
     Tensor sum = empty(x, {residual_in ? count : 0, width}, x.scalar_type());
     const RmsNormArgs args{.x = {x.const_data_ptr(), type},

@@ -1,4 +1,6 @@
 // torch.ops.tts_kernels.rope_append_
+#include <limits>
+
 #include "attention.h"
 #include "decoder.h"
 
@@ -27,7 +29,8 @@ Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v
     const Tensor cos_sin = dense(cos_sin_in);
     const std::optional<Tensor> q_norm = dense(q_norm_in), k_norm = dense(k_norm_in);
     const DType type = dtype(qkv);
-    require(cos_sin.dim() == 2 && num_q_heads >= 1 && num_kv_heads >= 1 && eps >= 0.0 && eps < 1e300,
+    require(cos_sin.dim() == 2 && num_q_heads >= 1 && num_kv_heads >= 1 && eps >= 0.0 &&
+                eps <= std::numeric_limits<float>::max(),
             "options");
     const int64_t count = qkv.size(0), head_dim = cos_sin.size(1);
     require(head_dim % 2 == 0 && qkv.size(1) == (num_q_heads + 2 * num_kv_heads) * head_dim, "qkv");

@@ -16,18 +16,19 @@ def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Te
     Parameters
     ----------
     k_cache, v_cache
-        [P, page_size, Hkv, D] float: may be strided views, last dimension contiguous.
+        [P, page_size, Hkv, D] float: may be strided views, last dimension contiguous, but not expanded ones.
     k, v
         [T, Hkv, D], of the caches' dtype. Rows and heads may be strided.
     slots
-        [T] int: page * page_size + offset, as `KVForest.append` returns them; all different.
+        [T] int: page * page_size + offset, as `KVForest.append` returns them. All different: which of two tokens
+        a slot of both ends up with is undefined.
 
     Raises
     ------
     TypeError
         For a wrong dtype.
     ValueError
-        For a wrong shape or device.
+        For a wrong shape or device, or an expanded cache.
     IndexError
         For a slot outside [0, P * page_size).
 
@@ -47,8 +48,8 @@ def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Te
 
 
 def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    checks.cache("k_cache", k_cache)
-    checks.cache("v_cache", v_cache, (k_cache.dtype,), k_cache.shape, k_cache.device)
+    checks.cache("k_cache", k_cache, written=True)
+    checks.cache("v_cache", v_cache, (k_cache.dtype,), k_cache.shape, k_cache.device, written=True)
     checks.tensor("slots", slots, checks.INDEX, ["T"], k_cache.device)
     shape = [slots.shape[0], *k_cache.shape[2:]]
     checks.tensor("k", k, (k_cache.dtype,), shape, k_cache.device)

@@ -49,7 +49,7 @@ def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
 def _check(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     device = caches[0].device if caches and isinstance(caches[0], Tensor) else None
     for i, cache in enumerate(caches):
-        checks.cache(f"caches[{i}]", cache, device=device)
+        checks.cache(f"caches[{i}]", cache, device=device, written=True)
     checks.tensor("src", src, checks.INDEX, ["n"], device)
     checks.tensor("dst", dst, checks.INDEX, [src.shape[0]], device)
     for cache in caches:

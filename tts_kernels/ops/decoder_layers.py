@@ -21,7 +21,7 @@ from .swiglu import swiglu_op
 from .tree_attention import tree_attention_op
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecoderLayer:
     """The weights of one layer of the Llama family; all of one dtype.
 
@@ -62,12 +62,21 @@ class DecoderLayers:
     Parameters
     ----------
     layers
-        In their order, at least one.
+        In their order, at least one; all of the same sizes.
+
+    Raises
+    ------
+    TypeError
+        For anything but a `DecoderLayer` of `PackedLinear` projections.
+    ValueError
+        For projections that do not fit each other or those of the first layer, or a window below 1.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
         if not layers:
             raise ValueError("layers: expected at least one layer, got none")
+        for i, layer in enumerate(layers):
+            _check_projections(f"layers[{i}]", layer, layers[0])
         self.layers = tuple(layers)
         self.intermediate = layers[0].down.in_features
         self.windows = [layer.window or 0 for layer in layers]
@@ -80,6 +89,29 @@ class DecoderLayers:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+
+def _check_projections(name: str, layer: DecoderLayer, first: DecoderLayer) -> None:
+    """Features of a layer's projections. An operator cannot see them: a packed weight is padded."""
+    if not isinstance(layer, DecoderLayer):
+        raise TypeError(f"{name}: expected a DecoderLayer, got {checks.describe(layer)}")
+    for part in ("qkv", "o", "gate_up", "down"):
+        if not isinstance(getattr(layer, part), PackedLinear):
+            raise TypeError(f"{name}.{part}: expected a PackedLinear, got {checks.describe(getattr(layer, part))}")
+    checks.tensor(f"{name}.input_norm", layer.input_norm, shape=["H"])
+    hidden, intermediate = first.input_norm.shape[0], first.down.in_features
+    for part, features in (
+        ("qkv", (hidden, first.qkv.out_features)),
+        ("o", (first.o.in_features, hidden)),
+        ("gate_up", (hidden, 2 * intermediate)),
+        ("down", (intermediate, hidden)),
+    ):
+        packed = getattr(layer, part)
+        if (packed.in_features, packed.out_features) != features:
+            got = [packed.out_features, packed.in_features]
+            raise ValueError(f"{name}.{part}: expected a packed weight {list(features[::-1])}, got one of {got}")
+    if layer.window is not None:
+        checks.integer(f"{name}.window", layer.window, 1)
 
 
 # The order of a layer's tensors; an empty one stands for None.
@@ -161,6 +193,12 @@ def decoder_layers_(
     ...                    torch.tensor([0]), torch.tensor([[1.0, 0.0]]), slots)
     tensor([[1., 1., 1., 1.]])
     """
+    qkv, o = layers.layers[0].qkv.out_features, layers.layers[0].o.in_features
+    if o != plan.num_q_heads * plan.head_dim or qkv != o + 2 * plan.num_kv_heads * plan.head_dim:
+        raise ValueError(
+            f"plan: expected Hq D = {o} and Hkv D = {(qkv - o) / 2:g} as in layers, got one for Hq = "
+            f"{plan.num_q_heads}, Hkv = {plan.num_kv_heads}, D = {plan.head_dim}"
+        )
     out: Tensor = _op(
         x,
         layers.weights,
@@ -206,7 +244,7 @@ def _check(
     checks.tensor("x", x, shape=["T", "H"])
     tokens, hidden = x.shape
     checks.tensor("cos_sin", cos_sin, (torch.float32,), ["max_position", "D"], x.device)
-    head_dim, depth = int(cos_sin.shape[1]), len(windows)
+    head_dim, depth = cos_sin.shape[1], len(windows)
     checks.number("eps", eps, low=0.0)
     for i in range(depth):
         parts = dict(zip(PARTS, weights[i * len(PARTS) : (i + 1) * len(PARTS)], strict=True))
@@ -215,20 +253,20 @@ def _check(
         if len(caches) != depth:
             raise ValueError(f"{name}: expected {depth} caches, one a layer, got {len(caches)}")
         for i, cache in enumerate(caches):
-            pages: int | str = int(k_caches[i].shape[0]) if name == "v_caches" else "P"
+            pages: int | str = k_caches[i].shape[0] if name == "v_caches" else "P"
             shape = [pages, page_size, num_kv_heads, head_dim]
-            checks.cache(f"{name}[{i}]", cache, (x.dtype,), shape, x.device)
-    checks.tensor("plan.rows", plan[0], (torch.int32,), [int(tokens)], x.device)
-    checks.tensor("positions", positions, checks.INDEX, [int(tokens)], x.device)
-    checks.tensor("slots", slots, checks.INDEX, [int(tokens)], x.device)
-    checks.index_range("positions", positions, 0, int(cos_sin.shape[0]))
+            checks.cache(f"{name}[{i}]", cache, (x.dtype,), shape, x.device, written=True)
+    checks.tensor("plan.rows", plan[0], (torch.int32,), [tokens], x.device)
+    checks.tensor("positions", positions, checks.INDEX, [tokens], x.device)
+    checks.tensor("slots", slots, checks.INDEX, [tokens], x.device)
+    checks.index_range("positions", positions, 0, cos_sin.shape[0])
     for cache in k_caches:
-        checks.index_range("slots", slots, 0, int(cache.shape[0]) * page_size)
+        checks.index_range("slots", slots, 0, cache.shape[0] * page_size)
         if checks.readable(*plan):
-            checks.index_range("plan.pages", plan[2][: int(plan[7][3])], 0, int(cache.shape[0]))
+            checks.index_range("plan.pages", plan[2][: int(plan[7][3])], 0, cache.shape[0])
     if rows is not None:
         checks.tensor("rows", rows, checks.INDEX, ["R"], x.device)
-        checks.index_range("rows", rows, 0, int(tokens))
+        checks.index_range("rows", rows, 0, tokens)
     if hidden < 1:
         raise ValueError(f"x: expected at least one column, got {checks.describe(x)}")
 
@@ -237,7 +275,7 @@ def _check_layer(
     layer: str, parts: dict[str, Tensor], x: Tensor, q_width: int, kv_width: int, head_dim: int, intermediate: int
 ) -> None:
     """Shapes of a layer's weights; TypeError, ValueError that name the layer and its part."""
-    hidden = int(x.shape[1])
+    hidden = x.shape[1]
     sizes = {
         "qkv": (q_width + 2 * kv_width, hidden),
         "o": (hidden, q_width),

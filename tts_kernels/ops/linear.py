@@ -14,7 +14,7 @@ from ..op import Op
 PANEL = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedLinear:
     """A weight matrix in the layout that `linear` reads; made by `pack_linear`. A pytree with one tensor.
 
@@ -167,7 +167,7 @@ def _check(
     if bias is not None:
         checks.tensor("bias", bias, (x.dtype,), [out_features], x.device)
     if residual is not None:
-        checks.tensor("residual", residual, (x.dtype,), [int(x.shape[0]), out_features], x.device)
+        checks.tensor("residual", residual, (x.dtype,), [x.shape[0], out_features], x.device)
 
 
 def _fake(x: Tensor, weight: Tensor, in_features: int, out_features: int, *added: Tensor | None) -> Tensor:  # noqa: ARG001

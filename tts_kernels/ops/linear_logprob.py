@@ -41,6 +41,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
 
     Notes
     -----
+    Under torch.compile each new temperature compiles anew.
+
     Reads ``weight`` from memory once, whatever N is; 2 N H V operations. Takes O(N V / 1000) bytes of memory (and a
     float32 copy of ``hidden`` if it is float16, or bfloat16 with a weight of another dtype). The sum is kept online in
     float32 (arXiv 1805.02867) by chunks of the vocabulary that are merged in order; logits are never rounded to the

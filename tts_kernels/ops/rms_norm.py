@@ -53,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
     checks.tensor("x", x, shape=["T", "H"])
-    checks.tensor("weight", weight, (x.dtype,), [int(x.shape[1])], x.device)
+    checks.tensor("weight", weight, (x.dtype,), [x.shape[1]], x.device)
     checks.number("eps", eps, low=0.0)
     if residual is not None:
         checks.tensor("residual", residual, (x.dtype,), list(x.shape), x.device)

@@ -32,7 +32,7 @@ def rope_append_(
     qkv
         [T, (Hq + 2 Hkv) D] float: the query heads of a token, its key heads, its value heads; rows may be strided.
     k_cache, v_cache
-        [P, page_size, Hkv, D] of qkv's dtype, last dimension contiguous. Written in place.
+        [P, page_size, Hkv, D] of qkv's dtype, last dimension contiguous, not expanded. Written in place.
     positions
         [T] int: the row of ``cos_sin`` that a token takes.
     cos_sin
@@ -98,27 +98,24 @@ def _check(
     eps: float,
 ) -> None:
     checks.tensor("qkv", qkv, shape=["T", "(Hq + 2 Hkv) D"])
-    checks.integer("num_q_heads", num_q_heads, 1)
-    checks.integer("num_kv_heads", num_kv_heads, 1)
-    tokens, device = int(qkv.shape[0]), qkv.device
+    checks.integer("num_q_heads", num_q_heads, 1, 2**31)
+    checks.integer("num_kv_heads", num_kv_heads, 1, 2**31)
+    tokens, device = qkv.shape[0], qkv.device  # an int(...) here would compile anew for every number of tokens
     checks.tensor("cos_sin", cos_sin, (torch.float32,), ["max_position", "D"], device)
-    head_dim = int(cos_sin.shape[1])
+    head_dim = cos_sin.shape[1]
     if head_dim % 2:
         raise ValueError(f"cos_sin: expected an even number of columns, got {checks.describe(cos_sin)}")
     checks.tensor("qkv", qkv, shape=["T", (num_q_heads + 2 * num_kv_heads) * head_dim])
-    checks.tensor("k_cache", k_cache, (qkv.dtype,), ["P", "page_size", num_kv_heads, head_dim], device)
-    checks.tensor("v_cache", v_cache, (qkv.dtype,), list(k_cache.shape), device)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if head_dim > 1 and cache.stride(3) != 1:
-            raise ValueError(f"{name}: expected a contiguous last dimension, got strides {cache.stride()}")
+    checks.cache("k_cache", k_cache, (qkv.dtype,), ["P", "page_size", num_kv_heads, head_dim], device, written=True)
+    checks.cache("v_cache", v_cache, (qkv.dtype,), k_cache.shape, device, written=True)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             checks.tensor(name, norm, (qkv.dtype,), [head_dim], device)
     checks.number("eps", eps, low=0.0)
     checks.tensor("positions", positions, checks.INDEX, [tokens], device)
     checks.tensor("slots", slots, checks.INDEX, [tokens], device)
-    checks.index_range("positions", positions, 0, int(cos_sin.shape[0]))
-    checks.index_range("slots", slots, 0, int(k_cache.shape[0] * k_cache.shape[1]))
+    checks.index_range("positions", positions, 0, cos_sin.shape[0])
+    checks.index_range("slots", slots, 0, k_cache.shape[0] * k_cache.shape[1])
 
 
 def _fake(qkv: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:

@@ -79,6 +79,8 @@ def sample(
 
     Notes
     -----
+    Under torch.compile an option that changes from call to call is best a tensor: each new number compiles anew.
+
     ``exp((logit - max) / temperature)`` is rounded to a multiple of 2**-39, so sums are exact integers, alike in any
     order, and a token less likely than 2**-40 times the likeliest is never drawn. 64 bits r of Philox4x32-10 (key
     ``seed``, counter ``offset``) take the first id at which the running sum of kept weights exceeds ``r / 2**64`` of

@@ -112,6 +112,8 @@ def tree_attention(
     >>> tk.tree_attention(torch.ones(2, 1, 2), k, v, plan)[:, 0, 0]
     tensor([1.5000, 2.5000])
     """
+    if q.shape[1:] != (plan.num_q_heads, plan.head_dim):
+        checks.tensor("q", q, shape=["T", plan.num_q_heads, plan.head_dim])  # as the plan was made for
     if scale is None:
         scale = float(q.shape[-1]) ** -0.5
     checks.number("scale", scale)
@@ -164,6 +166,8 @@ def _check(
 ) -> None:
     checks.tensor("q", q, shape=["T", "Hq", "D"])
     head_dim = q.shape[2]
+    if head_dim < 1:
+        raise ValueError(f"q: expected heads of at least one element, got {checks.describe(q)}")
     cache_shape: list[int | str] = ["P", page_size, num_kv_heads, head_dim]
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.cache(name, cache, (q.dtype,), cache_shape, q.device)
