@@ -65,16 +65,33 @@ def search_iter(
     if isinstance(problems, str):
         raise SearchError("problems: expected a list of texts, got one text")
     if not isinstance(config, SearchConfig):
+        for own in _configs_of(config):
+            _check(verifier, own, max_in_flight)
         options = {"extract_answer": extract_answer, "progress": progress, "max_in_flight": max_in_flight}
         return _by_strategy(list(problems), policy, verifier, config, options)
-    if max_in_flight is None:
-        max_in_flight = max(1, BRANCHES_IN_FLIGHT // config.n)
-    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
+    _check(verifier, config, max_in_flight)
+    engine = Engine(policy, verifier, config, extract_answer, max_in_flight or max(1, BRANCHES_IN_FLIGHT // config.n))
+    return _with_progress(engine, problems, enabled=progress)
+
+
+def _check(verifier: Verifier | None, config: SearchConfig, max_in_flight: int | None) -> None:
+    """Raise the error of arguments that do not go together."""
+    if max_in_flight is not None and (
+        isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1
+    ):
         raise SearchError(f"max_in_flight: expected an int >= 1, got {max_in_flight!r}")
     if verifier is None and config.method not in WITHOUT_VERIFIER:
         raise SearchError(f"verifier: {config.method} needs one, got None; only best_of_n works without")
-    engine = Engine(policy, verifier, config, extract_answer, max_in_flight)
-    return _with_progress(engine, problems, enabled=progress)
+
+
+def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:
+    """Yield the configs that a strategy may choose: its probe, and a problem's of each bin."""
+    if strategy.probe is None:
+        yield strategy.choose(None).config
+        return
+    yield strategy.probe
+    for pass_rate in (1.0, 0.3, 0.0):  # easy, medium, hard
+        yield strategy.choose(pass_rate).config
 
 
 def _by_strategy(

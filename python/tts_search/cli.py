@@ -25,6 +25,7 @@ from tts_search.report import Row, accuracy_table, cost_table
 from tts_search.result import SearchResult
 from tts_search.tasks import Task, load_tasks
 from tts_search.terminal import sanitize
+from tts_search.voting import canonical
 
 __all__ = ["main"]
 
@@ -107,9 +108,9 @@ def build_app() -> Callable[[Sequence[str]], None]:
         """Solve one problem."""
         text = sys.stdin.read() if problem == "-" else problem
         config = make_config(method, n, seed, temperature, settings)
+        elected = canonical(vote or _default_vote(verifier))
         models = _load(policy, verifier, system_prompt, format, dtype, device, kv_memory)
         result = search([text], *models, config)[0]
-        elected = vote or _default_vote(verifier)
         print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
 
     @app.command("eval")
@@ -142,6 +143,7 @@ def build_app() -> Callable[[Sequence[str]], None]:
         kv_memory: str = memory_option,
     ) -> None:
         """Run every method, budget and seed over a data set; an interrupted run goes on where it was."""
+        elected = canonical(vote or _default_vote(verifier))
         tasks = load_tasks(data, limit)
         configs = {
             f"{one}, n={size}, seed={number}": make_config(one, size, number, temperature, settings)
@@ -162,7 +164,7 @@ def build_app() -> Callable[[Sequence[str]], None]:
         write_manifest(out / "manifest.json", experiments, data, tasks=len(tasks))
         results = out / "results.jsonl"
         try:
-            run_experiments(tasks, experiments, results, vote or _default_vote(verifier), run)
+            run_experiments(tasks, experiments, results, elected, run)
         except KeyboardInterrupt:
             print(f"interrupted; finished tasks are in {results}, run it again to go on", file=sys.stderr)
             raise SystemExit(130) from None

@@ -246,6 +246,10 @@ class SearchConfig:
             if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
         if isinstance(self.thinking, dict):  # from JSON
+            unknown = set(self.thinking) - set(Thinking.__dataclass_fields__)
+            if unknown:
+                names = ", ".join(Thinking.__dataclass_fields__)
+                raise ConfigError(f"thinking: expected fields among {names}, got {', '.join(map(repr, unknown))}")
             object.__setattr__(self, "thinking", Thinking(**self.thinking))
         if self.thinking is not None and not isinstance(self.thinking, Thinking):
             raise ConfigError(f"thinking: expected a Thinking, got {self.thinking!r}")

@@ -24,7 +24,7 @@ from tts_search.protocol import Policy, Verifier
 from tts_search.result import SearchResult
 from tts_search.strategy import estimate_pass_rate
 from tts_search.tasks import Task
-from tts_search.voting import VOTES
+from tts_search.voting import VOTES, canonical
 
 __all__ = [
     "Experiment",
@@ -161,8 +161,15 @@ class Record:
         return self.num_correct / self.num_completions if self.num_completions else 0.0
 
     def is_correct(self, vote: str) -> bool:
-        """Whether a vote elects the right answer; without a verifier, or after an error, only what there is can."""
-        return self.correct.get(vote, self.correct.get("majority", False))
+        """Whether a vote elects the right answer; without a verifier, every vote is the majority's.
+
+        Raises
+        ------
+        ValueError
+            If there is no such vote.
+        """
+        name = canonical(vote)
+        return self.correct.get("majority" if set(self.correct) == {"majority"} else name, False)
 
 
 Runner = Callable[[Experiment, Sequence[Task]], Iterable[Record]]

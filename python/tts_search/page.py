@@ -11,7 +11,8 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tts_search.evaluate import Record
@@ -22,12 +23,13 @@ _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u20
 
 
 def tree_page(records: Iterable[Record], *, max_trees: int = 300) -> str:
-    """Return the page for the first `max_trees` records that hold a search tree.
+    """Return the page for up to `max_trees` records that hold a search tree: the first ones of each experiment in turn.
 
     It shows the steps, their scores, what was pruned when and why, round by round, and how many branches share the KV
     cache of a step.
     """
-    searches = [_search(record) for record in records if record.tree is not None][:max_trees]
+    grown = [record for record in records if record.tree is not None]
+    searches = [_search(record) for record in _dealt(grown, max_trees)]
     data = json.dumps(searches, ensure_ascii=True, allow_nan=False)
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
@@ -36,9 +38,19 @@ def tree_page(records: Iterable[Record], *, max_trees: int = 300) -> str:
         _PAGE.replace("@STYLE@", _STYLE)
         .replace("@DIGEST@", digest)
         .replace("@SCRIPT@", _SCRIPT)
-        .replace("@COUNT@", str(len(searches)))
+        .replace("@COUNT@", f"{len(searches)} of {len(grown)}" if len(searches) < len(grown) else str(len(grown)))
         .replace("@DATA@", data)  # last: nothing in it is replaced any more
     )
+
+
+def _dealt(records: Sequence[Record], count: int) -> list[Record]:
+    """Choose `count` records, as many of each experiment as of the others if it has so many; they stay in order."""
+    turns: Counter[str] = Counter()
+    places = []
+    for place, record in enumerate(records):
+        places.append((turns[record.experiment], place))
+        turns[record.experiment] += 1
+    return [records[place] for place in sorted(place for _, place in sorted(places)[:count])]
 
 
 def _search(record: Record) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _panels(
     plt: Any,
     rows: Sequence[Row],
     policies: Sequence[str],
-    label: str,
+    x_label: str,
     at: Callable[[Row], float],
     tasks: dict[str, set[str]] | None = None,
 ) -> Any:
@@ -90,13 +91,16 @@ def _panels(
         own = [row for row in rows if row.policy == policy]
         of = None if tasks is None else tasks[policy]
         for method in dict.fromkeys(row.method for row in own):
-            for verifier, dashes in zip(verifiers, _DASHES, strict=False):
-                line = [row for row in own if (row.method, row.verifier) == (method, verifier)]
-                _line(axis, line, at, of, dashes, _COLOURS.get(method, "#555555"), f"{method}, {verifier}")
+            for verifier, dashes in zip(verifiers, cycle(_DASHES)):  # as many as there are
+                of_both = [row for row in own if (row.method, row.verifier) == (method, verifier)]
+                for settings in dict.fromkeys(row.settings for row in of_both):
+                    line = [row for row in of_both if row.settings == settings]
+                    label = ", ".join(filter(None, (method, verifier, settings)))
+                    _line(axis, line, at, of, dashes, _COLOURS.get(method, "#555555"), label)
         sampled = [row for row in own if row.method == "best_of_n" and row.verifier == (verifiers or [""])[0]]
         majority = [replace(row, vote="majority") for row in sampled]  # needs no verifier
         _line(axis, majority, at, of, "-", "#999999", "majority")
-        axis.set(title=policy, xlabel=label)
+        axis.set(title=policy, xlabel=x_label)
         if any(x > 0 for line in axis.lines for x in line.get_xdata()):
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tts_search.config import SearchConfig
 from tts_search.evaluate import Record, latest, read_configs, read_records
 from tts_search.strategy import BINS, Bin, difficulty_bin, fit
+from tts_search.terminal import sanitize
+from tts_search.voting import canonical
 
 __all__ = [
     "Row",
@@ -64,11 +67,32 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: the records of an experiment, and the vote whose answer counts."""
+    """A row of the tables: the records of an experiment, and the vote whose answer counts.
+
+    Attributes
+    ----------
+    label : str
+        Its name.
+    records : sequence of Record
+        Of one search, seeds together.
+    vote : str
+        One of :data:`tts_search.VOTES`, or an alias.
+    settings : str
+        What tells it from rows of the same models, method and n; part of the label.
+
+    Raises
+    ------
+    ValueError
+        If there is no such vote.
+    """
 
     label: str
     records: Sequence[Record]
     vote: str = "prm_max"
+    settings: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vote", canonical(self.vote))
 
     @property
     def method(self) -> str:
@@ -228,21 +252,56 @@ def _with_own_id(record: Record) -> Record:
     return replace(record, task=f"{record.task} #{digest}")
 
 
-def rows_of(records: Iterable[Record], vote: str | None = None) -> list[Row]:
-    """Group records into rows, seeds together: by models, then method, then n."""
-    groups: dict[tuple[str, str, str, int], list[Record]] = {}
+def rows_of(
+    records: Iterable[Record], vote: str | None = None, configs: Mapping[str, SearchConfig] | None = None
+) -> list[Row]:
+    """Group records into rows, seeds together: by models, then method, then n.
+
+    With the configs by experiment, searches with other settings are rows of their own, whose labels say what differs.
+
+    Raises
+    ------
+    ValueError
+        If there is no such vote.
+    """
+    known: dict[tuple[str, tuple[str, ...]], str] = {}  # settings of an experiment
+    groups: dict[tuple[str, str, str, int], dict[str, list[Record]]] = {}
     for record in records:
-        title = re.sub(r",? ?seed=-?\d+", "", record.label)
-        verifier = (*record.models, "", "")[1]
-        label = f"{title} [{verifier}]" if verifier else title
-        groups.setdefault((record.models[0] if record.models else "", label, record.method, record.n), []).append(
-            record
-        )
+        source = (record.experiment, record.models)
+        if source not in known:
+            known[source] = json.dumps(_settings(record, configs or {}), sort_keys=True)
+        group = ((*record.models, "")[0], _label(record), record.method, record.n)
+        groups.setdefault(group, {}).setdefault(known[source], []).append(record)
     rows = []
-    for (_, label, _, _), own in groups.items():
-        elected = vote or ("majority" if "prm_max" not in own[0].correct else "prm_max")
-        rows.append(Row(label, own, elected))
+    for (_, label, _, _), alike in groups.items():
+        for own, difference in zip(alike.values(), _differences([json.loads(one) for one in alike]), strict=True):
+            elected = vote or ("prm_max" if any("prm_max" in record.correct for record in own) else "majority")
+            rows.append(Row(", ".join(filter(None, (label, difference))), own, elected, difference))
     return sorted(rows, key=lambda row: (row.policy, row.verifier, row.method, row.n))
+
+
+def _label(record: Record) -> str:
+    title = re.sub(r",? ?seed=-?\d+", "", record.label)
+    verifier = (*record.models, "", "")[1]
+    return f"{title} [{verifier}]" if verifier else title
+
+
+def _settings(record: Record, configs: Mapping[str, SearchConfig]) -> dict[str, object]:
+    """What tells a search from others: the names of its models, by place, and its config but for the seed."""
+    names: dict[str, object] = {str(place): name for place, name in enumerate(record.models)}
+    if record.experiment in configs:
+        names |= asdict(replace(configs[record.experiment], seed=0))
+    return names
+
+
+def _differences(settings: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return for each search what tells it from the others, such as ``temperature=0.5``."""
+    shared = [name for name in settings[0] if all(name in one for one in settings)]
+    names = [name for name in shared if any(one[name] != settings[0][name] for one in settings)]
+    return [
+        ", ".join(f"{one[name] or '-'}" if name.isdigit() else f"{name}={one[name]}" for name in names)
+        for one in settings
+    ]
 
 
 def bootstrap(values: Sequence[float], *, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -267,7 +326,7 @@ def votes_table(rows: Sequence[Row]) -> str:
     votes = ("majority", "prm_max", "prm_min_max", "prm_last_vote", "prm_min_vote")
     lines = []
     for row in rows:
-        known = row.records[0].correct
+        known = {vote for record in row.records for vote in record.correct}
         cells = [
             _with_interval(list(row.by_task(lambda record, vote=vote: record.is_correct(vote)).values()))  # type: ignore[misc]
             if vote in known
@@ -413,7 +472,7 @@ def report_tables(
     records: Sequence[Record], vote: str | None = None, configs: Mapping[str, SearchConfig] | None = None
 ) -> str:
     """Return all tables of a report as text; with the configs by experiment, that of a fitted strategy, too."""
-    rows = rows_of(records, vote)
+    rows = rows_of(records, vote, configs)
     sections = [votes_table(rows), levels_table(rows), flops_table(rows)]
     if any(row.method == "best_of_n" and row.verifier for row in rows):
         sections.append(_map_table(rows))
@@ -445,11 +504,11 @@ def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None
         configs.update(read_configs(path))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tables = report_tables(records, vote, configs)
+    tables = sanitize(report_tables(records, vote, configs))  # labels and levels may be anybody's words
     (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
     (out / "trees.html").write_text(tree_page(records), encoding="utf-8")
     if plots:
         from tts_search.plots import draw_plots
 
-        draw_plots(rows_of(records, vote), out)
+        draw_plots(rows_of(records, vote, configs), out)
     return tables

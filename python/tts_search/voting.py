@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from tts_search.answers import Equivalence
 from tts_search.types import Completion
 
-__all__ = ["AGGREGATES", "VOTES", "aggregate", "vote"]
+__all__ = ["AGGREGATES", "VOTES", "aggregate", "canonical", "vote"]
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda scores: scores[-1],
@@ -32,6 +32,27 @@ VOTES = (
     *(f"prm_{how}_{rule}" for how in _VOTE_AGGREGATES for rule in ("max", "vote")),
 )
 """Names of the votes; ``prm_avg_max`` and ``prm_avg_vote`` are accepted for ``prm_mean_max`` and ``prm_mean_vote``."""
+
+
+def canonical(name: str) -> str:
+    """Return a vote's name as `VOTES` has it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such vote.
+
+    Examples
+    --------
+    >>> canonical("prm_avg_max")
+    'prm_mean_max'
+    """
+    meant = name
+    for alias, how in _ALIASES.items():
+        meant = meant.replace(f"_{alias}_", f"_{how}_")
+    if meant not in VOTES:
+        raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {name!r}")
+    return meant
 
 
 def aggregate(scores: Sequence[float], how: str) -> float:

@@ -119,3 +119,9 @@ def test_imports_nothing_that_an_extra_installs():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_thinking_from_json():
+    assert SearchConfig(thinking={"max_tokens": 5}).thinking.max_tokens == 5
+    with pytest.raises(ConfigError, match=r"^thinking: expected fields among .*max_tokens.*, got 'max_token'"):
+        SearchConfig(thinking={"max_token": 5})

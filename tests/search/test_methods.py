@@ -388,3 +388,20 @@ def test_a_branch_at_the_end_of_the_context_stops_without_finishing(method):
     assert [(one.text, one.finished) for one in result.completions] == [("cut", False)] * 2
     assert len(policy.calls) == 1
     assert {node.state for node in result.tree.nodes[1:]} == {"open"}
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "text", "closes"),
+    [
+        ("</think>", "</think>", True),
+        ("</think>", "\n\n</think>", True),
+        ("</think>", "\n\n", False),
+        ("\n\n", "\n\n", False),
+        ("\n\n", "\n\na\n\n", True),
+        (None, "a\n\n", False),
+    ],
+)
+def test_where_a_local_step_ends(delimiter, text, closes):
+    from tts_search.policies.hf import _Delimiter
+
+    assert _Delimiter(delimiter, lambda _: "", []).closes(text) is closes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from browser import Page, find_chromium
@@ -260,3 +260,69 @@ def test_the_page_in_a_browser(folder, tmp_path):
             "var s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
         )
         assert page.evaluate("document.title") == "Search trees"  # the policy lets no other script run
+
+
+def test_rows_tell_settings_apart():
+    def one(key, seed, correct):
+        return Record(
+            f"a #{key}", "t", f"a, n=4, seed={seed}", "", "p", "", "dvts", 4, seed, ("p", "v"), correct=correct
+        )
+
+    records = [
+        one("cold 0", 0, {}),  # failed
+        one("cold 1", 1, {"majority": False, "prm_max": True, "prm_prod_vote": False}),
+        one("hot 0", 0, {"majority": True, "prm_max": False}),
+    ]
+    configs = {
+        record.experiment: SearchConfig("dvts", 4, temperature=0.1 if "cold" in record.experiment else 1.0, seed=seed)
+        for seed, record in zip((0, 1, 0), records, strict=True)
+    }
+    rows = rows_of(records, configs=configs)
+    assert [(row.label, len(row.records), row.vote) for row in rows] == [
+        ("a, n=4 [v], temperature=0.1", 2, "prm_max"),
+        ("a, n=4 [v], temperature=1.0", 1, "prm_max"),
+    ]
+    assert [row.accuracy() for row in rows] == [0.5, 0.0]
+    first = next(line for line in report_tables(records, configs=configs).splitlines() if "temperature=0.1" in line)
+    assert "50.0 (50-50)" in first  # prm_max, of which the first record knows nothing
+
+
+def test_votes_are_checked(folder):
+    records = read_folder(folder)
+    assert {row.vote for row in rows_of(records, "prm_avg_max")} == {"prm_mean_max"}
+    for call in (lambda: rows_of(records, "prm_maxx"), lambda: records[0].is_correct("prm_maxx")):
+        with pytest.raises(ValueError, match=r"^vote: expected one of majority, .* got 'prm_maxx'"):
+            call()
+    one = record("t", "dvts", 4, right=True)
+    assert not replace(one, correct={"majority": True, "prm_max": False}).is_correct("prm_mean_max")
+    assert replace(one, correct={"majority": True}).is_correct("prm_mean_max")  # there was no verifier
+
+
+def test_the_page_takes_trees_of_all_experiments():
+    tree = json.dumps({"format": 1, "nodes": [{"id": 0, "parent": None, "text": ""}]})
+    records = [Record(name, str(task), name, "", "", "", tree=tree) for name in "ab" for task in range(4)]
+    page = tree_page(records, max_trees=5)
+    searches = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [one["title"] for one in searches] == ["a: 0", "a: 1", "a: 2", "b: 0", "b: 1"]
+    assert "5 of 8 searches." in page
+    assert "8 searches." in tree_page(records)
+    assert "of 8 searches." not in tree_page(records)
+
+
+def test_tables_on_disk_hold_no_control_sequences(tmp_path):
+    one = Record("e", "t", "a\x1b[31mb", "\x1b]0;owned\x07", "p", "", "dvts", 4, correct={"majority": True})
+    (tmp_path / "results.jsonl").write_text(json.dumps(asdict(one)) + "\n")
+    write_report(tmp_path, tmp_path, plots=False)
+    text = (tmp_path / "tables.txt").read_text()
+    assert "ab" in text
+    assert text == sanitize(text)
+
+
+def test_every_verifier_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tts_search.plots import draw_plots
+
+    names = [f"verifier {number}" for number in range(6)]
+    draw_plots(rows_of([record("t", "dvts", 4, right=True, verifier=name) for name in names]), tmp_path)
+    drawn = (tmp_path / "accuracy-n.svg").read_text()
+    assert all(f"dvts, {name}<" in drawn for name in names)

@@ -261,3 +261,17 @@ def test_logical_tokens_count_every_step_anew():
     verifier = ScriptedVerifier(lambda _, steps: [0.5] * len(steps))
     (result,) = search(["p"], ScriptedPolicy(step), verifier, config, progress=False)
     assert result.stats.policy_logical_tokens == 2 * (10 + 20 + 30)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "verifier", "message"),
+    [
+        (RuleStrategy(1e9, n=4), None, "verifier: beam_search needs one"),
+        (RuleStrategy(7e9, n=6, dataset="MATH-500"), ScriptedVerifier(judge), "n: expected a multiple of expand"),
+    ],
+)
+def test_what_a_strategy_may_choose_is_checked_before_any_probe(strategy, verifier, message):
+    policy = ScriptedPolicy(sample)
+    with pytest.raises(SearchError, match=message):
+        search_iter(PROBLEMS, policy, verifier, strategy, progress=False)
+    assert policy.calls == []

@@ -36,7 +36,8 @@ class Checkpoint:
                 return dict.fromkeys(opened.keys(), whole)
         if index := self._file("model.safetensors.index.json"):
             weight_map: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            return {name: self._file(shard) or "" for name, shard in weight_map.items()}
+            shards = {shard: self._file(shard) or "" for shard in set(weight_map.values())}
+            return {name: shards[shard] for name, shard in weight_map.items()}
         return {}
 
     @property

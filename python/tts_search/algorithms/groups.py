@@ -198,6 +198,7 @@ def _descending(branch: Branch) -> float:
 
 
 def has_grown(branch: Branch) -> bool:
+    """Whether a new branch has a text, or has ended without one."""
     return bool(branch.text) or branch.finished or branch.stopped
 
 

@@ -33,11 +33,11 @@ class HFPolicy:
     The prompt of a problem is read once; branches share it, and each other's steps, in a :class:`tts_kernels.KVForest`.
     All branches of all problems in flight decode in one packed batch, and a branch leaves it when its step ends.
 
-    A step ends at the first token after which the step's text holds the delimiter, with something other than white
-    space before it. Its text is what was generated, all of the last token included: a token ``".\n\n"`` ends a step in
-    ``".\n\n"``, a token ``"\n\n\n"`` in ``"\n\n\n"``, and ``"\n"``, ``"\n"`` end one together. Special tokens give no
-    text. A step that is cut by its token limit ends at a whole character; one that is cut by the end of the context
-    ends its branch.
+    A step ends at the first token after which the step's text holds the delimiter; if that is white space, with
+    something else before it. Its text is what was generated, all of the last token included: a token ``".\n\n"`` ends a
+    step in ``".\n\n"``, a token ``"\n\n\n"`` in ``"\n\n\n"``, and ``"\n"``, ``"\n"`` end one together. Special tokens
+    give no text. A step that is cut by its token limit ends at a whole character; one that is cut by the end of the
+    context ends its branch.
 
     Parameters
     ----------
@@ -315,9 +315,11 @@ class _Delimiter:
         return self._closing[token]
 
     def closes(self, text: str) -> bool:
-        """Whether a step's text holds the delimiter after something other than white space."""
+        """Whether a step's text holds the delimiter: a blank one after something other than white space."""
+        if self.text is None:
+            return False
         blank = len(text) - len(text.lstrip())
-        return self.text is not None and text.find(self.text, blank + 1) >= 0
+        return text.find(self.text, 0 if self.text.strip() else blank + 1) >= 0
 
 
 @dataclass(slots=True)
