@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from .library import Library, operators
@@ -31,6 +33,15 @@ def emulated(request: pytest.FixtureRequest) -> Library:
     library = request.config.stash[LIBRARY]
     library.launches.clear()
     return library
+
+
+@pytest.fixture(autouse=True)
+def values_are_checked() -> Iterator[None]:
+    """CUDA kernels take index values as they come: tests of bad ones need what a user of a GPU would switch on."""
+    import tts_kernels as tk
+
+    with tk.debug_checks(True):
+        yield
 
 
 def pytest_report_header(config: pytest.Config) -> str:
