@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 from tts_search.algorithms import ALGORITHMS, Branch, Moves, Run
@@ -16,16 +15,15 @@ from tts_search.errors import SearchError
 from tts_search.protocol import (
     Expand,
     Policy,
-    PruningVerifier,
     Release,
     Request,
     Score,
     ScoreAndPrune,
-    Scored,
     Usage,
     Verifier,
 )
 from tts_search.result import SearchResult, build_result
+from tts_search.sharing import SharedVerifier
 from tts_search.stats import SearchStats
 
 __all__ = ["Engine"]
@@ -48,7 +46,6 @@ class _Task:
     moves: Moves[list[Branch]]
     started: float
     begun: list[_Driver] = field(default_factory=list)  # the drivers that know of it
-    scored: set[int] = field(default_factory=set)  # the branches that the verifier keeps
     requests: Sequence[Request] = ()
 
 
@@ -56,8 +53,9 @@ class Engine:
     """Searches problems, up to `max_in_flight` of them at a time.
 
     A round of all problems in flight is one call of the policy (one more for each step of lookahead) and one of the
-    verifier. A problem whose search ends makes room for the next one. A problem's draws depend on nothing but the seed,
-    its text and the path in its tree, so neither `max_in_flight` nor the other problems change its result.
+    verifier, which reads equal texts once. A problem whose search ends makes room for the next one. A problem's draws
+    depend on nothing but the seed, its text and the path in its tree, so neither `max_in_flight` nor the other problems
+    change its result.
 
     A failure that belongs to one problem ends that one. If a driver raises, all problems of that call fail.
     """
@@ -71,7 +69,7 @@ class Engine:
         max_in_flight: int,
     ) -> None:
         self.policy = policy
-        self.verifier = verifier
+        self.verifier = None if verifier is None else SharedVerifier(verifier)
         self.config = config
         self.extract_answer = extract_answer
         self.max_in_flight = max_in_flight
@@ -89,7 +87,7 @@ class Engine:
                     yield from self._serve(Expand, self.policy.expand)
                 if self.verifier is not None:
                     yield from self._serve(Score, self.verifier.score)
-                    yield from self._serve(ScoreAndPrune, self._score_and_prune(self.verifier))
+                    yield from self._serve(ScoreAndPrune, self.verifier.score_and_prune)
         finally:
             for task in list(self._tasks):
                 self._close(task)
@@ -133,26 +131,10 @@ class Engine:
             yield from self._guarded(task, partial(self._answer, task, own))
             begin = end
 
-    @staticmethod
-    def _score_and_prune(verifier: Verifier) -> Callable[[Sequence[ScoreAndPrune]], Sequence[Scored | Exception]]:
-        """The verifier's own call, or one that leaves the pruning to the algorithm."""
-        if isinstance(verifier, PruningVerifier):
-            return verifier.score_and_prune
-
-        def score_alone(requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
-            answers = verifier.score(scores := _scores(requests))
-            if len(answers) != len(scores):
-                raise ValueError(f"expected {len(scores)} answers, one a request, got {len(answers)}")
-            rest = iter(answers)
-            return [Scored.of(list(islice(rest, len(_scores([request]))))) for request in requests]
-
-        return score_alone
-
     def _answer(self, task: _Task, answers: Sequence[Any]) -> SearchResult | None:
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        task.scored |= {score.branch for score in _scores(task.requests)}
         return self._advance(task, answers)
 
     def _advance(self, task: _Task, answers: Sequence[Any] | None) -> SearchResult | None:
@@ -171,10 +153,8 @@ class Engine:
     def _release(self, task: _Task, branches: Sequence[int]) -> None:
         problem = task.run.problem
         self.policy.release(problem, branches)
-        scored = [branch for branch in branches if branch in task.scored]
-        if self.verifier is not None and scored:
-            self.verifier.release(problem, scored)
-            task.scored -= set(scored)
+        if self.verifier is not None:
+            self.verifier.release(problem, branches)
 
     def _finish(self, task: _Task, branches: list[Branch]) -> SearchResult:
         usages = [task.begun.pop(0).end(task.run.problem) for _ in range(len(task.begun))]
@@ -210,12 +190,3 @@ class Engine:
         for driver in task.begun:
             with suppress(Exception):  # the problem has its result or its error already
                 driver.end(task.run.problem)
-
-
-def _scores(requests: Iterable[Request]) -> list[Score]:
-    """What the verifier is to score, in order."""
-    scores = []
-    for request in requests:
-        candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
-        scores += [candidate for candidate in candidates if isinstance(candidate, Score)]
-    return scores

@@ -27,7 +27,7 @@ class SearchStats:
     policy_logical_tokens : int
         Tokens that the policy would have forwarded if it read the prompt and the branch so far anew for each step.
     verifier_tokens : int
-        Tokens that the verifier read, its prompt included.
+        Tokens that the verifier read, its prompt included. Branches of equal text are read once.
     flops_policy, flops_verifier : float
         Floating-point operations of all forwards.
     peak_unique_kv_tokens, peak_logical_kv_tokens : int

@@ -23,7 +23,7 @@ class Server:
     def generate(self, requests: list[StepRequest]) -> list[list[Step]]:
         self.requests.append(requests)
         self.threads.add(threading.current_thread().name)
-        return [[Step(f"{r.problem}{seed % 10}\n\n", False, 5) for seed in r.seeds] for r in requests]
+        return [[Step(f"{r.problem}{seed}\n\n", False, 5) for seed in r.seeds] for r in requests]
 
     def score(self, branches: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]:
         self.branches.append(branches)
