@@ -56,12 +56,24 @@ def canonical(name: str) -> str:
 
 
 def aggregate(scores: Sequence[float], how: str) -> float:
-    """Return the aggregate of a branch's step scores: -inf without any step, NaN if one of them is."""
+    """Return the aggregate of a branch's step scores: -inf without any step, NaN if one of them is.
+
+    Infinite scores are scores. Where their aggregate is not defined (inf - inf, 0 * inf) it is -inf: such a branch
+    ranks last and loses nothing else. (:func:`tts_kernels.aggregate_steps` gives NaN there, which ranks last, too.)
+
+    Examples
+    --------
+    >>> aggregate([0.5, 0.25], "prod")
+    0.125
+    >>> aggregate([math.inf, -math.inf, 1.0], "mean")
+    -inf
+    """
     if not scores:
         return -math.inf
     if any(map(math.isnan, scores)):
         return math.nan
-    return float(AGGREGATES[how](scores))
+    value = float(AGGREGATES[how](scores))
+    return -math.inf if math.isnan(value) else value
 
 
 def vote(completions: Sequence[Completion], how: str, default: str = "last", *, exact: bool = False) -> str:
@@ -104,12 +116,12 @@ def vote(completions: Sequence[Completion], how: str, default: str = "last", *, 
         weights = [aggregate(completion.step_scores, how_aggregated) for completion in voters]
     if rule == "max":
         return voters[max(range(len(voters)), key=weights.__getitem__)].answer
-    totals: dict[str, float] = {}
+    weights_of: dict[str, list[float]] = {}
     same = Equivalence()
     for completion, weight in zip(voters, weights, strict=True):
         spelling = completion.answer if exact else same.first(completion.answer)
-        totals[spelling] = totals.get(spelling, 0.0) + weight
-    return max(totals, key=totals.__getitem__)
+        weights_of.setdefault(spelling, []).append(weight)
+    return max(weights_of, key=lambda answer: aggregate(weights_of[answer], "sum"))
 
 
 def _parse(how: str, default: str) -> tuple[str, str | None]:

@@ -176,6 +176,22 @@ COMPLETIONS = [
 )
 def test_votes(how, answer):
     assert vote(COMPLETIONS, how) == answer
+@pytest.mark.parametrize(
+    ("how", "scores", "value"),
+    [
+        ("prod", (math.inf, 0.0), -math.inf),
+        ("sum", (math.inf, -math.inf), -math.inf),
+        ("mean", (-math.inf, 1.0, math.inf), -math.inf),
+        ("prod", (math.inf, -2.0), -math.inf),
+        ("mean", (math.inf, 1.0), math.inf),
+        ("last", (math.inf, -math.inf), -math.inf),
+        ("max", (math.inf, -math.inf), math.inf),
+    ],
+)
+def test_infinite_scores_aggregate_to_a_number(how, scores, value):
+    assert aggregate(scores, how) == value
+
+
     assert how in VOTES or "avg" in how
 
 
@@ -213,3 +229,9 @@ def test_without_scores_only_majority():
     assert vote(unscored, "majority") == "b"
     with pytest.raises(ValueError, match=r"majority"):
         vote(unscored, "prm_min_max")
+def test_votes_that_cancel_out_rank_last():
+    voters = [completion("1", math.inf), completion("1", -math.inf), completion("2", 0.1)]
+    assert vote(voters, "prm_vote") == vote(voters[::-1], "prm_vote") == "2"
+    assert vote(voters, "prm_max") == "1"
+
+

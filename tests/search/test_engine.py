@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 import re
 
@@ -11,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
-from tts_search import SearchConfig, SearchError, Step, beam_search, best_of_n, dvts, search, search_iter
+from tts_search import VOTES, SearchConfig, SearchError, Step, beam_search, best_of_n, dvts, search, search_iter
 from tts_search.protocol import Policy, PruningVerifier, Release, Score, Scored, Verifier
 from tts_search.seeds import Streams, stream
-from tts_search.voting import aggregate
+from tts_search.voting import AGGREGATES, aggregate
 
 PROBLEMS = [f"problem {i}" for i in range(7)]
 CONFIGS = st.builds(
@@ -401,6 +402,25 @@ def test_survivors_that_are_not_of_their_group_are_an_error(choose):
     config = SearchConfig(n=4, expand=2, max_steps=3)
     with pytest.raises(SearchError, match=r"verifier: expected \[2\] survivors of the groups \(\(0, 1, 2, 3\),\), got"):
         search(["p"], ScriptedPolicy(by_name()), verifier, config, progress=False)
+
+
+@pytest.mark.parametrize("how", AGGREGATES)
+@pytest.mark.parametrize("method", ["best_of_n", "beam_search", "dvts", "rebase", "ets", "puct"])
+@pytest.mark.parametrize("seed", range(3))
+def test_infinite_scores_lose_no_search(seed, method, how):
+    """Where their aggregate is not defined a branch ranks last: nothing is NaN, and every order is one."""
+    tree = RandomTree(seed, end=0.3, answers=("1", "2"))
+    levels = (math.inf, -math.inf, 0.0, 0.5)
+    verifier = ScriptedVerifier(lambda *branch: [levels[int(4 * score)] for score in tree.scores(*branch)])
+    config = SearchConfig(method, n=8, expand=2, max_steps=5, aggregate=how, sort_completed=True)
+    (result,) = search(["p"], ScriptedPolicy(tree.step), verifier, config, progress=False)
+    assert any(math.isinf(score) for node in result.tree.nodes for score in node.scores)
+    scores = [completion.score for completion in result.completions]
+    assert scores == sorted(scores, reverse=True)
+    finished = [one for one in result.completions if one.finished] or result.completions
+    assert result.best.score == max(one.score for one in finished)
+    for vote in VOTES:
+        assert result.answer(vote) in {one.answer for one in finished if one.answer} or {""}
 
 
 def test_shorthands():
