@@ -87,30 +87,36 @@ def equivalent(gold: str, answer: str) -> bool:
 
 @functools.lru_cache(maxsize=65536)
 def _equivalent(gold: str, answer: str) -> bool:
-    gold_text, answer_text = normalize(gold), normalize(answer)
-    if gold_text == answer_text:
+    gold_form, answer_form = _form(gold), _form(answer)
+    if gold_form == answer_form:
         return True
-    gold_number, answer_number = _number(gold_text), _number(answer_text)
-    if gold_number is not None and answer_number is not None:
-        return gold_number == answer_number
+    if isinstance(gold_form, Fraction) and isinstance(answer_form, Fraction):
+        return False
     if max(len(gold), len(answer)) > _MAX_CHARS:
         return False
     return bool(_JUDGE.equal(gold, answer))
 
 
-def _number(text: str) -> Fraction | None:
-    return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
+def _form(answer: str) -> str | Fraction:
+    """What all answers of one number, or of one normalized text, have in common."""
+    text = normalize(answer)
+    return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else text
 
 
 class Equivalence:
-    """Classes of answers that mean the same, each known by the spelling that came first."""
+    """Classes of answers that mean the same, each known by the spelling that came first.
+
+    Spellings of one number, or of one normalized text, are one answer. Another one is compared with the first spelling
+    of each class: at most classes x answers comparisons, none of two numbers.
+    """
 
     def __init__(self) -> None:
-        self._first: dict[str, str] = {}  # of every spelling seen so far, the first of its class
+        self._first: dict[str | Fraction, str] = {}  # of every form seen so far, the first spelling of its class
 
     def first(self, answer: str) -> str:
         """Return the first spelling of the answer's class; a new class begins with `answer` itself."""
-        if answer not in self._first:
+        form = _form(answer)
+        if form not in self._first:
             classes = dict.fromkeys(self._first.values())
-            self._first[answer] = next((known for known in classes if equivalent(known, answer)), answer)
-        return self._first[answer]
+            self._first[form] = next((known for known in classes if equivalent(known, answer)), answer)
+        return self._first[form]

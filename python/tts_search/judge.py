@@ -7,6 +7,7 @@ only. Here the limit is one of CPU time, and exceeding it ends the process: a bu
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Judge", "work"]
@@ -82,22 +84,28 @@ class Judge:
 
 
 def work(limit_s: float) -> None:
-    """Judge until standard input ends: lines of JSON [right answer, answer] in, lines of JSON true or false out."""
+    """Judge until standard input ends: lines of JSON [right answer, answer] in, lines of JSON true or false out.
+
+    An answer is parsed once, however many others it is compared with: that is most of the work.
+    """
     from math_verify import parse, verify
+
+    @functools.lru_cache(maxsize=4096)
+    def parsed(answer: str) -> Any:
+        return parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in C code too
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may get among the replies
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
-        equal = _equal(parse, verify, *json.loads(line))
+        equal = _equal(parsed, verify, *json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(equal), file=replies, flush=True)
 
 
-def _equal(parse: Any, verify: Any, gold: str, answer: str) -> bool:
+def _equal(parsed: Callable[[str], Any], verify: Callable[..., bool], gold: str, answer: str) -> bool:
     try:
-        right, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
-        return bool(verify(right, given, timeout_seconds=None))
+        return bool(verify(parsed(gold), parsed(answer), timeout_seconds=None))
     except Exception:  # sympy raises whatever it likes on hostile input
         return False

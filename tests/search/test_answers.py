@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 import math
+import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-from tts_search import VOTES, Completion, boxed, equivalent, vote
+from tts_search import VOTES, Completion, answers, boxed, equivalent, vote
 from tts_search.answers import Equivalence
-from tts_search.judge import Judge
+from tts_search.judge import Judge, work
 from tts_search.voting import aggregate
 
 
@@ -132,6 +135,37 @@ def test_classes_keep_the_first_spelling():
     assert [same.first(answer) for answer in ("1.0", "2", "1", "2.00", "3")] == ["1.0", "2", "1.0", "2", "3"]
 
 
+def test_spellings_of_a_known_answer_are_not_judged(monkeypatch):
+    judged = []
+    monkeypatch.setattr(answers._JUDGE, "equal", lambda *pair: judged.append(pair))
+    answers._equivalent.cache_clear()
+    numbers = [f"{number}{tail}" for number in range(40) for tail in ("", ".0", ".00")]
+    texts = ["x", r"\frac{1}{2}", r"\dfrac12", "$x$", r"\dfrac{1}{2}", r"\left(x\right)", "(x)", " x "]
+    same = Equivalence()
+    assert [same.first(answer) for answer in numbers] == [str(number) for number in range(40) for _ in range(3)]
+    assert not judged
+    found = [same.first(answer) for answer in texts]
+    assert found == ["x", texts[1], texts[2], "x", texts[1], texts[5], texts[5], "x"]
+    assert len(judged) == 4 * 40 + 1 + 2 + 3  # four forms, each once with every class before it
+
+
+def test_an_answer_is_parsed_once(monkeypatch, capsys):
+    """What the worker does, in this process."""
+    parsed = []
+    math_verify = SimpleNamespace(
+        parse=lambda text, **_: parsed.append(text) or [text], verify=lambda gold, answer, **_: gold == answer
+    )
+    monkeypatch.setitem(sys.modules, "math_verify", math_verify)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "setitimer", lambda *_: None)
+    pairs = [["a", "b"], ["a", "c"], ["b", "b"], ["c", "a"]]
+    monkeypatch.setattr(sys, "stdin", [json.dumps(pair) for pair in pairs])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the worker puts another in its place
+    work(limit_s=5)
+    assert parsed == [f"\\boxed{{{answer}}}" for answer in "abc"]
+    assert capsys.readouterr().out.split() == ["false", "false", "true", "false"]
+
+
 @pytest.mark.parametrize(
     ("how", "value"),
     [("last", 0.2), ("min", 0.2), ("prod", 0.5 * 0.8 * 0.2), ("mean", 0.5), ("max", 0.8), ("sum", 1.5)],
@@ -140,6 +174,22 @@ def test_aggregate(how, value):
     assert aggregate((0.5, 0.8, 0.2), how) == pytest.approx(value)
     assert aggregate((), how) == -math.inf
     assert math.isnan(aggregate((0.5, math.nan, 0.2), how))
+
+
+@pytest.mark.parametrize(
+    ("how", "scores", "value"),
+    [
+        ("prod", (math.inf, 0.0), -math.inf),
+        ("sum", (math.inf, -math.inf), -math.inf),
+        ("mean", (-math.inf, 1.0, math.inf), -math.inf),
+        ("prod", (math.inf, -2.0), -math.inf),
+        ("mean", (math.inf, 1.0), math.inf),
+        ("last", (math.inf, -math.inf), -math.inf),
+        ("max", (math.inf, -math.inf), math.inf),
+    ],
+)
+def test_infinite_scores_aggregate_to_a_number(how, scores, value):
+    assert aggregate(scores, how) == value
 
 
 def completion(answer: str, *scores: float, score: float | None = None) -> Completion:
@@ -176,22 +226,6 @@ COMPLETIONS = [
 )
 def test_votes(how, answer):
     assert vote(COMPLETIONS, how) == answer
-@pytest.mark.parametrize(
-    ("how", "scores", "value"),
-    [
-        ("prod", (math.inf, 0.0), -math.inf),
-        ("sum", (math.inf, -math.inf), -math.inf),
-        ("mean", (-math.inf, 1.0, math.inf), -math.inf),
-        ("prod", (math.inf, -2.0), -math.inf),
-        ("mean", (math.inf, 1.0), math.inf),
-        ("last", (math.inf, -math.inf), -math.inf),
-        ("max", (math.inf, -math.inf), math.inf),
-    ],
-)
-def test_infinite_scores_aggregate_to_a_number(how, scores, value):
-    assert aggregate(scores, how) == value
-
-
     assert how in VOTES or "avg" in how
 
 
@@ -213,6 +247,12 @@ def test_equal_answers_vote_together_in_their_first_spelling():
     assert vote(tied, "prm_max") == "1"
 
 
+def test_votes_that_cancel_out_rank_last():
+    voters = [completion("1", math.inf), completion("1", -math.inf), completion("2", 0.1)]
+    assert vote(voters, "prm_vote") == vote(voters[::-1], "prm_vote") == "2"
+    assert vote(voters, "prm_max") == "1"
+
+
 def test_no_answers():
     assert vote([], "majority") == ""
     assert vote([completion("", 0.5)], "prm_max") == ""
@@ -229,9 +269,3 @@ def test_without_scores_only_majority():
     assert vote(unscored, "majority") == "b"
     with pytest.raises(ValueError, match=r"majority"):
         vote(unscored, "prm_min_max")
-def test_votes_that_cancel_out_rank_last():
-    voters = [completion("1", math.inf), completion("1", -math.inf), completion("2", 0.1)]
-    assert vote(voters, "prm_vote") == vote(voters[::-1], "prm_vote") == "2"
-    assert vote(voters, "prm_max") == "1"
-
-
