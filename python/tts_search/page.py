@@ -153,6 +153,8 @@ const make = (tag, name, text) => {
   if (text !== undefined) element.textContent = text;
   return element;
 };
+const prunedIn = node => node.pruned_in ?? node.round;  // trees of before do not say
+const stateAt = (node, round) => node.state === "pruned" && prunedIn(node) > round ? "open" : node.state;
 const number = value => typeof value === "number" ? value.toFixed(3) : "-";
 let current = null, folded = new Set(), chosen = null;
 
@@ -205,7 +207,7 @@ function draw() {
   at("at").textContent = at("round").value + " of " + at("round").max;
   if (!current) return;
   const last = Number(at("round").value), all = at("pruned").checked;
-  const shown = current.nodes.map(node => node.round <= last && (all || node.state !== "pruned"));
+  const shown = current.nodes.map(node => node.round <= last && (all || stateAt(node, last) !== "pruned"));
   const below = current.nodes.map(() => 0);
   for (let id = current.nodes.length - 1; id > 0; id--) {
     if (!shown[id]) continue;
@@ -222,7 +224,7 @@ function draw() {
     fold.disabled = !kept.length;
     fold.setAttribute("aria-label", "fold");
     fold.onclick = () => { folded.has(node.id) ? folded.delete(node.id) : folded.add(node.id); draw(); };
-    const button = make("button", "node " + node.state);
+    const button = make("button", "node " + stateAt(node, last));
     button.dataset.id = node.id;
     button.setAttribute("aria-pressed", String(node.id === chosen));
     button.append(make("span", "score", number(node.score)), make("span", "text", node.text.trim() || "(no text)"));
@@ -247,7 +249,7 @@ function detail(node, below) {
   const facts = make("dl");
   const fact = (name, value) => facts.append(make("dt", "", name), make("dd", "", value));
   fact("state", node.state);
-  if (node.why) fact("pruned in round " + node.round, node.why);
+  if (node.why) fact("pruned in round " + prunedIn(node), node.why);
   fact("round", node.round);
   fact("score", number(node.score));
   fact("scores of its steps", node.scores.map(number).join("  ") || "-");

@@ -141,3 +141,4 @@ def _node(branch: Branch) -> TreeNode:
         branch.num_tokens,
         branch.why if branch.state == "pruned" else "",
     )
+        branch.pruned_in if branch.state == "pruned" else None,

@@ -43,6 +43,8 @@ class TreeNode:
         Tokens sampled for `text`.
     why : str
         Why it was pruned; empty otherwise.
+    pruned_in : int or None
+        The round that pruned it, which need not be the one that made it; None otherwise.
     """
 
     id: int
@@ -54,6 +56,7 @@ class TreeNode:
     state: State
     num_tokens: int
     why: str = ""
+    pruned_in: int | None = None
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def test_the_page_in_a_browser(folder, tmp_path):
         lost = next(node for node in nodes if node["state"] == "pruned" and "by score" in node["why"])
         page.click(f".node[data-id='{lost['id']}']")
         detail = page.evaluate("document.getElementById('detail').textContent")
-        assert f"pruned in round {lost['round']}" in detail
+        assert f"pruned in round {lost['pruned_in']}" in detail
         assert lost["why"] in detail
         step = page.evaluate("document.querySelector('#detail pre').textContent")
         assert step == lost["text"]  # markup and all, as text
@@ -260,6 +260,33 @@ def test_the_page_in_a_browser(folder, tmp_path):
             "var s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
         )
         assert page.evaluate("document.title") == "Search trees"  # the policy lets no other script run
+
+
+def test_the_page_knows_when_a_node_was_pruned(tmp_path):
+    """Node 1 was made in round 1 and lost in round 2; node 2's tree was written before trees said so."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium to look at the page with: apt-get install chromium")
+    rest = {"text": "a", "scores": [0.5], "score": 0.5, "num_tokens": 1}
+    nodes = [
+        {"id": 0, "parent": None, "round": 0, "state": "expanded", **rest},
+        {"id": 1, "parent": 0, "round": 1, "state": "pruned", "why": "late", "pruned_in": 2, **rest},
+        {"id": 2, "parent": 0, "round": 1, "state": "pruned", "why": "at once", **rest},
+        {"id": 3, "parent": 0, "round": 2, "state": "finished", "why": "", "pruned_in": None, **rest},
+    ]
+    file = tmp_path / "trees.html"
+    file.write_text(tree_page([Record("e", "t", "l", "", "", "", tree=json.dumps({"format": 1, "nodes": nodes}))]))
+    states = "[...document.querySelectorAll('.node')].map(one => one.className).join()"
+    with Page(program, file, tmp_path / "profile") as page:
+        assert page.evaluate(states) == "node pruned,node pruned,node finished"
+        for node, number in ((1, 2), (2, 1)):
+            page.click(f".node[data-id='{node}']")
+            assert f"pruned in round {number}" in page.evaluate("document.getElementById('detail').textContent")
+        page.evaluate("document.getElementById('round').value = 1; document.getElementById('round').oninput()")
+        assert page.evaluate(states) == "node open,node pruned"
+        page.click("#pruned")
+        assert page.evaluate(states) == "node open"
+        assert page.complaints == []
 
 
 def test_rows_tell_settings_apart():

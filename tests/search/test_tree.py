@@ -72,6 +72,19 @@ def searched() -> SearchTree:
     return search(["p"], policy, verifier, config, progress=False)[0].tree
 
 
+def test_a_node_says_which_round_pruned_it():
+    """Branch 0 finishes in round 1 and keeps its place until better ones come; 1 loses at once."""
+    scores = {"0": 0.5, "1": 0.1, "2": 0.4, "3": 0.2, "2.0": 0.9, "2.1": 0.8}
+    verifier = ScriptedVerifier(score_names(scores))
+    config = SearchConfig(n=4, expand=2, max_steps=3, completed="compete")
+    (result,) = search(["p"], ScriptedPolicy(by_name(finished=["0"])), verifier, config, progress=False)
+    first, second, third, fourth = result.tree.nodes[1:5]
+    assert (first.state, first.round, first.pruned_in) == ("pruned", 1, 2)
+    assert (second.state, second.pruned_in) == (fourth.state, fourth.pruned_in) == ("pruned", 1)
+    assert (third.state, third.pruned_in) == ("expanded", None)
+    assert SearchTree.from_json(result.tree.to_json()) == result.tree
+
+
 def test_nodes_of_a_search():
     tree = searched()
     assert [(node.id, node.parent, node.round, node.state) for node in tree.nodes] == [

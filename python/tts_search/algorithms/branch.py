@@ -49,6 +49,7 @@ class Branch:
     num_children: int = 0
     state: State = "open"
     why: str = ""  # it was pruned
+    pruned_in: int = 0  # the round that did it
 
 
 class Run:

@@ -130,7 +130,7 @@ def _search(run: Run, allocate: Allocate) -> Moves[list[Branch]]:
         last = run.round == config.max_steps
         children = yield from expand(run, turns, last=last)
         candidates = _distinct(children) if config.dedupe else [child for child in children if has_grown(child)]
-        mark_pruned(children, candidates, "empty, or repeats another")
+        mark_pruned(run, children, candidates, "empty, or repeats another")
         if not candidates and not ended:
             raise run.error("policy: it returned nothing, an empty text for each sample")
         yield from score(run, candidates, last=last)
@@ -142,7 +142,7 @@ def _search(run: Run, allocate: Allocate) -> Moves[list[Branch]]:
             break
         counts = allocate(frontier, width)
         turns = [branch for branch, count in zip(frontier, counts, strict=True) for _ in range(count)]
-        mark_pruned(frontier, turns, "number {rank} of {count} by score: it gets none of the next children")
+        mark_pruned(run, frontier, turns, "number {rank} of {count} by score: it gets none of the next children")
         yield from release(run, turns)
     return in_order(run, ended)
 

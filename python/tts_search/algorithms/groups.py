@@ -102,7 +102,7 @@ class Group:
                 pool.append(branch)
             seen.add(branch.id)
         self.pool = self._filter(pool)
-        mark_pruned(pool, self.pool, "empty, cut by its length, or repeats another")
+        mark_pruned(self.run, pool, self.pool, "empty, cut by its length, or repeats another")
 
     def _filter(self, pool: list[Branch]) -> list[Branch]:
         """Drop candidates without a text, and duplicates: of equal text, the first one stays."""
@@ -135,7 +135,7 @@ class Group:
         if self.config.completed == "leave":
             self.ended += [branch for branch in self.pool if branch.ended]
         chosen = best if self.rules.order == "score" else self._in_pool_order(best)
-        mark_pruned(contenders, chosen, f"number {{rank}} of {{count}} by score, and {len(chosen)} stay")
+        mark_pruned(self.run, contenders, chosen, f"number {{rank}} of {{count}} by score, and {len(chosen)} stay")
         if self.config.completed == "occupy":
             self._take_places(chosen)
         else:
@@ -183,13 +183,13 @@ def _filter_siblings(pool: list[Branch]) -> list[Branch]:
     return [branch for branch in pool if branch.id not in dropped]
 
 
-def mark_pruned(before: Sequence[Branch], after: Sequence[Branch], why: str) -> None:
-    """Mark those that are no longer there; in `why`, ``{rank}`` and ``{count}`` are their place by score among all."""
+def mark_pruned(run: Run, before: Sequence[Branch], after: Sequence[Branch], why: str) -> None:
+    """Mark those that this round left out; in `why`, ``{rank}`` and ``{count}`` are their place by score among all."""
     kept = {branch.id for branch in after}
     ranked = {branch.id: rank for rank, branch in enumerate(sorted(before, key=_descending), start=1)}
     for branch in before:
         if branch.id not in kept:
-            branch.state = "pruned"
+            branch.state, branch.pruned_in = "pruned", run.round
             branch.why = why.format(rank=ranked[branch.id], count=len(ranked))
 
 

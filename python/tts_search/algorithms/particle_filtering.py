@@ -30,7 +30,7 @@ def particle_filtering(run: Run) -> Moves[list[Branch]]:
         particles = [branch if branch.ended else next(new) for branch in particles]
         weights = [odds(run, branch) for branch in particles]
         drawn = run.random(-2, run.round).choices(particles, weights, k=config.n)
-        mark_pruned(particles, drawn, "not drawn; number {rank} of {count} by score")
+        mark_pruned(run, particles, drawn, "not drawn; number {rank} of {count} by score")
         particles = drawn
         live = [branch for branch in particles if not branch.ended]
         if not live or run.is_done(particles):

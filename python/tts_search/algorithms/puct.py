@@ -38,7 +38,7 @@ def puct(run: Run) -> Moves[list[Branch]]:
             turns = [leaf for leaf in leaves for _ in range(config.expand)]
         children = yield from expand(run, turns, last=last)
         candidates = [child for child in children if has_grown(child)]
-        mark_pruned(children, candidates, "empty")
+        mark_pruned(run, children, candidates, "empty")
         if not candidates and not ended and not tree.has_leaves:
             raise run.error("policy: it returned nothing, an empty text for each sample")
         yield from score(run, candidates, last=last)
