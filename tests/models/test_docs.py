@@ -148,9 +148,9 @@ def test_shell(page: Path) -> None:
 def check_options(arguments: list[str], where: str) -> None:
     """Every option of a call of tts-search is one that its command has."""
     import typer
-    from tts_search.cli import build_app
+    from tts_search.commands import app
 
-    command = typer.main.get_command(build_app()).commands[arguments[0]]
+    command = typer.main.get_command(app).commands[arguments[0]]
     known = {name for parameter in command.params for name in parameter.opts}
     assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= known, where
 

@@ -88,6 +88,14 @@ def test_demo_without_models(tmp_path):
         load_models(tmp_path)
 
 
+@pytest.fixture
+def commands():
+    pytest.importorskip("typer")
+    from tts_search import commands
+
+    return commands
+
+
 def run_cli(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "tts_search.cli", *arguments], capture_output=True, text=True)
 
@@ -123,8 +131,8 @@ def test_bad_arguments_end_with_a_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_settings():
-    config = cli.make_config("dvts", 8, 3, 0.5, ["lookahead=1", "dedupe=true", "delimiter=##", "max-tokens=99"])
+def test_settings(commands):
+    config = commands.make_config("dvts", 8, 3, 0.5, ["lookahead=1", "dedupe=true", "delimiter=##", "max-tokens=99"])
     assert config == SearchConfig(
         method="dvts", n=8, seed=3, temperature=0.5, lookahead=1, dedupe=True, delimiter="##", max_tokens=99
     )
@@ -137,19 +145,19 @@ def searched(scored=True):
     return search(["p"], *drivers, config, progress=False)[0]
 
 
-def test_result_as_text():
-    text = cli.result_as_text(searched(), "prm_max", show_tree=True)
+def test_result_as_text(commands):
+    text = commands.result_as_text(searched(), "prm_max", show_tree=True)
     assert "answer (prm_max): 7" in text
     assert "problem" in text.splitlines()[-1 - text.count("─")] or "\nproblem" in text
     assert "\x1b" not in text
     assert "owned" not in text
-    assert "step scores: none" in cli.result_as_text(searched(scored=False), "majority")
+    assert "step scores: none" in commands.result_as_text(searched(scored=False), "majority")
 
 
-def test_result_as_json():
+def test_result_as_json(commands):
     for scored, vote in ((True, "prm_max"), (False, "majority")):
         result = searched(scored)
-        text = cli.result_as_json(result, vote)
+        text = commands.result_as_json(result, vote)
         data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert data["answer"] == result.answer(vote)
         assert len(data["completions"]) == len(result.completions)
@@ -159,14 +167,14 @@ def test_result_as_json():
 
 INTERRUPTED = """
 import sys
-from tts_search import Step, TextPolicy, cli
+from tts_search import Step, TextPolicy, cli, commands
 
 def generate(requests):
     if any(request.problem == "third" for request in requests):
         raise KeyboardInterrupt
     return [[Step(r"\\boxed{1}", True)] * request.num_samples for request in requests]
 
-cli._load = lambda *_: (TextPolicy(generate), None)
+commands.load_checkpoints = lambda *_: (TextPolicy(generate), None)
 sys.argv = ["tts-search", "eval", *sys.argv[1:]]
 cli.main()
 """
@@ -184,7 +192,7 @@ def test_interrupted_eval_saves_what_it_has(tmp_path):
     assert (out / "manifest.json").exists()
 
 
-def test_run_experiments(tmp_path, capsys):
+def test_run_experiments(commands, tmp_path, capsys):
     from tts_search.evaluate import Experiment
     from tts_search.tasks import Task
 
@@ -193,8 +201,8 @@ def test_run_experiments(tmp_path, capsys):
         "mine", SearchConfig(n=4, max_steps=3), ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores)
     )
     tasks = [Task("1", "p", "7", "1\x1b[2J\x1b]0;owned\x07"), Task("2", "", "8", "2")]
-    cli.run_experiments(tasks, [experiment], tmp_path / "results.jsonl", "prm_max")
-    cli.write_manifest(tmp_path / "manifest.json", [experiment], tmp_path / "data.jsonl")
+    commands.run_experiments(tasks, [experiment], tmp_path / "results.jsonl", "prm_max")
+    commands.write_manifest(tmp_path / "manifest.json", [experiment], tmp_path / "data.jsonl")
     printed = capsys.readouterr().out
     assert "mine" in printed
     assert "\x1b" not in printed
