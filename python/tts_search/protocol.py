@@ -20,7 +20,7 @@ the problem itself without any step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from tts_search.types import Step, StepParams
@@ -184,6 +184,10 @@ class Usage:
     peak_logical_kv_tokens: int = 0
     recomputed_tokens: int = 0
     waves: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        """Return what both cost, held side by side: the peaks add up, too."""
+        return Usage(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
 
     def part(self, share: float) -> Usage:
         """Return what this share of the branches cost; the prompt is read for any of them."""

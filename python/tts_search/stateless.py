@@ -12,7 +12,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 from tts_search.algorithms.branch import split_steps
@@ -101,10 +101,7 @@ class _Problems(Generic[Tree]):
 
     def end(self, text: str) -> None:
         number, _ = self.trees.pop(text)
-        spent = self._driver.end(number)
-        self._ended = Usage(
-            **{each.name: getattr(self._ended, each.name) + getattr(spent, each.name) for each in fields(Usage)}
-        )
+        self._ended += self._driver.end(number)
 
     def close(self) -> Usage:
         for text in list(self.trees):

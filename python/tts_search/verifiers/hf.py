@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -206,7 +206,7 @@ class HFVerifier:
         """Forget what is left of a problem; what it cost."""
         root = self._problems.pop(problem)[0].branch
         self._pool.close(root.meter)
-        return _sum(root.meter.usage(self.decoder.shape), self._scorer.end(root))
+        return root.meter.usage(self.decoder.shape) + self._scorer.end(root)
 
     def _release(self, branches: Sequence[Branch]) -> None:
         self._pool.release(branches)
@@ -307,11 +307,6 @@ def _lane(path_or_id: str, causal_lm: bool, batch_tokens: int, *, kv_memory: int
     model = load_decoder(path_or_id, causal_lm=causal_lm, **options)
     pool = pool_for(model, kv_memory)
     return Lane(model, BranchPool(pool, batch_tokens, decode_graphs(model, pool) if causal_lm else None))
-
-
-def _sum(one: Usage, other: Usage) -> Usage:
-    """What both cost together."""
-    return Usage(**{each.name: getattr(one, each.name) + getattr(other, each.name) for each in fields(Usage)})
 
 
 @dataclass(slots=True)
