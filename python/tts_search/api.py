@@ -185,17 +185,36 @@ def best_of_n(
 
     Options are the fields of :class:`SearchConfig` (``n=64``, ``temperature=0.7``, ...) and the keywords of
     :func:`search`.
+
+    Raises
+    ------
+    SearchError
+        As :func:`search` does.
+    ConfigError
+        If an option has a value that it cannot have.
     """
     return _search_by("best_of_n", problems, policy, verifier, options)
 
 
 def beam_search(problems: Iterable[str], policy: Policy, verifier: Verifier, **options: Any) -> list[SearchResult]:
-    """Search by beam search; options as for :func:`best_of_n`."""
+    """Search by beam search; options as for :func:`best_of_n`.
+
+    Raises
+    ------
+    SearchError, ConfigError
+        As :func:`best_of_n` does.
+    """
     return _search_by("beam_search", problems, policy, verifier, options)
 
 
 def dvts(problems: Iterable[str], policy: Policy, verifier: Verifier, **options: Any) -> list[SearchResult]:
-    """Search by diverse verifier tree search; options as for :func:`best_of_n`."""
+    """Search by diverse verifier tree search; options as for :func:`best_of_n`.
+
+    Raises
+    ------
+    SearchError, ConfigError
+        As :func:`best_of_n` does.
+    """
     return _search_by("dvts", problems, policy, verifier, options)
 
 

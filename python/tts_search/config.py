@@ -104,6 +104,11 @@ class Thinking:
         What makes it go on.
     max_extensions : int
         It is made to go on so many times at most.
+
+    Raises
+    ------
+    ConfigError
+        If a text is empty, a number is negative, or `min_tokens` is more than `max_tokens`.
     """
 
     end: str = "</think>"
@@ -322,6 +327,11 @@ class SearchConfig:
         ----------
         approach : str
             ``"best_of_n"``, ``"beam_search"`` or ``"dvts"``.
+
+        Raises
+        ------
+        ConfigError
+            If a parameter has no value that the peer takes, or n is no multiple of `beam_width` in DVTS.
         """
         _one_of("approach", approach, METHODS[:3])
         for name, value in (("n", n), ("beam_width", beam_width)):
@@ -387,6 +397,11 @@ class SearchConfig:
         ----------
         method : str
             ``"best_of_n"``, ``"beam_search"`` or ``"dvts"``.
+
+        Raises
+        ------
+        ConfigError
+            If a parameter has no value that the peer takes, or `tree_max_width` is no multiple of `num_sequence`.
         """
         _one_of("method", method, METHODS[:3])
         for name, value in (("tree_max_width", tree_max_width), ("num_sequence", num_sequence), ("num_q", num_q)):
@@ -449,6 +464,12 @@ class SearchConfig:
         ----------
         method : str
             ``"best_of_n"``, ``"beam_search"`` or ``"particle_filtering"`` (which has no `beam_width`).
+
+        Raises
+        ------
+        ConfigError
+            If a parameter has no value that the peer takes; in beam search, if there is no `beam_width` or `budget` is
+            no multiple of it.
         """
         _one_of("method", method, ("best_of_n", "beam_search", "particle_filtering"))
         _integer("budget", budget, at_least=1)

@@ -214,6 +214,11 @@ def pool_for(decoder: Decoder, kv_memory: int | str | None, page_size: int = PAG
 def parse_bytes(size: int | str) -> int:
     """A number of bytes, or text such as "512MiB", "2GB", "1.5 GiB".
 
+    Raises
+    ------
+    ValueError
+        If it is neither.
+
     Examples
     --------
     >>> parse_bytes("2GiB")

@@ -109,7 +109,13 @@ def build_result(
     extract_answer: Callable[[str], str | None],
     stats: SearchStats,
 ) -> SearchResult:
-    """Make the result of what an algorithm returned."""
+    """Make the result of what an algorithm returned.
+
+    Raises
+    ------
+    SearchError
+        If there is none.
+    """
     if not branches:
         raise run.error("the search ended without any completion")
     completions = [_completion(branch, extract_answer) for branch in branches]
@@ -140,5 +146,5 @@ def _node(branch: Branch) -> TreeNode:
         branch.state,
         branch.num_tokens,
         branch.why if branch.state == "pruned" else "",
-    )
         branch.pruned_in if branch.state == "pruned" else None,
+    )

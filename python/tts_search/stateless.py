@@ -152,6 +152,11 @@ class StepSampler:
     max_problems : int
         When so many problems are known, the one used longest ago is forgotten. (KV cache is the policy's own affair:
         it drops what was used longest ago.)
+
+    Raises
+    ------
+    ValueError
+        If `max_problems` is no int of at least 1.
     """
 
     def __init__(self, policy: Policy, *, seed: int = 0, max_problems: int = 256) -> None:
@@ -266,6 +271,11 @@ class StepScorer:
         Where a text is cut into steps.
     max_problems : int
         As in :class:`StepSampler`.
+
+    Raises
+    ------
+    ValueError
+        If the delimiter is empty, or `max_problems` no int of at least 1.
     """
 
     def __init__(self, verifier: Verifier, *, delimiter: str = "\n\n", max_problems: int = 256) -> None:

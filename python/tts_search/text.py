@@ -30,7 +30,13 @@ class _TextDriver:
         self._texts: dict[int, str] = {}
 
     def begin(self, problem: int, text: str) -> None:
-        """Announce a problem."""
+        """Announce a problem.
+
+        Raises
+        ------
+        ValueError
+            If the number belongs to a problem in flight.
+        """
         if problem in self._texts:
             raise ValueError(f"problem {problem} is in flight: a {type(self).__name__} serves one search at a time")
         self._texts[problem] = text
@@ -62,6 +68,11 @@ class TextPolicy(_TextDriver):
         ``fn(requests: list[StepRequest]) -> list[list[Step]]``, one list a request, ``num_samples`` steps in it; sync
         or async. It is called once a round for all problems in flight. If it raises, it is called once more for each
         problem, and those whose call raises again fail.
+
+    Raises
+    ------
+    TypeError
+        If `fn` is no function.
 
     Examples
     --------
@@ -105,7 +116,13 @@ class TextVerifier(_TextDriver):
     ----------
     fn : callable
         ``fn(branches: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]``: for each (problem, steps) one score a
-        step; sync or async. Called as the function of a :class:`TextPolicy` is.
+        step; sync or async. Called as the function of a :class:`TextPolicy` is. A search asks about a text once,
+        however many of its branches have it.
+
+    Raises
+    ------
+    TypeError
+        If `fn` is no function.
 
     Examples
     --------

@@ -10,5 +10,11 @@ __all__ = ["beam_search"]
 
 
 def beam_search(run: Run) -> Moves[list[Branch]]:
-    """Search with all candidates in one group: `keep` of n survive a round (Snell et al., arXiv 2408.03314)."""
+    """Search with all candidates in one group: `keep` of n survive a round (Snell et al., arXiv 2408.03314).
+
+    Raises
+    ------
+    SearchError
+        As :func:`~tts_search.algorithms.groups.search_groups` does.
+    """
     return search_groups(run)

@@ -17,6 +17,11 @@ def best_of_n(run: Run) -> Moves[list[Branch]]:
 
     Two calls in all: one of the policy, one of the verifier; with ``agree_margin`` as many for each wave. The
     completions of a smaller n are the first ones of a larger.
+
+    Raises
+    ------
+    SearchError
+        If the policy returns nothing, or it or the verifier something else than was asked for.
     """
     completions: list[Branch] = []
     for size in _waves(run.config):

@@ -21,6 +21,11 @@ def budget_forcing(run: Run) -> Moves[list[Branch]]:
     thinking that reaches ``thinking.max_tokens`` is ended. Then the answer is sampled. What is written for the model is
     part of the completion, and of its node in the tree, but not of its sampled tokens. A policy that does not count
     tokens (``num_tokens`` 0) is extended as often as it may be, and never cut.
+
+    Raises
+    ------
+    SearchError
+        If the policy returns nothing, or it or the verifier something else than was asked for.
     """
     config = run.config
     thinking = config.thinking or Thinking()

@@ -14,5 +14,10 @@ def dvts(run: Run) -> Moves[list[Branch]]:
 
     The rounds of the subtrees run side by side, so a round is one call of the policy and one of the verifier all the
     same.
+
+    Raises
+    ------
+    SearchError
+        As :func:`~tts_search.algorithms.groups.search_groups` does.
     """
     return search_groups(run)

@@ -22,6 +22,11 @@ def rebase(run: Run) -> Moves[list[Branch]]:
     """Search with reward-balanced allocation (REBASE; Wu et al., arXiv 2408.00724).
 
     A branch of score s gets a share exp(s / reward_temperature) of a round's children.
+
+    Raises
+    ------
+    SearchError
+        If the policy returns nothing, or it or the verifier something else than was asked for.
     """
     temperature = run.config.reward_temperature
 
@@ -36,6 +41,11 @@ def ets(run: Run) -> Moves[list[Branch]]:
 
     ETS solves an integer program over the children that REBASE would give, the nodes kept and clusters of embeddings.
     Here the same trade of children against unique KV is made greedily, without embeddings: :func:`worth_their_kv`.
+
+    Raises
+    ------
+    SearchError
+        As :func:`rebase` does.
     """
     config = run.config
 

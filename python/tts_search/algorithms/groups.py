@@ -19,7 +19,13 @@ __all__ = ["has_grown", "in_order", "mark_pruned", "search_groups"]
 
 
 def search_groups(run: Run) -> Moves[list[Branch]]:
-    """Search in ``config.groups`` groups and return the completions in order."""
+    """Search in ``config.groups`` groups and return the completions in order.
+
+    Raises
+    ------
+    SearchError
+        If the policy returns nothing, or it or the verifier something else than was asked for.
+    """
     config = run.config
     groups = [Group(run) for _ in range(config.groups)]
     active = groups

@@ -41,6 +41,11 @@ def expand(
     -------
     list of Branch
         The children, in the order of `parents`.
+
+    Raises
+    ------
+    SearchError
+        If the policy does not return one :class:`~tts_search.Step` a child.
     """
     families: dict[int, list[Branch]] = {}  # by parent, in order of its first child
     children = []
@@ -83,6 +88,11 @@ def score(run: Run, branches: Sequence[Branch], *, last: bool) -> Moves[None]:
 
     One that grew by no step (an empty text ended it, or it is blank so far) has its parent's scores and is not read
     again.
+
+    Raises
+    ------
+    SearchError
+        If the verifier does not return one number a step, or one of them is NaN.
     """
     if not run.scored:
         return
@@ -113,6 +123,12 @@ def score_and_prune(
     -------
     list of list of Branch
         The survivors of each group, best first; ties go to the earlier in the group.
+
+    Raises
+    ------
+    SearchError
+        If the verifier does not return one number a step, one of them is NaN, or its survivors are not `keep` of each
+        group.
     """
     fresh = yield from _to_score(run, branches, last)
     if fresh:

@@ -17,6 +17,12 @@ def particle_filtering(run: Run) -> Moves[list[Branch]]:
     Each round every particle that has not ended grows by a step; then n are drawn from all, with replacement, the
     ended ones too, with a probability in proportion to :func:`odds` of their scores. A branch that was drawn twice
     is two particles. It ends when all particles have, and returns them, copies included.
+
+    Raises
+    ------
+    SearchError
+        If the policy returns nothing, a score is not within [0, 1], or the policy or the verifier returns something
+        else than was asked for.
     """
     config, rules = run.config, run.config._rules
     particles = [run.root] * config.n

@@ -25,6 +25,11 @@ def puct(run: Run) -> Moves[list[Branch]]:
 
     the earlier one on ties; a leaf is visited once a round at most, and until its children are scored the visit counts
     as one of value 0. Siblings are samples of the policy, so each has the same prior.
+
+    Raises
+    ------
+    SearchError
+        If the policy returns nothing, or it or the verifier something else than was asked for.
     """
     config = run.config
     tree = _Tree(run)

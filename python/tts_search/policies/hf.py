@@ -103,7 +103,13 @@ class HFPolicy:
         self._delimiters: dict[str | None, _Delimiter] = {}
 
     def begin(self, problem: int, text: str) -> None:
-        """Announce a problem. Its prompt is read with the first step."""
+        """Announce a problem. Its prompt is read with the first step.
+
+        Raises
+        ------
+        ValueError
+            If the number belongs to a problem in flight.
+        """
         if problem in self._problems:
             raise ValueError(f"problem {problem} is in flight: an HFPolicy serves one search at a time")
         tokens = self._encode(self._prompt(text))

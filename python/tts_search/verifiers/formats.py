@@ -60,6 +60,11 @@ class Judge:
         Of an analysis.
     no_steps : str
         Stands where the steps do while there are none, with ``{step}`` in ``question``.
+
+    Raises
+    ------
+    ValueError
+        If `decision` is empty, or `samples` or `max_tokens` no int of at least 1.
     """
 
     question: str

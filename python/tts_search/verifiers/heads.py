@@ -49,7 +49,13 @@ def load_head(entry: VerifierFormat, checkpoint: Checkpoint, config: Any, tokeni
 
 
 def lm_head(entry: VerifierFormat, checkpoint: Checkpoint, config: Any, rows: list[int] | None = None) -> Tensor:
-    """The LM head's weight [V, H], or some of its rows; ValueError if logits are not those of a plain one."""
+    """The LM head's weight [V, H], or some of its rows.
+
+    Raises
+    ------
+    ValueError
+        If logits are not those of a plain LM head, or there is none in the checkpoint.
+    """
     if (
         any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_OPTIONS)
         or "lm_head.bias" in checkpoint.names
@@ -63,7 +69,13 @@ def lm_head(entry: VerifierFormat, checkpoint: Checkpoint, config: Any, rows: li
 
 
 def label_token(tokenizer: Any, label: str | int) -> int:
-    """The id of a label that is an id, or the text of one token; ValueError else."""
+    """The id of a label that is an id, or the text of one token.
+
+    Raises
+    ------
+    ValueError
+        If it is no id of the vocabulary, or its text is not one token.
+    """
     if isinstance(label, int):
         if not 0 <= label < len(tokenizer):
             raise ValueError(f"labels: expected a token id below {len(tokenizer)}, got {label}")

@@ -126,7 +126,13 @@ class HFVerifier:
         return self._lane.pool
 
     def begin(self, problem: int, text: str) -> None:
-        """Announce a problem. It is read with the first step."""
+        """Announce a problem. It is read with the first step.
+
+        Raises
+        ------
+        ValueError
+            If the number belongs to a problem in flight.
+        """
         if problem in self._problems:
             raise ValueError(f"problem {problem} is in flight: an HFVerifier serves one search at a time")
         tokens, tail = self._reader.prompt(text)

@@ -34,6 +34,11 @@ class Reader:
 
     With ``encoding="text"`` the tokens are those of the whole text. Only its end is encoded again when a step is added:
     from the last special token on, where every tokenizer cuts. The tokens that come out different are the ones to read.
+
+    Raises
+    ------
+    ValueError
+        If the format does not fit the tokenizer's chat template, or is scored behind its steps where there is no text.
     """
 
     def __init__(self, tokenizer: Any, entry: VerifierFormat) -> None:
