@@ -11,6 +11,7 @@
 // (tile.h), so results depend neither on threads nor on the number of rows.
 #include "linear.h"
 
+#include "integers.h"
 #include "rows.h"
 
 TTS_BEGIN_ISA
@@ -21,7 +22,6 @@ constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while 
 constexpr int64_t kFewRows = 4;      // so few wait for memory, which the hardware's prefetching keeps busy
 constexpr int64_t kFewGroup = 4;     // with long streams: panels one after another
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Row tiles differ in height by at most one.

@@ -20,6 +20,7 @@
 #include "sample.h"
 
 #include "fixed_exp.h"
+#include "integers.h"
 #include "philox.h"
 #include "select.h"
 #include "sketch.h"
@@ -38,7 +39,7 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 float max(float a, float b) { return a > b ? a : b; }
 float min(float a, float b) { return a < b ? a : b; }
 
-int64_t blocks_of(const SampleRow& row) { return (row.vocab + kSampleBlock - 1) / kSampleBlock; }
+int64_t blocks_of(const SampleRow& row) { return divide_up(row.vocab, kSampleBlock); }
 
 int64_t whole_vectors(int64_t n) { return (n + Vec::width - 1) / Vec::width * Vec::width; }
 

@@ -12,6 +12,7 @@
 // is kept.
 #include "step_scores.h"
 
+#include "integers.h"
 #include "matmul_nt.h"
 #include "vec.h"
 
@@ -161,7 +162,7 @@ void hidden_layer(const StepScoresArgs& args, int64_t begin, int64_t end) {
 }
 
 void finish_steps(const StepScoresArgs& args, int64_t begin, int64_t end) {
-    const int64_t blocks = (args.head.hidden_width + kHiddenBlock - 1) / kHiddenBlock;
+    const int64_t blocks = divide_up(args.head.hidden_width, kHiddenBlock);
     for (int64_t s = begin; s < end; ++s) {
         float z = args.head.bias ? *args.head.bias : 0.0f;
         for (int64_t b = 0; b < blocks; ++b) z += args.partials[b * args.steps + s];

@@ -5,6 +5,7 @@
 // Everything of a work item that is per lane is an array over lanes.
 #pragma once
 
+#include "integers.h"
 #include "online_softmax.h"
 #include "tree_attention.h"
 
@@ -29,7 +30,6 @@ inline constexpr int kLaneTileRows = 8, kTileVecs = 3;  // 24 accumulators, 3 + 
 #else
 inline constexpr int kLaneTileRows = 4, kTileVecs = 3;  // 12 accumulators, 3 + 1 operands of 16 registers
 #endif
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // c + a * b: of floats, or of pairs of bfloat16 (both products added).
 template <bool kIsPairs>
@@ -41,6 +41,20 @@ inline Vec mac(Vec a, Vec b, Vec c) {
 #endif
     return fma(a, b, c);
 }
+
+#if defined(__AVX512BF16__)
+// 32 elements of a and of b, pair by pair: (a[0], b[0]) ... (a[15], b[15]), and the other 16.
+struct Pairs {
+    __m512i low, high;
+};
+inline Pairs interleave(__m512i a, __m512i b) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    return {_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)};
+}
+#endif
 
 // 2**x, a weight of T's values.
 template <class T>
@@ -115,8 +129,8 @@ class KeyPrefetch {
         *this = KeyPrefetch();
         rows_ = rows, keys_ = keys, pieces_ = pieces, bytes_ = bytes;
         k_stride_ = k_stride, v_stride_ = v_stride;
-        const int64_t lines = 2 * keys * pieces * ((bytes + kLine - 1) / kLine);
-        quota_ = (lines + calls - 1) / calls;
+        const int64_t lines = 2 * keys * pieces * divide_up(bytes, kLine);
+        quota_ = divide_up(lines, calls);
     }
     void aim_nowhere() { keys_ = 0; }
 

@@ -72,7 +72,7 @@ class Rows {
     int64_t steps(int64_t lanes, int64_t count) const {
         const int64_t packs = lanes / 4 + lanes % 4 / 2 + lanes % 2;
         const int64_t passes = (dim_ + kRowVecs * W - 1) / (kRowVecs * W);
-        return packs * passes * ((count + kKeyStep - 1) / kKeyStep);
+        return packs * passes * divide_up(count, kKeyStep);
     }
 
     template <int kLanes>
@@ -240,10 +240,6 @@ class Rows {
     // Two keys at a time: their rows are interleaved element by element.
     template <int kLanes, int kVecs, class Load>
     void sum_value_pairs(Vec (&acc)[kLanes][kVecs], int64_t d, int64_t count, Load load_at) {
-        alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                          37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                          11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-        const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         for (int64_t i = 0; i < count; i += 2) {
             item_.prefetch.step();
             Vec values[kVecs];
@@ -253,8 +249,9 @@ class Rows {
                 const __m512i b = i + 1 < count
                                       ? _mm512_castps_si512(load_at(item_.value(i + 1) + d + v * kChunk, v).v)
                                       : _mm512_setzero_si512();
-                values[2 * v] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b))};
-                values[2 * v + 1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b))};
+                const Pairs pairs = interleave(a, b);
+                values[2 * v] = {_mm512_castsi512_ps(pairs.low)};
+                values[2 * v + 1] = {_mm512_castsi512_ps(pairs.high)};
             }
 #pragma GCC unroll 4
             for (int l = 0; l < kLanes; ++l) {

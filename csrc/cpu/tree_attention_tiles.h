@@ -96,16 +96,13 @@ inline void copy_row(const T* from, float* to, int64_t n) {
 #if defined(__AVX512BF16__)
 // to[d] = (a[d], b[d]) for d < n, zeros up to whole vectors; no b: zeros in its place.
 inline void interleave_rows(const bf16* a, const bf16* b, float* to, int64_t n) {
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t i = 0; i < n; i += 32) {
         const __mmask32 mask = n - i >= 32 ? ~0u : (1u << (n - i)) - 1u;
         const __m512i x = _mm512_maskz_loadu_epi16(mask, a + i);
         const __m512i y = b ? _mm512_maskz_loadu_epi16(mask, b + i) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(x, low, y));
-        _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(x, high, y));
+        const Pairs pairs = interleave(x, y);
+        _mm512_storeu_si512(to + i, pairs.low);
+        _mm512_storeu_si512(to + i + 16, pairs.high);
     }
 }
 #endif
@@ -199,7 +196,7 @@ class Tiles {
 
     // Keys [begin, begin + count) for all lanes of the segment, in tiles of nearly equal width.
     void run_block(int64_t begin, int64_t count) {
-        const int64_t vecs = (lanes_ + W - 1) / W, tiles = (vecs + kTileVecs - 1) / kTileVecs;
+        const int64_t vecs = divide_up(lanes_, W), tiles = divide_up(vecs, kTileVecs);
         item_.locate(segment_, begin, count);
         item_.look_ahead(segment_, begin + count, tiles * (row_groups(count) + row_groups(dim_)));
         pack_keys(count);
@@ -213,7 +210,7 @@ class Tiles {
         }
     }
 
-    static int64_t row_groups(int64_t rows) { return (rows + kLaneTileRows - 1) / kLaneTileRows; }
+    static int64_t row_groups(int64_t rows) { return divide_up(rows, kLaneTileRows); }
 
     void pack_keys(int64_t count) {
         const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;

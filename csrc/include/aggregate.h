@@ -33,9 +33,9 @@ class AggregateState {
             value_ *= x;
         } else if (how_ == Aggregate::mean || how_ == Aggregate::sum) {
             value_ += x;
-        } else if (value_ == value_) {  // min and max; once NaN, always NaN
-            const bool better = how_ == Aggregate::min ? x < value_ : x > value_;
-            if (better || x != x) value_ = x;
+        } else {  // min and max without a branch that depends on scores; once NaN, always NaN
+            const double least = x < value_ ? x : value_, most = x > value_ ? x : value_;
+            value_ = x != x ? x : how_ == Aggregate::min ? least : most;
         }
     }
 

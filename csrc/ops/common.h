@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "integers.h"
 #include "kernels.h"
 #include "parallel.h"
 

@@ -4,8 +4,6 @@
 namespace tts::ops {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t step(DType dtype) { return dtype == DType::bf16 ? kStep<bf16> : 1; }
 
 Tensor pack_linear(const Tensor& weight_in) {
@@ -64,8 +62,8 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
                     .out = out.mutable_data_ptr()};
     Tensor workspace = empty(x, {count * args.cut.row}, ScalarType::Float);
     args.packed = data<float>(workspace);
-    // A thread is worth starting for 2**15 packed elements, and for 2**20 multiplications or 2**18 weights.
-    const int64_t row_grain = 1 + (1 << 15) * args.cut.tiles / (count * (depth + 1));
+    // A thread is worth starting for 2**12 packed elements, and for 2**20 multiplications or 2**18 weights.
+    const int64_t row_grain = 1 + (1 << 12) * args.cut.tiles / (count * (depth + 1));
     parallel_for(0, args.cut.tiles, row_grain,
                  [&](int64_t begin, int64_t end) { kernels().linear_pack_rows(args, begin, end); });
     const int64_t work = out_features * depth * (count < 4 ? 4 : count);

@@ -30,7 +30,7 @@ Tensor linear_logprob(const Tensor& hidden_in, const Tensor& weight_in, const Te
     require(hidden_in.dim() == 2 && weight_in.dim() == 2 && hidden_in.size(1) == weight_in.size(1), "weight");
     const Tensor hidden = operand(hidden_in, weight_in), weight = dense_rows(weight_in),
                  targets = dense(targets_in);
-    const int64_t rows = hidden.size(0), chunks = (weight.size(0) + kVocabularyChunk - 1) / kVocabularyChunk;
+    const int64_t rows = hidden.size(0), chunks = divide_up(weight.size(0), kVocabularyChunk);
     require(targets.numel() == rows, "targets");
     require(std::isfinite(temperature) && temperature > 0, "temperature");
     Tensor out = empty(hidden, {rows}, ScalarType::Float);

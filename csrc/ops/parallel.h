@@ -12,6 +12,8 @@
 #include <vector>
 #endif
 
+#include "integers.h"
+
 namespace tts::ops {
 
 #if defined(__SANITIZE_THREAD__)
@@ -20,13 +22,13 @@ namespace tts::ops {
 // own.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-    const int64_t most = (end - begin + grain - 1) / std::max<int64_t>(grain, 1);
+    const int64_t most = divide_up(end - begin, std::max<int64_t>(grain, 1));
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
     if (threads <= 1) {
         if (begin < end) f(begin, end);
         return;
     }
-    const int64_t each = (end - begin + threads - 1) / threads;
+    const int64_t each = divide_up(end - begin, threads);
     std::vector<std::thread> team;
     for (int64_t at = begin; at < end; at += each) team.emplace_back(f, at, std::min(at + each, end));
     for (std::thread& thread : team) thread.join();

@@ -61,13 +61,11 @@ class Options {
     IndexArray top_ks_{nullptr, false};
 };
 
-int64_t blocks_of(int64_t vocab) { return (vocab + kSampleBlock - 1) / kSampleBlock; }
-
 // Memory for one row at a time. Most of it is never touched: lists are short.
 class Workspace {
   public:
     Workspace(const Tensor& like, int64_t vocab) {
-        const int64_t blocks = blocks_of(vocab), entries = blocks * kSampleBlock;
+        const int64_t blocks = divide_up(vocab, kSampleBlock), entries = blocks * kSampleBlock;
         const auto bytes = [](int64_t n, int64_t size) { return (n * size + 63) / 64 * 64; };
         const int64_t sizes[] = {bytes(blocks, sizeof(SampleBlock)), bytes(entries, 4), bytes(entries, 4),
                                  bytes(entries + 16, 8)};
@@ -138,7 +136,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_i
         token_logprob[r] = logprob(d);
     };
 
-    const int64_t blocks = blocks_of(vocab), chunks = (blocks + kSampleChunk - 1) / kSampleChunk;
+    const int64_t blocks = divide_up(vocab, kSampleBlock), chunks = divide_up(blocks, kSampleChunk);
     if (rows <
         static_cast<int64_t>(torch::stable::get_num_threads())) {  // one row after the other, each cut up
         Workspace workspace(logits, vocab);

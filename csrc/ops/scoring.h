@@ -32,7 +32,7 @@ inline StepScoresArgs step_scores_args(const Tensor& hidden, const Tensor& posit
 
 // Scores every step of a head with a hidden layer; `like` gives the workspace its device.
 inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
-    const int64_t blocks = (args.head.hidden_width + kHiddenBlock - 1) / kHiddenBlock;
+    const int64_t blocks = divide_up(args.head.hidden_width, kHiddenBlock);
     args.bf16_rows =
         args.hidden.dtype == DType::bf16 && args.head.w1.dtype == DType::bf16 && !args.head.norm_weight.data;
     Tensor rows =

@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                            .lse = nullptr,
                            .partial_rows = nullptr,
                            .partial_states = nullptr,
-                           .padded_dim = (q.size(2) + kRowAlign - 1) / kRowAlign * kRowAlign};
+                           .padded_dim = round_up(q.size(2), kRowAlign)};
     plan.check(args, k_cache.size(0));
     Tensor out = empty(q, {args.num_rows, args.num_q_heads, args.head_dim}, q.scalar_type());
     Tensor lse = empty(q, {args.num_rows, args.num_q_heads}, ScalarType::Float);
