@@ -255,7 +255,7 @@ __device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Shared& 
         }
         begin = min(begin + w * size, end);
         end = min(begin + size, end);
-        if (size == kEach) break;
+        if (size <= kEach) break;  // 0: options that nobody has checked left nothing to draw
         weigh_pieces(row, cut, top, begin, end, shared);
     }
     for (int i = begin; i < end; ++i) {
@@ -269,7 +269,7 @@ __device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Shared& 
     return -1;
 }
 
-// The index of the n-th logit that equals `value`.
+// The index of the n-th logit that equals `value`, -1 if there is none where it should be.
 template <class T>
 __device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Shared& shared) {
     int begin = 0, end = row.vocab;
@@ -285,11 +285,11 @@ __device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Shared& sha
         for (; w < kWarps - 1 && n >= shared.counts[w]; ++w) n -= shared.counts[w];
         begin = min(begin + w * size, end);
         end = min(begin + size, end);
-        if (size == kEach) break;
+        if (size <= kEach) break;
     }
     int i = begin;
     while (i < end - 1 && (to_float(row.x[i]) != value || n-- != 0)) ++i;
-    return i;
+    return i < end ? i : -1;
 }
 
 // A row with +inf: each such logit weighs 1 and all others nothing; -1 without a finite logit beside them.
@@ -359,6 +359,17 @@ __device__ int draw(const Row<T>& row, float& logprob, Shared& shared) {
     logprob =
         static_cast<float>(static_cast<double>(to_float(row.x[token])) - static_cast<double>(top) - log(sum));
     return token;
+}
+
+__device__ SampleOptions options_of(const SampleArgs& args, int64_t row) {
+    SampleOptions options = args.same;
+    if (args.temperatures) options.temperature = args.temperatures[row];
+    if (args.top_ks.data) options.top_k = at(args.top_ks, row);
+    if (args.top_ps) options.top_p = args.top_ps[row];
+    if (args.min_ps) options.min_p = args.min_ps[row];
+    options.seed = args.seeds[row];
+    options.offset = args.offsets[row];
+    return options;
 }
 
 template <class T>

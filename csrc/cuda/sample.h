@@ -21,15 +21,4 @@ struct SampleArgs {
 
 void sample(const SampleArgs& args, cudaStream_t stream);
 
-TTS_HD inline SampleOptions options_of(const SampleArgs& args, int64_t row) {
-    SampleOptions options = args.same;
-    if (args.temperatures) options.temperature = args.temperatures[row];
-    if (args.top_ks.data) options.top_k = at(args.top_ks, row);
-    if (args.top_ps) options.top_p = args.top_ps[row];
-    if (args.min_ps) options.min_p = args.min_ps[row];
-    options.seed = args.seeds[row];
-    options.offset = args.offsets[row];
-    return options;
-}
-
 }  // namespace tts::cuda

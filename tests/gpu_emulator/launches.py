@@ -1,4 +1,4 @@
-"""How many launches an operator takes, and which; run by test_operators.py, in a process that emulates."""
+"""What only launches show: how many an operator takes, and that they end; run by test_operators.py, emulated."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def test_nothing_to_do_is_no_launch(emulated: Library) -> None:
     tk.step_scores(torch.rand(9, 8), torch.arange(0), ONE_ROW)
     tk.linear_logprob(torch.rand(0, 8), torch.rand(600, 8), torch.arange(0))
     assert emulated.launches == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", torch.nan), ("temperature", -1.0), ("top_p", torch.nan), ("top_p", -1.0), ("top_p", 2.0),
+     ("min_p", torch.nan), ("min_p", 2.0), ("top_k", -1)],
+)  # fmt: skip
+def test_options_that_nobody_has_checked_end_in_some_token(option: str, value: float) -> None:
+    logits, rows = torch.randn(2, 1025), torch.arange(2)
+    logits[1, 7] = torch.inf
+    with tk.debug_checks(False):
+        tokens, _ = tk.sample(logits, seeds=rows, offsets=rows, **{option: torch.tensor([value, value])})
+    assert ((tokens >= -1) & (tokens < 1025)).all()
 
 
 # ---- benchmarks/gpu_model.py: the launches that it counts are those that are made ----

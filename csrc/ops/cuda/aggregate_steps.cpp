@@ -23,7 +23,7 @@ Tensor aggregate_steps(const Tensor& scores_in, const Tensor& indptr_in, const s
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) {
-    m.impl("aggregate_steps", TORCH_BOX(&aggregate_steps));
+    m.impl("aggregate_steps", TTS_BOX(&aggregate_steps));
 }
 
 }  // namespace tts::ops

@@ -22,6 +22,6 @@ void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("append_kv_", TORCH_BOX(&append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("append_kv_", TTS_BOX(&append_kv)); }
 
 }  // namespace tts::ops

@@ -22,6 +22,6 @@ void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("copy_pages_", TORCH_BOX(&copy_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("copy_pages_", TTS_BOX(&copy_pages)); }
 
 }  // namespace tts::ops

@@ -39,7 +39,7 @@ Tensor linear_logprob(const Tensor& hidden_in, const Tensor& weight_in, const Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) {
-    m.impl("linear_logprob", TORCH_BOX(&linear_logprob));
+    m.impl("linear_logprob", TTS_BOX(&linear_logprob));
 }
 
 }  // namespace tts::ops

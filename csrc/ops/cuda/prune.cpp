@@ -20,6 +20,6 @@ std::tuple<Tensor, Tensor> prune(const Tensor& scores_in, const Tensor& indptr, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("prune", TORCH_BOX(&prune)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("prune", TTS_BOX(&prune)); }
 
 }  // namespace tts::ops

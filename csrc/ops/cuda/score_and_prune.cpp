@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_prune(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) {
-    m.impl("score_and_prune", TORCH_BOX(&score_and_prune));
+    m.impl("score_and_prune", TTS_BOX(&score_and_prune));
 }
 
 }  // namespace tts::ops

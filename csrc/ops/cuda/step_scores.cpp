@@ -23,6 +23,6 @@ Tensor step_scores(const Tensor& hidden_in, const Tensor& positions_in, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("step_scores", TORCH_BOX(&step_scores)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("step_scores", TTS_BOX(&step_scores)); }
 
 }  // namespace tts::ops

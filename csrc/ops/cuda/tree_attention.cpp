@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) {
-    m.impl("tree_attention", TORCH_BOX(&tree_attention));
+    m.impl("tree_attention", TTS_BOX(&tree_attention));
 }
 
 }  // namespace tts::ops
