@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Any
 
@@ -229,6 +230,20 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
     assert lse.isfinite().all()
     assert_rule(out, exact, plain)
     assert_rule(lse, exact_lse, plain_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_scores_weigh_the_same_however_large(dtype: torch.dtype) -> None:
+    """Many blocks of keys of one score, 1152: what is taken off it must be alike in every block."""
+    tree = grow(16, [-1], [2048])
+    plan = brute_plan(tree, [1], 1, 1, 64)
+    k, v = caches(tree, 1, 64, dtype)
+    k.fill_(12)
+    order = torch.tensor(tree.pages[0])
+    v[order[:64]], v[order[64:]] = 1.0, 0.0
+    out, lse = tk.tree_attention(torch.full((1, 1, 64), 12, dtype=dtype), k, v, plan, return_lse=True)
+    torch.testing.assert_close(out.float(), torch.full((1, 1, 64), 0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(lse, torch.tensor([[1152 + math.log(2048)]]), rtol=1e-6, atol=0)
 
 
 def test_rows_without_keys_are_empty() -> None:

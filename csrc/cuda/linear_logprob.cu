@@ -5,7 +5,8 @@
 // A block multiplies a tile of rows with 256 rows of W, 128 at a time, and folds the logits that its threads
 // hold into a log-sum-exp of each row (Milakov and Gimelshein, arXiv 1805.02867); a second kernel merges the
 // chunks in order. Blocks of one chunk are neighbours, so W comes from memory once. Up to 16 rows a tile has
-// 16, else 64: neither changes a result. Bytes: W once; operations: 2 N H V.
+// 16, else 64: neither changes a result, as what might be fused in one and not in the other says how it
+// rounds. Bytes: W once; operations: 2 N H V.
 #include "launch.cuh"
 #include "linear_logprob.h"
 #include "matmul_nt.cuh"
@@ -23,7 +24,7 @@ struct LogSum {
 
     __device__ void merge(float other_max, float other_sum) {
         const float top = fmaxf(max, other_max), shift = finite(top);
-        sum = sum * expf(max - shift) + other_sum * expf(other_max - shift);
+        sum = fmaf(sum, expf(max - shift), other_sum * expf(other_max - shift));
         max = top;
     }
 };
@@ -41,7 +42,7 @@ __device__ void fold(Tile<kRows>& tile, int cols, float scale, const int (&targe
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 float& x = tile.c[i / 2][j][i % 2 * 2 + e];
-                x = tile.col(j, e) < cols ? x * scale : -INFINITY;
+                x = tile.col(j, e) < cols ? __fmul_rn(x, scale) : -INFINITY;
                 if (tile.col(j, e) == targets[i]) target_logits[tile.row(i / 2, i % 2)] = x;
                 top = fmaxf(top, x);
             }
@@ -52,7 +53,7 @@ __device__ void fold(Tile<kRows>& tile, int cols, float scale, const int (&targe
 #pragma unroll
             for (int e = 0; e < 2; ++e) sum += expf(tile.c[i / 2][j][i % 2 * 2 + e] - shift);
         }
-        states[i].sum = states[i].sum * expf(states[i].max - shift) + sum;
+        states[i].sum = fmaf(states[i].sum, expf(states[i].max - shift), sum);
         states[i].max = top;
     }
 }

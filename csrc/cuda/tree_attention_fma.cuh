@@ -156,9 +156,8 @@ class FmaTile {
     // The weight in place of lane r's score; returns what its sums are to be multiplied by.
     __device__ float soften(int r, float& s) {
         const float factor = map_.factor(), top = fmaxf(max_[r], reduce_lanes(s, Highest()));
-        // The old shift rounded as it was, so that large scores keep their weights among each other.
-        const float shift = finite_top(top) * factor, old = __fmul_rn(max_[r], factor);
-        const float alpha = exp2_fast(old - shift);
+        const float shift = scaled(finite_top(top), factor);
+        const float alpha = exp2_fast(scaled(max_[r], factor) - shift);
         s = exp2_fast(fmaf(s, factor, -shift));
         max_[r] = top;
         sum_[r] = sum_[r] * alpha + s;

@@ -89,6 +89,11 @@ struct ScoreMap {
     }
 };
 
+// A max in units of log2. Rounded, as the weights subtract it: fused with the difference of two of them, the
+// old one would be another number than the one that was subtracted, and large scores would lose their
+// weights.
+__device__ inline float scaled(float top, float factor) { return __fmul_rn(top, factor); }
+
 // ---- results, written by a warp --------------------------------------------------------------------------
 
 // out = row / sum; the empty state gives 0. value(d) is element d of the row.

@@ -364,7 +364,8 @@ class MmaTile {
             for (const auto& tile : s) top = fmaxf(top, fmaxf(tile[2 * r], tile[2 * r + 1]));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-            const float shift = finite_top(top) * factor, alpha = exp2_fast(max_[r] * factor - shift);
+            const float shift = scaled(finite_top(top), factor),
+                        alpha = exp2_fast(scaled(max_[r], factor) - shift);
             max_[r] = top;
             sum_[r] *= alpha;
 #pragma unroll

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpu_emulator import KernelFault, Module, UnsupportedPTX
+from gpu_emulator.rounding import fusible
 
 HEAD = ".version 8.5\n.target sm_80\n.address_size 64\n"
 NAN = 0x7FFFFFFF
@@ -212,6 +213,35 @@ def test_what_is_unknown_is_refused_by_name(body: str, named: str) -> None:
     text = HEAD + f".visible .entry k() {{\n.reg .b32 %r<3>;\n.reg .pred %p<3>;\n{body}\nret;\n}}\n"
     with pytest.raises(UnsupportedPTX, match=named):
         Module(text)
+
+
+PRODUCTS = """.file 1 "a.cu"
+.visible .entry k() {
+.reg .f32 %x, %a<5>, %z;
+.loc 1 1 0
+mul.f32 %a0, %x, %x;
+sub.f32 %z, %a0, %x;
+.loc 1 2 0
+mul.ftz.f32 %a1, %x, %x;
+add.ftz.f32 %z, %x, %a1;
+.loc 1 3 0
+mul.rn.f32 %a2, %x, %x;
+sub.f32 %z, %a2, %x;
+.loc 1 4 0
+mul.f32 %a3, %x, %x;
+sub.rn.f32 %z, %a3, %x;
+.loc 1 5 0
+mul.f32 %a4, %x, %x;
+mov.f32 %x, 0f00000000;
+sub.f32 %z, %a4, %x;
+ret;
+}
+"""
+
+
+def test_sums_of_products_that_may_be_fused_are_found() -> None:
+    """Not those that say how they are rounded, nor one whose factor is gone."""
+    assert fusible(HEAD + PRODUCTS) == ["k a.cu:1", "k a.cu:2"]
 
 
 def test_registers_of_inner_scopes_are_their_own() -> None:

@@ -10,12 +10,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from gpu_emulator import clang, nvcc
+from gpu_emulator import clang, compile_cuda, nvcc
 from gpu_emulator.build import HERE
-from gpu_emulator.library import operators
+from gpu_emulator.library import INCLUDES, ROOT, operators
+from gpu_emulator.rounding import fusible
 
 pytestmark = [pytest.mark.skipif(nvcc() is None, reason="no nvcc"), pytest.mark.timeout(3600)]
 TESTS = HERE.parent
@@ -67,6 +69,12 @@ def run_tests(options: Sequence[str], tests: str, only: str, but: Sequence[str])
 )
 def test_the_cases_of_the_cpu(operator: str, seed: int) -> None:
     run(operator, "--emulate-seed", str(seed), but=NOT_OURS + TOO_MANY)
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_no_rounding_is_left_to_the_compiler(source: Path) -> None:
+    """Else a GPU may compute what the emulator has not run."""
+    assert fusible(compile_cuda(source, include_dirs=INCLUDES)) == []
 
 
 @pytest.mark.slow
