@@ -74,7 +74,11 @@ inline bool is_here(const Tensor& t) {
     return t.is_cuda() && t.get_device_index() == torch::stable::accelerator::getCurrentDeviceIndex();
 }
 #else
+#if defined(TTS_EMULATED)  // a GPU's operators on CPU tensors (tests/gpu_emulator)
+inline constexpr bool kReadable = false;
+#else
 inline constexpr bool kReadable = true;
+#endif
 
 inline bool is_here(const Tensor& t) { return t.is_cpu(); }
 #endif

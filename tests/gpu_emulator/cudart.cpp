@@ -9,22 +9,28 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <string>
+
+extern "C" cudaStream_t emulator_stream();
 
 namespace {
 
 // What library.py provides: runs a kernel, false if it fails; and learns of a buffer, or with size 0 that an
-// operator begins.
+// operator begins. `limit`: what static and dynamic shared memory may be together.
 using Launch = bool (*)(const char* kernel, const uint32_t* grid, const uint32_t* block, uint32_t shared,
-                        void** args);
+                        uint32_t limit, void** args);
 using Buffer = void (*)(uint64_t address, uint64_t bytes);
 Launch run_kernel;
 Buffer note_buffer;
 
+// Bytes of shared memory of a block: without asking, and what every architecture from sm_80 on has.
+constexpr uint32_t kWithoutAsking = 48 << 10, kMost = 99 << 10;
+
 struct Kernel {
     std::string name;
-    size_t shared_limit = 48 << 10;  // until cudaFuncSetAttribute raises it
+    uint32_t asked = 0;  // by cudaFuncSetAttribute
 };
 
 std::map<const void*, Kernel>& kernels() {
@@ -38,17 +44,21 @@ struct Configuration {
     cudaStream_t stream;
 } configuration;
 cudaError_t last_error = cudaSuccess;
+char stream_of_torch;
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** args, size_t shared) {
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** args, size_t shared,
+                   cudaStream_t stream) {
     const Kernel& k = kernels().at(kernel);
-    if (shared > k.shared_limit) return last_error = cudaErrorInvalidValue;
+    if (stream != emulator_stream()) return last_error = cudaErrorInvalidResourceHandle;
+    if (shared > (k.asked ? k.asked : kWithoutAsking)) return last_error = cudaErrorInvalidValue;
     const uint32_t g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
-    const bool good = run_kernel(k.name.c_str(), g, b, static_cast<uint32_t>(shared), args);
+    const bool good = run_kernel(k.name.c_str(), g, b, static_cast<uint32_t>(shared),
+                                 k.asked ? kMost : kWithoutAsking, args);
     return last_error = good ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 // The bytes from a tensor's first element to the end of its last.
-void note(AtenTensorHandle tensor, const void* address) {
+uint64_t reach_of(AtenTensorHandle tensor) {
     int64_t dim = 0, size = 0, stride = 0, reach = 1;
     int32_t dtype = 0;
     aoti_torch_get_dim(tensor, &dim);
@@ -56,11 +66,14 @@ void note(AtenTensorHandle tensor, const void* address) {
     for (int64_t i = 0; i < dim; ++i) {
         aoti_torch_get_size(tensor, i, &size);
         aoti_torch_get_stride(tensor, i, &stride);
-        if (size == 0) return;
+        if (size == 0) return 0;
         reach += (size - 1) * stride;
     }
-    note_buffer(reinterpret_cast<uint64_t>(address),
-                static_cast<uint64_t>(reach) * aoti_torch_dtype_element_size(dtype));
+    return static_cast<uint64_t>(reach) * aoti_torch_dtype_element_size(dtype);
+}
+
+void note(AtenTensorHandle tensor, const void* address) {
+    if (const uint64_t bytes = reach_of(tensor)) note_buffer(reinterpret_cast<uint64_t>(address), bytes);
 }
 
 }  // namespace
@@ -73,6 +86,9 @@ __attribute__((visibility("default"))) void emulator_connect(Launch launch, Buff
 }
 
 void emulator_begin() { note_buffer(0, 0); }
+
+// The stream that kernels belong on: not CUDA's default one.
+cudaStream_t emulator_stream() { return reinterpret_cast<cudaStream_t>(&stream_of_torch); }
 
 // ---- torch ------------------------------------------------------------------------------------------------
 
@@ -87,6 +103,19 @@ AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle, void**);
 AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** address) {
     const AOTITorchError error = __real_torch_get_mutable_data_ptr(tensor, address);
     if (!error) note(tensor, *address);
+    return error;
+}
+
+// Outputs and workspaces hold no zeros that nobody wrote: NaN, or -1.
+AOTITorchError __real_aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t,
+                                               int32_t, AtenTensorHandle*);
+AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                                               int32_t dtype, int32_t device_type, int32_t device_index,
+                                               AtenTensorHandle* tensor) {
+    const AOTITorchError error =
+        __real_aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, tensor);
+    void* data = nullptr;
+    if (!error && !aoti_torch_get_data_ptr(*tensor, &data)) std::memset(data, 0xff, reach_of(*tensor));
     return error;
 }
 
@@ -124,8 +153,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* host) {
 }
 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared,
-                               cudaStream_t) {
-    return launch(kernel, grid, block, args, shared);
+                               cudaStream_t stream) {
+    return launch(kernel, grid, block, args, shared, stream);
 }
 
 // ---- what csrc/cuda calls ---------------------------------------------------------------------------------
@@ -137,19 +166,20 @@ cudaError_t cudaGetLastError() {
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
+    if (error == cudaErrorInvalidResourceHandle) return "not torch's current stream";
     return error == cudaErrorInvalidValue ? "invalid value" : "the emulated kernel failed";
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
-    constexpr int kMost = 99 << 10;  // what a block may have on every architecture from sm_80 on
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > kMost)
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || static_cast<uint32_t>(value) > kMost)
         return cudaErrorInvalidValue;
-    kernels().at(host).shared_limit = static_cast<size_t>(value);
+    kernels().at(host).asked = static_cast<uint32_t>(value);
     return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-    __builtin_memset(p, value, bytes);
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
+    if (stream != emulator_stream()) return cudaErrorInvalidResourceHandle;
+    std::memset(p, value, bytes);
     return cudaSuccess;
 }
 

@@ -280,6 +280,7 @@ class Kernel:
         self.module, self.name = module, name
         self.params = module.translation.kernels[name]
         self.static_shared = module.translation.static_shared[name]
+        self.most_threads = module.translation.most_threads[name]
 
     def launch(
         self,
@@ -324,25 +325,26 @@ class Kernel:
         ValueError
             Sizes that no GPU takes, or arguments that do not match the parameters.
         """
-        launch = _Launch(
-            _dims(grid, "grid", 2**31 - 1),
-            _dims(block, "block", 1024),
-            dynamic_smem,
-            seed,
-            timeout,
-            cooperative,
-            split_masks,
-        )
-        threads = launch.block[0] * launch.block[1] * launch.block[2]
-        if threads > 1024:
-            raise ValueError(f"block must hold at most 1024 threads, got {threads}")
-        if not 0 <= dynamic_smem <= SHARED_LIMIT - self.static_shared:
-            raise ValueError(f"dynamic_smem must be in [0, {SHARED_LIMIT - self.static_shared}], got {dynamic_smem}")
+        launch = self._sized(grid, block, dynamic_smem)
+        launch.seed, launch.timeout = seed, timeout
+        launch.cooperative, launch.split_masks = cooperative, split_masks
         arguments = _Arguments(self.params, args, buffers)
         if self.module.library is not None:
             self._run_here(launch, arguments)
         else:
             self._run_apart(launch, arguments)
+
+    def _sized(self, grid: Dim, block: Dim, dynamic_smem: int, shared_limit: int = SHARED_LIMIT) -> _Launch:
+        """A launch of these sizes, if a GPU takes them; else ValueError."""
+        launch = _Launch(
+            _dims(grid, "grid", (2**31 - 1, 65535, 65535)), _dims(block, "block", (1024, 1024, 64)), dynamic_smem
+        )
+        threads, most = launch.block[0] * launch.block[1] * launch.block[2], self.most_threads
+        if threads > most:
+            raise ValueError(f"block must hold at most {most} threads, got {threads}")
+        if not 0 <= dynamic_smem <= shared_limit - self.static_shared:
+            raise ValueError(f"dynamic_smem must be in [0, {shared_limit - self.static_shared}], got {dynamic_smem}")
+        return launch
 
     def _run_here(self, launch: _Launch, arguments: _Arguments) -> None:
         library = self.module.library
@@ -446,10 +448,10 @@ _SANITIZER_OPTIONS = {
 }
 
 
-def _dims(value: Dim, name: str, limit: int) -> Any:
+def _dims(value: Dim, name: str, limits: tuple[int, int, int]) -> Any:
     sizes = [value] if isinstance(value, int) else list(value)
-    if not 1 <= len(sizes) <= 3 or not all(1 <= n <= limit for n in sizes):
-        raise ValueError(f"{name} must be one to three sizes of 1 to {limit}, got {value!r}")
+    if not 1 <= len(sizes) <= 3 or not all(1 <= n <= limit for n, limit in zip(sizes, limits, strict=False)):
+        raise ValueError(f"{name} must be one to three sizes of 1 to {limits}, got {value!r}")
     return (ctypes.c_uint32 * 3)(*sizes, *[1] * (3 - len(sizes)))
 
 

@@ -18,13 +18,13 @@ from typing import TypeVar
 import torch
 
 from .build import HERE, _cached, _includes, _run, _version, compile_cuda, require
-from .kernel import Buffer, Kernel, Module, _dims, _Launch, _Pointer
+from .kernel import Buffer, Kernel, Module, _Pointer
 from .translate import Parameter
 
 ROOT = HERE.parents[1]
 INCLUDES = (ROOT / "csrc/include", ROOT / "csrc/cpu")
-_TIMEOUT = 60.0  # seconds for one launch
-_WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr")
+_TIMEOUT = 600.0  # seconds for one launch: of thousands of blocks, on a busy machine
+_WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "aoti_torch_empty_strided")
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_char_p,
     ctypes.POINTER(ctypes.c_uint32),
     ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_uint32,
     ctypes.c_uint32,
     ctypes.POINTER(ctypes.c_void_p),
 )
@@ -95,13 +96,14 @@ class Library:
         else:
             self._buffers[address] = max(size, self._buffers.get(address, 0))
 
-    def _launch(self, name: bytes, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[int]) -> bool:
+    def _launch(
+        self, name: bytes, grid: Sequence[int], block: Sequence[int], shared: int, limit: int, args: Sequence[int]
+    ) -> bool:
         try:
             kernel = self._kernels[name.decode()]
             self.launches.append(Launched(kernel.name, tuple(grid[:3]), tuple(block[:3]), shared))
-            launch = _Launch(
-                _dims(grid[:3], "grid", 2**31 - 1), _dims(block[:3], "block", 1024), shared, self.seed, 60.0
-            )
+            launch = kernel._sized(grid[:3], block[:3], shared, limit)
+            launch.seed, launch.timeout = self.seed, _TIMEOUT
             none = torch.empty(0)  # the operator keeps the memory
             buffers = [Buffer(a, size, f"buffer {i}", none) for i, (a, size) in enumerate(self._buffers.items())]
             arguments = _Arguments(_bytes(kernel.params, args), buffers)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .errors import UnsupportedPTX
+
+MOST_THREADS = 1024  # of a block
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Function:
     results: tuple[Variable, ...]
     body: list[Statement] | None  # None: declared here, defined elsewhere
     line: int
+    most_threads: int = MOST_THREADS  # of a block
 
 
 @dataclass
@@ -218,8 +222,9 @@ class _Parser:
         self._advance(match.end())
         self._skip_space()
         params = self._params() if self.text[self.at] == "(" else ()
-        self._until(";{")  # .maxntid, .minnctapersm, .noreturn and the like bind the compiler only
-        function = Function(match[1], entry, params, results, None, start)
+        bounds = re.search(r"\.(?:maxntid|reqntid)\s+([\d,\s]+)", self._until(";{"))  # the rest binds the compiler only
+        threads = math.prod(map(int, bounds[1].split(","))) if bounds else MOST_THREADS
+        function = Function(match[1], entry, params, results, None, start, threads)
         if self.text[self.at] == ";":
             self._take(";")
             module.functions.setdefault(function.name, function)

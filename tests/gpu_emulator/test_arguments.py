@@ -88,6 +88,8 @@ def test_variables_of_the_module() -> None:
         ({"block": 1025}, ValueError, "block must be"),
         ({"block": (32, 33)}, ValueError, "at most 1024 threads"),
         ({"grid": 0}, ValueError, "grid must be"),
+        ({"grid": (1, 65536)}, ValueError, "grid must be"),
+        ({"block": (1, 1, 65)}, ValueError, "block must be"),
         ({"dynamic_smem": 10**6}, ValueError, "dynamic_smem must be"),
     ],
 )
@@ -95,6 +97,15 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], error: type[Exceptio
     good = {"grid": 1, "block": 1, "args": [Struct(None, None, 1, 1.0)]}
     with pytest.raises(error, match=text):
         scale().launch(**(good | change))
+
+
+def test_launch_bounds_are_kept() -> None:
+    kernel = load(SCALE.replace("p0[24]) {", "p0[24]) .maxntid 32, 2, 1 {"))
+    x, y = torch.ones(64), torch.zeros(1, 64)
+    kernel.launch(1, 64, [Struct(Pointers([x]), y, 64, 2.0)])
+    assert y.eq(2.0).all()
+    with pytest.raises(ValueError, match="at most 64 threads"):
+        kernel.launch(1, 65, [Struct(Pointers([x]), y, 64, 2.0)])
 
 
 def test_a_kernel_alone_leaves_out_what_the_others_need() -> None:

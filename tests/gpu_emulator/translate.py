@@ -78,6 +78,7 @@ class Translation:
     source: str
     kernels: dict[str, list[Parameter]]
     static_shared: dict[str, int]  # bytes that a kernel declares
+    most_threads: dict[str, int]  # of a block, by its launch bounds
     locations: dict[int, str]  # PTX line -> "file:line"
 
 
@@ -138,7 +139,8 @@ class _ModuleWriter:
             for s in f.body or []
             if isinstance(s, Instruction) and s.location[0]
         }
-        return Translation("\n".join(parts), kernels, static, locations)
+        threads = {f.name: f.most_threads for f in self.module.functions.values() if f.entry}
+        return Translation("\n".join(parts), kernels, static, threads, locations)
 
     def _sites(self) -> str:
         return "extern Site sites[];"

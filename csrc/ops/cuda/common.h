@@ -12,6 +12,7 @@
 #if defined(TTS_EMULATED)
 #define TTS_CUDA_KEY CPU
 extern "C" void emulator_begin();
+extern "C" cudaStream_t emulator_stream();
 #else
 #define TTS_CUDA_KEY CUDA
 // Behind USE_CUDA in torch's header.
@@ -24,7 +25,7 @@ namespace tts::ops {
 
 struct OnDevice {
     explicit OnDevice(const Tensor&) { emulator_begin(); }
-    cudaStream_t stream() const { return nullptr; }
+    cudaStream_t stream() const { return emulator_stream(); }
 };
 
 #else
