@@ -49,7 +49,7 @@ ARCHITECTURES = {
 REGISTERS, WARP, REGISTER_UNIT, SHARED_UNIT, SHARED_OF_THE_SYSTEM = 65536, 32, 256, 128, 1024
 
 # Bytes of dynamic shared memory by kernel; kernels not listed have none. TensorTile and ScalarTile: kSharedBytes of
-# csrc/cuda/matmul_nt.cuh. Attention: MmaShape, and FmaShape with the longest rows that each form is for (319; 512).
+# csrc/cuda/matmul_nt.cuh. Attention: MmaShape, and FmaShape with the longest rows that each form is for (319; 1024).
 DYNAMIC_SHARED = {
     r"TensorTile": 73728,
     r"ScalarTile<64>": 27648,
@@ -59,7 +59,7 @@ DYNAMIC_SHARED = {
     r"tree_attention_mma<\w+, 128>": 69632,
     r"tree_attention_mma<\w+, 256>": 84480,
     r"tree_attention_fma<\w+, 4>": 49152,
-    r"tree_attention_fma<\w+, 1>": 24704,
+    r"tree_attention_fma<\w+, 1>": 41088,
 }
 
 
