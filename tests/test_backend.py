@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 import tts_kernels as tk
+from tts_kernels import checks
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +39,16 @@ def test_reference_backend_checks_its_input_too() -> None:
         assert tk.aggregate_steps(scores, torch.tensor([0, 4]), "max") == scores.max()
         with pytest.raises(ValueError, match=r"^indptr"):
             tk.aggregate_steps(scores, torch.tensor([0, 5]), "max")
+
+
+def test_a_capture_of_a_graph_is_not_ended_by_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = cast("torch.Tensor", SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with tk.debug_checks(True):
+        for capturing in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+            assert checks.readable(on_gpu) is not capturing
+            assert checks.readable(torch.zeros(1))
 
 
 def test_unknown_and_missing_backends_say_so() -> None:

@@ -69,6 +69,8 @@ class use_backend:  # noqa: N801  (a setter that is also a context manager, like
 class debug_checks:  # noqa: N801
     """Check the values of index tensors on a GPU too (this synchronises the device at every call).
 
+    While a CUDA graph is captured they are not: nothing can be read then, nor when it is replayed.
+
     A setter and a context manager, like `use_backend`. On a CPU values are always checked.
 
     Examples

@@ -99,13 +99,19 @@ def choice(name: str, value: Any, options: Sequence[str]) -> None:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether values may be read: not while tracing, and on a GPU under `debug_checks` only."""
+    """Whether values may be read: not while tracing; on a GPU under `debug_checks` only, and not into a graph."""
     if torch.compiler.is_compiling():
         return False
     real = [t for t in tensors if t is not None]
     if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in real):
         return False
-    return all(t.device.type == "cpu" for t in real) or state.debug_checks
+    return all(t.device.type == "cpu" for t in real) or (state.debug_checks and not _capturing())
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, which a read would end."""
+    built: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+    return built and torch.cuda.is_current_stream_capturing()
 
 
 def index_range(name: str, values: Tensor, low: int, high: int) -> None:
