@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tts_search.errors import require
+from tts_search.policies.prompt import prompt_of
 from tts_search.protocol import Expand, Usage
 from tts_search.types import Step
 
@@ -107,13 +108,7 @@ class VLLMPolicy:
         )
 
     def _prompt(self, text: str) -> str:
-        if self.tokenizer.chat_template is None:
-            bos = self.tokenizer.bos_token or ""
-            return bos + "".join(f"{part}\n\n" for part in (self.system_prompt, text) if part)
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
-        messages.append({"role": "user", "content": text})
-        rendered: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return rendered
+        return prompt_of(text, self.system_prompt, self.tokenizer)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

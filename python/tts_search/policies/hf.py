@@ -15,6 +15,7 @@ from tts_search.decoder import pool_for
 from tts_search.device import read_tokens, upload
 from tts_search.errors import require
 from tts_search.graphs import decode_graphs
+from tts_search.policies.prompt import prompt_of
 from tts_search.protocol import Expand, Usage
 from tts_search.types import Step
 
@@ -142,15 +143,7 @@ class HFPolicy:
         return state.root.meter.usage(self.decoder.shape, state.sampled)
 
     def _prompt(self, text: str) -> str:
-        if not self.chat:
-            return text
-        if self.tokenizer.chat_template is None:
-            bos = self.tokenizer.bos_token or ""
-            return bos + "".join(f"{part}\n\n" for part in (self.system_prompt, text) if part)
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
-        messages.append({"role": "user", "content": text})
-        rendered: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return rendered
+        return prompt_of(text, self.system_prompt, self.tokenizer) if self.chat else text
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
