@@ -113,7 +113,13 @@ class GenerationCache(ForestCache):
         self._keep([branch for branch in self._rows for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens off every row: ``-tokens_to_remove`` of them."""
+        """Take the last tokens off every row: ``-tokens_to_remove`` of them.
+
+        Raises
+        ------
+        ValueError
+            If the number is positive.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a number <= 0, got {tokens_to_remove}")
         for branch in set(self._rows):

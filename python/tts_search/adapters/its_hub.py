@@ -46,6 +46,11 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
     temperature : float
         The same of the temperature.
 
+    Raises
+    ------
+    ValueError
+        If `max_tokens` is no int of at least 1.
+
     Examples
     --------
     >>> lm = LanguageModel(HFPolicy("HuggingFaceTB/SmolLM2-135M-Instruct"))  # doctest: +SKIP
@@ -175,6 +180,11 @@ class ProcessRewardModel(AbstractProcessRewardModel):  # type: ignore[misc]
         Where a candidate's text is cut into steps.
     aggregate : str
         How the scores of its steps become one: ``"last"``, ``"min"``, ``"prod"``, ``"mean"``, ...
+
+    Raises
+    ------
+    ValueError
+        If `aggregate` is none of ours, or the delimiter is empty.
     """
 
     def __init__(self, verifier: Verifier, *, delimiter: str = "\n\n", aggregate: str = "last") -> None:
@@ -216,7 +226,13 @@ class OutcomeRewardModel(AbstractOutcomeRewardModel):  # type: ignore[misc]
         self.prm = prm
 
     def score(self, messages: Any, **_: Any) -> float | list[float]:
-        """Score a conversation, or each of a list of them, whose last message is the assistant's."""
+        """Score a conversation, or each of a list of them, whose last message is the assistant's.
+
+        Raises
+        ------
+        ValueError
+            If a conversation does not end with the assistant's answer.
+        """
         single = not isinstance(messages, list) or not messages or not isinstance(messages[0], list)
         conversations = [list(_messages(messages))] if single else messages
         scores = []

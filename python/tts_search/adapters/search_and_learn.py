@@ -102,6 +102,13 @@ class LLM:
     options
         Those of :class:`~tts_search.HFPolicy`.
 
+    Raises
+    ------
+    TypeError
+        For options beside a policy that is loaded.
+    ValueError
+        If the policy renders prompts itself.
+
     Examples
     --------
     >>> llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct", kv_memory="1GiB")  # doctest: +SKIP
@@ -178,6 +185,11 @@ class PRM:
         A checkpoint, or a verifier.
     options
         Those of :class:`~tts_search.HFVerifier`.
+
+    Raises
+    ------
+    TypeError
+        For options beside a verifier that is loaded.
     """
 
     def __init__(self, model: str | Verifier, **options: Any) -> None:

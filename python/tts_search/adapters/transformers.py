@@ -96,7 +96,13 @@ class ForestCache(Cache):  # type: ignore[misc]
         *args: Any,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values [1, Hkv, T, D] of a layer; return its pages [P, page_size, Hkv, D]."""
+        """Write the new keys and values [1, Hkv, T, D] of a layer; return its pages [P, page_size, Hkv, D].
+
+        Raises
+        ------
+        RuntimeError
+            In a forward that was not given this cache's inputs.
+        """
         if self._slots is None:
             raise RuntimeError(
                 "ForestCache: a plain forward has no slots to write to; call model(**cache.inputs(batch))"

@@ -63,7 +63,13 @@ class VLLMPolicy:
         self._problems: dict[int, _Problem] = {}
 
     def begin(self, problem: int, text: str) -> None:
-        """Announce a problem. Its prompt is read with the first step."""
+        """Announce a problem. Its prompt is read with the first step.
+
+        Raises
+        ------
+        ValueError
+            If the number belongs to a problem in flight.
+        """
         if problem in self._problems:
             raise ValueError(f"problem {problem} is in flight: a VLLMPolicy serves one search at a time")
         self._problems[problem] = _Problem(self._encode(self._prompt(text)))
