@@ -66,10 +66,12 @@ def main() -> None:
     expected = options.n * options.rounds * options.step_tokens
     found: dict[str, list[dict]] = {name: [] for name in workers}
     for worker in workers.values():  # whatever is done once
-        worker.ask(**job | {"rounds": 1, "step_tokens": 4}, problem=problem_of(tokenizer, 50, 0), seed=0)
+        with worker.turn():
+            worker.ask(**job | {"rounds": 1, "step_tokens": 4}, problem=problem_of(tokenizer, 50, 0), seed=0)
     for fresh, name in enumerate([ours, *[theirs, ours] * options.repeats], 1):
         problem = problem_of(tokenizer, options.prompt_tokens, fresh)
-        answer = workers[name].ask(**job, problem=problem, seed=fresh)
+        with workers[name].turn():
+            answer = workers[name].ask(**job, problem=problem, seed=fresh)
         if answer["generated"] != expected:
             raise SystemExit(f"{name}: expected {expected} generated tokens, got {answer['generated']}")
         print(name, json.dumps(answer), file=sys.stderr)

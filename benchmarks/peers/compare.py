@@ -6,8 +6,9 @@
 Each peer is installed from PyPI into an environment of its own under build/peers and runs as a process that waits for
 jobs, so that the engines take turns within each case; those that wait are stopped, for some poll. A job is one prompt
 of P tokens that no engine has seen before and N continuations of it, sampled at temperature 0.8 and --top-p. A decode
-step is the difference of two jobs' times over the difference of their lengths, so that neither prefill nor start-up
-counts. Every answer is checked for number and length; in float32, greedy text is compared with ours token by token.
+step is the difference of the times of a turn's last two jobs over the difference of their lengths, so that neither
+prefill nor start-up counts. Every answer is checked for number and length; in float32, greedy text is compared with
+ours token by token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ ROOT = HERE.parent.parent
 CASES = [(2048, 64), (2048, 16), (512, 64), (512, 16)]  # P, N
 TORCH = "torch==2.13.0"  # before a peer asks for a range that admits a CUDA build
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # vLLM asks for them, but their builds on PyPI want a GPU
-SHORT, LONG = 8, 32  # tokens of the two jobs
+WARM_UP, SHORT, LONG = 2, 8, 40  # tokens of the jobs of a turn
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ ENGINES = {
 
 
 class Worker:
-    """An engine's processes, stopped but for the time of a job."""
+    """An engine's processes, stopped while it is not its turn."""
 
     def __init__(self, python: Path, script: Path, arguments: list[str], threads: int, log: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -75,16 +78,20 @@ class Worker:
         )
         self.log = log
         self._read()
-        self._signal(signal.SIGSTOP)
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The time in which it runs."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        yield
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def ask(self, **job: Any) -> dict[str, Any]:
         """Run one job; its answer."""
         assert self.process.stdin is not None
-        self._signal(signal.SIGCONT)
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        answer = self._read()
-        self._signal(signal.SIGSTOP)
-        return answer
+        return self._read()
 
     def run(self, **job: Any) -> dict[str, Any]:
         """Run a job of branches of equal length; its answer, checked."""
@@ -95,12 +102,9 @@ class Worker:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self._signal(signal.SIGCONT)
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -168,11 +172,11 @@ def time_decoding(workers: dict[str, Worker], rounds: int, top_p: float) -> list
         for _ in range(rounds):
             for name, worker in workers.items():
                 times = {}
-                for tokens in (SHORT, LONG):
-                    answer = worker.run(
-                        prefix=prefix, branches=branches, tokens=tokens, temperature=0.8, top_p=top_p, fresh=next(fresh)
-                    )
-                    times[tokens], peaks[name] = answer["seconds"], answer["peak_mb"]
+                with worker.turn():
+                    for tokens in (WARM_UP, SHORT, LONG):
+                        job = {"prefix": prefix, "branches": branches, "tokens": tokens, "fresh": next(fresh)}
+                        answer = worker.run(**job, temperature=0.8, top_p=top_p)
+                        times[tokens], peaks[name] = answer["seconds"], answer["peak_mb"]
                 steps[name].append(1000 * (times[LONG] - times[SHORT]) / (LONG - SHORT))
         medians = {name: statistics.median(samples) for name, samples in steps.items()}
         for name, median in medians.items():
@@ -189,7 +193,8 @@ def compare_greedy(workers: dict[str, Worker], tokens: int = 32) -> list[dict[st
     rows = []
     ours: list[int] = []
     for name, worker in workers.items():
-        answer = worker.run(prefix=64, branches=1, tokens=tokens, temperature=0.0, top_p=1.0, fresh=1)
+        with worker.turn():
+            answer = worker.run(prefix=64, branches=1, tokens=tokens, temperature=0.0, top_p=1.0, fresh=1)
         ours = ours or answer["first"]
         same = next((i for i, (a, b) in enumerate(zip(ours, answer["first"], strict=True)) if a != b), tokens)
         rows.append({"engine": name, "greedy tokens like ours": f"{same} of {tokens}"})
