@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tts_search.algorithms import Branch, Run
@@ -68,8 +68,8 @@ class SearchResult:
     def first(self, n: int) -> SearchResult:
         """Return the result that best-of-N with a smaller n would have had: that of the first n completions.
 
-        It has no tree. Tokens are those of the n completions; other costs of the models are taken in proportion to
-        them, and the time is not known (NaN).
+        It has no tree. Tokens are those of the n completions, equal ones counted once for the verifier; other costs of
+        the models are taken in proportion to them, and the time is not known (NaN).
 
         Raises
         ------
@@ -81,16 +81,27 @@ class SearchResult:
             raise ValueError(f"n: expected 1 to {len(self.completions)} of the completions of a best-of-N, got {n!r}")
         config = replace(config, n=n)
         completions = self.completions[:n]
-        share = sum(one.num_tokens for one in completions) / max(1, sum(one.num_tokens for one in self.completions))
+        share, verifier_share = (
+            count(completions) / max(1, count(self.completions)) for count in (_tokens_sampled, _tokens_read)
+        )
         best = _best(_voters(completions, config))
         return replace(
             self,
             completions=completions,
             best=best,
             tree=SearchTree(self.tree.nodes[:1]),
-            stats=self.stats.part(share, branches=n),
+            stats=self.stats.part(share, verifier_share=verifier_share, branches=n),
             config=config,
         )
+
+
+def _tokens_sampled(completions: Iterable[Completion]) -> int:
+    return sum(one.num_tokens for one in completions)
+
+
+def _tokens_read(completions: Iterable[Completion]) -> int:
+    """A verifier reads equal texts once."""
+    return sum({one.text: one.num_tokens for one in completions}.values())
 
 
 def _best(voters: Sequence[Completion]) -> Completion:

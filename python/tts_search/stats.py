@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, astuple, dataclass
+from typing import Any
 
 from tts_search.protocol import Usage
 
@@ -79,13 +80,16 @@ class SearchStats:
             waves=policy.waves + verifier.waves,
         )
 
-    def part(self, share: float, *, branches: int) -> SearchStats:
-        """Return what a part of the branches cost that holds this share of the tokens; its time is not known (NaN)."""
+    def part(self, share: float, *, verifier_share: float, branches: int) -> SearchStats:
+        """Return what a part of the branches cost that holds these shares of the tokens of each model.
+
+        Its time is not known (NaN).
+        """
         kept = {name: getattr(self, name) for name in ("rounds", "policy_prefill_tokens")}
-        counts = {
-            name: type(value)(round(share * value) if isinstance(value, int) else share * value)
-            for name, value in asdict(self).items()
-        }
+        counts: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            part = (verifier_share if "verifier" in name else share) * value
+            counts[name] = round(part) if isinstance(value, int) else part
         return SearchStats(**{**counts, **kept, "branches": branches, "wall_s": math.nan})
 
     def __add__(self, other: SearchStats) -> SearchStats:

@@ -10,7 +10,7 @@ import tts_search.engine
 from hypothesis import given, settings
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from test_engine import CONFIGS, PROBLEMS, TREES, Pruner, outcome
-from tts_search import SearchConfig, SearchError, Step, search, search_iter
+from tts_search import SearchConfig, SearchError, Step, Usage, search, search_iter
 from tts_search.protocol import Score, ScoreAndPrune, Scored, Verifier
 from tts_search.sharing import SharedVerifier
 
@@ -173,6 +173,27 @@ def test_survivors_of_too_many_groups_are_refused():
 
     with pytest.raises(SearchError, match=r"expected \[2\] survivors of the groups"):
         search(["p"], ScriptedPolicy(by_name()), Many(score_names({})), SearchConfig(n=4, expand=2), progress=False)
+
+
+def test_the_first_completions_cost_what_they_would_have_cost_alone():
+    """Four words, so that most of 16 completions repeat another; each counts once for the verifier."""
+
+    class Counting(ScriptedVerifier):
+        def end(self, problem):
+            tokens = sum(2 * len(steps) for steps in self.problems[problem].live.values())
+            super().end(problem)
+            return Usage(tokens=tokens)
+
+    tree = RandomTree(3, words=4)
+    few, many = (
+        search(["p"], ScriptedPolicy(tree.step), Counting(tree.scores), SearchConfig("best_of_n", n=n), progress=False)[
+            0
+        ]
+        for n in (4, 16)
+    )
+    assert few.stats.verifier_tokens == 2 * sum({one.text: len(one.steps) for one in few.completions}.values())
+    assert 0 < many.stats.verifier_tokens < 16 / 4 * few.stats.verifier_tokens
+    assert many.first(4).stats.verifier_tokens == few.stats.verifier_tokens
 
 
 def test_nan_fails_whoever_shares_it():
