@@ -29,7 +29,7 @@ def append_kernel(
     for start in range(0, heads * dim, BLOCK):
         i = start + tl.arange(0, BLOCK)
         head = (i // dim).to(tl.int64)
-        d = i % dim
+        d = (i % dim).to(tl.int64)
         there = i < heads * dim
         x = tl.load(k + t * k_token + head * k_from + d * k_element, mask=there)
         tl.store(k_cache + page * k_page + offset * k_slot + head * k_head + d, x, mask=there)
