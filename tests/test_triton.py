@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tts_kernels as tk
+from tts_kernels import triton as backend
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no triton", allow_module_level=True)
@@ -41,6 +42,12 @@ def test_the_tests_of_the_op_pass_in_the_interpreter(op: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is None or int(passed[1]) >= 5
+
+
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets CPU tensors reach the Triton functions."""
+    monkeypatch.setattr(backend, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(backend, "missing", lambda: "")
 
 
 def call_all(dtype: torch.dtype) -> None:
@@ -93,16 +100,53 @@ def decode(dtype: torch.dtype) -> None:
     tk.swiglu(x)
 
 
+def serve(rows: int) -> None:
+    """What a round of search calls, for that many rows."""
+    x, index, indptr = torch.randn(rows, 512).bfloat16(), torch.arange(rows), torch.arange(rows + 1)
+    pair = tk.ScoreHead.label_pair(torch.randn(512), torch.randn(512))
+    mlp = tk.ScoreHead.mlp(torch.randn(70, 512).bfloat16(), None, torch.randn(2, 70), None)
+    for head in (pair, mlp):
+        tk.step_scores(x, index, head)
+        tk.score_and_prune(x, index, indptr, head, indptr, rows)
+    tk.prune(torch.rand(rows), indptr, rows)
+    tk.aggregate_steps(torch.rand(rows), indptr, "min")
+    tk.linear_logprob(x, torch.randn(1000, 512).bfloat16(), index)
+    tk.sample(x, seeds=index, offsets=index, top_k=rows)
+    tk.rms_norm(x, torch.rand(512).bfloat16(), 1e-5, x)
+    tk.swiglu(x)
+    k, v = (torch.zeros(rows + 1, 16, 2, 64).bfloat16() for _ in range(2))
+    tk.copy_pages_([k, v], index[:1], index[:1] + 1)
+    q = tk.rope_append_(x, k, v, index, torch.rand(rows, 64), 16 * index, num_q_heads=4, num_kv_heads=2)
+    tk.append_kv_(k, v, k[1:, 0], v[1:, 0], 16 * index)
+    table = torch.stack([torch.full((rows,), rows), index], 1)
+    plan = tk.plan_attention(table, 17 + index % 16, page_size=16, num_q_heads=4, num_kv_heads=2, head_dim=64)
+    out, lse = tk.tree_attention(q, k, v, plan, return_lse=True)
+    tk.merge_states(out, lse, out, lse)
+
+
+def test_batches_of_any_size_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for each choice of tiles: not for a number of rows, nor for where a plan's tables lie."""
+    on_triton(monkeypatch)
+    with tk.use_backend("triton"), aot.recorded(monkeypatch, "ampere") as launches:
+        for rows in (1, 2, 3, 16, 19, 33, 48, 64):
+            serve(rows)
+    compiled: dict[str, set[str]] = {}
+    for launch in launches:
+        tiles = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+        kernel = f"{launch.kernel.fn.__module__}.{launch.name} {tiles} {launch.options}"
+        given = {name: value is None for name, value in launch.arguments.items()}
+        compiled.setdefault(f"{kernel} {given}", set()).add(str(aot.specialised(launch)))
+    assert len(compiled) >= len(OPS)
+    assert {kernel: len(kinds) for kernel, kinds in compiled.items() if len(kinds) > 1} == {}
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", aot.TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kernels_compile_ahead_of_time(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch of every op; its shared memory fits the device."""
-    from tts_kernels import triton as backend
-
+    on_triton(monkeypatch)
     target, device_class, shared_limit = aot.TARGETS[name]
-    monkeypatch.setattr(backend, "DEVICES", frozenset({"cpu"}))
-    monkeypatch.setattr(backend, "missing", lambda: "")
     with tk.use_backend("triton"), aot.recorded(monkeypatch, device_class) as launches:
         call_all(dtype)
     names = {(launch.kernel.fn.__module__, launch.name) for launch in launches}

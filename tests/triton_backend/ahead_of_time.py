@@ -2,7 +2,7 @@
 
 `recorded` calls the ops' Triton functions on CPU tensors and writes down every launch instead of running it;
 `compiled` compiles a launch for a target, specialised as Triton's own launcher specialises it: 1 is a constant, and
-multiples of 16 are known to be such.
+multiples of 16 are known to be such, but for what a kernel names in ``do_not_specialize``.
 """
 
 from __future__ import annotations
@@ -92,23 +92,20 @@ def specialised(launch: Launch) -> Specialisation:
     constants: dict[str, Any] = {}
     hints: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if (
-            parameter.is_constexpr
-            or value is None
-            or isinstance(value, bool)
-            or (isinstance(value, int) and value == 1)
-        ):
+        value, general = launch.arguments[parameter.name], parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            hints |= {(i,): [["tt.divisibility", 16]]} if value.data_ptr() % 16 == 0 else {}
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            hints |= {(i,): [["tt.divisibility", 16]]} if value % 16 == 0 else {}
-        else:
+            continue
+        if isinstance(value, float):
             signature[parameter.name] = "fp32"
+            continue
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        signature[parameter.name] = (
+            TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32" if -(2**31) <= value < 2**31 else "i64"
+        )
+        if number % 16 == 0 and not general:
+            hints[i,] = [["tt.divisibility", 16]]
     return Specialisation(signature, constants, hints)
 
 

@@ -39,7 +39,7 @@ def aggregate(scores, begin, end, prior, prior_count, HOW: tl.constexpr):
     return tl.where(count == 0, float("-inf"), value.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates"])
 def aggregate_kernel(scores, indptr, out, candidates, HOW: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = c < candidates

@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import dot
+from .numerics import dense_rows, dot
 
 TILES = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "part_sum"])
 def part_kernel(
     hidden, weight, targets, rows, vocab, width, hidden_stride, weight_stride, inverse_temperature, part_max, part_sum,
     logits,
@@ -59,7 +59,7 @@ def part_kernel(
     tl.store(part_sum + part * rows + n, total, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "part_sum"])
 def merge_kernel(part_max, part_sum, logits, out, rows, parts, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = n < rows
@@ -80,7 +80,7 @@ def merge_kernel(part_max, part_sum, logits, out, rows, parts, BLOCK: tl.constex
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """[N] float32."""
-    hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+    hidden, weight = dense_rows(hidden), dense_rows(weight)
     (rows, width), vocab = hidden.shape, weight.shape[0]
     out = hidden.new_empty(rows, dtype=torch.float32)
     if rows == 0:

@@ -1,4 +1,4 @@
-"""What kernels share: conversions and products that the interpreter does right too, reductions of scores, the order.
+"""What kernels share: the layout of inputs, conversions and products that the interpreter does right too, the order.
 
 Triton's interpreter (3.7) rounds to bfloat16 wrongly, multiplies bfloat16 matrices wrongly and does not fuse
 `tl.fma`; `INTERPRETED` picks another way there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import INTERPRETED as _INTERPRETED
 
@@ -15,6 +16,11 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 LOG2E = tl.constexpr(1.44269504088896341)
 LN2 = tl.constexpr(0.693147180559945309)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """[T, H] with neighbouring elements in a row; rows may be apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @triton.jit

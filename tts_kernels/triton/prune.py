@@ -111,7 +111,7 @@ def prune_group(
             place_many(scores + first, n, k, first, out, ranks + g * width, KEEP_ORDER, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def prune_kernel(scores, indptr, wanted, width, indices, counts, ranks, KEEP_ORDER: tl.constexpr, BLOCK: tl.constexpr):
     g = tl.program_id(0).to(tl.int64)
     prune_group(g, scores, indptr, wanted, width, indices, counts, ranks, KEEP_ORDER, BLOCK)

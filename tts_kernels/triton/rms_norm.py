@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import narrow
+from .numerics import dense_rows, narrow
 
 
 @triton.jit
@@ -52,8 +52,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
             eps, BLOCK=min(4096, triton.next_power_of_2(width)), **config("rows", x.device),
         )  # fmt: skip
     return normed, summed
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """[T, H] with neighbouring elements in a row; rows may be apart."""
-    return x if x.stride(1) == 1 else x.contiguous()

@@ -32,7 +32,7 @@ def group_of(indptr, groups, c):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "candidates", "groups", "kept"])
 def round_kernel(
     hidden, stride, positions, steps, weight, bias, norm_weight, eps, width, partials, blocks, step_out,
     step_indptr, prior, prior_counts, candidate_out, candidates,
@@ -42,7 +42,7 @@ def round_kernel(
     c = tl.program_id(0).to(tl.int64)
     group = c - candidates
     if c < candidates:
-        group = group_of(group_indptr, tl.zeros((), tl.int64) + groups, c)
+        group = group_of(group_indptr, groups, c)
         begin = tl.load(step_indptr + c).to(tl.int64)
         end = tl.load(step_indptr + c + 1).to(tl.int64)
         for s in range(begin, end):

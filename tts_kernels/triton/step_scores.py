@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import dot, sigmoid
+from .numerics import dense_rows, dot, sigmoid
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def step_score(
     return activated(z, bias, SIGMOID)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def step_kernel(
     hidden, stride, positions, steps, weight, bias, norm_weight, eps, width, partials, blocks, out,
     SIGMOID: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def step_kernel(
     tl.store(out + s, score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def hidden_kernel(
     hidden, stride, positions, steps, weight, w1, b1, hidden_width, norm_weight, eps, width, partials,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -151,8 +151,7 @@ def head_arguments(
     eps: float,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What `step_score` takes, from `hidden` to `blocks`, and its configuration; launches the hidden layer, if any."""
-    hidden = hidden if hidden.stride(-1) == 1 or hidden.shape[1] <= 1 else hidden.contiguous()
-    positions, options = positions.contiguous(), dict(config("step_scores", hidden.device))
+    hidden, positions, options = dense_rows(hidden), positions.contiguous(), dict(config("step_scores", hidden.device))
     partials, blocks, width = None, 0, hidden.shape[1]
     if w1 is not None:
         partials = hidden_layer(hidden, positions, weight, w1.contiguous(), b1, norm_weight, eps)

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import narrow
-from .rms_norm import dense_rows
+from .numerics import dense_rows, narrow
 
 
 @triton.jit

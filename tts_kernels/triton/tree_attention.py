@@ -24,8 +24,12 @@ from torch import Tensor
 from .configs import config
 from .numerics import LN2, LOG2E, dot, narrow, tanh
 
+# Pieces of one buffer (a plan's tables, the partial states), which begin at any multiple of 4 bytes: a kernel compiled
+# for each alignment of each piece would be compiled anew for nearly every plan.
+PIECES = ("rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes", "part_sum")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=PIECES)
 def task_kernel(
     q, k_cache, v_cache, rows, positions, pages, segments, tasks, merge_indptr, merge_slots, sizes,
     out, lse, part_out, part_max, part_sum,
@@ -52,7 +56,7 @@ def task_kernel(
             position = tl.load(positions + r, mask=there, other=-1)
             head = kv_head * group + m % group
             queries = tl.load(
-                q + (row * q_row + head * q_head)[:, None] + (d * q_element)[None, :],
+                q + (row * q_row + head * q_head)[:, None] + (d.to(tl.int64) * q_element)[None, :],
                 mask=there[:, None] & (d < DIM)[None, :],
                 other=0.0,
             )
@@ -143,7 +147,7 @@ def task_kernel(
             tl.store(part_sum + state, total, mask=there & ~only)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PIECES)
 def merge_kernel(
     rows, merge_indptr, merge_slots, out, lse, part_out, part_max, part_sum, num_q_heads,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
