@@ -41,7 +41,8 @@ def define(overload: torch._ops.OpOverload, fake: Callable[..., Any]) -> torch._
         return None
 
     def run(*args: Any) -> Any:
-        with torch.cuda.device_of(_first_tensor(args)):
+        first = next(t for t in args if isinstance(t, torch.Tensor))  # all are on one device
+        with (torch.xpu if first.is_xpu else torch.cuda).device_of(first):
             return getattr(importlib.import_module(module), name)(*args)
 
     _LIBRARY.define(str(overload._schema).removeprefix(f"{namespace}::"))
@@ -50,7 +51,3 @@ def define(overload: torch._ops.OpOverload, fake: Callable[..., Any]) -> torch._
     torch.library.register_fake(f"tts_kernels_triton::{name}", fake, lib=_LIBRARY)
     twin: torch._ops.OpOverload = getattr(torch.ops.tts_kernels_triton, name).default
     return twin
-
-
-def _first_tensor(args: tuple[Any, ...]) -> Any:
-    return next(iter(args[0]), None) if isinstance(args[0], (list, tuple)) else args[0]

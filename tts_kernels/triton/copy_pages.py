@@ -3,9 +3,9 @@
     cache[dst[i]] = cache[src[i]] for all caches
 
 One launch for all caches of one layout. Their addresses come from a table on the device that is made when a set of
-caches is first seen and kept, so that later calls copy nothing there and a captured graph has it. A program copies a
-page of a cache, as integers of the elements' width: bit for bit. The pages may be copied in any order: none is both
-read and written.
+caches is first seen and never freed (8 bytes a cache): later calls copy nothing there, and a captured graph reads it.
+A program copies a page of a cache, as integers of the elements' width: bit for bit. The pages may be copied in any
+order: none is both read and written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def copy_kernel(
         tl.store(target + offset, tl.load(source + offset, mask=there), mask=there)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64).to(device)
 

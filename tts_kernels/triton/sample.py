@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import fused, key_score, order_key
+from .numerics import dense_rows, fused, key_score, order_key
 
-ONE = tl.constexpr(549755813888)  # 2**39, the weight of the largest logit
+ONE = tl.constexpr(549755813888.0)  # 2**39, the weight of the largest logit
 
 
 # ---- weights: csrc/include/fixed_exp.h ---------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def kept_weights(x, top, scale, cut, ties, seen, least):
     return tl.where(keep, whole(w), 0).to(tl.uint64), seen + tl.sum(tie.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def sample_kernel(
     logits, row_stride, vocab, seeds, offsets, temperature, top_k, top_p, min_p,
     temperatures, top_ks, top_ps, min_ps, tokens, logprobs, BLOCK: tl.constexpr,
@@ -170,7 +170,7 @@ def sample_kernel(
     t = tl.full((), 0.0, tl.float32) + temperature if temperatures is None else tl.load(temperatures + r)
     k = tl.full((), 0, tl.int64) + top_k if top_ks is None else tl.load(top_ks + r).to(tl.int64)
     p = tl.full((), 0.0, tl.float32) + top_p if top_ps is None else tl.load(top_ps + r)
-    least = (tl.full((), 0.0, tl.float32) + min_p if min_ps is None else tl.load(min_ps + r)) * 549755813888.0
+    least = (tl.full((), 0.0, tl.float32) + min_p if min_ps is None else tl.load(min_ps + r)) * ONE
 
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     broken = tl.zeros([BLOCK], tl.int32)  # 1: NaN, 2: finite
@@ -232,7 +232,7 @@ def sample_kernel(
         tl.store(tokens + r, token.to(tl.int64))
         drawn = tl.load(row + token).to(tl.float32)
         drawn = tl.where(infinite, 0.0, drawn)
-        log_sum = tl.log(untempered.to(tl.float64) / 549755813888.0)
+        log_sum = tl.log(untempered.to(tl.float64) / ONE)
         tl.store(logprobs + r, (drawn.to(tl.float64) - top.to(tl.float64) - log_sum).to(tl.float32))
 
 
@@ -251,11 +251,12 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """[B] int64 and [B] float32."""
     rows, vocab = logits.shape
-    logits = logits if logits.stride(1) == 1 or vocab == 1 else logits.contiguous()
+    logits = dense_rows(logits)
     tokens, logprobs = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
     if rows:
         options = dict(config("sample", logits.device))
-        options["BLOCK"] = min(options["BLOCK"], max(triton.next_power_of_2(vocab), 32))
+        block = min(options["BLOCK"], max(triton.next_power_of_2(vocab), 32))
+        options |= {"BLOCK": block, "num_warps": max(1, min(options["num_warps"], block // 256))}
         by_row = (None if o is None else o.contiguous() for o in (temperatures, top_ks, top_ps, min_ps))
         sample_kernel[(rows,)](
             logits, logits.stride(0), vocab, seeds.contiguous(), offsets.contiguous(), temperature, top_k, top_p, min_p,
