@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate test-all adapters ray docs bench test-gpu lint sanitize cuda gpu-tools wheel clean
+.PHONY: help demo test emulate triton test-all adapters ray docs bench test-gpu lint sanitize cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -32,6 +32,10 @@ test: $(VENV)/.built  ## Build, then run the C++ and the Python tests (not those
 emulate: $(VENV)/.built  ## Run the CUDA kernels, and what judges them, on the GPU emulator (needs nvcc; clang for sanitizers)
 	@echo "== GPU emulator"
 	$(PYTEST) -m "not slow and not gpu" tests/gpu_emulator
+
+triton: $(VENV)/.built  ## Test the Triton kernels: compiled for each target, in the interpreter, in the emulator (installs Triton)
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[triton]'
+	$(PYTEST) tests/test_triton.py tests/gpu_emulator/test_triton.py
 
 test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
 	$(PYTEST) -m "not gpu"

@@ -21,9 +21,10 @@ from tts_kernels.triton import configs, copy_pages
 from tts_kernels.triton.copy_pages import copy_pages_
 
 from .ahead_of_time import TARGETS, Launch, compiled, launch_of, specialised
-from .plugin import NOT_FOR_TRITON
+from .plugin import NOT_FOR_TRITON, draw_less
 
 TARGET, DEVICE_CLASS, SHARED_LIMIT = TARGETS["sm_80"]
+HANG = 600.0  # seconds: tests launch thousands of programs at a time, which is no endless loop
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +52,8 @@ class Emulator:
         assert about.shared <= SHARED_LIMIT
         args = [self._argument(name, value) for name, value in launch.arguments.items() if name not in given.constants]
         scratch = [None] * (len(kernel.params) - len(args))  # Triton's own buffers, unused here
-        kernel.launch(launch.grid, 32 * about.num_warps, [*args, *scratch], dynamic_smem=about.shared, seed=self.seed)
+        options = {"dynamic_smem": about.shared, "seed": self.seed, "timeout": HANG}
+        kernel.launch(launch.grid, 32 * about.num_warps, [*args, *scratch], **options)
         self.launches += 1
 
     def copy_pages_(self, caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
@@ -86,6 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [i for i in items if any(word in i.name for word in NOT_FOR_TRITON)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [i for i in items if i not in dropped]
+    draw_less(items)
 
 
 @pytest.fixture(autouse=True)
