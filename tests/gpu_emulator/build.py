@@ -18,6 +18,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RUNTIME = HERE / "runtime"
+# Bytes of translated C++ up to which a sanitizer's reports name lines. clang carries the line of every register's last
+# assignment along every edge of the control flow: one kernel of 2 MB took it 8 GB and more, and 0.3 GB without lines.
+MOST_WITH_LINES = 500_000
 SANITIZERS = {None: "", "address": "EMU_ASAN", "thread": "EMU_TSAN"}
 
 
@@ -166,13 +169,17 @@ def compile_cuda(
 
 
 def compile_translation(cpp: str, sanitize: str | None) -> Path:
-    """A shared library of translated C++ and the runtime; with a sanitizer, a program that replays launches."""
+    """A shared library of translated C++ and the runtime; with a sanitizer, a program that replays launches.
+
+    A small one has line numbers for the sanitizer's reports.
+    """
     compiler = require("clang" if sanitize else "cxx")
     defines = [f"-D{SANITIZERS[sanitize]}"] if sanitize else []
+    lines = sanitize and len(cpp) <= MOST_WITH_LINES
     common = [
         "-std=c++20",
         "-O1",
-        *(["-g1", "-gdwarf-4"] if sanitize else ["-g0"]),
+        *(["-g1", "-gdwarf-4"] if lines else ["-g0"]),
         "-march=native",
         "-w",
         "-fPIC",

@@ -437,7 +437,9 @@ class Kernel:
 
     def _tell(self, access: report.Access) -> str:
         who = f"block {access.block} thread {access.thread}" if access.block else "the runtime"
-        line = self.module.text.split("\n")[access.line - 1].strip() if access.line else ""
+        if not access.line:  # the runtime's own, or the kernel is too large to be compiled with lines
+            return f"{access.what} by {who}"
+        line = self.module.text.split("\n")[access.line - 1].strip()
         source = self.module.translation.locations.get(access.line, "")
         return f"{access.what} by {who} at PTX line {access.line}: {line}  {source}"
 

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.skipif(nvcc() is None, reason="no nvcc"), pytest.mark.
 TESTS = HERE.parent
 ALL = operators()
 QUICK = ("aggregate_steps", "append_kv", "copy_pages", "merge_states", "prune")  # the others take minutes to compile
+# What an operator's tests compare it with, to the bit.
+PARTS = {"score_and_prune": ("step_scores", "aggregate_steps", "prune")}
 # What asks about the CPU itself, and torch's checks of registration, which the CPU's own run makes.
 NOT_OURS = ("instruction_sets", "opcheck", "isa")
 # Tens of thousands of launches or blocks: hours here, seconds on a GPU.
@@ -45,7 +47,7 @@ FEW = {
 
 def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
-    options = ["-p", "gpu_emulator.plugin", "--emulate", operator, *arguments]
+    options = ["-p", "gpu_emulator.plugin", "--emulate", ",".join([operator, *PARTS.get(operator, ())]), *arguments]
     run_tests(options, tests or str(TESTS / f"test_{operator}.py"), only, but)
 
 
