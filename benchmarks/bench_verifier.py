@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-tokens", type=int, help="the most tokens of one of our forwards")
     parser.add_argument("--sampled-rounds", type=int, default=4, help="rounds at which the baselines are run")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--run", choices=MODES, help=argparse.SUPPRESS)
@@ -157,7 +158,10 @@ def incremental(options: argparse.Namespace, rounds: list[Round], prompt: str) -
     width = heads["hidden_size"] // heads["num_attention_heads"] * heads["num_key_value_heads"]
     size = 4 if options.dtype == "float32" else 2
     verifier = HFVerifier(
-        str(options.checkpoint), format="skywork", kv_memory=2 * (unique + 2048) * layers * 2 * width * size
+        str(options.checkpoint),
+        format="skywork",
+        kv_memory=2 * (unique + 2048) * layers * 2 * width * size,
+        **({"batch_tokens": options.batch_tokens} if options.batch_tokens else {}),
     )
     start = Gauge()
     verifier.begin(0, prompt)
@@ -170,7 +174,9 @@ def incremental(options: argparse.Namespace, rounds: list[Round], prompt: str) -
         for answer in verifier.score(requests):
             assert not isinstance(answer, Exception), answer
             scored += len(answer) > number
-        verifier.release(0, [each for each in range(branch - options.candidates, branch) if each > 0])
+        verifier.release(0, {parent for parent in each.parents if parent > 0})
+        survivors = rounds[number + 1].parents if number + 1 < len(rounds) else []
+        verifier.release(0, {*range(branch, branch + options.candidates)} - {*survivors})
         branch += options.candidates
     assert scored == options.candidates * options.steps
     usage = verifier.end(0)
