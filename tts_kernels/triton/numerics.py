@@ -38,8 +38,10 @@ def narrow(x, dtype: tl.constexpr):
 def dot(a, b, total):
     """``total + a @ b``: on tensor cores if both have the same 16 bits, else in float32."""
     if INTERPRETED or (a.dtype != b.dtype or a.dtype == tl.float32):
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total)
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:  # a return above would leave this one to be compiled too, for types that it does not take
+        total = tl.dot(a, b, total)
+    return total
 
 
 @triton.jit
