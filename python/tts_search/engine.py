@@ -55,7 +55,7 @@ class Engine:
     A round of all problems in flight is one call of the policy (one more for each step of lookahead) and one of the
     verifier, which reads equal texts once. A problem whose search ends makes room for the next one. A problem's draws
     depend on nothing but the seed, its text and the path in its tree. What stands beside it in a batch can change the
-    last bit of an attention; the choice of a token by it is rare in bfloat16 (one in thousands) and not seen in float32.
+    last bit of its attention: another token by that is rare in bfloat16 (one in thousands) and was not seen in float32.
 
     A failure that belongs to one problem ends that one. If a driver raises, all problems of that call fail.
     """
