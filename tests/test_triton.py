@@ -141,8 +141,14 @@ def test_batches_of_any_size_share_their_kernels(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", aot.TARGETS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [  # a minute each, so one of them stands for all where nobody asks for the slow ones
+        pytest.param(name, dtype, marks=[pytest.mark.slow] if (name, dtype) != ("sm_90", torch.bfloat16) else [])
+        for name in aot.TARGETS
+        for dtype in (torch.bfloat16, torch.float32)
+    ],
+)
 def test_kernels_compile_ahead_of_time(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch of every op; its shared memory fits the device."""
     on_triton(monkeypatch)
