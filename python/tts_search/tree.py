@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from tts_search.terminal import sanitize
@@ -18,7 +18,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has 
 _MARKS = {"expanded": " ", "pruned": "x", "finished": "*", "open": "?"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TreeNode:
     """A node of a search tree.
 
@@ -57,6 +57,17 @@ class TreeNode:
     num_tokens: int
     why: str = ""
     pruned_in: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TreeNode) and self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return hash(self._content())
+
+    def _content(self) -> tuple[object, ...]:
+        """The attributes, None for NaN: no score is equal to no score (to a dataclass it is not, since Python 3.13)."""
+        values = (getattr(self, each.name) for each in fields(self))
+        return tuple(None if value != value else value for value in values)
 
 
 @dataclass(frozen=True)

@@ -157,3 +157,13 @@ def test_sanitize(text, clean):
 @given(st.text(alphabet=st.sampled_from("\x1b[]0;m\x07\x9b\x9d\\Pab\x00\r\u202e")))
 def test_sanitized_text_holds_no_control_characters(text):
     assert not set(sanitize(text)) & set("\x1b\x07\x9b\x9d\x00\r\u202e")
+
+
+def test_nodes_without_a_score_are_equal() -> None:
+    def node(score: float) -> TreeNode:
+        return TreeNode(0, None, 0, "", (), score, "expanded", 0)
+
+    assert node(float("nan")) == node(float("nan"))
+    assert hash(node(float("nan"))) == hash(node(float("nan")))
+    assert node(float("nan")) != node(0.5)
+    assert node(0.5) != 0.5
