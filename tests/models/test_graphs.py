@@ -71,6 +71,9 @@ def buffers(graphs: DecodeGraphs, size: int) -> list[Tensor]:
 
 
 def grown(pool: KVPool, count: int, length: int = 5) -> list[int]:
+    """Branches of tokens that no model has read: their KV is 0, not whatever the memory held."""
+    for cache in (*pool.kv.k, *pool.kv.v):
+        cache.zero_()
     branches = [pool.forest.add_root() for _ in range(count)]
     pool.append(branches, [length] * count)
     return branches
