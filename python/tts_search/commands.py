@@ -214,7 +214,10 @@ def _elected(vote: str, verifier: str | None) -> str:
 
 
 def _sizes(budgets: str) -> list[int]:
-    return [int(size) for size in budgets.split(",")]
+    try:
+        return [int(size) for size in budgets.split(",")]
+    except ValueError:
+        raise SearchError(f"--budgets: expected whole numbers such as 1,4,16, got {budgets!r}") from None
 
 
 def make_config(method: str, n: int, seed: int, temperature: float, settings: list[str]) -> SearchConfig:

@@ -230,3 +230,9 @@ def test_plan_of_the_study():
     assert done.returncode == 0, done.stderr
     assert "M tokens sampled" in done.stdout
     assert "n=256" not in done.stdout
+
+
+def test_budgets_are_whole_numbers(commands):
+    with pytest.raises(SearchError, match=r"--budgets: expected whole numbers such as 1,4,16, got '1,x'"):
+        commands._sizes("1,x")
+    assert commands._sizes("1,4") == [1, 4]
