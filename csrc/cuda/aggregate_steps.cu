@@ -20,7 +20,7 @@ __global__ __launch_bounds__(kThreads) void aggregate_kernel(AggregateStepsArgs 
 }  // namespace
 
 void aggregate_steps(const AggregateStepsArgs& args, int64_t candidates, cudaStream_t stream) {
-    launch(aggregate_kernel, ceil_div(candidates, kThreads), kThreads, 0, stream, args, candidates);
+    launch(aggregate_kernel, divide_up(candidates, kThreads), kThreads, 0, stream, args, candidates);
 }
 
 }  // namespace tts::cuda

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "integers.h"
 #include "stream.h"
 
 namespace tts::cuda {
@@ -28,7 +29,5 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
     kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(static_cast<Args&&>(args)...);
     check(cudaGetLastError());
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace tts::cuda

@@ -158,10 +158,11 @@ __global__ __launch_bounds__(kMergeThreads) void merge_kernel(LinearLogprobArgs 
 
 template <class Product, int kRows>
 void run(const LinearLogprobArgs& args, cudaStream_t stream) {
-    const int64_t chunks = ceil_div(args.vocabulary, kLogprobChunk), row_blocks = ceil_div(args.rows, kRows);
+    const int64_t chunks = divide_up(args.vocabulary, kLogprobChunk),
+                  row_blocks = divide_up(args.rows, kRows);
     launch(logprob_kernel<Product, kRows>, chunks * row_blocks, kTileThreads, Product::kSharedBytes, stream,
            args, row_blocks);
-    launch(merge_kernel, ceil_div(args.rows, kMergeThreads / kWarp), kMergeThreads, 0, stream, args, chunks);
+    launch(merge_kernel, divide_up(args.rows, kMergeThreads / kWarp), kMergeThreads, 0, stream, args, chunks);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 // Both leave c in registers alike: see Tile.
 #pragma once
 
+#include "integers.h"
 #include "mma.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
@@ -47,7 +48,7 @@ struct TensorTile : Tile<kRows> {
     // a(row) and b(row): pointers to rows, null for rows that are not there and count as 0.
     template <class A, class B>
     __device__ __forceinline__ void multiply(A a, B b, int64_t width, void* shared) {
-        const int slices = static_cast<int>((width + kDepth - 1) / kDepth);
+        const int slices = static_cast<int>(divide_up(width, kDepth));
         uint8_t* ring = static_cast<uint8_t*>(shared);
         const auto fetch = [&](int slice) {
             if (slice < slices) {

@@ -75,7 +75,7 @@ void merge_states(const MergeStatesArgs& args, int64_t rows, cudaStream_t stream
         const int64_t row_bytes = args.head_dim * static_cast<int64_t>(sizeof(T));
         const bool wide = aligned(args.out_a, row_bytes) && aligned(args.out_b) && aligned(args.out);
         const auto kernel = wide ? merge_states_kernel<T, 16 / sizeof(T)> : merge_states_kernel<T, 1>;
-        launch(kernel, ceil_div(rows, kWarps), kWarps * kWarp, 0, stream, args, rows);
+        launch(kernel, divide_up(rows, kWarps), kWarps * kWarp, 0, stream, args, rows);
     });
 }
 

@@ -5,6 +5,7 @@
 // left.
 #pragma once
 
+#include "integers.h"
 #include "reduce.cuh"
 #include "step_scores.h"
 #include "vector.cuh"
@@ -70,7 +71,7 @@ struct HiddenLayer {
     template <int kThreads>
     __device__ static float score(const StepScoresArgs& args, int64_t s, bool) {
         __shared__ float scratch[kThreads / kWarp];
-        const int64_t blocks = (args.head.hidden_width + kHiddenUnits - 1) / kHiddenUnits;
+        const int64_t blocks = divide_up(args.head.hidden_width, kHiddenUnits);
         float sum = 0.0f;
         for (int64_t b = threadIdx.x; b < blocks; b += kThreads) sum += args.partials[b * args.steps + s];
         sum = reduce_block<kThreads>(sum, scratch, Add{});

@@ -17,7 +17,7 @@ namespace {
 __device__ int64_t group_of(IndexArray indptr, int64_t groups, int64_t c) {
     int64_t low = 0, high = groups;
     while (high - low > 1) {
-        const int64_t step = (high - low + kWarp - 1) / kWarp, probe = low + lane() * step;
+        const int64_t step = divide_up(high - low, kWarp), probe = low + lane() * step;
         const unsigned votes = __ballot_sync(kAllLanes, probe < high && at(indptr, probe) <= c);
         low += (max(__popc(votes), 1) - 1) * step;
         high = min(high, low + step);

@@ -121,8 +121,8 @@ __global__ __launch_bounds__(kTileThreads, 2) void hidden_kernel(StepScoresArgs 
 
 template <class Product, int kRows>
 void run(const StepScoresArgs& args, cudaStream_t stream) {
-    const int64_t row_blocks = ceil_div(args.steps, kRows);
-    launch(hidden_kernel<Product, kRows>, ceil_div(args.head.hidden_width, kHiddenUnits) * row_blocks,
+    const int64_t row_blocks = divide_up(args.steps, kRows);
+    launch(hidden_kernel<Product, kRows>, divide_up(args.head.hidden_width, kHiddenUnits) * row_blocks,
            kTileThreads, Product::kSharedBytes, stream, args, row_blocks);
 }
 

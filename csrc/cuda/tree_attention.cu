@@ -103,7 +103,7 @@ void tree_attention(const TreeAttentionArgs& args, const int32_t* sizes, int64_t
                     cudaStream_t stream) {
     dispatch(args.dtype, [&]<class T>(T*) {
         launch_tasks<T>({args, sizes, false}, max_tasks * args.num_kv_heads, stream);
-        launch(merge_partials<T>, ceil_div(args.num_rows * args.num_q_heads, kMergeWarps),
+        launch(merge_partials<T>, divide_up(args.num_rows * args.num_q_heads, kMergeWarps),
                kMergeWarps * kWarp, 0, stream, args);
     });
 }

@@ -70,7 +70,7 @@ struct Plan {
     }
 
     void check_segment(const Segment& s) const {
-        const int64_t pages_needed = (s.length + page_size - 1) / page_size;
+        const int64_t pages_needed = divide_up(s.length, page_size);
         require(s.page_begin >= 0 && s.start >= 0 && s.length > 0 && s.page_begin + pages_needed <= num_pages,
                 "segments");
         require(0 <= s.row_begin && s.row_begin < s.row_end && s.row_end <= num_rows, "segments");
