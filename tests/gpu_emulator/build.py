@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNTIME = HERE / "runtime"
 # Bytes of translated C++ up to which a sanitizer's reports name lines. clang carries the line of every register's last
-# assignment along every edge of the control flow: one kernel of 2 MB took it 8 GB and more, and 0.3 GB without lines.
+# assignment along every edge of the control flow: 0.3 MB take it 12 s and 1.6 GB, and 1.3 s and 0.1 GB without lines.
 MOST_WITH_LINES = 500_000
 SANITIZERS = {None: "", "address": "EMU_ASAN", "thread": "EMU_TSAN"}
 
@@ -168,14 +168,13 @@ def compile_cuda(
     return _cached(key, "kernel.ptx", make).read_text()
 
 
-def compile_translation(cpp: str, sanitize: str | None) -> Path:
+def compile_translation(cpp: str, sanitize: str | None, lines: bool = False) -> Path:
     """A shared library of translated C++ and the runtime; with a sanitizer, a program that replays launches.
 
-    A small one has line numbers for the sanitizer's reports.
+    `lines` lets the sanitizer's reports name them.
     """
     compiler = require("clang" if sanitize else "cxx")
     defines = [f"-D{SANITIZERS[sanitize]}"] if sanitize else []
-    lines = sanitize and len(cpp) <= MOST_WITH_LINES
     common = [
         "-std=c++20",
         "-O1",

@@ -117,6 +117,13 @@ class Module:
         self.path = build.compile_translation(self.translation.source, sanitize)
         self.library = None if sanitize else _open(self.path)
 
+    def program_with_lines(self) -> Path | None:
+        """The same program, whose reports name lines; None if that is too much for the compiler."""
+        source = self.translation.source
+        if len(source) > build.MOST_WITH_LINES:
+            return None
+        return build.compile_translation(source, self.sanitize, lines=True)
+
     def kernel(self, name: str | None = None) -> Kernel:
         """The kernel of that name, or the one whose name contains it."""
         return Kernel(self, _pick(list(self.translation.kernels), name))
@@ -377,22 +384,12 @@ class Kernel:
     # -- in a process of its own --
     def _run_apart(self, launch: _Launch, arguments: _Arguments) -> None:
         allocations = _allocations(arguments.buffers)
-        with tempfile.TemporaryDirectory() as folder:
-            request, reply = Path(folder) / "request", Path(folder) / "reply"
-            request.write_bytes(self._request(launch, arguments, allocations))
-            done = subprocess.run(
-                [str(self.module.path), str(request), str(reply)],
-                capture_output=True,
-                check=False,
-                env={**os.environ, **_SANITIZER_OPTIONS},
-                timeout=60 + 20 * launch.timeout,
-            )
-            text = done.stderr.decode(errors="replace")
-            answer = reply.read_bytes() if reply.exists() else b""
-        if answer:
-            self._read_reply(answer, allocations)
-        if "Sanitizer" in text or done.returncode:
-            raise self._sanitizer_fault(text, done.returncode)
+        request, patience = self._request(launch, arguments, allocations), 60 + 20 * launch.timeout
+        done = _replay(self.module.path, request, patience)
+        if done.answer:
+            self._read_reply(done.answer, allocations)
+        if done.failed:
+            raise self._sanitizer_fault(done, request, patience)
 
     def _request(self, launch: _Launch, arguments: _Arguments, allocations: list[Buffer]) -> bytes:
         lines = [f"kernel {self.name}"]
@@ -425,11 +422,15 @@ class Kernel:
         if failed:
             raise self._fault(fault)
 
-    def _sanitizer_fault(self, text: str, code: int) -> KernelFault:
-        """The first thing that a sanitizer reported."""
-        found = report.parse(text, self.module.path)
+    def _sanitizer_fault(self, done: _Replayed, request: bytes, patience: float) -> KernelFault:
+        """The first thing that a sanitizer reported, in a second run with lines where there is one."""
+        program = self.module.path
+        with_lines = self.module.program_with_lines()
+        if with_lines and (again := _replay(with_lines, request, patience)).failed:
+            program, done = with_lines, again
+        found = report.parse(done.text, program)
         if found is None:
-            return KernelFault("crash", f"the emulator's process ended with {code}:\n{text[-2000:]}")
+            return KernelFault("crash", f"the emulator's process ended with {done.code}:\n{done.text[-2000:]}")
         told = [self._tell(access) for access in found.accesses]
         first = found.accesses[0] if found.accesses else report.Access("", (), (), 0)
         kind = {"address": "address", "thread": "race"}[self.module.sanitize or "address"]
@@ -437,11 +438,39 @@ class Kernel:
 
     def _tell(self, access: report.Access) -> str:
         who = f"block {access.block} thread {access.thread}" if access.block else "the runtime"
-        if not access.line:  # the runtime's own, or the kernel is too large to be compiled with lines
+        if not access.line:  # the runtime's own, or the kernel is too large for lines
             return f"{access.what} by {who}"
         line = self.module.text.split("\n")[access.line - 1].strip()
         source = self.module.translation.locations.get(access.line, "")
         return f"{access.what} by {who} at PTX line {access.line}: {line}  {source}"
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """What a launch in a process of its own left."""
+
+    answer: bytes
+    text: str
+    code: int
+
+    @property
+    def failed(self) -> bool:
+        return self.code != 0 or "Sanitizer" in self.text
+
+
+def _replay(program: Path, request: bytes, patience: float) -> _Replayed:
+    with tempfile.TemporaryDirectory() as folder:
+        asked, reply = Path(folder) / "request", Path(folder) / "reply"
+        asked.write_bytes(request)
+        done = subprocess.run(
+            [str(program), str(asked), str(reply)],
+            capture_output=True,
+            check=False,
+            env={**os.environ, **_SANITIZER_OPTIONS},
+            timeout=patience,
+        )
+        answer = reply.read_bytes() if reply.exists() else b""
+    return _Replayed(answer, done.stderr.decode(errors="replace"), done.returncode)
 
 
 _SANITIZER_OPTIONS = {
