@@ -173,7 +173,7 @@ def compile_translation(cpp: str, sanitize: str | None, lines: bool = False) -> 
 
     `lines` lets the sanitizer's reports name them.
     """
-    compiler = require("clang" if sanitize else "cxx")
+    compiler = require("clang") if sanitize else clang() or require("cxx")
     defines = [f"-D{SANITIZERS[sanitize]}"] if sanitize else []
     common = [
         "-std=c++20",
