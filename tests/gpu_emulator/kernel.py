@@ -149,6 +149,7 @@ class _Launch(ctypes.Structure):
         ("timeout", ctypes.c_double),
         ("cooperative", ctypes.c_uint32),
         ("split_masks", ctypes.c_uint32),
+        ("duplicate_stores", ctypes.c_uint32),
     )
 
 
@@ -300,6 +301,7 @@ class Kernel:
         buffers: Sequence[torch.Tensor] = (),
         cooperative: bool = False,
         split_masks: bool = False,
+        duplicate_stores: bool = False,
         timeout: float = 60.0,
     ) -> None:
         """Run the kernel; tensors are changed in place.
@@ -322,6 +324,9 @@ class Kernel:
             Run all blocks at once, as grid-wide barriers need; otherwise one after another.
         split_masks : bool
             Let ``activemask`` see only some of the lanes that are converged.
+        duplicate_stores : bool
+            Let threads of a block store one value to one shared word by one statement between two barriers: no race,
+            then, under ``sanitize="thread"``. Triton does so with tiles that have fewer elements than threads.
         timeout : float
             Seconds until a loop counts as a hang.
 
@@ -335,6 +340,7 @@ class Kernel:
         launch = self._sized(grid, block, dynamic_smem)
         launch.seed, launch.timeout = seed, timeout
         launch.cooperative, launch.split_masks = cooperative, split_masks
+        launch.duplicate_stores = duplicate_stores
         arguments = _Arguments(self.params, args, buffers)
         if self.module.library is not None:
             self._run_here(launch, arguments)
@@ -396,7 +402,8 @@ class Kernel:
         lines += [
             f"{what} {' '.join(map(str, dims))}" for what, dims in (("grid", launch.grid), ("block", launch.block))
         ]
-        options = (launch.dynamic_smem, launch.seed, 20 * launch.timeout, launch.cooperative, launch.split_masks)
+        flags = (launch.cooperative, launch.split_masks, launch.duplicate_stores)
+        options = (launch.dynamic_smem, launch.seed, 20 * launch.timeout, *flags)
         lines += ["options " + " ".join(map(str, options)), f"params {len(arguments.bytes)}"]
         lines += [f"buffer {b.size} {b.address % 256} {b.name}" for b in allocations]
         for pointer in arguments.pointers:

@@ -134,6 +134,16 @@ def test_race_is_caught(name: str, seed: int) -> None:
     assert len(fault.thread) == 3
 
 
+@needs_clang
+def test_duplicate_stores_are_of_one_value() -> None:
+    """Several threads that store to one word: a race, unless the caller lets them, and they store the same."""
+    kernel = broken("two_threads_one_word", "thread")
+    kernel.launch(1, 64, [ints(64), 0], duplicate_stores=True)
+    for distinct, duplicates in ((0, False), (1, True)):
+        with pytest.raises(KernelFault, match="data race"):
+            kernel.launch(1, 64, [ints(64), distinct], duplicate_stores=duplicates)
+
+
 ADDRESSES: dict[str, tuple[int, int, Any]] = {
     "shared_out_of_bounds": (1, 32, lambda: [ints(32), 1]),
     "global_out_of_bounds": (1, 64, lambda: [torch.zeros(64), torch.zeros(64)]),

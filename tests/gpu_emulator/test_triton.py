@@ -97,7 +97,7 @@ class Compiled:
     def launch(self, grid: Any, args: list[Any], sanitize: str | None = None, seed: int = 0) -> None:
         kernel: Kernel = load(self.ptx, self.name, sanitize=sanitize)
         scratch = [None] * (len(kernel.params) - len(args))  # Triton's own buffers, unused here
-        kernel.launch(grid, 128, [*args, *scratch], dynamic_smem=self.shared, seed=seed)
+        kernel.launch(grid, 128, [*args, *scratch], dynamic_smem=self.shared, seed=seed, duplicate_stores=True)
 
 
 @capabilities

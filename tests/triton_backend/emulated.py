@@ -52,7 +52,7 @@ class Emulator:
         assert about.shared <= SHARED_LIMIT
         args = [self._argument(name, value) for name, value in launch.arguments.items() if name not in given.constants]
         scratch = [None] * (len(kernel.params) - len(args))  # Triton's own buffers, unused here
-        options = {"dynamic_smem": about.shared, "seed": self.seed, "timeout": HANG}
+        options = {"dynamic_smem": about.shared, "seed": self.seed, "timeout": HANG, "duplicate_stores": True}
         kernel.launch(launch.grid, 32 * about.num_warps, [*args, *scratch], **options)
         self.launches += 1
 

@@ -102,6 +102,13 @@ extern "C" __global__ void uninitialised_shared(float* y) {
 
 extern "C" __global__ void two_blocks_one_word(int* y) { y[threadIdx.x] = blockIdx.x; }
 
+extern "C" __global__ void two_threads_one_word(int* y, int distinct) {
+    __shared__ int word;
+    word = threadIdx.x % 2 * distinct;
+    __syncthreads();
+    y[threadIdx.x] = word;
+}
+
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");

@@ -51,9 +51,10 @@ struct Context {
     u64 result[8];  // of the last warp-wide operation with more than one result
 };
 
-extern Context* self;       // the running thread
-extern u32* cp_async_live;  // copies in flight in the running thread's block
-extern bool preempting;     // a seed asks for extra switches at strong memory operations
+extern Context* self;          // the running thread
+extern u32* cp_async_live;     // copies in flight in the running thread's block
+extern bool preempting;        // a seed asks for extra switches at strong memory operations
+extern bool duplicate_stores;  // of the launch
 
 enum class Space : u8 { kGlobal, kShared, kLocal, kParam, kGeneric };
 enum class Order : u8 { kWeak, kRelaxed, kAcquire, kRelease, kAcqRel };
@@ -77,6 +78,8 @@ struct Variable {
 [[noreturn]] void fault(const char* kind, u32 line, const char* format, ...);
 void check_slow(Site& site, u64 address, u32 size, Space space, Access access);
 void check_in_flight(u32 line, u32 offset, u32 size, Access access);
+// Whether that statement has put these bytes there since the last barrier; notes that it does now.
+bool is_duplicate(u32 line, u64 shared, u32 size, u64 bits);
 bool is_local(u64 address);
 bool is_shared(u64 address);
 void loop_tick(u32 line);  // at each backward branch: lets the others run now and then, and notices a hang

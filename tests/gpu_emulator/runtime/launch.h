@@ -8,10 +8,11 @@ extern "C" {
 struct EmuLaunch {
     uint32_t grid[3], block[3];
     uint32_t dynamic_smem;
-    uint64_t seed;         // 0: threads and blocks in order; else shuffled, with switches at atomics
-    double timeout;        // seconds
-    uint32_t cooperative;  // all blocks at once, one at a time otherwise
-    uint32_t split_masks;  // activemask splits converged lanes at random
+    uint64_t seed;              // 0: threads and blocks in order; else shuffled, with switches at atomics
+    double timeout;             // seconds
+    uint32_t cooperative;       // all blocks at once, one at a time otherwise
+    uint32_t split_masks;       // activemask splits converged lanes at random
+    uint32_t duplicate_stores;  // threads may store one value to one shared word by one statement
 };
 
 struct EmuFault {

@@ -82,12 +82,25 @@ EMU_INLINE Vec<T, N> load_vector(Site& site, u64 address) {
     return value;
 }
 
+template <class T>
+EMU_INLINE u64 bits_of(T value) {
+    if constexpr (sizeof(T) == 8) return std::bit_cast<u64>(value);
+    if constexpr (sizeof(T) == 4) return std::bit_cast<u32>(value);
+    if constexpr (sizeof(T) == 2) return std::bit_cast<u16>(value);
+    if constexpr (sizeof(T) == 1) return std::bit_cast<u8>(value);
+}
+
 template <class T, int N, Space S, Order O = Order::kWeak, Scope C = Scope::kGrid>
 EMU_INLINE void store_vector(Site& site, u64 address, Vec<T, N> value) {
     if (O != Order::kWeak && preempting) preempt(site.line);
     const u64 host = locate<S, Access::kWrite, sizeof(T) * N>(site, address);
     for (int i = 0; i < N; ++i) {
         if constexpr (O == Order::kWeak) {
+#if defined(EMU_TSAN)
+            if (S == Space::kShared && duplicate_stores &&
+                is_duplicate(site.line, host + i * sizeof(T), sizeof(T), bits_of(value.x[i])))
+                continue;
+#endif
             write_word<T, S>(host + i * sizeof(T), value.x[i]);
         } else {
             before_atomic(host + i * sizeof(T), O, C, /*writes=*/true);

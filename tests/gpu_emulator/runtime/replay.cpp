@@ -2,10 +2,13 @@
 // buffers back.
 //
 // The launch is a line of text for each item, then the bytes of the parameters and of the buffers, in order:
-//   kernel NAME | grid X Y Z | block X Y Z | options DYNAMIC_SMEM SEED TIMEOUT COOPERATIVE SPLIT_MASKS |
-//   params BYTES buffer BYTES OFFSET NAME          allocated anew at an address that is OFFSET modulo 256
-//   pointer HOLDER AT TARGET DELTA    the 8 bytes at AT of buffer HOLDER (-1: the parameters) become TARGET's
-//   address + DELTA data
+//   kernel NAME | grid X Y Z | block X Y Z
+//   options DYNAMIC_SMEM SEED TIMEOUT COOPERATIVE SPLIT_MASKS DUPLICATE_STORES
+//   params BYTES
+//   buffer BYTES OFFSET NAME         allocated anew at an address that is OFFSET modulo 256
+//   pointer HOLDER AT TARGET DELTA   the 8 bytes at AT of buffer HOLDER (-1: the parameters) become TARGET's
+//                                    address + DELTA
+//   data
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -58,7 +61,7 @@ int main(int, char** argv) {
         if (word == "block") fields >> launch.block[0] >> launch.block[1] >> launch.block[2];
         if (word == "options")
             fields >> launch.dynamic_smem >> launch.seed >> launch.timeout >> launch.cooperative >>
-                launch.split_masks;
+                launch.split_masks >> launch.duplicate_stores;
         if (word == "params") {
             size_t bytes = 0;
             fields >> bytes;

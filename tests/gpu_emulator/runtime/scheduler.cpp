@@ -95,6 +95,7 @@ struct Block {
     u32 exited = 0, first_exited = 0, at_active_mask = 0;
     u32 copies_in_flight = 0;
     std::vector<u8> in_flight;  // a mark for each 4 bytes of shared memory
+    std::vector<u64> stored;  // for each byte of it: after which barrier and by which line, for is_duplicate
 };
 
 struct Buffer {
@@ -264,6 +265,7 @@ void allocate_shared(Block& block) {
     std::memset(memory, 0xff, bytes);
     block.shared = static_cast<u8*>(memory);
     block.in_flight.assign(bytes / 4 + 1, 0);
+    block.stored.assign(run.launch->duplicate_stores ? bytes : 0, 0);
 #if defined(EMU_ASAN)
     __asan_poison_memory_region(block.shared, bytes);
     each_shared([&](const char*, u32 offset, u32 size) {
@@ -470,6 +472,7 @@ void run_grid() {
 Context* self = nullptr;
 u32* cp_async_live = nullptr;
 bool preempting = false;
+bool duplicate_stores = false;
 
 void fault(const char* kind, u32 line, const char* format, ...) {
     va_list arguments;
@@ -695,6 +698,19 @@ void check_in_flight(u32 line, u32 offset, u32 size, Access access) {
                   kAccessNames[static_cast<int>(access)], size, start);
 }
 
+bool is_duplicate(u32 line, u64 shared, u32 size, u64 bits) {
+    Block& block = *run.running->block;
+    const u64 start = shared - reinterpret_cast<u64>(block.shared);
+    const u64 mark = (block.barriers[0].generation + u64{1}) << 32 | line;
+    bool stored = true;
+    for (u32 i = 0; i < size; ++i) {  // no memcmp: TSan would take it for this thread's reading
+        stored &=
+            block.stored[start + i] == mark && block.shared[start + i] == static_cast<u8>(bits >> 8 * i);
+        block.stored[start + i] = mark;
+    }
+    return stored;
+}
+
 // ---- cp.async ----
 namespace {
 void mark(Block& block, const Copy& copy, u8 value) {
@@ -860,6 +876,7 @@ int emu_launch(const char* kernel, const EmuLaunch* launch, const uint8_t* param
     run.params = reinterpret_cast<const u8*>(aligned.data());
     run.grid_workspace[0] = run.grid_workspace[1] = 0;
     preempting = launch->seed != 0;
+    duplicate_stores = launch->duplicate_stores != 0;
     for (u32 i = 0; i < module.num_sites; ++i) module.sites[i].count = 0;
     tsan::begin();
     run_grid();
