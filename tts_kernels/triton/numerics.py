@@ -55,7 +55,8 @@ def fused(a, b, c):
         error = (product - (total - part)) + (wide - part)
         bits = total.to(tl.int64, bitcast=True)
         odd = bits + tl.where((error > 0) == (total > 0), 1, -1)
-        bits = tl.where((error != 0) & ((bits & 1) == 0), odd, bits)
+        inexact = (error < 0) | (error > 0)  # not where it is NaN: of infinities, which stay as they are
+        bits = tl.where(inexact & ((bits & 1) == 0), odd, bits)
         return bits.to(tl.float64, bitcast=True).to(tl.float32)
     return tl.fma(a, b, c)
 

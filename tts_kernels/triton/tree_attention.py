@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import LN2, LOG2E, dot, narrow, tanh
+from .numerics import LN2, LOG2E, dot, fused, narrow, tanh
 
 # Pieces of one buffer (a plan's tables, the partial states), which begin at any multiple of 4 bytes: a kernel compiled
 # for each alignment of each piece would be compiled anew for nearly every plan.
@@ -68,6 +68,7 @@ def task_kernel(
             top = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            factor = tl.full([BLOCK_M, 1], scale * LOG2E, tl.float32)
             for segment in range(seg_begin, seg_end):
                 page_begin = tl.load(segments + segment * 5)
                 token_begin = tl.load(segments + segment * 5 + 1)
@@ -94,12 +95,13 @@ def task_kernel(
                             mask=inside[None, :] & (d < DIM)[:, None],
                             other=0.0,
                         )
-                        x = dot(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-                        x = softcap * tanh(x * scale / softcap) * LOG2E if SOFTCAP else x * (scale * LOG2E)
-                        x = tl.where(sees, x, float("-inf"))
-                        higher = tl.maximum(top, tl.max(x, 1))
+                        raw = dot(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+                        x = softcap * tanh(raw * scale / softcap) * LOG2E if SOFTCAP else raw * factor
+                        higher = tl.maximum(top, tl.max(tl.where(sees, x, float("-inf")), 1))
                         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less itself would be NaN
-                        weights = tl.exp2(x - base[:, None])
+                        # A large score rounded before the maximum is taken off would cost its weight that error.
+                        below = x - base[:, None] if SOFTCAP else fused(raw, factor, -base[:, None])
+                        weights = tl.where(sees, tl.exp2(below), 0.0)
                         shrink = tl.exp2(top - base)
                         total = total * shrink + tl.sum(weights, 1)
                         acc = acc * shrink[:, None]
