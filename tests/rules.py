@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+FEW_DRAWS = 200  # instead of test_sample.DRAWS
 
 
 def assert_rule(out: Tensor, exact: Tensor, plain: Tensor, slack: float = 1e-6) -> None:
@@ -48,3 +49,11 @@ def compilations(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]])
     for args in calls:
         compiled(*args)
     return int(counter.frame_count)
+
+
+def draw_less(items: Iterable[pytest.Item]) -> None:
+    """Where kernels are emulated or interpreted each draw takes milliseconds."""
+    for item in items:
+        module = getattr(item, "module", None)
+        if hasattr(module, "DRAWS"):
+            module.DRAWS = FEW_DRAWS  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from rules import draw_less
 
 from .library import Library, operators
 
@@ -22,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
     names = config.getoption("emulate").split(",")
     library = Library(names, config.getoption("emulate_sanitize"), config.getoption("emulate_seed"))
     config.stash[LIBRARY] = library
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    draw_less(items)
 
 
 LIBRARY = pytest.StashKey[Library]()

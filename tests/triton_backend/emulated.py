@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from gpu_emulator import Kernel, Pointers, load
+from rules import draw_less
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -21,7 +22,7 @@ from tts_kernels.triton import configs, copy_pages
 from tts_kernels.triton.copy_pages import copy_pages_
 
 from .ahead_of_time import TARGETS, Launch, compiled, launch_of, specialised
-from .plugin import NOT_FOR_TRITON, draw_less
+from .plugin import NOT_FOR_TRITON
 
 TARGET, DEVICE_CLASS, SHARED_LIMIT = TARGETS["sm_80"]
 HANG = 600.0  # seconds: tests launch thousands of programs at a time, which is no endless loop

@@ -11,13 +11,13 @@ import math
 from typing import Any
 
 import pytest
+from rules import draw_less
 
 import tts_kernels as tk
 from tts_kernels import triton as backend
 
 NOT_FOR_TRITON = ("thread", "instruction_set", "opcheck", "distribution", "chi_square", "independent_draws", "any_plan",
                   "misleading_row")  # fmt: skip
-FEW_DRAWS = 200  # instead of test_sample.DRAWS
 LARGEST = {"vocab": 1100, "steps": 40, "width": 600, "tokens": 140, "rows": 20, "head_dim": 128}
 
 
@@ -38,14 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [i for i in items if any(word in i.name for word in NOT_FOR_TRITON) or _is_large(i)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [i for i in items if i not in dropped]
-
-
-def draw_less(items: list[pytest.Item]) -> None:
-    """Each draw is a program of its own."""
-    for item in items:
-        module = getattr(item, "module", None)
-        if hasattr(module, "DRAWS"):
-            module.DRAWS = FEW_DRAWS  # type: ignore[union-attr]
 
 
 def _is_large(item: pytest.Item) -> bool:
