@@ -28,7 +28,7 @@ PARTS = {"score_and_prune": ("step_scores", "aggregate_steps", "prune")}
 # What asks about the CPU itself, and torch's checks of registration, which the CPU's own run makes.
 NOT_OURS = ("instruction_sets", "threads_do_not", "opcheck", "isa")
 # Tens of thousands of launches or blocks: hours here, seconds on a GPU.
-TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set")
+TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set", "random_rows")
 # Some cases of each kind, for the sanitizers: a process a launch.
 FEW = {
     "aggregate_steps": "strided",
@@ -37,7 +37,7 @@ FEW = {
     "merge_states": "empty_state or nan_shows",
     "step_scores": "test_equals_the_definition and 3-17",
     "prune": "test_sizes or groups_of_nan or saturated",
-    "score_and_prune": "equals_its_parts",
+    "score_and_prune": "equals_its_parts and last",
     "linear_logprob": "test_equals_the_definition and (size2 or size3 or size6)",
     "sample": "draws_exactly and 37",
     "tree_attention": "test_head_sizes[7- or test_head_sizes[64-",  # plain and on tensor cores

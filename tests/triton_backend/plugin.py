@@ -18,6 +18,8 @@ from tts_kernels import triton as backend
 
 NOT_FOR_TRITON = ("thread", "instruction_set", "opcheck", "distribution", "chi_square", "independent_draws", "any_plan",
                   "misleading_row")  # fmt: skip
+# Hundreds of draws each, a program a draw, some seconds a program: those that the emulator runs too.
+MANY_DRAWS = ("smallest_set", "renormalises", "kth_stay", "cuts_through_ties", "min_p_is", "random_rows")
 LARGEST = {"vocab": 1100, "steps": 40, "width": 600, "tokens": 140, "rows": 20, "head_dim": 128}
 
 
@@ -35,7 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("triton_all"):
         return
     draw_less(items)
-    dropped = [i for i in items if any(word in i.name for word in NOT_FOR_TRITON) or _is_large(i)]
+    left_out = NOT_FOR_TRITON + MANY_DRAWS
+    dropped = [i for i in items if any(word in i.name for word in left_out) or _is_large(i)]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [i for i in items if i not in dropped]
 
