@@ -36,7 +36,7 @@ FEW = {
     "copy_pages": "strided",
     "merge_states": "empty_state or nan_shows",
     "step_scores": "test_equals_the_definition and 3-17",
-    "prune": "(test_sizes and dtype1) or groups_of_nan or saturated",
+    "prune": "test_sizes or groups_of_nan or saturated",
     "score_and_prune": "equals_its_parts and last",
     "linear_logprob": "test_equals_the_definition and (size2 or size3 or size6)",
     "sample": "draws_exactly and 37",
