@@ -33,7 +33,7 @@ OPS = {
     "rms_norm": "zero_rows or strided",
     "rope_append": "other_slots or non_finite",
     "sample": "kth_stay or min_p_is or smallest_set or renormalises or greedy_takes or ties_at_the_lower_id[5"
-    " or infinite_logits or extreme_temperatures or exactly_the_definition[1025-all",
+    " or random_rows or infinite_logits or extreme_temperatures or exactly_the_definition[1025-all",
     "score_and_prune": "without_new_steps",
     "step_scores": "nan_passes or difference_of_labels",
     "swiglu": "extreme_gates or strided",

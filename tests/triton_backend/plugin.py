@@ -18,7 +18,7 @@ from tts_kernels import triton as backend
 
 NOT_FOR_TRITON = ("thread", "instruction_set", "opcheck", "distribution", "chi_square", "independent_draws", "any_plan",
                   "misleading_row")  # fmt: skip
-# Hundreds of draws, each a program that takes seconds here; the emulator runs all but the random rows.
+# Hundreds of draws, each a program that takes seconds here; the emulator runs these.
 MANY_DRAWS = ("smallest_set", "renormalises", "kth_stay", "cuts_through_ties", "min_p_is", "random_rows",
               "infinite_logits", "extreme_temperatures")  # fmt: skip
 LARGEST = {"vocab": 1100, "steps": 40, "width": 600, "tokens": 140, "rows": 20, "head_dim": 128}
