@@ -32,10 +32,11 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tts_search import HFPolicy, StepParams
-from tts_search.branches import Branch, BranchPool, Meter
-from tts_search.decoder import Batch, Decoder, KVPool
+from tts_search.models.decoder import Batch, Decoder, KVPool
+from tts_search.models.meter import Meter
+from tts_search.models.pool import Branch, BranchPool
 from tts_search.policies import hf
-from tts_search.protocol import Expand
+from tts_search.search.protocol import Expand
 
 import tts_kernels as tk
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from tts_search import HFVerifier
-from tts_search.protocol import Score
+from tts_search.search.protocol import Score
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from tts_search import device as traffic
+from tts_search.models import device as traffic
 
 from tts_kernels.op import Op
 

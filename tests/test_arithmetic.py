@@ -9,8 +9,8 @@ from dataclasses import FrozenInstanceError
 from itertools import islice
 
 import pytest
-from tts_search.data import arithmetic
-from tts_search.data.arithmetic import DELIMITER, LEVELS, Problem, check_steps, generate, solve, split_of, stream
+from tts_search.lab import arithmetic
+from tts_search.lab.arithmetic import DELIMITER, LEVELS, Problem, check_steps, generate, solve, split_of, stream
 
 EXAMPLE = "Start with 47, add 38, multiply by 6, subtract 11. What is the result modulo 100?"
 SOLUTION = ("47 + 38 = 85\n\n", "85 * 6 = 10\n\n", "10 - 11 = 99\n\n", "The answer is \\boxed{99}.")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import DELIMITER, LEVELS, Problem, check_steps, generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import DELIMITER, LEVELS, Problem, check_steps, generate
 
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo_models"))

@@ -115,8 +115,8 @@ def test_a_step_compiles_without_a_break() -> None:
 def test_a_search_decides_as_on_the_cpu(name: str) -> None:
     """The models that come with the package, in float32; a draw that rounding flips is rare, but not impossible."""
     from tts_search import HFPolicy, HFVerifier, SearchConfig, search
-    from tts_search.data import MODELS_DIR
-    from tts_search.demo import make_tasks
+    from tts_search.lab import MODELS_DIR
+    from tts_search.lab.demo import make_tasks
 
     problems = [task.problem for task in make_tasks([2, 4], 4, seed=0)]
 

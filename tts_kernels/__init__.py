@@ -6,8 +6,9 @@ prefix, attend over the tree reading each shared token once, prune its branches,
 
 from __future__ import annotations
 
-from .backend import BackendInfo, backend_info, debug_checks, use_backend
+from .backend import debug_checks, use_backend
 from .forest import Append, ForestStats, KVForest, OutOfPages
+from .info import BackendInfo, backend_info
 from .kv_cache import KVCache
 from .ops.aggregate_steps import aggregate_steps
 from .ops.append_kv import append_kv_

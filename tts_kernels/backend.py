@@ -1,14 +1,11 @@
-"""Which implementation of the ops runs: the choice, and what is there."""
+"""Which implementation of the ops runs: the choice."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
-import torch
-
-from . import _library, triton
+from . import triton
 
 BACKENDS: Final = ("auto", "cpp", "triton", "reference")
 
@@ -52,8 +49,8 @@ class use_backend:  # noqa: N801  (a setter that is also a context manager, like
     def __init__(self, name: str) -> None:
         if name not in BACKENDS:
             raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        if missing := _missing(name):
-            raise RuntimeError(f"backend {name!r} is not there: {missing}")
+        if reason := missing(name):
+            raise RuntimeError(f"backend {name!r} is not there: {reason}")
         self._previous = state.backend
         state.backend = name
 
@@ -93,69 +90,6 @@ class debug_checks:  # noqa: N801
         state.debug_checks = self._previous
 
 
-def _missing(name: str) -> str:
-    """Why a backend is not there; empty if it is."""
+def missing(name: str) -> str:
+    """Say why a backend is not there; empty if it is."""
     return triton.missing() if name == "triton" else ""
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """What `backend_info` found.
-
-    Attributes
-    ----------
-    in_use
-        The choice made by `use_backend`.
-    available
-        Backend name -> empty if it is there, else why not.
-    cpu_isa
-        Instruction set that the CPU kernels use.
-    cpu_isas
-        Those that this build has and this processor runs, from slow to fast.
-    cuda
-        Empty if the C++ backend has its CUDA kernels, else why not.
-    gpu
-        The GPU that torch sees, or why there is none.
-    on_gpu
-        Operator -> what runs it for a CUDA tensor, as things stand: ``"cpp"`` if its CUDA kernel was built; else
-        ``"triton"`` if it has one and triton is installed; else ``"torch"``, a composition of other operators, or the
-        slow ``"reference"``.
-    """
-
-    in_use: str
-    available: dict[str, str]
-    cpu_isa: str
-    cpu_isas: tuple[str, ...]
-    cuda: str
-    gpu: str
-    on_gpu: dict[str, str]
-
-
-def backend_info() -> BackendInfo:
-    """Say which backends are there, why one is missing, and which is in use.
-
-    Examples
-    --------
-    >>> import tts_kernels as tk
-    >>> tk.backend_info().available["cpp"]
-    ''
-    """
-    from .op import OPS  # which needs this module
-
-    ops = torch.ops.tts_kernels
-    return BackendInfo(
-        in_use=state.backend,
-        available={name: _missing(name) for name in BACKENDS[1:]},
-        cpu_isa=ops.cpu_isa(),
-        cpu_isas=tuple(ops.cpu_isas().split(",")),
-        cuda=_library.CUDA_MISSING,
-        gpu=_gpu(),
-        on_gpu={name: op.runs("cuda") for name, op in sorted(OPS.items())},
-    )
-
-
-def _gpu() -> str:
-    if not torch.cuda.is_available():
-        return "none: torch.cuda.is_available() is False"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"

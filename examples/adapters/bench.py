@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 from tts_search import HFPolicy, HFVerifier, SearchConfig, search
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
 from whole_texts import WholeTextPolicy, WholeTextVerifier, count_forwarded
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from tts_search.adapters.generate import GenerationCache
-from tts_search.adapters.transformers import ATTENTION, register
+from tts_search.models.transformers import ATTENTION, register
 
 Run = tuple[Tensor, float, int]  # tokens, seconds, bytes of KV
 

@@ -4,7 +4,7 @@
     python examples/adapters/openai_server.py --base-url http://localhost:8000/v1 --model MODEL --verifier PRM
 
 Without options it expects the demo policy: ``vllm serve PATH/policy-3m --served-model-name demo``, where PATH is
-``python -c "import tts_search.data as d; print(d.MODELS_DIR)"``.
+``python -c "import tts_search.lab as d; print(d.MODELS_DIR)"``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 
 from tts_search import HFVerifier, SearchConfig, SearchError, search_iter
-from tts_search.adapters.openai import OpenAIPolicy
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
+from tts_search.policies.openai import OpenAIPolicy
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main() -> None:
-    from tts_search.data import MODELS_DIR
+    from tts_search.lab import MODELS_DIR
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", nargs="?", default=str(MODELS_DIR / "policy-3m"))
@@ -30,8 +30,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")
     from tts_search import HFVerifier, SearchConfig, search
-    from tts_search.adapters.vllm import VLLMPolicy
-    from tts_search.data.arithmetic import generate
+    from tts_search.lab.arithmetic import generate
+    from tts_search.policies.vllm import VLLMPolicy
 
     problems = generate("test", 3, args.problems, seed=5)
     config = SearchConfig("beam_search", n=args.n, expand=4, max_steps=12, max_step_tokens=48, seed=3)

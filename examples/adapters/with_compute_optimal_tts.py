@@ -17,10 +17,10 @@ from typing import Any
 
 from source import add_source
 from tts_search import HFPolicy, HFVerifier
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
-from tts_search.stateless import Continuation, StepSampler, StepScorer
-from tts_search.types import StepParams
+from tts_search.adapters.stateless import Continuation, StepSampler, StepScorer
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
+from tts_search.search.types import StepParams
 
 MISSING = (
     "antlr4",

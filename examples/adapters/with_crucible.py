@@ -16,8 +16,8 @@ from crucible.search.mcts import MCTSStrategy
 from crucible.verify import MathOutcomeVerifier
 from tts_search import HFPolicy, HFVerifier
 from tts_search.adapters.crucible import PolicyModel, ProcessVerifier
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
 
 STRATEGIES = {"beam_search": BeamStrategy, "mcts": MCTSStrategy, "best_of_n": BestOfNStrategy}
 

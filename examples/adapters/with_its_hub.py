@@ -14,8 +14,8 @@ from its_hub.core.algorithms.particle_gibbs import ParticleFiltering
 from its_hub.core.lms.step_generation import StepGeneration
 from tts_search import HFPolicy, HFVerifier
 from tts_search.adapters.its_hub import LanguageModel, OutcomeRewardModel, ProcessRewardModel
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
 
 METHODS = ("beam_search", "particle_filtering", "best_of_n")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from source import add_source
 from tts_search.adapters import search_and_learn as adapter
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
 
 # The demo models know no system message; for models that do, leave this out.
 TEMPLATE = (

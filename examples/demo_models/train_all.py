@@ -1,6 +1,6 @@
 """Train every demo model, two at a time, each on one thread: ``python examples/demo_models/train_all.py FOLDER``.
 
-Takes less than an hour on two cores. The checkpoints that ship with the package are in ``tts_search/data/models``.
+Takes less than an hour on two cores. The checkpoints that ship with the package are in ``tts_search/lab/models``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from tokenizer import build_tokenizer
 from training import IGNORE, Example, command_line, llama_config, token_loss, train
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from tts_search.data.arithmetic import LEVELS, Problem, stream
+from tts_search.lab.arithmetic import LEVELS, Problem, stream
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from train_policy import learn_solutions
 from training import IGNORE, SHAPES, Example, command_line, llama_config, train
 from transformers import LlamaForCausalLM, LlamaForTokenClassification, PreTrainedModel, PreTrainedTokenizerFast
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import DELIMITER, LEVELS, MODULUS, Problem, check_steps, stream
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import DELIMITER, LEVELS, MODULUS, Problem, check_steps, stream
 
 GOOD, BAD = "+", "-"
 BASE_LAYERS = int(SHAPES["0.6m"]["num_hidden_layers"])

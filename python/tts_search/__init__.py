@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tts_search.answers import boxed, equivalent
 from tts_search.api import beam_search, best_of_n, dvts, search, search_iter
-from tts_search.config import SearchConfig, Thinking
+from tts_search.domains.mathematics import equivalent
 from tts_search.errors import ConfigError, MissingExtraError, SearchError
-from tts_search.protocol import Policy, Usage, Verifier
-from tts_search.result import SearchResult
-from tts_search.stats import SearchStats
+from tts_search.policies.text import TextPolicy, TextVerifier
+from tts_search.search.answers import boxed
+from tts_search.search.config import SearchConfig, Thinking
+from tts_search.search.protocol import Policy, Usage, Verifier
+from tts_search.search.result import SearchResult
+from tts_search.search.stats import SearchStats
+from tts_search.search.tree import SearchTree, TreeNode
+from tts_search.search.types import Completion, Step, StepParams, StepRequest
+from tts_search.search.voting import VOTES, vote
 from tts_search.strategy import FittedStrategy, RuleStrategy, Strategy
-from tts_search.text import TextPolicy, TextVerifier
-from tts_search.tree import SearchTree, TreeNode
-from tts_search.types import Completion, Step, StepParams, StepRequest
-from tts_search.voting import VOTES, vote
 
 if TYPE_CHECKING:
     from tts_search.policies.hf import HFPolicy

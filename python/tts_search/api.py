@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
-from tts_search.answers import boxed
-from tts_search.config import WITHOUT_VERIFIER, SearchConfig
-from tts_search.engine import Engine
+from tts_search.domains.mathematics import equivalent
+from tts_search.engine.engine import Engine
 from tts_search.errors import SearchError
-from tts_search.progress import progress_bar
-from tts_search.protocol import Policy, Verifier
-from tts_search.result import SearchResult
-from tts_search.stats import SearchStats
+from tts_search.search import voting
+from tts_search.search.answers import boxed
+from tts_search.search.config import WITHOUT_VERIFIER, SearchConfig
+from tts_search.search.protocol import Policy, Verifier
+from tts_search.search.result import SearchResult
+from tts_search.search.stats import SearchStats
+from tts_search.search.types import Completion
 from tts_search.strategy import Choice, Strategy
+from tts_search.terminal import progress_bar
 
-__all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter"]
+__all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter", "vote"]
 
 BRANCHES_IN_FLIGHT = 1024  # of all problems together
 
@@ -70,7 +73,8 @@ def search_iter(
         options = {"extract_answer": extract_answer, "progress": progress, "max_in_flight": max_in_flight}
         return _by_strategy(list(problems), policy, verifier, config, options)
     _check(verifier, config, max_in_flight)
-    engine = Engine(policy, verifier, config, extract_answer, max_in_flight or max(1, BRANCHES_IN_FLIGHT // config.n))
+    in_flight = max_in_flight or max(1, BRANCHES_IN_FLIGHT // config.n)
+    engine = Engine(policy, verifier, config, extract_answer, in_flight, equivalent)
     return _with_progress(engine, problems, enabled=progress)
 
 
@@ -227,3 +231,35 @@ def _search_by(
     keywords = {name: options.pop(name) for name in _SEARCH_OPTIONS if name in options}
     config = replace(options.pop("config", _DEFAULT), method=method, **options)
     return search(problems, policy, verifier, config, **keywords)
+
+
+def vote(completions: Sequence[Completion], how: str, default: str = "last", *, exact: bool = False) -> str:
+    """Return the answer that a vote elects.
+
+    Completions without an answer do not vote; answers that mean the same (:func:`tts_search.equivalent`) count as one,
+    in the spelling that comes first. Ties go to the answer that comes first.
+
+    Parameters
+    ----------
+    completions : sequence of Completion
+        Who votes, in order.
+    how : str
+        ``"majority"``: the most frequent answer. ``"prm_max"``: the answer with the highest score. ``"prm_vote"``: the
+        one with the highest sum of scores. ``"prm_min_max"``, ``"prm_mean_vote"``, ...: the same by another aggregate
+        of the step scores.
+    default : str
+        The aggregate of ``prm_max`` and ``prm_vote``.
+    exact : bool
+        Answers count as one only if their texts are equal.
+
+    Returns
+    -------
+    str
+        The answer; empty if no completion has one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such vote, or it needs scores and there are none.
+    """
+    return voting.vote(completions, how, default, exact=exact, equal=equivalent)

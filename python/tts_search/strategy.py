@@ -1,8 +1,8 @@
 """Compute-optimal scaling: which search is best for which policy, verifier, problem and budget.
 
 Two kinds of :class:`Strategy`: the rules that a paper found (:class:`RuleStrategy`), and what an evaluation of one's
-own models says (:func:`fit`). Either goes where a :class:`~tts_search.SearchConfig` goes: ``search(...,
-config=strategy)``.
+own models says (:func:`~tts_search.evaluation.fitting.fit`). Either goes where a :class:`~tts_search.SearchConfig`
+goes: ``search(..., config=strategy)``.
 
 How difficult a problem is for a policy is its pass@1, the probability that one sample is right, in absolute bins:
 easy (at least 50%), medium (10% to 50%), hard (below 10%). For a problem without a known answer it is estimated from a
@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import bisect
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from tts_search.config import Method, SearchConfig
 from tts_search.errors import ConfigError
+from tts_search.search.config import Method, SearchConfig
 
 if TYPE_CHECKING:
-    from tts_search.evaluate import Record
-    from tts_search.result import SearchResult
+    from tts_search.search.result import SearchResult
 
 __all__ = [
     "BINS",
@@ -35,7 +33,7 @@ __all__ = [
     "Strategy",
     "difficulty_bin",
     "estimate_pass_rate",
-    "fit",
+    "step_value",
 ]
 
 Bin = Literal["easy", "medium", "hard"]
@@ -215,7 +213,7 @@ class RuleStrategy:
 
 @dataclass(frozen=True)
 class FittedStrategy:
-    """Chooses what was best in an evaluation; :func:`fit` makes it.
+    """Chooses what was best in an evaluation; :func:`~tts_search.evaluation.fitting.fit` makes it.
 
     Attributes
     ----------
@@ -247,171 +245,14 @@ class FittedStrategy:
 
     def calibrated(self, estimate: float) -> float:
         """Return the pass@1 of problems with such an estimate."""
-        return _calibrated(self.calibration, estimate)
+        return step_value(self.calibration, estimate)
 
     def choose(self, pass_rate: float | None) -> Choice:
         """Return the best choice of the bin; of the middle one, without an estimate."""
         return self.table["medium" if pass_rate is None else difficulty_bin(pass_rate), self.budget]
 
 
-def fit(
-    records: Iterable[Record],
-    configs: Mapping[str, SearchConfig],
-    *,
-    budget: int,
-    pass_rates: Mapping[str, float] | None = None,
-    probe: SearchConfig | None = None,
-    folds: int = 5,
-    seed: int = 0,
-    cost: Callable[[SearchConfig], float] = lambda config: config.n,
-) -> FittedStrategy:
-    """Learn the best (method, n, expand, vote) for each difficulty and budget from an evaluation of one policy.
-
-    Parameters
-    ----------
-    records : iterable of Record
-        Of one policy and verifier; every experiment over the same tasks.
-    configs : mapping
-        Key of an experiment to its config (:func:`~tts_search.evaluate.read_configs`).
-    budget : int
-        Which budget the strategy will use: one of those that the configs have.
-    pass_rates : mapping or None
-        A task's id to its pass@1; by default, the share of right completions in the largest best-of-N.
-    probe : SearchConfig or None
-        A best-of-N among the experiments, by which to estimate the difficulty of new problems. Its estimates are
-        calibrated: pooled to a rising function of pass@1.
-    folds : int
-        Of the cross-validation, at least 2. With a probe, a held-out problem is searched as a new one would be: its
-        estimate, calibrated on the other folds, says its bin, the other folds say what is best there. Without one it is
-        put into the bin of its own pass rate: an upper bound, since that takes its right answer.
-    seed : int
-        Fixes the folds.
-    cost : callable
-        A config's budget.
-
-    Raises
-    ------
-    ValueError
-        If there are no records, or none with this budget; none of the probe; less than two folds.
-    """
-    if folds < 2:
-        raise ValueError(f"folds: expected an int >= 2, got {folds!r}")
-    outcomes = _Outcomes(records, configs, cost)
-    rates = dict(pass_rates) if pass_rates is not None else outcomes.pass_rates()
-    tasks = sorted(task for task in outcomes.tasks if task in rates)
-    if budget not in outcomes.budgets or not tasks:
-        raise ValueError(f"budget: expected one of {sorted(outcomes.budgets)} with known pass rates, got {budget!r}")
-    estimates = None if probe is None else outcomes.estimates(probe)
-    if estimates is not None and not estimates:
-        raise ValueError(f"probe: expected a best-of-N among the experiments, got {probe!r}")
-    random.Random(seed).shuffle(tasks)
-    splits = [_split(tasks[fold::folds], tasks, rates, estimates) for fold in range(min(folds, len(tasks)))]
-    table: dict[tuple[Bin, int], Choice] = {}
-    accuracy: dict[int, float] = {}
-    fixed: dict[int, float] = {}
-    for size in sorted(outcomes.budgets):
-        table |= {(one, size): choice for one, choice in outcomes.best_by_bin(size, tasks, rates).items()}
-        right = right_fixed = 0.0
-        for others, bins in splits:
-            chosen, single = outcomes.best_by_bin(size, others, rates), outcomes.best(size, others)
-            right += sum(outcomes.right(chosen[one], task) for task, one in bins.items())
-            right_fixed += sum(outcomes.right(single, task) for task in bins)
-        accuracy[size], fixed[size] = right / len(tasks), right_fixed / len(tasks)
-    calibration = () if estimates is None else _isotonic(estimates, rates)
-    return FittedStrategy(table, budget, probe, calibration, accuracy, fixed)
-
-
-def _split(
-    held_out: Sequence[str],
-    tasks: Sequence[str],
-    rates: Mapping[str, float],
-    estimates: Mapping[str, float] | None,
-) -> tuple[list[str], dict[str, Bin]]:
-    """The tasks to learn from, and the held-out ones with the bins that a search would put them in."""
-    others = [task for task in tasks if task not in set(held_out)] or list(tasks)
-    if estimates is None:
-        return others, {task: difficulty_bin(rates[task]) for task in held_out}
-    calibration = _isotonic({task: estimates[task] for task in others if task in estimates}, rates)
-    known = {task: _calibrated(calibration, estimates[task]) for task in held_out if task in estimates}
-    return others, {task: difficulty_bin(known[task]) if task in known else "medium" for task in held_out}
-
-
-class _Outcomes:
-    """Who solved what: accuracies by choice and task, over seeds."""
-
-    def __init__(
-        self, records: Iterable[Record], configs: Mapping[str, SearchConfig], cost: Callable[[SearchConfig], float]
-    ) -> None:
-        self.right_by: dict[tuple[Choice, str], list[bool]] = {}
-        self.choices: dict[int, list[Choice]] = {}
-        self.tasks: set[str] = set()
-        self._largest: dict[str, Record] = {}
-        self._by_config: dict[SearchConfig, list[Record]] = {}
-        for record in records:
-            if record.experiment not in configs:
-                continue
-            config = replace(configs[record.experiment], seed=0)  # seeds are repetitions
-            self.tasks.add(record.task)
-            self._by_config.setdefault(config, []).append(record)
-            largest = self._largest.get(record.task)
-            if config.method == "best_of_n" and (largest is None or record.num_completions > largest.num_completions):
-                self._largest[record.task] = record
-            for vote in record.correct or ("majority",):
-                choice = Choice(config, vote)
-                own = self.choices.setdefault(int(cost(config)), [])
-                if choice not in own:
-                    own.append(choice)
-                self.right_by.setdefault((choice, record.task), []).append(record.is_correct(vote))
-
-    @property
-    def budgets(self) -> set[int]:
-        return set(self.choices)
-
-    def right(self, choice: Choice, task: str) -> float:
-        outcomes = self.right_by.get((choice, task), [False])
-        return sum(outcomes) / len(outcomes)
-
-    def best(self, budget: int, tasks: Sequence[str]) -> Choice:
-        """The most accurate choice of a budget; the first one on ties."""
-        return max(self.choices[budget], key=lambda choice: sum(self.right(choice, task) for task in tasks))
-
-    def best_by_bin(self, budget: int, tasks: Sequence[str], rates: Mapping[str, float]) -> dict[Bin, Choice]:
-        """The most accurate choice for the tasks of each bin; for all tasks, where a bin has none."""
-        return {
-            one: self.best(budget, [task for task in tasks if difficulty_bin(rates[task]) == one] or tasks)
-            for one in BINS
-        }
-
-    def pass_rates(self) -> dict[str, float]:
-        return {
-            task: record.num_correct / record.num_completions
-            for task, record in self._largest.items()
-            if record.num_completions
-        }
-
-    def estimates(self, probe: SearchConfig) -> dict[str, float]:
-        records = self._by_config.get(replace(probe, seed=0), [])
-        return {record.task: record.pass_estimate for record in records if record.pass_estimate is not None}
-
-
-def _isotonic(estimates: Mapping[str, float], rates: Mapping[str, float]) -> tuple[tuple[float, float], ...]:
-    """Least-squares rising step function from estimates to rates, by pooling adjacent violators."""
-    of_estimate: dict[float, list[float]] = {}  # equal estimates have one value
-    for task, estimate in estimates.items():
-        if task in rates:
-            of_estimate.setdefault(estimate, []).append(rates[task])
-    blocks: list[tuple[float, float, int]] = []  # first estimate, mean rate, count
-    for estimate, own in sorted(of_estimate.items()):
-        block = (estimate, math.fsum(own) / len(own), len(own))
-        while blocks and blocks[-1][1] >= block[1]:
-            first, mean, count = blocks.pop()
-            total = count + block[2]
-            block = (first, (mean * count + block[1] * block[2]) / total, total)
-        blocks.append(block)
-    return tuple((first, mean) for first, mean, _ in blocks)
-
-
-def _calibrated(calibration: Sequence[tuple[float, float]], estimate: float) -> float:
+def step_value(calibration: Sequence[tuple[float, float]], estimate: float) -> float:
     """The value of a step function, given by where each step begins, at an estimate; without steps, the estimate."""
     if not calibration:
         return estimate

@@ -1,10 +1,13 @@
-"""Printing what a model wrote: its text is untrusted."""
+"""The terminal: what a model wrote, made safe to print, and a progress bar."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["sanitize"]
+__all__ = ["progress_bar", "sanitize"]
 
 _SEQUENCE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # CSI: colours, cursor, erase
@@ -22,3 +25,24 @@ def sanitize(text: str) -> str:
     screen.
     """
     return _CONTROL.sub("", _SEQUENCE.sub("", text))
+
+
+@contextmanager
+def progress_bar(total: int | None, *, enabled: bool, label: str = "search") -> Iterator[Callable[[], None]]:
+    """Show a progress bar on stderr; the context is a function to call after each of the `total` problems.
+
+    Nothing is shown if it is not `enabled`, stderr is not a terminal, or rich is not installed.
+    """
+    if not enabled or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ModuleNotFoundError:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

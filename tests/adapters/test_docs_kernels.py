@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
 
 DOCS = Path(__file__).parents[2] / "docs"
 

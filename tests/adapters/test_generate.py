@@ -17,8 +17,8 @@ from tiny import CONFIGS, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from tts_search.adapters.generate import GenerationCache, generate_over_forest
-from tts_search.adapters.transformers import ATTENTION, register
-from tts_search.data import MODELS_DIR
+from tts_search.lab import MODELS_DIR
+from tts_search.models.transformers import ATTENTION, register
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 from test_docs_kernels import code_of
 from tts_search import SearchConfig, SearchError, TextVerifier, best_of_n, search, search_iter
-from tts_search.adapters.openai import OpenAIPolicy
-from tts_search.data import MODELS_DIR
-from tts_search.protocol import Expand
-from tts_search.types import Step, StepParams
+from tts_search.lab import MODELS_DIR
+from tts_search.policies.openai import OpenAIPolicy
+from tts_search.search.protocol import Expand
+from tts_search.search.types import Step, StepParams
 
 pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]
@@ -288,7 +288,7 @@ FAILURES: dict[str, Handler] = {
 def test_what_may_pass_is_tried_again(
     serve: Callable[..., Server], failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tts_search.adapters.openai as adapter
+    import tts_search.policies.openai as adapter
 
     async def no_sleep(_: float) -> None:
         pass
@@ -469,7 +469,7 @@ def test_searches_on_llama_cpp_s_server(tmp_path: Path, monkeypatch: pytest.Monk
 def check_searches(policy: OpenAIPolicy) -> None:
     """Best-of-N and beam search by a demo model with its verifier, as on our own engine."""
     from tts_search import HFVerifier
-    from tts_search.data.arithmetic import generate
+    from tts_search.lab.arithmetic import generate
 
     problems = generate("test", 2, 6, seed=5)
     texts = [problem.problem for problem in problems]

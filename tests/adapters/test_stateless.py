@@ -6,8 +6,8 @@ import pytest
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, Step, StepParams, TextPolicy, search
-from tts_search.seeds import stream
-from tts_search.stateless import Continuation, StepSampler, StepScorer, before_delimiter
+from tts_search.adapters.stateless import Continuation, StepSampler, StepScorer, before_delimiter
+from tts_search.search.seeds import stream
 
 PARAMS = StepParams(max_tokens=24)
 PROBLEM = "What is the sum?"

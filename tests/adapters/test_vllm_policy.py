@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from test_docs_kernels import code_of
-from tts_search.adapters.vllm import VLLMPolicy
 from tts_search.errors import MissingExtraError
-from tts_search.protocol import Expand, Usage
-from tts_search.types import Step, StepParams
+from tts_search.policies.vllm import VLLMPolicy
+from tts_search.search.protocol import Expand, Usage
+from tts_search.search.types import Step, StepParams
 
 ROOT = Path(__file__).parents[2]
 PEERS = Path(os.environ.get("TTS_PEERS_DIR", ROOT / "build" / "peers"))

@@ -11,11 +11,11 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")
 
 import vllm
 from tts_search import HFVerifier, SearchConfig, best_of_n, search
-from tts_search.adapters.vllm import VLLMPolicy
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
-from tts_search.protocol import Expand
-from tts_search.types import StepParams
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
+from tts_search.policies.vllm import VLLMPolicy
+from tts_search.search.protocol import Expand
+from tts_search.search.types import StepParams
 
 
 def grow(policy: VLLMPolicy, problem: str) -> dict[str, object]:

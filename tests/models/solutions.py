@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from tts_search import HFVerifier
-from tts_search.protocol import Score
+from tts_search.search.protocol import Score
 
 WORDS = (
     "the", "a", "Step", "then", "so", "12", "7", "x", "(x+1)", "=", "$\\frac{1}{2}$", "we", "get", "no", "Yes",

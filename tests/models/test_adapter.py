@@ -12,7 +12,8 @@ from rules import assert_rule
 from tiny import CONFIGS, save_checkpoint, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from tts_search.adapters.transformers import (
+from tts_search.models.decoder import KVPool
+from tts_search.models.transformers import (
     ATTENTION,
     ForestCache,
     TransformersDecoder,
@@ -24,7 +25,6 @@ from tts_search.adapters.transformers import (
     model_shape,
     register,
 )
-from tts_search.decoder import KVPool
 
 Branches = dict[int, list[int]]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny import small_pool, tiny_model
 from torch import Tensor
-from tts_search.adapters.transformers import ATTENTION, TransformersDecoder, register
-from tts_search.branches import Branch, BranchPool, Meter, PoolTooSmallError
-from tts_search.decoder import Batch, DecoderShape, parse_bytes
+from tts_search.models.decoder import Batch, DecoderShape, parse_bytes
+from tts_search.models.meter import Meter
+from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
+from tts_search.models.transformers import ATTENTION, TransformersDecoder, register
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from test_local_search import PROBLEMS, READING, assert_same
 from tiny import save_checkpoint, talkative, tiny_model
 from torch import Tensor
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, search
-from tts_search.device import read_scores, read_tokens, upload
+from tts_search.models.device import read_scores, read_tokens, upload
 from tts_search.verifiers.lane import HeadScorer
 from tts_search.verifiers.log_ratio import LogRatioScorer
 

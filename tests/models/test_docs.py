@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 from layouts import llama3_tokenizer, save
-from tts_search.data import MODELS_DIR
-from tts_search.data.arithmetic import generate
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
+from tts_search.lab.study import Grid, run_study
 from tts_search.policies.hf import HFPolicy
-from tts_search.protocol import Score
-from tts_search.study import Grid, run_study
+from tts_search.search.protocol import Score
 from tts_search.verifiers import FORMATS
 from tts_search.verifiers.hf import HFVerifier
 
@@ -148,7 +148,7 @@ def test_shell(page: Path) -> None:
 def check_options(arguments: list[str], where: str) -> None:
     """Every option of a call of tts-search is one that its command has."""
     import typer
-    from tts_search.commands import app
+    from tts_search.cli.commands import app
 
     command = typer.main.get_command(app).commands[arguments[0]]
     known = {name for parameter in command.params for name in parameter.opts}

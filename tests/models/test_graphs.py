@@ -12,8 +12,8 @@ from test_local_search import PROBLEMS, assert_same
 from tiny import save_checkpoint, talkative, tiny_model
 from torch import Tensor
 from tts_search import HFPolicy, SearchConfig, search
-from tts_search.decoder import KVPool
-from tts_search.graphs import MAX_ROWS, DecodeGraphs, decode_graphs
+from tts_search.models.decoder import KVPool
+from tts_search.models.graphs import MAX_ROWS, DecodeGraphs, decode_graphs
 
 CONFIG = SearchConfig("best_of_n", n=6, max_tokens=30)
 

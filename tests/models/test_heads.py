@@ -11,7 +11,7 @@ from layouts import LAYOUTS, save
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tts_search import HFVerifier
-from tts_search.adapters.checkpoint import Checkpoint
+from tts_search.models.checkpoint import Checkpoint
 
 WRITE = {layout.checkpoint: layout.write for layout in LAYOUTS}
 

@@ -11,8 +11,8 @@ import torch
 from tiny import save_checkpoint, small_pool, talkative, tiny_model, tiny_tokenizer
 from torch import Tensor
 from tts_search import HFPolicy, Step, StepParams
-from tts_search.decoder import Batch, DecoderShape
-from tts_search.protocol import Expand
+from tts_search.models.decoder import Batch, DecoderShape
+from tts_search.search.protocol import Expand
 
 import tts_kernels as tk
 

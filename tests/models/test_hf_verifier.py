@@ -13,8 +13,8 @@ from tiny import SPECIAL, random_text, save_checkpoint, small_pool, tiny_model, 
 from torch import Tensor
 from transformers import PreTrainedModel
 from tts_search import HFVerifier
-from tts_search.decoder import Batch
-from tts_search.protocol import Score
+from tts_search.models.decoder import Batch
+from tts_search.search.protocol import Score
 
 import tts_kernels as tk
 

@@ -13,7 +13,7 @@ from layouts import JUDGES, JudgeText, judged, qwen_tokenizer, r1_tokenizer, r_p
 from solutions import random_trees
 from tiny import small_pool
 from tts_search import HFVerifier
-from tts_search.protocol import Score
+from tts_search.search.protocol import Score
 from tts_search.verifiers import FORMATS, Judge, VerifierFormat
 
 NAMES = {"GenPRM-7B": "genprm", "ThinkPRM-1.5B": "thinkprm", "R-PRM-7B-DPO": "r_prm"}

@@ -17,11 +17,11 @@ from tiny import save_checkpoint, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from tts_search import HFPolicy
-from tts_search.adapters.transformers import TransformersDecoder
-from tts_search.decoder import Batch, KVPool
-from tts_search.decoders.arena import Arena
-from tts_search.decoders.llama import LlamaConfig, LlamaDecoder
-from tts_search.decoders.loading import lean_decoder, llama_config, load_decoder, why_not_lean
+from tts_search.models.arena import Arena
+from tts_search.models.decoder import Batch, KVPool
+from tts_search.models.llama import LlamaConfig, LlamaDecoder
+from tts_search.models.loading import lean_decoder, llama_config, load_decoder, why_not_lean
+from tts_search.models.transformers import TransformersDecoder
 
 import tts_kernels as tk
 
@@ -269,7 +269,9 @@ def weights_of(part: object) -> Iterator[Tensor]:
     elif isinstance(part, list | tuple):
         for item in part:
             yield from weights_of(item)
-    elif type(part).__module__.startswith(("tts_search.decoders", "tts_kernels")) and not isinstance(part, LlamaConfig):
+    elif type(part).__module__.startswith(
+        ("tts_search.models.llama", "tts_search.models.arena", "tts_kernels")
+    ) and not isinstance(part, LlamaConfig):
         names = getattr(part, "__slots__", None) or vars(part)
         for name in names:
             yield from weights_of(getattr(part, name))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from tiny import save_checkpoint, small_pool, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, SearchResult, search, search_iter
-from tts_search.protocol import Score
+from tts_search.search.protocol import Score
 
 import tts_kernels as tk
 

@@ -11,7 +11,7 @@ from layouts import eurus, qwen_tokenizer, save
 from solutions import random_trees
 from tiny import small_pool
 from tts_search import HFVerifier
-from tts_search.protocol import Score
+from tts_search.search.protocol import Score
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 from test_hf_verifier import harmless
 from test_local_search import CONFIGS, PROBLEMS, READING
 from tiny import save_checkpoint, talkative, tiny_model
-from tts_search import HFPolicy, HFVerifier, SearchTree, search, sharing
-from tts_search.protocol import Score, ScoreAndPrune, Scored
+from tts_search import HFPolicy, HFVerifier, SearchTree, search
+from tts_search.engine import sharing
+from tts_search.search.protocol import Score, ScoreAndPrune, Scored
 
 
 class Recorder(HFVerifier):

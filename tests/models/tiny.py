@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from tts_search.branches import BranchPool
-from tts_search.decoder import Decoder, KVPool
+from tts_search.models.decoder import Decoder, KVPool
+from tts_search.models.pool import BranchPool
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|step|>")
 # Tokens that hold a delimiter and more than it, or a part of one; "Ċ" is a newline and "Ġ" a space in byte-level BPE.

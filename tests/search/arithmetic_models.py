@@ -6,7 +6,7 @@ import random
 import re
 
 from tts_search import Step, TextPolicy, TextVerifier
-from tts_search.data.arithmetic import check_steps, solve
+from tts_search.lab.arithmetic import check_steps, solve
 
 
 def policy(error_rate: float, prefix: str = "") -> TextPolicy:

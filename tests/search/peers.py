@@ -16,9 +16,9 @@ from fractions import Fraction
 
 from scripted import RandomTree
 from tts_search import Step, StepParams
-from tts_search.algorithms.branch import split_steps
-from tts_search.seeds import stream
-from tts_search.voting import aggregate
+from tts_search.search.seeds import stream
+from tts_search.search.steps import split_steps
+from tts_search.search.voting import aggregate
 
 DELIMITER = "\n\n"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tts_search import Step, StepParams, Usage
-from tts_search.protocol import Expand, Score
+from tts_search.search.protocol import Expand, Score
 
 StepFn = Callable[[str, tuple[str, ...], int, int, StepParams], Step]  # problem, steps, child number, seed, params
 ScoreFn = Callable[[str, tuple[str, ...]], Sequence[float]]

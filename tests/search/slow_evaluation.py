@@ -6,8 +6,8 @@ import sys
 import time
 
 from tts_search import SearchConfig, Step, TextPolicy
-from tts_search.evaluate import Experiment, evaluate
-from tts_search.tasks import Task
+from tts_search.evaluation.evaluate import Experiment, evaluate
+from tts_search.evaluation.tasks import Task
 
 
 def answer(requests):

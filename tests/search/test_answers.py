@@ -9,10 +9,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from tts_search import VOTES, Completion, answers, boxed, equivalent, vote
-from tts_search.answers import Equivalence
-from tts_search.judge import Judge, work
-from tts_search.voting import aggregate
+from tts_search import VOTES, Completion, boxed, equivalent, vote
+from tts_search.domains import mathematics
+from tts_search.domains.mathematics import Judge, work
+from tts_search.search.answers import Equivalence
+from tts_search.search.voting import aggregate
 
 
 @pytest.mark.parametrize(
@@ -131,17 +132,17 @@ def test_without_math_verify_nothing_can_be_told(monkeypatch):
 
 
 def test_classes_keep_the_first_spelling():
-    same = Equivalence()
+    same = Equivalence(equivalent)
     assert [same.first(answer) for answer in ("1.0", "2", "1", "2.00", "3")] == ["1.0", "2", "1.0", "2", "3"]
 
 
 def test_spellings_of_a_known_answer_are_not_judged(monkeypatch):
     judged = []
-    monkeypatch.setattr(answers._JUDGE, "equal", lambda *pair: judged.append(pair))
-    answers._equivalent.cache_clear()
+    monkeypatch.setattr(mathematics._JUDGE, "equal", lambda *pair: judged.append(pair))
+    mathematics._equivalent.cache_clear()
     numbers = [f"{number}{tail}" for number in range(40) for tail in ("", ".0", ".00")]
     texts = ["x", r"\frac{1}{2}", r"\dfrac12", "$x$", r"\dfrac{1}{2}", r"\left(x\right)", "(x)", " x "]
-    same = Equivalence()
+    same = Equivalence(equivalent)
     assert [same.first(answer) for answer in numbers] == [str(number) for number in range(40) for _ in range(3)]
     assert not judged
     found = [same.first(answer) for answer in texts]

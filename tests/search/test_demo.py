@@ -9,9 +9,10 @@ import sys
 import pytest
 from arithmetic_models import policy, verifier
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
-from tts_search import SearchConfig, SearchError, cli, search
-from tts_search.demo import Models, load_models, run_demo
-from tts_search.evaluate import read_records
+from tts_search import SearchConfig, SearchError, search
+from tts_search.cli import main as cli
+from tts_search.evaluation.evaluate import read_records
+from tts_search.lab.demo import Models, load_models, run_demo
 
 HOSTILE = "\x1b[31m\x1b]0;owned\x07"
 
@@ -91,7 +92,7 @@ def test_demo_without_models(tmp_path):
 @pytest.fixture
 def commands():
     pytest.importorskip("typer")
-    from tts_search import commands
+    from tts_search.cli import commands
 
     return commands
 
@@ -167,7 +168,9 @@ def test_result_as_json(commands):
 
 INTERRUPTED = """
 import sys
-from tts_search import Step, TextPolicy, cli, commands
+from tts_search import Step, TextPolicy
+from tts_search.cli import commands
+from tts_search.cli import main as cli
 
 def generate(requests):
     if any(request.problem == "third" for request in requests):
@@ -193,8 +196,8 @@ def test_interrupted_eval_saves_what_it_has(tmp_path):
 
 
 def test_run_experiments(commands, tmp_path, capsys):
-    from tts_search.evaluate import Experiment
-    from tts_search.tasks import Task
+    from tts_search.evaluation.evaluate import Experiment
+    from tts_search.evaluation.tasks import Task
 
     tree = RandomTree(2, end=0.3, marker=" \\boxed{7}")
     experiment = Experiment(

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from tts_search import VOTES, SearchConfig, SearchError, Step, beam_search, best_of_n, dvts, search, search_iter
-from tts_search.protocol import Policy, PruningVerifier, Release, Score, Scored, Verifier
-from tts_search.seeds import Streams, stream
-from tts_search.voting import AGGREGATES, aggregate
+from tts_search.search.protocol import Policy, PruningVerifier, Release, Score, Scored, Verifier
+from tts_search.search.seeds import Streams, stream
+from tts_search.search.voting import AGGREGATES, aggregate
 
 PROBLEMS = [f"problem {i}" for i in range(7)]
 CONFIGS = st.builds(
@@ -329,7 +329,7 @@ def test_releases_keep_memory_to_the_beam():
 
 
 def test_release_is_one_request_a_round():
-    from tts_search.algorithms import ALGORITHMS, Run
+    from tts_search.search.algorithms import ALGORITHMS, Run
 
     run = Run(0, "p", SearchConfig(n=2, expand=2, max_steps=3), scored=True)
     moves = ALGORITHMS["beam_search"](run)

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step, Thinking
-from tts_search.evaluate import Experiment, Record, evaluate, read_configs, read_records, write_manifest
-from tts_search.report import Row, accuracy_table, cost_table, format_table, read_folder, sign_test, wilson
-from tts_search.tasks import Task
+from tts_search.evaluation.evaluate import Experiment, Record, evaluate, read_configs, read_records, write_manifest
+from tts_search.evaluation.rows import Row, read_folder
+from tts_search.evaluation.statistics import sign_test, wilson
+from tts_search.evaluation.tables import accuracy_table, cost_table, format_table
+from tts_search.evaluation.tasks import Task
 
 TASKS = [Task(str(i), f"problem {i}", str(i), str(i % 2 + 1)) for i in range(6)]
 

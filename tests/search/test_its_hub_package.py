@@ -13,7 +13,7 @@ import re
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step, search
-from tts_search.seeds import stream
+from tts_search.search.seeds import stream
 
 pytest.importorskip("its_hub", reason="compares with the package: pip install --no-deps 'its-hub==1.2.*'")
 

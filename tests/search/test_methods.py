@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, names, score_names
 from tts_search import ConfigError, SearchConfig, SearchError, Step, TextPolicy, Thinking, search
-from tts_search.algorithms.frontier import proportional, worth_their_kv
-from tts_search.config import METHODS
+from tts_search.search.algorithms.frontier import proportional, worth_their_kv
+from tts_search.search.config import METHODS
 
 TREE_METHODS = ("rebase", "ets", "particle_filtering", "puct")
 SCORES = st.lists(st.sampled_from([-math.inf, 0.0, 0.1, 0.5, 0.5000001, 0.9, 1.0]), min_size=1, max_size=12)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError
-from tts_search.adapters.ray import on_ray, problems_per_call
-from tts_search.cli import _with_ray_address
-from tts_search.data import MODELS_DIR
-from tts_search.demo import make_tasks
-from tts_search.evaluate import Experiment, Record, evaluate, read_records
+from tts_search.cli.main import _with_ray_address
+from tts_search.evaluation.evaluate import Experiment, Record, evaluate, read_records
+from tts_search.evaluation.ray import on_ray, problems_per_call
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.demo import make_tasks
 
 TASKS = make_tasks((1, 2, 3), 20, 0)
 CONFIG = SearchConfig(n=4, max_steps=8, max_step_tokens=32)

@@ -11,19 +11,13 @@ import pytest
 from browser import Page, find_chromium
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step
-from tts_search.evaluate import Experiment, Record, evaluate, write_manifest
-from tts_search.page import tree_page
-from tts_search.report import (
-    bootstrap,
-    read_folder,
-    report_tables,
-    rivals_table,
-    rows_of,
-    strategy_map,
-    strategy_table,
-    write_report,
-)
-from tts_search.tasks import Task
+from tts_search.evaluation.evaluate import Experiment, Record, evaluate, write_manifest
+from tts_search.evaluation.page import tree_page
+from tts_search.evaluation.report import write_report
+from tts_search.evaluation.rows import read_folder, rows_of, strategy_map
+from tts_search.evaluation.statistics import bootstrap
+from tts_search.evaluation.tables import report_tables, rivals_table, strategy_table
+from tts_search.evaluation.tasks import Task
 from tts_search.terminal import sanitize
 
 HOSTILE = [
@@ -347,7 +341,7 @@ def test_tables_on_disk_hold_no_control_sequences(tmp_path):
 
 def test_every_verifier_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    from tts_search.plots import draw_plots
+    from tts_search.evaluation.plots import draw_plots
 
     names = [f"verifier {number}" for number in range(6)]
     draw_plots(rows_of([record("t", "dvts", 4, right=True, verifier=name) for name in names]), tmp_path)

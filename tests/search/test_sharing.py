@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 import pytest
-import tts_search.engine
+import tts_search.engine.engine
 from hypothesis import given, settings
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from test_engine import CONFIGS, PROBLEMS, TREES, Pruner, outcome
 from tts_search import SearchConfig, SearchError, Step, Usage, search, search_iter
-from tts_search.protocol import Score, ScoreAndPrune, Scored, Verifier
-from tts_search.sharing import SharedVerifier
+from tts_search.engine.sharing import SharedVerifier
+from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Verifier
 
 
 class Apart:
@@ -69,7 +69,7 @@ def outcomes(tree: RandomTree, verifier: Verifier, config: SearchConfig) -> dict
 @given(tree=TREES, config=CONFIGS)
 def test_a_search_decides_as_without_sharing(kind, tree, config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tts_search.engine, "SharedVerifier", Apart)
+        patch.setattr(tts_search.engine.engine, "SharedVerifier", Apart)
         apart = ScriptedVerifier(tree.scores)
         expected = outcomes(tree, apart, config)
     verifier = kind(tree.scores)

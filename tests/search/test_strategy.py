@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import ConfigError, SearchConfig, SearchError, SearchStats, Step, search, search_iter
-from tts_search.evaluate import Record
-from tts_search.flops import inference_flops, pretraining_flops, total_flops
+from tts_search.evaluation.evaluate import Record
+from tts_search.evaluation.fitting import _isotonic, fit
+from tts_search.lab.flops import inference_flops, pretraining_flops, total_flops
 from tts_search.strategy import (
     BINS,
     RULES,
@@ -20,10 +21,8 @@ from tts_search.strategy import (
     FittedStrategy,
     Rule,
     RuleStrategy,
-    _isotonic,
     difficulty_bin,
     estimate_pass_rate,
-    fit,
 )
 
 # Policies, parameters, tokens of training; what table 4 of arXiv 2502.06703 says: pretraining, inference, total FLOPs.

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, SearchError, Step, TextPolicy, TextVerifier, Thinking, equivalent, search
-from tts_search.config import METHODS
-from tts_search.evaluate import read_configs, read_records
-from tts_search.protocol import Usage
-from tts_search.study import Grid, Memo, cells, plan_as_text, run_study, share_out
+from tts_search.evaluation.evaluate import read_configs, read_records
+from tts_search.lab.study import Grid, Memo, cells, plan_as_text, run_study, share_out
+from tts_search.search.config import METHODS
+from tts_search.search.protocol import Usage
 
 TINY = Grid(problems=1, levels=(1, 2), budgets=(1, 4), largest=8, policies=("policy-0.1m", "policy-0.6m"))
 
@@ -126,7 +126,7 @@ def test_plan_as_text():
 def test_every_method_on_the_demo_models():
     """Whatever a method asks for, the branches of a forked cache answer as text that is read anew would."""
     pytest.importorskip("transformers")
-    from tts_search.demo import CONFIG, load_models, make_tasks
+    from tts_search.lab.demo import CONFIG, load_models, make_tasks
 
     models = load_models()
     policy, verifier = models.policies["policy-0.6m"], models.verifiers["prm-strong"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from tts_search import MissingExtraError
-from tts_search.tasks import Task, load_tasks
+from tts_search.evaluation.tasks import Task, load_tasks
 
 
 def test_files(tmp_path):

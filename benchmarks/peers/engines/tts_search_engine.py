@@ -6,9 +6,10 @@ import sys
 
 from serve import Job, serve
 from tts_search import HFPolicy, StepParams
-from tts_search.branches import Branch, Meter
+from tts_search.models.meter import Meter
+from tts_search.models.pool import Branch
 from tts_search.policies import hf
-from tts_search.protocol import Expand
+from tts_search.search.protocol import Expand
 
 
 def main(checkpoint: str, dtype: str) -> None:

@@ -1,1 +1,1 @@
-"""Adapters to third parties, one module each; imported on use."""
+"""Other frameworks on our policies and verifiers, one module each; imported by nobody else."""

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tts_search.algorithms.branch import split_steps
+from tts_search.adapters.stateless import Continuation, StepSampler, StepScorer, before_delimiter
 from tts_search.errors import require
-from tts_search.protocol import Policy, Usage, Verifier
-from tts_search.stateless import Continuation, StepSampler, StepScorer, before_delimiter
-from tts_search.types import StepParams
+from tts_search.search.protocol import Policy, Usage, Verifier
+from tts_search.search.steps import split_steps
+from tts_search.search.types import StepParams
 
 __all__ = ["PolicyModel", "ProcessVerifier"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.adapters.transformers import ATTENTION, ForestCache, model_shape, register
-from tts_search.decoder import Batch, Decoder, KVPool, pool_for
+from tts_search.models.decoder import Batch, Decoder, KVPool, pool_for
+from tts_search.models.transformers import ATTENTION, ForestCache, model_shape, register
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING  # isort: skip  (after what says how to install it)
 
@@ -49,7 +49,7 @@ class GenerationCache(ForestCache):
 
     Attributes
     ----------
-    pool : tts_search.decoder.KVPool
+    pool : tts_search.models.decoder.KVPool
         The forest and its pages.
     peak_bytes : int
         The most memory that pages with tokens took since the cache was made or reset.
@@ -339,5 +339,5 @@ def _check_attention(model: Any) -> None:
     if found != ATTENTION:
         raise ValueError(
             f'attn_implementation: expected "{ATTENTION}", got "{found}": call '
-            f'tts_search.adapters.transformers.register() and model.set_attn_implementation("{ATTENTION}")'
+            f'tts_search.models.transformers.register() and model.set_attn_implementation("{ATTENTION}")'
         )

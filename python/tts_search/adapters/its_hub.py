@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
-from tts_search.protocol import Policy, Usage, Verifier
-from tts_search.stateless import Continuation, StepSampler, StepScorer, before_delimiter
-from tts_search.types import Step, StepParams
-from tts_search.voting import AGGREGATES
+from tts_search.adapters.stateless import Continuation, StepSampler, StepScorer, before_delimiter
+from tts_search.search.protocol import Policy, Usage, Verifier
+from tts_search.search.types import Step, StepParams
+from tts_search.search.voting import AGGREGATES
 
 try:
     from its_hub.api import AbstractLanguageModel, AbstractOutcomeRewardModel, AbstractProcessRewardModel

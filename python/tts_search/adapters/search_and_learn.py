@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Final
 
+from tts_search.adapters.stateless import Continuation, StepSampler, StepScorer, before_delimiter
 from tts_search.api import search
-from tts_search.config import SearchConfig
 from tts_search.policies.hf import HFPolicy
-from tts_search.protocol import Score, Usage, Verifier
-from tts_search.result import SearchResult
-from tts_search.stateless import Continuation, StepSampler, StepScorer, before_delimiter
-from tts_search.types import Step, StepParams
+from tts_search.search.config import SearchConfig
+from tts_search.search.protocol import Score, Usage, Verifier
+from tts_search.search.result import SearchResult
+from tts_search.search.types import Step, StepParams
 from tts_search.verifiers.hf import HFVerifier
 
 __all__ = [

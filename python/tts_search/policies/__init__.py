@@ -1,1 +1,1 @@
-"""Policies that run a model in this process."""
+"""Policies: who samples. A checkpoint in this process, a server, vLLM, a function over text."""

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.branches import Branch, BranchPool, Meter, PoolTooSmallError
-from tts_search.decoder import pool_for
-from tts_search.device import read_tokens, upload
 from tts_search.errors import require
-from tts_search.graphs import decode_graphs
+from tts_search.models.decoder import pool_for
+from tts_search.models.device import read_tokens, upload
+from tts_search.models.graphs import decode_graphs
+from tts_search.models.meter import Meter
+from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
 from tts_search.policies.prompt import prompt_of
-from tts_search.protocol import Expand, Usage
-from tts_search.types import Step
+from tts_search.search.protocol import Expand, Usage
+from tts_search.search.types import Step
 
 if TYPE_CHECKING:
-    from tts_search.decoder import Decoder, DecoderKind
+    from tts_search.models.decoder import Decoder, DecoderKind
 
 __all__ = ["HFPolicy"]
 
@@ -86,8 +87,8 @@ class HFPolicy:
         chat: bool = True,
     ) -> None:
         require("transformers", "search")
-        from tts_search.adapters import transformers as adapter
-        from tts_search.decoders.loading import load_decoder
+        from tts_search.models import transformers as adapter
+        from tts_search.models.loading import load_decoder
 
         if system_prompt is not None and not chat:
             raise ValueError(

@@ -11,7 +11,7 @@ import tts_kernels as tk
 from tts_search.verifiers.formats import VerifierFormat
 
 if TYPE_CHECKING:
-    from tts_search.adapters.checkpoint import Checkpoint
+    from tts_search.models.checkpoint import Checkpoint
 
 __all__ = ["lm_head", "load_head"]
 

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 import tts_kernels as tk
-from tts_search.branches import MAX_FORWARD_TOKENS, Branch, BranchPool, Meter
-from tts_search.decoder import pool_for
 from tts_search.errors import require
-from tts_search.graphs import decode_graphs
-from tts_search.protocol import Score, ScoreAndPrune, Scored, Usage
+from tts_search.models.decoder import pool_for
+from tts_search.models.graphs import decode_graphs
+from tts_search.models.meter import Meter
+from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
+from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage
+from tts_search.search.voting import aggregate
 from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
 from tts_search.verifiers.heads import lm_head, load_head
 from tts_search.verifiers.judge import JudgeScorer
 from tts_search.verifiers.lane import Contest, HeadScorer, Lane, Task, branch_at
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.reader import Reader, Tail
-from tts_search.voting import aggregate
 
 if TYPE_CHECKING:
-    from tts_search.adapters.checkpoint import Checkpoint
-    from tts_search.decoder import Decoder, DecoderKind
+    from tts_search.models.checkpoint import Checkpoint
+    from tts_search.models.decoder import Decoder, DecoderKind
 
 __all__ = ["HFVerifier"]
 
@@ -91,8 +92,8 @@ class HFVerifier:
         batch_tokens: int = MAX_FORWARD_TOKENS,
     ) -> None:
         require("transformers", "search")
-        from tts_search.adapters import transformers as adapter
-        from tts_search.adapters.checkpoint import Checkpoint
+        from tts_search.models import transformers as adapter
+        from tts_search.models.checkpoint import Checkpoint
 
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected an int of at least 1, got {batch_tokens!r}")
@@ -222,8 +223,8 @@ class HFVerifier:
         self, checkpoint: Checkpoint, config: Any, reference: str | None, batch_tokens: int, options: dict[str, Any]
     ) -> LogRatioScorer:
         """The scorer of two models, each with its LM head's whole weight."""
-        from tts_search.adapters import transformers as adapter
-        from tts_search.adapters.checkpoint import Checkpoint
+        from tts_search.models import transformers as adapter
+        from tts_search.models.checkpoint import Checkpoint
 
         entry = self.format
         reference = reference or entry.reference
@@ -308,7 +309,7 @@ class HFVerifier:
 
 def _lane(path_or_id: str, causal_lm: bool, batch_tokens: int, *, kv_memory: int | str | None, **options: Any) -> Lane:
     """A model and a pool for it."""
-    from tts_search.decoders.loading import load_decoder
+    from tts_search.models.loading import load_decoder
 
     model = load_decoder(path_or_id, causal_lm=causal_lm, **options)
     pool = pool_for(model, kv_memory)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.branches import Branch, Forwarded, PoolTooSmallError
-from tts_search.device import read_tokens, upload
+from tts_search.models.device import read_tokens, upload
+from tts_search.models.pool import Branch, Forwarded, PoolTooSmallError
 from tts_search.verifiers.formats import Judge
 from tts_search.verifiers.lane import HeadScorer, Lane, Task, branch_at
 from tts_search.verifiers.reader import Reader, Tail

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.branches import Branch, BranchPool, Forwarded, PoolTooSmallError
-from tts_search.device import read_scores, upload
-from tts_search.protocol import Usage
+from tts_search.models.device import read_scores, upload
+from tts_search.models.pool import Branch, BranchPool, Forwarded, PoolTooSmallError
+from tts_search.search.protocol import Usage
 from tts_search.verifiers.reader import Tail
 
 if TYPE_CHECKING:
-    from tts_search.decoder import Decoder
+    from tts_search.models.decoder import Decoder
 
 __all__ = ["Contest", "HeadScorer", "Lane", "Task", "branch_at"]
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.branches import Branch, Forwarded, Meter
-from tts_search.device import read_scores, upload
-from tts_search.protocol import Usage
+from tts_search.models.device import read_scores, upload
+from tts_search.models.meter import Meter
+from tts_search.models.pool import Branch, Forwarded
+from tts_search.search.protocol import Usage
 from tts_search.verifiers.lane import Lane, Task
 
 __all__ = ["Likelihood", "LogRatioScorer"]

@@ -1,0 +1,345 @@
+"""Policies and verifiers for callers that keep no branches: they pass whole texts, and the branches are found by text.
+
+Other frameworks submit a prompt with all that was generated so far, each time they want one more step of it or its
+scores. A :class:`StepSampler` and a :class:`StepScorer` stand in front of a policy and a verifier, remember which text
+is which branch, and ask for what is new. The adapters to those frameworks are made of these two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
+
+from tts_search.errors import SearchError
+from tts_search.search.protocol import Expand, Policy, Score, Usage, Verifier
+from tts_search.search.seeds import Streams
+from tts_search.search.steps import split_steps
+from tts_search.search.types import Step, StepParams
+
+__all__ = ["Continuation", "StepSampler", "StepScorer", "before_delimiter"]
+
+# The problems of all samplers and scorers, apart from those of searches: they may share a policy or a verifier.
+_NUMBERS: Final = itertools.count(1 << 40)
+_GREEDY: Final = -1  # the last number of the path of a child that took the most likely tokens
+_STRANGE: Final = -2  # the first number of a path that no sampling led to
+
+Paths = list[tuple[int, ...]]
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What is to be continued, and how.
+
+    Attributes
+    ----------
+    problem : str
+        What the policy takes for a problem.
+    text : str
+        What was generated so far.
+    params : StepParams
+        How to sample.
+    num_samples : int
+        How many independent samples.
+    """
+
+    problem: str
+    text: str
+    params: StepParams
+    num_samples: int = 1
+
+
+def before_delimiter(text: str, delimiter: str | None) -> str:
+    r"""Return a step's text without the delimiter that ended it, and what its last token has behind that.
+
+    Examples
+    --------
+    >>> before_delimiter("\n\n1 + 1 = 2.\n\n\n", "\n\n")
+    '\n\n1 + 1 = 2.'
+    """
+    if delimiter is None:
+        return text
+    end = text.find(delimiter, len(text) - len(text.lstrip()) + 1)
+    return text if end < 0 else text[:end]
+
+
+class _Problems(Generic[Tree]):
+    """The problems in flight, the one used longest ago first; too many of them are ended in that order."""
+
+    def __init__(self, driver: Policy | Verifier, max_problems: int) -> None:
+        if isinstance(max_problems, bool) or not isinstance(max_problems, int) or max_problems < 1:
+            raise ValueError(f"max_problems: expected an int >= 1, got {max_problems!r}")
+        self.lock = threading.Lock()
+        self.trees: OrderedDict[str, tuple[int, Tree]] = OrderedDict()
+        self._driver = driver
+        self._max = max_problems
+        self._ended = Usage()
+
+    def open(self, text: str, tree: Tree) -> tuple[int, Tree]:
+        """The number and the tree of a problem; it begins with ``tree`` if it was not in flight."""
+        if text not in self.trees:
+            if not isinstance(text, str) or not text.strip():
+                raise SearchError(f"expected a problem that is not empty, got {text!r:.200}")
+            number = next(_NUMBERS)
+            self._driver.begin(number, text)
+            self.trees[text] = (number, tree)
+        self.trees.move_to_end(text)
+        return self.trees[text]
+
+    def make_room(self, in_use: Iterable[str]) -> None:
+        """End problems that are not in use until there are not too many."""
+        wanted = set(in_use)
+        for text in [text for text in self.trees if text not in wanted]:
+            if len(self.trees) <= self._max:
+                return
+            self.end(text)
+
+    def end(self, text: str) -> None:
+        number, _ = self.trees.pop(text)
+        self._ended += self._driver.end(number)
+
+    def close(self) -> Usage:
+        for text in list(self.trees):
+            self.end(text)
+        ended, self._ended = self._ended, Usage()
+        return ended
+
+
+@dataclass(slots=True)
+class _Node:
+    """A branch of a policy, and how many children it has had."""
+
+    branch: int
+    path: tuple[int, ...]
+    texts: tuple[str, ...]
+    num_children: int = 0
+
+
+@dataclass(slots=True)
+class _SampleTree:
+    streams: Streams
+    nodes: dict[str, _Node] = field(default_factory=lambda: {"": _Node(0, (), ())})
+    num_branches: int = 1
+    num_strange: int = 0
+
+    def node(self, text: str) -> _Node:
+        if text not in self.nodes:  # not a text of ours, or one that was edited: the policy finds what it knows of it
+            self.nodes[text] = _Node(self.num_branches, (_STRANGE, self.num_strange), (text,))
+            self.num_branches += 1
+            self.num_strange += 1
+        return self.nodes[text]
+
+
+class StepSampler:
+    """Samples continuations of texts.
+
+    A text that is what this sampler returned before, put behind what it was asked to continue, is a branch that the
+    policy has; a local policy then forwards no token of it again. Any other text is read from the longest part that is
+    known. The k-th sample of a text draws from the stream that the k-th child of that branch has in a search with the
+    same seed, whatever else is asked at the time.
+
+    Parameters
+    ----------
+    policy : Policy
+        Generates steps. It may serve searches besides, but not at the same time.
+    seed : int
+        Fixes every draw.
+    max_problems : int
+        When so many problems are known, the one used longest ago is forgotten. (KV cache is the policy's own affair:
+        it drops what was used longest ago.)
+
+    Raises
+    ------
+    ValueError
+        If `max_problems` is no int of at least 1.
+    """
+
+    def __init__(self, policy: Policy, *, seed: int = 0, max_problems: int = 256) -> None:
+        self.policy = policy
+        self.seed = seed
+        self._problems: _Problems[_SampleTree] = _Problems(policy, max_problems)
+
+    def split(self, prompt: str) -> tuple[str, str]:
+        """Cut a whole prompt into the problem it begins with and what was generated; a new one is all problem."""
+        with self._problems.lock:
+            known = [text for text in self._problems.trees if prompt.startswith(text)]
+        problem = max(known, key=len, default=prompt)
+        return problem, prompt[len(problem) :]
+
+    def sample(self, continuations: Sequence[Continuation]) -> list[list[Step]]:
+        """Sample for all continuations in one call of the policy.
+
+        Returns
+        -------
+        list of list of Step
+            ``num_samples`` steps for each continuation.
+
+        Raises
+        ------
+        SearchError
+            If the policy cannot serve one of them (its text is too long, say).
+        """
+        with self._problems.lock:
+            requests: dict[tuple[str, str, StepParams], list[int]] = {}
+            for index, asked in enumerate(continuations):
+                if asked.num_samples < 1:
+                    raise SearchError(f"num_samples: expected at least 1, got {asked.num_samples}")
+                requests.setdefault((asked.problem, asked.text, asked.params), []).append(index)
+            plans = [
+                self._expand(problem, text, params, sum(continuations[index].num_samples for index in indices))
+                for (problem, text, params), indices in requests.items()
+            ]
+            answers = self.policy.expand([expand for expand, _ in plans]) if plans else []
+            results: list[list[Step]] = [[] for _ in continuations]
+            for ((problem, text, _), indices), (expand, paths), steps in zip(
+                requests.items(), plans, answers, strict=True
+            ):
+                if isinstance(steps, Exception):
+                    raise SearchError(f"{type(steps).__name__}: {steps}") from steps
+                if len(steps) != len(expand.children):
+                    raise SearchError(f"policy: expected {len(expand.children)} samples, got {len(steps)}")
+                self._remember(problem, text, expand, steps, paths)
+                rest = iter(steps)
+                for index in indices:
+                    results[index] = [next(rest) for _ in range(continuations[index].num_samples)]
+            self._problems.make_room(asked.problem for asked in continuations)
+            return results
+
+    def close(self) -> Usage:
+        """Forget all problems; what they have cost since the last time."""
+        with self._problems.lock:
+            return self._problems.close()
+
+    def _expand(self, problem: str, text: str, params: StepParams, count: int) -> tuple[Expand, Paths]:
+        """What the policy is asked for, and the paths of the children."""
+        number, tree = self._problems.open(problem, _SampleTree(Streams(self.seed, problem)))
+        node = tree.node(text)
+        if params.temperature == 0:  # no draw, so the branch's next samples are what they would have been
+            paths = [(*node.path, _GREEDY)] * count
+        else:
+            paths = [(*node.path, node.num_children + offset) for offset in range(count)]
+            node.num_children += count
+        children = tuple(range(tree.num_branches, tree.num_branches + count))
+        tree.num_branches += count
+        seeds = tuple(tree.streams.of(path) for path in paths)
+        return Expand(number, node.branch, children, node.texts, seeds, params), paths
+
+    def _remember(self, problem: str, text: str, expand: Expand, steps: Sequence[Step], paths: Paths) -> None:
+        """Note which text each new branch has; of equal texts the first is kept."""
+        number, tree = self._problems.trees[problem]
+        node = tree.nodes[text]
+        again: list[int] = []
+        for child, path, step in zip(expand.children, paths, steps, strict=True):
+            if step.finished or not step.text:
+                continue
+            if text + step.text in tree.nodes:
+                again.append(child)
+            else:
+                tree.nodes[text + step.text] = _Node(child, path, (*node.texts, step.text))
+        if again:
+            self.policy.release(number, again)
+
+
+@dataclass(slots=True)
+class _ScoreTree:
+    """The branches that were scored, by their steps."""
+
+    branches: dict[tuple[str, ...], int] = field(default_factory=lambda: {(): 0})
+    scores: dict[tuple[str, ...], list[float]] = field(default_factory=lambda: {(): []})
+    num_branches: int = 1
+
+    def parent(self, steps: tuple[str, ...]) -> int:
+        return next(self.branches[steps[:end]] for end in range(len(steps) - 1, -1, -1) if steps[:end] in self.branches)
+
+
+class StepScorer:
+    """Scores the steps of texts.
+
+    Steps are compared without the white space around them. Those whose scores are known are not read again: a text
+    costs the steps that it has beyond the longest beginning that was a text itself.
+
+    Parameters
+    ----------
+    verifier : Verifier
+        Scores steps. It may serve searches besides, but not at the same time.
+    delimiter : str
+        Where a text is cut into steps.
+    max_problems : int
+        As in :class:`StepSampler`.
+
+    Raises
+    ------
+    ValueError
+        If the delimiter is empty, or `max_problems` no int of at least 1.
+    """
+
+    def __init__(self, verifier: Verifier, *, delimiter: str = "\n\n", max_problems: int = 256) -> None:
+        if not isinstance(delimiter, str) or not delimiter:
+            raise ValueError(f"delimiter: expected a text that is not empty, got {delimiter!r}")
+        self.verifier = verifier
+        self.delimiter = delimiter
+        self._problems: _Problems[_ScoreTree] = _Problems(verifier, max_problems)
+
+    def score(self, items: Sequence[tuple[str, str | Sequence[str]]]) -> list[list[float]]:
+        """Score the steps of each (problem, text) or (problem, steps), all in one call of the verifier.
+
+        Returns
+        -------
+        list of list of float
+            For a text, one score for each of its steps, none of which is blank. For steps, one for each: a blank one
+            has the score of the step before it, and 0.0 if it is the first.
+
+        Raises
+        ------
+        SearchError
+            If the verifier cannot serve one of them, or returns too few scores or one that is not finite.
+        """
+        with self._problems.lock:
+            cut = [(problem, self._cut(text)) for problem, text in items]
+            requests: dict[tuple[str, tuple[str, ...]], Score] = {}
+            for problem, pieces in cut:
+                steps = tuple(piece for piece in pieces if piece)
+                number, tree = self._problems.open(problem, _ScoreTree())
+                if steps not in tree.scores and (problem, steps) not in requests:
+                    requests[problem, steps] = Score(number, tree.num_branches, steps, tree.parent(steps))
+                    tree.num_branches += 1
+            self._serve(requests)
+            results = [_spread(pieces, self._problems.trees[problem][1].scores) for problem, pieces in cut]
+            self._problems.make_room(problem for problem, _ in cut)
+            return results
+
+    def close(self) -> Usage:
+        """Forget all problems; what they have cost since the last time."""
+        with self._problems.lock:
+            return self._problems.close()
+
+    def _cut(self, text: str | Sequence[str]) -> tuple[str, ...]:
+        pieces = split_steps(text, self.delimiter)[0] if isinstance(text, str) else text
+        return tuple(piece.strip() for piece in pieces)
+
+    def _serve(self, requests: dict[tuple[str, tuple[str, ...]], Score]) -> None:
+        answers = self.verifier.score(list(requests.values())) if requests else []
+        for ((problem, steps), request), scores in zip(requests.items(), answers, strict=True):
+            if isinstance(scores, Exception):
+                raise SearchError(f"{type(scores).__name__}: {scores}") from scores
+            if len(scores) != len(steps) or not all(math.isfinite(score) for score in scores):
+                raise SearchError(
+                    f"verifier: expected {len(steps)} finite scores, one a step, got {list(scores)!r:.200}"
+                )
+            tree = self._problems.trees[problem][1]
+            tree.branches[steps] = request.branch
+            tree.scores[steps] = [float(score) for score in scores]
+
+
+def _spread(pieces: tuple[str, ...], known: dict[tuple[str, ...], list[float]]) -> list[float]:
+    """The scores of steps, blank ones among them."""
+    scores = iter(known[tuple(piece for piece in pieces if piece)])
+    spread: list[float] = []
+    for piece in pieces:
+        spread.append(next(scores) if piece else (spread[-1] if spread else 0.0))
+    return spread

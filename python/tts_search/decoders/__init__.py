@@ -1,1 +1,0 @@
-"""Decoders that are written for one model family."""

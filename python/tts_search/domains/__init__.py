@@ -1,0 +1,1 @@
+"""Domains: what an answer is worth."""

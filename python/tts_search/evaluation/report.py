@@ -1,0 +1,39 @@
+"""The report of an evaluation's folder: tables, a page of search trees, plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tts_search.evaluation.evaluate import read_configs
+from tts_search.evaluation.page import tree_page
+from tts_search.evaluation.rows import read_folder, rows_of
+from tts_search.evaluation.tables import report_tables
+from tts_search.terminal import sanitize
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None, plots: bool = True) -> str:
+    """Write ``tables.txt``, ``trees.html`` and, with matplotlib, plots of an evaluation's folder; return the tables.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no results.
+    MissingExtraError
+        If plots are asked for and matplotlib is not installed.
+    """
+    records = read_folder(folder)
+    configs = {}
+    for path in sorted(Path(folder).glob("manifest*.json")):
+        configs.update(read_configs(path))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    tables = sanitize(report_tables(records, vote, configs))  # labels and levels may be anybody's words
+    (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
+    (out / "trees.html").write_text(tree_page(records), encoding="utf-8")
+    if plots:
+        from tts_search.evaluation.plots import draw_plots
+
+        draw_plots(rows_of(records, vote, configs), out)
+    return tables

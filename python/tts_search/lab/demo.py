@@ -1,0 +1,261 @@
+"""The demo: small models that solve arithmetic better with search than alone, on the models that ship with the package.
+
+One table of accuracy, one of costs, whether the smallest policy with search beats the largest one alone, a search tree.
+The numbers are those of this run, whatever they are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tts_search.errors import SearchError
+from tts_search.evaluation.evaluate import Experiment, Record, evaluate
+from tts_search.evaluation.rows import Row
+from tts_search.evaluation.statistics import sign_test
+from tts_search.evaluation.tables import accuracy_table, cost_table
+from tts_search.evaluation.tasks import Task
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import LEVELS, generate
+from tts_search.search.config import Method, SearchConfig
+from tts_search.search.protocol import Policy, Verifier
+from tts_search.search.tree import SearchTree
+from tts_search.terminal import sanitize
+
+__all__ = ["CONFIG", "POLICIES", "VERIFIERS", "Models", "load_models", "make_tasks", "run_demo"]
+
+POLICIES = ("policy-0.1m", "policy-0.6m", "policy-3m")  # smallest first
+VERIFIERS = ("prm-strong", "prm-weak")  # strongest first
+METHODS: dict[Method, str] = {"best_of_n": "best-of-N", "beam_search": "beam search", "dvts": "DVTS"}
+BUDGETS = (1, 4, 16, 64)
+
+_TREE_BUDGET = 16  # the tree that is shown is one of a beam search of this size
+_BRANCHES_IN_FLIGHT = 2048
+CONFIG = SearchConfig(max_steps=16, max_step_tokens=64, max_tokens=400)  # a level-5 solution has 9 to 11 steps
+
+
+@dataclass(frozen=True)
+class Models:
+    """Policies by name, smallest first, and verifiers by name, strongest first."""
+
+    policies: Mapping[str, Policy]
+    verifiers: Mapping[str, Verifier]
+
+
+def load_models(folder: Path = MODELS_DIR) -> Models:
+    """Load the demo checkpoints.
+
+    Raises
+    ------
+    SearchError
+        If one is not there.
+    """
+    missing = [name for name in (*POLICIES, *VERIFIERS) if not (folder / name / "config.json").exists()]
+    if missing:
+        raise SearchError(f"demo models: {', '.join(missing)} not found in {folder}; see examples/demo_models")
+    from tts_search.policies.hf import HFPolicy
+    from tts_search.verifiers.hf import HFVerifier
+
+    return Models(
+        {name: HFPolicy(str(folder / name)) for name in POLICIES},
+        {name: HFVerifier(str(folder / name)) for name in VERIFIERS},
+    )
+
+
+def make_tasks(levels: Sequence[int], count: int, seed: int) -> list[Task]:
+    """Return `count` test problems of each level."""
+    return [
+        Task(f"level-{level}-{number}", problem.problem, problem.answer, str(level))
+        for level in levels
+        for number, problem in enumerate(generate("test", level, count, seed))
+    ]
+
+
+def run_demo(
+    models: Models,
+    out: str | Path,
+    *,
+    levels: Sequence[int] = LEVELS,
+    count: int = 30,
+    budgets: Sequence[int] = BUDGETS,
+    seed: int = 0,
+    emit: Callable[[str], None] = print,
+    progress: bool = True,
+) -> list[Record]:
+    """Run the demo and print its findings.
+
+    Parameters
+    ----------
+    models : Models
+        What is compared.
+    out : str or Path
+        A folder for the full results; those of an earlier run are overwritten.
+    levels : sequence of int
+        Levels of the task.
+    count : int
+        Problems of each level.
+    budgets : sequence of int
+        Sizes of the search; multiples of 4, and 1 for a single sample.
+    seed : int
+        Fixes the problems and every draw.
+    emit : callable
+        Prints a text.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    list of Record
+        All results.
+    """
+    tasks = make_tasks(levels, count, seed)
+    plan = make_plan(models, budgets, seed)
+    results = Path(out) / "results.jsonl"
+    results.unlink(missing_ok=True)  # times are only true of searches that run now
+    emit(f"{len(tasks)} problems of levels {levels[0]} to {levels[-1]}; {len(plan)} searches of each\n")
+    seconds: dict[str, float] = {}
+    rows: dict[str, Row] = {}
+    for experiment in plan:
+        begin = time.perf_counter()
+        records = evaluate(
+            tasks,
+            [experiment],
+            results,
+            progress=progress,
+            max_in_flight=max(1, _BRANCHES_IN_FLIGHT // experiment.config.n),
+        )
+        seconds[experiment.label] = time.perf_counter() - begin
+        vote = "prm_max" if experiment.verifier is not None else "majority"
+        rows[experiment.label] = Row(experiment.label, records, vote)
+        solved = sum(record.is_correct(vote) for record in records)
+        emit(f"{experiment.label}: {solved} of {len(records)} right, {seconds[experiment.label]:.1f} s")
+    records = [record for row in rows.values() for record in row.records]
+    _write_manifest(Path(out) / "manifest.json", plan, seconds, levels=list(levels), count=count, seed=seed)
+    for section in (
+        accuracy_table(_with_majority(rows)),
+        cost_table(list(rows.values()), seconds),
+        _verdict(models, rows),
+        _one_tree(models, rows),
+        f"Every search, with its answers, scores and cost: {results}",
+        *_errors(records),
+    ):
+        emit(f"\n{section}")
+    return records
+
+
+def make_plan(models: Models, budgets: Sequence[int], seed: int) -> list[Experiment]:
+    """Return the searches: every policy alone; the smallest with every method and budget, once with each verifier."""
+    base = replace(CONFIG, seed=seed)
+    alone = replace(base, method="best_of_n", n=1)
+    greedy = replace(alone, temperature=0.0)
+    plan = []
+    for name, policy in models.policies.items():
+        plan.append(Experiment(label(name, "greedy"), greedy, policy, None, (name,)))
+        if 1 in budgets:
+            plan.append(Experiment(label(name, "one sample"), alone, policy, None, (name,)))
+    smallest, policy = next(iter(models.policies.items()))
+    strongest = next(iter(models.verifiers))
+    for verifier_name, verifier in models.verifiers.items():
+        for method, title in METHODS.items():
+            for budget in budgets:
+                if budget == 1 or (verifier_name != strongest and budget != _TREE_BUDGET):
+                    continue
+                config = replace(base, method=method, n=budget)
+                suffix = "" if verifier_name == strongest else f", {verifier_name}"
+                plan.append(
+                    Experiment(
+                        label(smallest, title, budget) + suffix,
+                        config,
+                        policy,
+                        verifier,
+                        (smallest, verifier_name),
+                        keep_trees=budget <= _TREE_BUDGET,
+                    )
+                )
+    return plan
+
+
+def label(policy: str, method: str, budget: int | None = None) -> str:
+    """Return the label of a row."""
+    return f"{policy}, {method}" if budget is None else f"{policy}, {method}, n={budget}"
+
+
+def _with_majority(rows: Mapping[str, Row]) -> list[Row]:
+    """Add the majority vote over the samples of best-of-N, which needs no verifier."""
+    extended = []
+    for name, row in rows.items():
+        extended.append(row)
+        if METHODS["best_of_n"] in name and len(name.split(", ")) == 3:
+            extended.append(Row(name.replace(METHODS["best_of_n"], "majority vote"), row.records, "majority"))
+    return extended
+
+
+def _verdict(models: Models, rows: Mapping[str, Row]) -> str:
+    """Say where the smallest policy with search beats the largest one's greedy answer, and where it does not."""
+    smallest, *_, largest = models.policies
+    rival = rows[label(largest, "greedy")]
+    lines = [f"Does {smallest} with search beat {largest} alone (its greedy answer)?"]
+    for name, row in rows.items():
+        if row.vote != "prm_max":
+            continue
+        ahead: list[str] = []
+        behind: list[str] = []
+        for level in sorted({record.level for record in row.records}):
+            difference, _ = sign_test(_at(row, level), _at(rival, level))
+            (ahead if difference > 0 else behind if difference < 0 else []).append(level)
+        difference, p = sign_test(row, rival)
+        lines.append(
+            f"  {name}: {100 * difference:+.0f} points over all levels (p = {p:.2g}, sign test); "
+            f"ahead on {_levels(ahead)}, behind on {_levels(behind)}"
+        )
+    return "\n".join(lines)
+
+
+def _at(row: Row, level: str) -> Row:
+    return replace(row, records=[record for record in row.records if record.level == level])
+
+
+def _levels(levels: Sequence[str]) -> str:
+    return f"level {', '.join(levels)}" if levels else "no level"
+
+
+def _one_tree(models: Models, rows: Mapping[str, Row]) -> str:
+    """Show the tree of a problem that the smallest policy fails alone and solves by beam search, if there is one."""
+    smallest = next(iter(models.policies))
+    row = rows.get(label(smallest, METHODS["beam_search"], _TREE_BUDGET))
+    if row is None:
+        return f"(no tree: there was no beam search with n={_TREE_BUDGET})"
+    alone = {record.task: record for record in rows[label(smallest, "greedy")].records}
+    candidates = [record for record in row.records if record.tree is not None]
+    if not candidates:
+        return "(no tree: no beam search came to an end)"
+    record = max(
+        candidates,
+        key=lambda one: (one.is_correct(row.vote) and not alone[one.task].is_correct("majority"), one.level == "3"),
+    )
+    assert record.tree is not None
+    answer, greedy = record.answers[row.vote], alone[record.task].answers.get("majority", "")
+    return "\n".join(
+        [
+            f"A search tree ({row.label}): score and text of each step; * finished, x pruned",
+            f"  {sanitize(record.problem)}",
+            f"  right: {record.gold}; this search: {sanitize(answer)}; greedy alone: {sanitize(greedy) or 'no answer'}",
+            SearchTree.from_json(record.tree).render(width=100, max_nodes=40),
+        ]
+    )
+
+
+def _errors(records: Sequence[Record]) -> list[str]:
+    errors = [f"{record.label}, {record.task}: {sanitize(record.error)}" for record in records if record.error]
+    shown = "\n".join(errors[:5])
+    return [f"{len(errors)} searches failed and count as wrong, the first ones:\n{shown}"] if errors else []
+
+
+def _write_manifest(path: Path, plan: Sequence[Experiment], seconds: Mapping[str, float], **facts: object) -> None:
+    experiments = {
+        one.key: {"models": one.names, "config": asdict(one.config), "seconds": seconds.get(one.label)} for one in plan
+    }
+    path.write_text(json.dumps({**facts, "experiments": experiments}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,295 @@
+"""The study of compute-optimal scaling in miniature: policies x verifiers x methods x budgets on the demo models.
+
+Its questions are those of "Can 1B LLM Surpass 405B LLM?" (arXiv 2502.06703). Best-of-N is nested: a policy samples
+once, each smaller budget is the first of those samples, and both verifiers read the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tts_search.errors import SearchError
+from tts_search.evaluation.evaluate import Experiment, Record, evaluate, write_manifest
+from tts_search.evaluation.tables import format_table
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import LEVELS, generate
+from tts_search.lab.demo import CONFIG, POLICIES, VERIFIERS, make_tasks
+from tts_search.search.config import Method
+from tts_search.search.protocol import Expand, Policy, Usage, Verifier
+from tts_search.search.types import Step
+
+__all__ = ["Cell", "Grid", "Memo", "cells", "plan_as_text", "run_study"]
+
+_BRANCHES_IN_FLIGHT = 2048
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the study runs.
+
+    Attributes
+    ----------
+    problems : int
+        Of each level.
+    levels, budgets : tuple of int
+        A budget is n: completions of best-of-N, candidates of a round.
+    largest : int or None
+        One more budget, of the first policy with the first verifier only.
+    seed : int
+        Fixes problems and draws.
+    policies, verifiers : tuple of str
+        Names of demo models, smallest policy first.
+    methods : tuple of str
+        Searches besides best-of-N; their budgets are those that `expand` divides.
+    """
+
+    problems: int = 100
+    levels: tuple[int, ...] = LEVELS
+    budgets: tuple[int, ...] = (1, 4, 16, 64)
+    largest: int | None = 256
+    seed: int = 0
+    policies: tuple[str, ...] = POLICIES
+    verifiers: tuple[str, ...] = VERIFIERS
+    methods: tuple[Method, ...] = ("beam_search", "dvts")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run over all problems: a policy, a method and a budget, with one verifier; best-of-N with several in turn.
+
+    Best-of-N has the budgets `nested`, too; n beyond them is for the first verifier only.
+    """
+
+    policy: str
+    verifiers: tuple[str, ...]
+    method: Method
+    n: int
+    nested: tuple[int, ...] = ()
+    greedy: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name of the row; ``{n}`` is the budget."""
+        return f"{self.policy}, {'greedy' if self.greedy else self.method}, n={{n}}"
+
+
+def cells(grid: Grid) -> list[Cell]:
+    """Return the runs of a grid, policy by policy."""
+    plan = []
+    for policy in grid.policies:
+        more = (grid.largest,) if grid.largest and policy == grid.policies[0] else ()
+        plan.append(Cell(policy, (), "best_of_n", 1, greedy=True))
+        plan.append(Cell(policy, grid.verifiers, "best_of_n", max(grid.budgets + more), grid.budgets))
+        for verifier in grid.verifiers:
+            sizes = [*grid.budgets, *(more if verifier == grid.verifiers[0] else ())]
+            plan += [
+                Cell(policy, (verifier,), method, size)
+                for method in grid.methods
+                for size in sizes
+                if size % CONFIG.expand == 0
+            ]
+    return plan
+
+
+def tokens(grid: Grid, cell: Cell) -> tuple[int, int]:
+    """Return about how many tokens a run samples, and how many its verifiers read (prompts apart).
+
+    A search of n candidates a round samples about as much as n whole solutions: every round grows n of them by a step.
+    """
+    solutions = grid.problems * sum(_solution_tokens(level) for level in grid.levels)
+    return solutions * cell.n, solutions * sum(_sizes(cell))
+
+
+def _sizes(cell: Cell) -> list[int]:
+    """The budget of each verifier."""
+    return [cell.n if index == 0 else max(cell.nested) for index in range(len(cell.verifiers))]
+
+
+def _solution_tokens(level: int) -> int:
+    """Mean length of a solution of a level; the demo tokenizer knows digits, operators and a few words."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(MODELS_DIR / POLICIES[0] / "tokenizer.json"))
+    problems = generate("test", level, 20, 0)
+    return round(sum(len(tokenizer.encode("".join(one.solution)).ids) for one in problems) / len(problems))
+
+
+def plan_as_text(grid: Grid) -> str:
+    """Return a table of the runs of a grid and the tokens that they take."""
+    rows = []
+    total = [0, 0]
+    for cell in cells(grid):
+        counts = tokens(grid, cell)
+        total = [have + more for have, more in zip(total, counts, strict=True)]
+        rows.append(
+            [cell.label.replace("{n}", str(cell.n)), ", ".join(cell.verifiers), *(f"{one / 1e6:.2f}" for one in counts)]
+        )
+    rows.append(["all", "", *(f"{one / 1e6:.2f}" for one in total)])
+    return format_table(["run", "verifiers", "M tokens sampled", "M tokens verified"], rows)
+
+
+def share_out(grid: Grid, part: str) -> list[Cell]:
+    """Return the runs of part "I/K": the largest first, each to the part that has least so far.
+
+    Raises
+    ------
+    SearchError
+        If it is no such text.
+    """
+    try:
+        index, count = map(int, part.split("/"))
+    except ValueError:
+        index, count = 0, 0
+    if not 1 <= index <= count:
+        raise SearchError(f"part: expected I/K with 1 <= I <= K, got {part!r}")
+    loads: list[float] = [0.0] * count
+    parts: list[list[Cell]] = [[] for _ in loads]
+    for cell in sorted(cells(grid), key=lambda cell: -sum(tokens(grid, cell))):
+        least = loads.index(min(loads))
+        loads[least] += sum(tokens(grid, cell)) + 1
+        parts[least].append(cell)
+    return parts[index - 1]
+
+
+def run_study(grid: Grid, out: str | Path, *, part: str = "1/1", progress: bool = True) -> list[Record]:
+    """Run a grid, or a part of it; what the folder's results already hold is not run again.
+
+    Parameters
+    ----------
+    grid : Grid
+        What to run.
+    out : str or Path
+        Folder of ``results-I.jsonl`` and ``manifest-I.json`` of each part.
+    part : str
+        ``"I/K"``: the parts may run at the same time, as processes of their own.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    list of Record
+        Of this part.
+    """
+    plan = share_out(grid, part)
+    name = part.split("/")[0]
+    results = Path(out) / f"results-{name}.jsonl"
+    tasks = make_tasks(grid.levels, grid.problems, grid.seed)
+    models = _Models()
+    records: list[Record] = []
+    for number, cell in enumerate(plan, start=1):
+        print(
+            f"[{number}/{len(plan)}] {cell.label.replace('{n}', str(cell.n))} {', '.join(cell.verifiers)}", flush=True
+        )
+        experiments = _experiments(grid, cell, models)
+        write_manifest(Path(out) / f"manifest-{name}.json", experiments, "demo problems", grid=str(grid))
+        records += evaluate(
+            tasks,
+            experiments,
+            results,
+            also=sorted(Path(out).glob("results*.jsonl")),
+            progress=progress,
+            max_in_flight=max(1, _BRANCHES_IN_FLIGHT // cell.n),
+        )
+    return records
+
+
+def _experiments(grid: Grid, cell: Cell, models: _Models) -> list[Experiment]:
+    config = replace(CONFIG, method=cell.method, n=cell.n, seed=grid.seed)
+    if cell.greedy:
+        config = replace(config, temperature=0.0)
+        return [Experiment(cell.label, config, models.policy(cell.policy), None, (cell.policy, ""))]
+    policy: Policy = models.policy(cell.policy)
+    if len(cell.verifiers) > 1:
+        policy = Memo(policy)
+    return [
+        Experiment(
+            cell.label,
+            replace(config, n=size),
+            policy,
+            models.verifier(name),
+            (cell.policy, name),
+            keep_trees=size <= 16,
+            nested=cell.nested,
+            timed=name == cell.verifiers[0],
+        )
+        for name, size in zip(cell.verifiers, _sizes(cell), strict=True)
+    ]
+
+
+class _Models:
+    """Demo models, loaded on use."""
+
+    def __init__(self) -> None:
+        self._policies: dict[str, Policy] = {}
+        self._verifiers: dict[str, Verifier] = {}
+
+    def policy(self, name: str) -> Policy:
+        from tts_search.policies.hf import HFPolicy
+
+        if name not in self._policies:
+            self._policies[name] = HFPolicy(str(MODELS_DIR / name))
+        return self._policies[name]
+
+    def verifier(self, name: str) -> Verifier:
+        from tts_search.verifiers.hf import HFVerifier
+
+        if name not in self._verifiers:
+            self._verifiers[name] = HFVerifier(str(MODELS_DIR / name))
+        return self._verifiers[name]
+
+
+class Memo:
+    """A policy that gives a sample it has given before again: several verifiers can read one sampling.
+
+    A sample is known by the problem's text, the steps before it, its seed and its parameters, which fix it. Usage is
+    that of the first time, or the part of it that the samples asked for now are of all.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._texts: dict[int, str] = {}
+        self._asked: set[int] = set()  # problems that the policy knows of
+        self._steps: dict[tuple[object, ...], Step] = {}
+        self._usage: dict[str, Usage] = {}
+        self._asked_for: dict[int, int] = {}  # samples of a problem in flight
+        self._sampled: dict[str, int] = {}
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem; the policy hears of it with the first request that is new."""
+        self._texts[problem] = text
+        self._asked_for[problem] = 0
+
+    def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
+        """Answer requests, those that hold anything new by the policy."""
+        for request in requests:
+            self._asked_for[request.problem] += len(request.children)
+        new = [request for request in requests if any(key not in self._steps for key in self._keys(request))]
+        for problem in sorted({request.problem for request in new} - self._asked):
+            self._policy.begin(problem, self._texts[problem])
+            self._asked.add(problem)
+        errors: dict[int, Exception] = {}
+        for request, reply in zip(new, self._policy.expand(new) if new else (), strict=True):
+            if isinstance(reply, Exception):
+                errors[id(request)] = reply
+            else:
+                self._steps.update(zip(self._keys(request), reply, strict=True))
+        return [errors.get(id(request)) or [self._steps[key] for key in self._keys(request)] for request in requests]
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget branches; samples are kept."""
+        if problem in self._asked:
+            self._policy.release(problem, branches)
+
+    def end(self, problem: int) -> Usage:
+        """Forget the problem and say what it cost when it was answered first."""
+        text, asked_for = self._texts.pop(problem), self._asked_for.pop(problem)
+        if problem in self._asked:
+            self._asked.remove(problem)
+            self._usage[text], self._sampled[text] = self._policy.end(problem), asked_for
+        return self._usage.get(text, Usage()).part(asked_for / max(1, self._sampled.get(text, asked_for)))
+
+    def _keys(self, request: Expand) -> list[tuple[object, ...]]:
+        text = self._texts[request.problem]
+        return [(text, request.steps, seed, request.params) for seed in request.seeds]

@@ -1,0 +1,1 @@
+"""Models in this process: loading, the decoder, its KV pool. Needs transformers."""

@@ -1,0 +1,245 @@
+"""What a local model looks like to a policy or a verifier: a decoder that runs packed rows over a paged KV pool.
+
+:class:`Decoder` is the seam. ``models/transformers.py`` implements it for every model with pluggable attention,
+``decoders/llama.py`` for the Llama family on a CPU; ``decoders/loading.py`` chooses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.models.device import refill, upload
+
+PAGE_SIZE: Final = 16
+DecoderKind = Literal["auto", "lean", "transformers"]
+_UNITS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """The sizes of a decoder that its KV pool, its plans and its cost follow from.
+
+    Attributes
+    ----------
+    num_layers, num_q_heads, num_kv_heads, head_dim : int
+        Of the attention; the same in every layer.
+    max_length : int
+        Longest sequence in tokens.
+    body_parameters, head_parameters : int
+        Weights that a token meets between its embedding and its last hidden state, and from there to logits.
+    """
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+    body_parameters: int
+    head_parameters: int
+
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one token holds in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    def flops(self, tokens: int, keys: int, logit_rows: int) -> float:
+        """Operations of a forward: 2 a weight and token, and q.k and p.v of each query head for each of ``keys``.
+
+        ``keys`` is the number of (token, key that it sees) pairs; a sliding window is not taken off.
+        """
+        attention = 4.0 * self.num_layers * self.num_q_heads * self.head_dim * keys
+        return 2.0 * (self.body_parameters * tokens + self.head_parameters * logit_rows) + attention
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One packed forward: the new tokens of many branches, branch after branch, T in all.
+
+    Attributes
+    ----------
+    tokens, positions : Tensor
+        [T] int64: token ids, and where they stand in their branch.
+    slots : Tensor
+        [T] int32: where the keys and values of the tokens go in the pool.
+    plan : AttentionPlan
+        The attention of these rows, the same for every layer.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    plan: tk.AttentionPlan
+
+
+class Decoder(Protocol):
+    """A causal language model whose keys and values live in a paged pool.
+
+    ``records`` says whether its forward on a GPU can be recorded: it reads no value there.
+    """
+
+    records: bool
+
+    @property
+    def shape(self) -> DecoderShape: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        """Run a batch; final hidden states [R, H] of the batch's ``rows`` [R] int64 (all of them if None)."""
+        ...
+
+    def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        """Run a batch; logits [R, V] of the batch's ``rows`` [R] int64 (all of them if None), and of no others."""
+        ...
+
+
+class KVPool:
+    """A KV forest and the tensors that its pages stand for.
+
+    Parameters
+    ----------
+    shape : DecoderShape
+        Sizes of the decoder.
+    num_pages, page_size : int
+        Of the pool; it holds ``num_pages * page_size`` tokens.
+    dtype, device
+        Of keys and values.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        num_pages: int,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape = shape
+        self.device = torch.device(device)
+        self.forest = tk.KVForest(num_pages, page_size)
+        self.kv = tk.KVCache(
+            shape.num_layers, num_pages, shape.num_kv_heads, shape.head_dim, page_size, dtype=dtype, device=device
+        )
+        self._tensors = [*self.kv.k, *self.kv.v]
+
+    def pack(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Batch:
+        """Append new tokens to forest branches (each named once, at least one token) and plan their forward.
+
+        Raises
+        ------
+        tts_kernels.OutOfPages
+            If the pool has too few pages left; nothing has changed then.
+        """
+        counts = [len(new) for new in tokens]
+        slots = self.append(branches, counts)
+        ends = [self.forest.length(branch) for branch in branches]
+        positions = itertools.chain.from_iterable(
+            range(end - count, end) for end, count in zip(ends, counts, strict=True)
+        )
+        return self.batch(branches, counts, list(itertools.chain.from_iterable(tokens)), list(positions), slots)
+
+    def append(self, branches: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Reserve slots [sum(counts)] for new tokens and copy the shared pages that they would write to."""
+        new = self.forest.append(branches, counts)
+        if new.copy_src.numel():
+            tk.copy_pages_(self._tensors, upload(new.copy_src, self.device), upload(new.copy_dst, self.device))
+        return new.slots
+
+    def batch(
+        self,
+        branches: Sequence[int],
+        counts: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        slots: Tensor,
+        out: Batch | None = None,
+    ) -> Batch:
+        """The packed forward of the last ``counts`` tokens of each branch.
+
+        With ``out``, an earlier batch of as many tokens, that one's tensors are filled again; ValueError, with nothing
+        written, if the plan does not fit.
+        """
+        plan = self.forest.plan(
+            branches,
+            counts,
+            num_q_heads=self.shape.num_q_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            device=self.device,
+            out=None if out is None else out.plan,
+        )
+        ids, places = torch.tensor(tokens, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        if out is None:
+            return Batch(upload(ids, self.device), upload(places, self.device), upload(slots, self.device), plan)
+        refill(out.tokens, ids)
+        refill(out.positions, places)
+        refill(out.slots, slots)
+        return out
+
+
+def pool_for(decoder: Decoder, kv_memory: int | str | None, page_size: int = PAGE_SIZE) -> KVPool:
+    """A pool for a decoder: of ``kv_memory`` bytes, else sized from its configuration.
+
+    By default it holds 64 sequences of full length, and takes at most a quarter of the memory that is free.
+
+    Raises
+    ------
+    ValueError
+        If ``kv_memory`` is no size, or too small for one page.
+    """
+    page_bytes = page_size * decoder.shape.kv_bytes(decoder.dtype)
+    if kv_memory is None:
+        wanted = 64 * -(-decoder.shape.max_length // page_size)
+        num_pages = max(1, min(wanted, _free_memory(decoder.device) // 4 // page_bytes))
+    else:
+        num_pages = parse_bytes(kv_memory) // page_bytes
+        if num_pages < 1:
+            raise ValueError(
+                f"kv_memory: expected room for one page of {page_size} tokens ({page_bytes} bytes), got {kv_memory!r}"
+            )
+    return KVPool(decoder.shape, num_pages, page_size, decoder.dtype, decoder.device)
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or text such as "512MiB", "2GB", "1.5 GiB".
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+
+    Examples
+    --------
+    >>> parse_bytes("2GiB")
+    2147483648
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", size.upper()) if isinstance(size, str) else None
+    )
+    if match is None or not float(match[1]):
+        raise ValueError(f"kv_memory: expected a number of bytes or a size such as '2GiB', got {size!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.get(match[2], 0))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30

@@ -1,0 +1,200 @@
+"""A lean decoder for the Llama family (Llama, Mistral, Qwen2, Qwen3) over packed weights and a KV forest::
+
+    x = embed[tokens]
+    x = x + o(attend(rope(qkv(norm(x)))))            in each layer
+    x = x + down(swiglu(gate_up(norm(x))))
+    hidden = norm(x), logits = lm_head(hidden)       for the rows that are asked for
+
+Weights are packed when the model is loaded, projections that read the same rows are one, a plan serves all layers, and
+all layers are one call (`tts_kernels.decoder_layers_`). Nothing mixes rows, except that attention reads the keys and
+values of a row's own branch; see `LlamaDecoder` for what follows from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.models.arena import Arena
+from tts_search.models.decoder import Batch, DecoderShape
+
+__all__ = ["LlamaConfig", "LlamaDecoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """What the weights of a model do not say.
+
+    Attributes
+    ----------
+    num_q_heads, num_kv_heads : int
+        Of every layer.
+    eps : float
+        Of every RMSNorm.
+    windows : tuple of (int or None)
+        Sliding window of each layer's attention; None: there is none.
+    cos_sin : Tensor
+        [max_length, D] float32: cosines of the rotary angles of a position, then sines, with the rope's scaling in it.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    eps: float
+    windows: tuple[int | None, ...]
+    cos_sin: Tensor
+
+
+class LlamaDecoder:
+    """A model of the Llama family as a :class:`tts_search.models.decoder.Decoder`.
+
+    On a CPU the linear layers, norms and rotations of a row do not depend on the other rows of a batch, to the bit;
+    attention does as far as the plan cuts a row's keys elsewhere in other company. A forward on a GPU asks nothing of
+    the host, so it can be recorded.
+
+    Parameters
+    ----------
+    config : LlamaConfig
+        Heads, windows, rope.
+    state : dict
+        The weights by their names in transformers, without the prefix ``"model."``. Taken out one by one as they are
+        packed, so that memory holds the model once. With an ``"lm_head.weight"`` there are logits.
+
+    Raises
+    ------
+    KeyError
+        If a weight is missing.
+    ValueError
+        If a tensor is left over: the model has a part that this decoder does not know.
+    """
+
+    records = True
+
+    def __init__(self, config: LlamaConfig, state: dict[str, Tensor]) -> None:
+        self.config = config
+        weights = _Weights(state)
+        # An embedding that is tied to the head is gathered from there: memory holds it once.
+        if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr():
+            del state["embed_tokens.weight"]
+        self._embedding = weights.find("embed_tokens.weight")
+        self._head = weights.packed("lm_head") if "lm_head.weight" in state else None
+        self._layers = tk.DecoderLayers([weights.layer(i, window) for i, window in enumerate(config.windows)])
+        self._norm = weights.take("norm.weight")
+        if state:
+            raise ValueError(f"state: expected the weights of a Llama, got {', '.join(sorted(state))} besides")
+        self.device, self.dtype = self._norm.device, self._norm.dtype
+        max_length, head_dim = config.cos_sin.shape
+        self.shape = DecoderShape(
+            num_layers=len(self._layers),
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=head_dim,
+            max_length=max_length,
+            body_parameters=sum(_size(layer) for layer in self._layers.layers) + self._norm.numel(),
+            head_parameters=0 if self._head is None else self._head.in_features * self._head.out_features,
+        )
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        """Final hidden states [R, H] of the batch's rows, behind the last norm."""
+        eps = self.config.eps
+        x = tk.decoder_layers_(
+            self._embed(batch.tokens),
+            self._layers,
+            kv.k,
+            kv.v,
+            batch.plan,
+            batch.positions,
+            self.config.cos_sin,
+            batch.slots,
+            eps=eps,
+            rows=rows,
+        )
+        return tk.rms_norm(x, self._norm, eps)[0]
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of the batch's rows.
+
+        Raises
+        ------
+        ValueError
+            If the model was loaded without its head.
+        """
+        if self._head is None:
+            raise ValueError("logits: this decoder was loaded without its LM head")
+        return tk.linear(self.hidden(batch, kv, rows), self._head)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [T, H] of tokens [T]."""
+        if self._embedding is not None:
+            return self._embedding.index_select(0, tokens)
+        assert self._head is not None
+        return _rows(self._head, tokens)
+
+
+def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
+    """Rows [R, K] of a packed weight."""
+    if packed.weight.dim() == 2:
+        return packed.weight.index_select(0, rows)
+    return packed.weight[rows // 16, :, rows % 16].flatten(1)[:, : packed.in_features]
+
+
+class _Weights:
+    """Takes tensors out of a state dict; on a CPU into memory of our own, as they may be views of a mapped file."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+        self.arena = Arena()
+
+    def take(self, name: str) -> Tensor:
+        return self._kept(self.state.pop(name).detach())
+
+    def find(self, name: str) -> Tensor | None:
+        return self.take(name) if name in self.state else None
+
+    def packed(self, *names: str) -> tk.PackedLinear:
+        """The projections of these names, which read the same rows, as one."""
+        packed = tk.pack_linear(self._joined("weight", names))
+        return replace(packed, weight=self._kept(packed.weight))
+
+    def bias(self, *names: str) -> Tensor | None:
+        """Their biases; all of them have one, or none."""
+        return self._kept(self._joined("bias", names)) if f"{names[0]}.bias" in self.state else None
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return self.arena.keep(tensor) if tensor.device.type == "cpu" else tensor.contiguous()
+
+    def _joined(self, part: str, names: Sequence[str]) -> Tensor:
+        parts = [self.state.pop(f"{name}.{part}").detach() for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def layer(self, number: int, window: int | None) -> tk.DecoderLayer:
+        layer = f"layers.{number}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        qkv, gate_up = [f"{attention}.{name}_proj" for name in "qkv"], [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        return tk.DecoderLayer(
+            input_norm=self.take(f"{layer}.input_layernorm.weight"),
+            qkv=self.packed(*qkv),
+            qkv_bias=self.bias(*qkv),
+            q_norm=self.find(f"{attention}.q_norm.weight"),
+            k_norm=self.find(f"{attention}.k_norm.weight"),
+            o=self.packed(f"{attention}.o_proj"),
+            o_bias=self.bias(f"{attention}.o_proj"),
+            post_norm=self.take(f"{layer}.post_attention_layernorm.weight"),
+            gate_up=self.packed(*gate_up),
+            gate_up_bias=self.bias(*gate_up),
+            down=self.packed(f"{mlp}.down_proj"),
+            down_bias=self.bias(f"{mlp}.down_proj"),
+            window=window,
+        )
+
+
+def _size(layer: tk.DecoderLayer) -> int:
+    """Weights of a layer, without what fills up its panels."""
+    parts = [getattr(layer, item.name) for item in fields(layer)]
+    packed = sum(part.in_features * part.out_features for part in parts if isinstance(part, tk.PackedLinear))
+    return packed + sum(part.numel() for part in parts if isinstance(part, Tensor))

@@ -1,0 +1,137 @@
+"""Which decoder runs a checkpoint: the lean one where it can, that of transformers for every other model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tts_search.models import transformers as adapter
+from tts_search.models.decoder import Decoder, DecoderKind
+from tts_search.models.llama import LlamaConfig, LlamaDecoder
+
+__all__ = ["lean_decoder", "llama_config", "load_decoder", "why_not_lean"]
+
+
+def _no_window(config: Any) -> list[int | None]:
+    return [None] * config.num_hidden_layers
+
+
+def _one_window(config: Any) -> list[int | None]:
+    return [config.sliding_window] * config.num_hidden_layers
+
+
+def _window_by_layer(config: Any) -> list[int | None]:
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+# What the configurations of the families say, each in its own way. Biases and the norms of heads (Qwen3) are known by
+# their weights. The models of a family in transformers are <name>Model and <name>ForCausalLM.
+_WINDOWS: Final[dict[str, Callable[[Any], list[int | None]]]] = {
+    "Llama": _no_window,
+    "Mistral": _one_window,
+    "Qwen2": _window_by_layer,
+    "Qwen3": _window_by_layer,
+}
+# Rotations whose angles depend on nothing but the position; others look at the length of the longest sequence.
+_ROPES: Final = ("default", "linear", "llama3", "yarn")
+_DEVICES: Final = ("cpu", "cuda", "xpu")
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_decoder(
+    path_or_id: str,
+    *,
+    causal_lm: bool = True,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    decoder: DecoderKind = "auto",
+) -> Decoder:
+    """Load a checkpoint (folder or hub id); ``causal_lm=False`` leaves its head out.
+
+    Parameters
+    ----------
+    path_or_id : str
+        What transformers loads: config and safetensors weights.
+    causal_lm : bool
+        Whether there will be logits.
+    dtype : torch.dtype or str or None
+        By default the checkpoint's.
+    device : torch.device or str or None
+        By default a GPU if there is one, else the CPU.
+    decoder : {"auto", "lean", "transformers"}
+        `LlamaDecoder`, `TransformersDecoder`, or by default the first wherever `why_not_lean` has nothing against it.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint lacks weights, the model can run over a forest in neither way, or ``"lean"`` was asked for
+        and is not possible; the message says why.
+    """
+    if decoder not in ("auto", "lean", "transformers"):
+        raise ValueError(f"decoder: expected 'auto', 'lean' or 'transformers', got {decoder!r}")
+    general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
+    reason = why_not_lean(general.model)
+    if decoder == "transformers" or (decoder == "auto" and reason is not None):
+        return general
+    if reason is not None:
+        raise ValueError(f"decoder: expected a model that the lean decoder can run, got one {reason}")
+    model = general.model
+    del general  # its weights go one by one
+    return lean_decoder(model)
+
+
+def why_not_lean(model: Any) -> str | None:
+    """What about a model of transformers keeps `LlamaDecoder` from running it; None if nothing does.
+
+    The rule: a model of Llama, Mistral, Qwen2 or Qwen3 or its causal LM, on the CPU or on one GPU, in float32,
+    bfloat16 or float16 throughout, not quantised, with SiLU and a rotation that depends on the position alone.
+    """
+    config, name = model.config, type(model).__name__
+    family = name.removesuffix("ForCausalLM").removesuffix("Model")
+    if family not in _WINDOWS:
+        return f"of class {name}, not of {', '.join(_WINDOWS)}"
+    if getattr(config, "quantization_config", None) is not None:
+        return "with quantised weights"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in _DEVICES:
+        return f"on {', '.join(sorted(map(str, devices)))}"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) != 1 or not dtypes <= {*_DTYPES}:
+        return f"of dtype {', '.join(sorted(map(str, dtypes)))}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"with hidden_act {config.hidden_act!r}"
+    rope = config.rope_parameters
+    if rope.get("rope_type") not in _ROPES or rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        return f"with the rotary embedding {rope}"
+    return None
+
+
+def lean_decoder(model: Any) -> LlamaDecoder:
+    """A `LlamaDecoder` with the weights of a model that `why_not_lean` passes; they are taken out of it."""
+    config = llama_config(model)
+    state: dict[str, Tensor] = {}
+    for module_name, module in model.named_modules():
+        for name in list(module._parameters):
+            if (parameter := module._parameters.pop(name)) is not None:
+                state[f"{module_name}.{name}".removeprefix("model.")] = parameter.detach()
+    return LlamaDecoder(config, state)
+
+
+def llama_config(model: Any) -> LlamaConfig:
+    """What the weights of a model of one of the families do not say."""
+    config, base = model.config, model.base_model
+    family = type(base).__name__.removesuffix("Model")
+    # In float32 whatever the model's dtype; the module knows every kind of scaling.
+    rotary = type(base.rotary_emb)(config)
+    cos, sin = rotary(torch.zeros(0), torch.arange(config.max_position_embeddings)[None])
+    half = cos.shape[-1] // 2
+    return LlamaConfig(
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        eps=config.rms_norm_eps,
+        windows=tuple(_WINDOWS[family](config)),
+        cos_sin=torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1).to(model.device),
+    )

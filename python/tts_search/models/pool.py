@@ -1,0 +1,438 @@
+"""Branches of many search trees over one KV pool: who has keys and values there, and what it takes to get them back.
+
+A `Branch` is the tokens that it adds to a part of its parent's path. Its KV may be released at any time and comes back
+by forwarding those tokens again, together with what its ancestors lack, in the same packed forward. So a search that
+does not fit the pool runs in smaller waves and returns what it would have returned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.models.decoder import Batch, KVPool
+from tts_search.models.device import upload
+from tts_search.models.meter import Meter
+
+if TYPE_CHECKING:
+    from tts_search.models.graphs import DecodeGraphs
+
+MAX_FORWARD_TOKENS: Final = 2048
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """The first ``start`` tokens of the parent's path, then ``tokens``.
+
+    Attributes
+    ----------
+    meter : Meter
+        Where its cost is counted.
+    parent : Branch or None
+    start : int
+        0 without a parent, and else at least the parent's own start.
+    tokens : list of int
+        Its own tokens; it grows at this end.
+    given : int
+        How many of `tokens` were not sampled but read (a prompt): they count as prefill.
+    marks : list of int
+        Positions in the path whose outputs are wanted, besides that of the last token.
+    kv, cached : int
+        Its forest branch while it has one, and how many tokens of the path have KV through it.
+    reached : int
+        The most tokens of the path that ever had KV; what is forwarded below that is forwarded again.
+    held : int
+        How many of `tokens` have KV that this branch or a descendant reads.
+    holders : set of Branch
+        The children that have KV or have such children: they read this branch's.
+    released : bool
+        Nobody asks for it any more; its descendants may.
+    used : int
+        When it was last forwarded.
+    """
+
+    meter: Meter
+    parent: Branch | None = field(default=None, repr=False)
+    start: int = 0
+    tokens: list[int] = field(default_factory=list)
+    given: int = 0
+    marks: list[int] = field(default_factory=list)
+    kv: int | None = None
+    cached: int = 0
+    reached: int = 0
+    held: int = 0
+    holders: set[Branch] = field(default_factory=set, repr=False)
+    released: bool = False
+    used: int = 0
+
+    def __post_init__(self) -> None:
+        self.reached = self.start
+
+    @property
+    def length(self) -> int:
+        """Tokens of its path."""
+        return self.start + len(self.tokens)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of its own that have no KV."""
+        have = self.cached if self.cached > self.start else self.start
+        return self.start + len(self.tokens) - have
+
+    def path(self) -> list[int]:
+        """All tokens from the root on."""
+        parts: list[list[int]] = []
+        node: Branch | None = self
+        end = self.length
+        while node is not None:
+            parts.append(node.tokens[: end - node.start])
+            end = node.start
+            node = node.parent
+        return list(itertools.chain.from_iterable(reversed(parts)))
+
+
+class PoolTooSmallError(RuntimeError):
+    """The pool cannot hold ``branch`` even with everything else released."""
+
+    def __init__(self, branch: Branch, pool_tokens: int) -> None:
+        super().__init__(
+            f"kv_memory: the KV pool of {pool_tokens} tokens is too small for one branch of {branch.length} tokens"
+        )
+        self.branch = branch
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What one forward got done.
+
+    Attributes
+    ----------
+    outputs : Tensor
+        [len(rows), ...]: what the model gave.
+    rows : list of (Branch, int)
+        The branch and the position in its path that each output is of: branch after branch in the order they were asked
+        for, the marked positions that were reached and, for those that are done, the last one.
+    done : list of Branch
+        Branches without pending tokens now, in the order they were asked for.
+    postponed : list of Branch
+        Branches that found no room and hold no KV now: they wait until others have finished.
+    """
+
+    outputs: Tensor
+    rows: list[tuple[Branch, int]]
+    done: list[Branch]
+    postponed: list[Branch]
+
+
+class BranchPool:
+    """Keeps the KV of as many branches as fit a pool; those used longest ago make room.
+
+    `forward` packs the branches that it is given, the first ones first. When pages run out it takes the KV of idle
+    branches, then puts the last of the given ones off. So the first one always gets on, and a caller who comes back
+    with those put off after the others have finished is done in a finite number of waves.
+
+    Parameters
+    ----------
+    pool : KVPool
+        Where the KV lives.
+    max_tokens : int
+        The most tokens of one forward; longer prompts are read in chunks.
+    graphs : DecodeGraphs or None
+        Runs the forwards that want logits of one new token of each branch.
+    """
+
+    def __init__(self, pool: KVPool, max_tokens: int = MAX_FORWARD_TOKENS, graphs: DecodeGraphs | None = None) -> None:
+        self.pool = pool
+        self.max_tokens = max_tokens
+        self.graphs = graphs
+        self._resident: dict[Branch, None] = {}
+        self._guests: set[Branch] = set()  # released ones that are back so that descendants can be forked from them
+        self._clock = 0
+
+    def forward(
+        self, branches: Sequence[Branch], model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool
+    ) -> Forwarded:
+        """Run the pending tokens of as many branches as fit into a forward and into the pool, the first ones first.
+
+        Parameters
+        ----------
+        branches : sequence of Branch
+            Each once, with at least one pending token. A branch whose ancestors lack KV takes their tokens along.
+        model : callable
+            The decoder's ``hidden`` or ``logits``.
+        head : bool
+            Whether it is the latter.
+
+        Raises
+        ------
+        PoolTooSmallError
+            If not even the first branch fits with everything else released.
+        """
+        self._clock += 1
+        active, postponed = list(branches), []
+        while True:
+            takes = self._choose(active)
+            try:
+                slots = self._place(takes)
+                break
+            except tk.OutOfPages:
+                if self._evict(active, takes):
+                    continue
+                if len(active) == 1:
+                    raise PoolTooSmallError(active[0], self.pool_tokens) from None
+                postponed.append(active.pop())
+                self._drop_kv(postponed[-1])
+        try:
+            done = [branch for branch in active if not branch.pending]
+            rows = [(branch, position) for branch in active for position in _reached(branch, takes.get(branch, 0))]
+            outputs = self._run(takes, slots, rows, model, self.graphs if head else None)
+        except BaseException:
+            for branch in takes:  # their slots were reserved but never written
+                self._drop_kv(branch)
+            raise
+        self._count(takes, rows if head else [])
+        self._dismiss_guests([branch for branch in active if branch.pending])
+        return Forwarded(outputs, rows, done, postponed[::-1])
+
+    def release(self, branches: Iterable[Branch]) -> None:
+        """Nobody asks for these branches any more; descendants keep what they read."""
+        for branch in branches:
+            branch.released = True
+            self._drop_kv(branch)
+
+    def hold(self, branch: Branch) -> None:
+        """Keep the parent's KV for a branch that has none of its own yet, whatever becomes of the parent."""
+        if branch.kv is None and branch.parent is not None and _is_ready(branch):
+            self._give_kv([branch], [branch.parent])
+
+    def close(self, meter: Meter) -> None:
+        """Release all branches of a problem."""
+        self.release([branch for branch in self._resident if branch.meter is meter])
+
+    def rewind(self, branch: Branch) -> None:
+        """Make the last token pending if it is not, so that a forward gives its output once more."""
+        self._truncate(branch, branch.length - 1)
+
+    def trim(self, branch: Branch, count: int) -> None:
+        """Keep the first ``count`` of a branch's own tokens."""
+        del branch.tokens[count:]
+        self._truncate(branch, branch.length)
+
+    def _truncate(self, branch: Branch, length: int) -> None:
+        branch.reached = min(branch.reached, length)
+        if branch.kv is not None and branch.cached > length:
+            self.pool.forest.truncate(branch.kv, length)
+            self._resize(branch, length)
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the pool has room for."""
+        return int(self.pool.kv.k[0].shape[0]) * self.pool.forest.page_size
+
+    def _dismiss_guests(self, waiting: Sequence[Branch]) -> None:
+        """Let go of released branches that are back, unless one of ``waiting`` is still to be forked from them."""
+        if not self._guests:
+            return
+        needed = {node for branch in waiting for node in self._incomplete(branch)}
+        needed |= {node.parent for node in needed if node.kv is None and node.parent is not None}
+        for guest in [guest for guest in self._guests if guest.holders and guest not in needed]:
+            self._drop_kv(guest)
+
+    def _choose(self, active: Sequence[Branch]) -> dict[Branch, int]:
+        """How many tokens each branch forwards now, ancestors before descendants, within the token budget."""
+        takes: dict[Branch, int] = {}
+        budget = self.max_tokens
+        for branch in active:
+            for node in self._incomplete(branch):
+                if node not in takes and budget > 0 and not self._reads_unwritten_page(node, takes):
+                    takes[node] = min(node.pending, budget)
+                    budget -= takes[node]
+                if takes.get(node, 0) < node.pending:
+                    break
+            if budget <= 0:
+                break
+        return takes
+
+    def _incomplete(self, branch: Branch) -> list[Branch]:
+        """A branch and its ancestors, from the first one that lacks KV down."""
+        nodes = [branch]
+        while nodes[-1].kv is None and (parent := nodes[-1].parent) is not None:
+            if parent.kv is None and parent.holders:
+                self._restore(parent)
+            if parent.kv is not None and parent.cached >= nodes[-1].start:
+                break
+            nodes.append(parent)
+        return nodes[::-1]
+
+    def _reads_unwritten_page(self, node: Branch, takes: dict[Branch, int]) -> bool:
+        """Whether a branch would copy a page that its parent is to write in this very forward."""
+        return node.kv is None and node.parent in takes and node.start % self.pool.forest.page_size != 0
+
+    def _restore(self, node: Branch) -> None:
+        """Take a released branch's KV back from a descendant that still reads it."""
+        donor = node
+        while donor.kv is None:
+            donor = max(donor.holders, key=lambda child: child.start)
+        self._give_kv([node], [donor], node.start + node.held)
+
+    def _place(self, takes: dict[Branch, int]) -> Tensor:
+        """Give each branch its forest branch and slots [sum(takes)], in the order that ``takes`` has then.
+
+        All or nothing: after `tts_kernels.OutOfPages` everything is as before.
+        """
+        born: list[Branch] = []
+        grown: list[Branch] = []
+        slots: list[Tensor] = []
+        todo = list(takes)
+        try:
+            while todo:  # level by level of the tree: a branch is forked from a parent that has its slots
+                ready = [node for node in todo if node.kv is not None or _is_ready(node)]
+                new = [node for node in ready if node.kv is None]
+                self._give_kv(new, [node.parent for node in new])
+                born += new
+                slots.append(self.pool.append([_kv(node) for node in ready], [takes[node] for node in ready]))
+                for node in ready:
+                    self._resize(node, node.cached + takes[node])
+                grown += ready
+                placed = set(ready)
+                todo = [node for node in todo if node not in placed]
+        except tk.OutOfPages:
+            for node in reversed(grown):
+                self.pool.forest.truncate(_kv(node), node.cached - takes[node])
+                self._resize(node, node.cached - takes[node])
+            for node in reversed(born):
+                self._drop_kv(node)
+            raise
+        if len(slots) == 1:
+            return slots[0]
+        for node in grown:
+            takes[node] = takes.pop(node)
+        return torch.cat(slots)
+
+    def _run(
+        self,
+        takes: dict[Branch, int],
+        slots: Tensor,
+        rows: list[tuple[Branch, int]],
+        model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor],
+        graphs: DecodeGraphs | None,
+    ) -> Tensor:
+        """Forward ``takes``; the outputs of ``rows``."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        offset: dict[Branch, int] = {}  # row of a branch's token, less the token's position
+        for node, take in takes.items():
+            offset[node] = len(tokens) - (node.cached - take)
+            if take == 1:  # decode
+                tokens.append(node.tokens[node.cached - node.start - 1])
+                positions.append(node.cached - 1)
+            else:
+                begin = node.cached - take
+                tokens += node.tokens[begin - node.start : node.cached - node.start]
+                positions += range(begin, node.cached)
+        branches = [_kv(node) for node in takes]
+        wanted = [offset[branch] + position for branch, position in rows]
+        all_in_order = wanted == list(range(len(tokens)))
+        if graphs is not None and all_in_order and len(tokens) == len(branches):
+            logits = graphs.logits(branches, tokens, positions, slots)
+            if logits is not None:
+                return logits
+        batch = self.pool.batch(branches, list(takes.values()), tokens, positions, slots)
+        chosen = None if all_in_order else upload(torch.tensor(wanted, dtype=torch.int64), self.pool.device)
+        return model(batch, self.pool.kv, chosen)
+
+    def _count(self, takes: dict[Branch, int], logit_rows: Sequence[tuple[Branch, int]]) -> None:
+        """Enter a forward that was run in the books."""
+        for node, take in takes.items():
+            meter, begin, end = node.meter, node.cached - take, node.cached
+            again = max(0, min(end, node.reached) - begin)
+            prompt = max(0, min(end, node.start + node.given) - begin - again)
+            node.reached = max(node.reached, end)
+            node.used = self._clock
+            meter.recomputed += again
+            meter.prompt += prompt
+            meter.read += take - again - prompt
+            meter.keys += take * begin + take * (take + 1) // 2
+            meter.peak_unique = max(meter.peak_unique, meter.unique)
+            meter.peak_logical = max(meter.peak_logical, meter.logical)
+        for node, _ in logit_rows:
+            node.meter.logit_rows += 1
+
+    def _evict(self, active: Sequence[Branch], takes: dict[Branch, int]) -> bool:
+        """Take the KV of an idle branch; False if there is none.
+
+        First those that nobody builds on, the one used longest ago; then ancestors, whose KV descendants share but for
+        pages that were not full.
+        """
+        busy = {*active, *takes, *(node.parent for node in takes if node.kv is None)}
+        idle = [node for node in self._resident if node not in busy]
+        if not idle:
+            return False
+        self._drop_kv(min(idle, key=lambda node: (bool(node.holders), node.used)))
+        return True
+
+    def _give_kv(self, nodes: Sequence[Branch], sources: Sequence[Branch | None], length: int | None = None) -> None:
+        """Fork the KV of ``sources`` for ``nodes`` (a root for None), cut to ``length`` or to where a node starts."""
+        forest = self.pool.forest
+        forks = iter(forest.fork([_kv(source) for source in sources if source is not None]))
+        for node, source in zip(nodes, sources, strict=True):
+            node.kv = forest.add_root() if source is None else next(forks)
+            size = node.start if length is None else length
+            if source is not None and source.cached > size:
+                forest.truncate(node.kv, size)
+            self._resident[node] = None
+            if node.released:
+                self._guests.add(node)
+            if node.parent is not None:
+                node.parent.holders.add(node)
+            self._resize(node, size)
+
+    def _drop_kv(self, node: Branch) -> None:
+        """Free a branch's KV; what descendants read stays."""
+        if node.kv is None:
+            return
+        self.pool.forest.free([node.kv])
+        del self._resident[node]
+        self._guests.discard(node)
+        node.kv = None
+        self._resize(node, 0)
+
+    def _resize(self, node: Branch, cached: int) -> None:
+        """Set the tokens that have KV through ``node``, and what that changes in the books of its lineage."""
+        node.meter.logical += cached - node.cached
+        node.cached = cached
+        lower: Branch | None = node
+        while lower is not None:
+            held = max(lower.cached, *(child.start for child in lower.holders), lower.start) - lower.start
+            lower.meter.unique += held - lower.held
+            lower.held = held
+            parent = lower.parent
+            if lower.kv is not None or lower.holders or parent is None:
+                return
+            parent.holders.discard(lower)
+            lower = parent if parent.kv is None else None
+
+
+def _is_ready(node: Branch) -> bool:
+    """Whether a branch without KV can be forked from its parent now."""
+    parent = node.parent
+    return parent is None or (parent.kv is not None and parent.cached >= node.start)
+
+
+def _reached(branch: Branch, take: int) -> list[int]:
+    """The positions among a branch's last ``take`` ones whose outputs are wanted."""
+    if take == 1 and not branch.marks:  # decode
+        return [] if branch.pending else [branch.length - 1]
+    begin, end, last = branch.cached - take, branch.cached, branch.length - 1
+    return [position for position in sorted({*branch.marks, last}) if begin <= position < end]
+
+
+def _kv(node: Branch) -> int:
+    assert node.kv is not None, "a branch without KV was used as if it had some"
+    return node.kv

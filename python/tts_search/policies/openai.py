@@ -1,0 +1,297 @@
+"""A policy over any server that speaks OpenAI's API: vLLM, SGLang, llama.cpp, OpenAI itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+from tts_search.errors import require
+from tts_search.policies.text import TextPolicy
+from tts_search.search.types import Step, StepRequest
+
+__all__ = ["OpenAIPolicy", "ServerError"]
+
+T = TypeVar("T")
+# How vLLM and SGLang call the field that holds the text at which a choice stopped; null, or a token, at the end of the
+# answer. Others say "stop" in both cases.
+_STOPPED_AT: Final = ("stop_reason", "matched_stop")
+_SEED_BITS: Final = 31  # some servers keep seeds in 32 bits
+_CONTINUE: Final = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+class ServerError(RuntimeError):
+    """A server gave no answer, or none that can be used."""
+
+
+class OpenAIPolicy(TextPolicy):
+    r"""Samples steps from a server with OpenAI's API.
+
+    The children of a branch are the samples of one request (``n``), all requests of a round are sent at once, and the
+    server finds their common prefix in its cache. A step ends at the delimiter (``stop``). Where a server does not say
+    whether it stopped there or at the end of the answer, and only then, the policy reads the text as it is generated,
+    one request a child, and hangs up at the delimiter.
+
+    Requests that fail for reasons that may pass (no connection, a timeout, status 408, 409, 429 or 5xx, an answer that
+    is cut or garbled) are sent again, with exponential backoff or when the server says. What fails for good fails its
+    problem alone.
+
+    Parameters
+    ----------
+    model : str
+        The model's name on the server.
+    base_url : str or None
+        Such as ``"http://localhost:8000/v1"``; by default OpenAI's own.
+    endpoint : {"chat", "completions"}
+        ``"chat"`` sends messages and the steps so far as the beginning of the assistant's. ``"completions"`` sends
+        `template` and the steps.
+    system_prompt : str or None
+        The system message; with ``"completions"`` put it into the template.
+    template : str or callable
+        For ``"completions"``: text in which ``{problem}`` is replaced, or a function from a problem to a prompt (a
+        tokenizer's ``apply_chat_template``, say).
+    api_key_env : str
+        The environment variable that holds the key; a server of one's own needs none.
+    concurrency : int
+        Requests under way at once.
+    timeout : float
+        Seconds for one try of a request.
+    max_retries : int
+        Tries after the first.
+    samples_per_request : int or None
+        At most so many samples of one request, each request with the seed of its first child; 1 gives every child a
+        request with its own seed. By default all children of a branch.
+    logprobs : bool
+        Ask for log-probabilities: they fill in ``Step.logprob`` and count tokens. Without them a step of one sample is
+        counted by the server's usage, others as 0.
+    extra_body : mapping or None
+        Further fields of every request.
+    continue_body : mapping
+        Further fields of a chat request whose last message is to be continued; those of vLLM and SGLang by default.
+
+    Raises
+    ------
+    MissingExtraError
+        Without the package openai.
+    ValueError
+        For options that cannot be, or without a key where one is needed.
+
+    Examples
+    --------
+    >>> policy = OpenAIPolicy("Qwen/Qwen2.5-1.5B-Instruct", base_url="http://localhost:8000/v1")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        endpoint: Literal["chat", "completions"] = "chat",
+        system_prompt: str | None = None,
+        template: str | Callable[[str], str] = "{problem}\n\n",
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        max_retries: int = 4,
+        samples_per_request: int | None = None,
+        logprobs: bool = True,
+        extra_body: Mapping[str, Any] | None = None,
+        continue_body: Mapping[str, Any] = _CONTINUE,
+    ) -> None:
+        super().__init__(self._answer)
+        if endpoint not in ("chat", "completions"):
+            raise ValueError(f'endpoint: expected "chat" or "completions", got {endpoint!r}')
+        for name, value, least in (
+            ("concurrency", concurrency, 1),
+            ("max_retries", max_retries, 0),
+            ("samples_per_request", 1 if samples_per_request is None else samples_per_request, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+        self._openai = require("openai", "openai")
+        key = os.environ.get(api_key_env)
+        if not key and base_url is None:
+            raise ValueError(f"api_key_env: expected a key in the environment variable {api_key_env}, found none")
+        self.model = model
+        self.endpoint = endpoint
+        self.system_prompt = system_prompt
+        self.template = template
+        self.samples_per_request = samples_per_request
+        self.logprobs = logprobs
+        self.max_retries = max_retries
+        self.extra_body = dict(extra_body or {})
+        self.continue_body = dict(continue_body)
+        self._client = self._openai.AsyncOpenAI(
+            api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=max_retries
+        )
+        self._slots = asyncio.Semaphore(concurrency)
+        self._says_where: bool | None = None  # whether the server says what it stopped at; None: not known yet
+
+    async def _answer(self, requests: list[StepRequest]) -> list[Any]:
+        """The function of a `TextPolicy`: a list of steps for each request, or why there is none."""
+        return list(await asyncio.gather(*(self._children(request) for request in requests)))
+
+    async def _children(self, request: StepRequest) -> list[Step] | ServerError:
+        width = self.samples_per_request or request.num_samples
+        parts = [request.seeds[i : i + width] for i in range(0, request.num_samples, width)]
+        try:
+            steps = await asyncio.gather(*(self._samples(request, seeds) for seeds in parts))
+        except ServerError as error:
+            return error
+        return [step for part in steps for step in part]
+
+    async def _samples(self, request: StepRequest, seeds: tuple[int, ...]) -> list[Step]:
+        """A step for each seed."""
+        if request.params.delimiter is None or self._says_where is not False:
+            steps = await self._tried(partial(self._at_once, request, seeds))
+            if steps is not None:
+                missing = seeds[len(steps) :]  # of a server that does not know n
+                rest = await asyncio.gather(*(self._samples(request, (seed,)) for seed in missing))
+                return [*steps, *(step for part in rest for step in part)]
+        return list(await asyncio.gather(*(self._tried(partial(self._read, request, seed)) for seed in seeds)))
+
+    async def _at_once(self, request: StepRequest, seeds: tuple[int, ...]) -> list[Step] | None:
+        """The steps of one request; None if the server does not say where they stopped."""
+        async with self._slots:
+            response = await self._create(request, seeds[0], n=len(seeds), stop=request.params.delimiter)
+        choices = sorted(response.choices, key=lambda choice: choice.index)[: len(seeds)]
+        if not choices:
+            raise ValueError("an answer without choices")
+        stopped = [self._stopped(choice, request.params.delimiter) for choice in choices]
+        if None in stopped:
+            self._says_where = False
+            return None
+        usage = response.usage.completion_tokens if response.usage and len(choices) == 1 else 0
+        return [
+            _step(self._text(choice), at, choice.finish_reason, *_counted(choice, usage), request.params.delimiter)
+            for choice, at in zip(choices, stopped, strict=True)
+        ]
+
+    async def _read(self, request: StepRequest, seed: int) -> Step:
+        """One step, read as it is generated: it ends at the delimiter, or where the answer does."""
+        async with self._slots:
+            return await self._read_stream(request, seed)
+
+    async def _read_stream(self, request: StepRequest, seed: int) -> Step:
+        text, reason, tokens, logprob = "", None, 0, 0.0
+        delimiter = request.params.delimiter or ""
+        stream = await self._create(request, seed, n=1, stop=None, stream=True)
+        try:
+            async with stream:
+                async for chunk in stream:
+                    if not chunk.choices:
+                        continue
+                    choice = chunk.choices[0]
+                    text += self._text(choice)
+                    reason = choice.finish_reason or reason
+                    count, own = _counted(choice, 1 if self._text(choice) else 0)
+                    tokens, logprob = tokens + count, logprob + (own or 0.0)
+                    at = text.find(delimiter, len(text) - len(text.lstrip()) + 1)
+                    if at >= 0:
+                        known = logprob if self.logprobs else None
+                        return Step(text[: at + len(delimiter)], False, tokens, known, "stop")
+        except self._openai.APIConnectionError as error:  # which the client does not try again any more
+            raise ConnectionError(f"the stream broke off: {error}") from error
+        if reason is None:
+            raise ConnectionError("the stream ended without a finish_reason")
+        return _step(text, False, reason, tokens, logprob if self.logprobs else None, None)
+
+    async def _create(self, request: StepRequest, seed: int, *, stop: str | None, **options: Any) -> Any:
+        """Send one request, in the form of the endpoint."""
+        params = request.params
+        so_far = "".join(request.steps)
+        body = dict(self.extra_body)
+        if params.top_k:
+            body["top_k"] = params.top_k
+        options.update(
+            model=self.model,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            max_tokens=params.max_tokens,
+            seed=seed % 2**_SEED_BITS,
+        )
+        if stop is not None:
+            options["stop"] = [stop]
+        if self.endpoint == "completions":
+            if self.logprobs:
+                options["logprobs"] = 0
+            prompt = self._prompt(request.problem) + so_far
+            return await self._client.completions.create(prompt=prompt, extra_body=body, **options)
+        if self.logprobs:
+            options["logprobs"] = True
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        messages.append({"role": "user", "content": request.problem})
+        if so_far:
+            messages.append({"role": "assistant", "content": so_far})
+            body = {**self.continue_body, **body}
+        return await self._client.chat.completions.create(messages=messages, extra_body=body, **options)
+
+    def _prompt(self, problem: str) -> str:
+        return self.template.replace("{problem}", problem) if isinstance(self.template, str) else self.template(problem)
+
+    async def _tried(self, send: Callable[[], Awaitable[T]]) -> T:
+        """What ``send`` gives; the client tries again by itself where the server refuses, here where it breaks off."""
+        for attempt in range(self.max_retries + 1):
+            try:
+                return await send()
+            except self._openai.APIStatusError as error:
+                raise ServerError(f"{self._client.base_url}: status {error.status_code}: {_short(error)}") from error
+            except self._openai.APIConnectionError as error:  # timeouts too
+                tries = f"after {self.max_retries + 1} tries" if self.max_retries else "at the only try"
+                raise ServerError(f"{self._client.base_url}: {_short(error)} {tries}") from error
+            except ServerError:
+                raise
+            except Exception as error:
+                if attempt == self.max_retries:
+                    raise ServerError(
+                        f"{self._client.base_url}: expected an answer of OpenAI's API, got {type(error).__name__}: "
+                        f"{_short(error)}"
+                    ) from error
+                await asyncio.sleep(min(0.5 * 2**attempt, 8.0))
+        raise AssertionError
+
+    def _text(self, choice: Any) -> str:
+        if self.endpoint == "completions":
+            return choice.text or ""
+        message = choice.delta if hasattr(choice, "delta") else choice.message
+        return message.content or ""
+
+    def _stopped(self, choice: Any, delimiter: str | None) -> bool | None:
+        """Whether a choice stopped at the delimiter; None if the server does not say."""
+        if choice.finish_reason != "stop" or delimiter is None:
+            return False
+        extra = choice.model_extra or {}
+        if field := next((name for name in _STOPPED_AT if name in extra), None):
+            self._says_where = True
+            return bool(extra[field] == delimiter)
+        return False if self._says_where else None
+
+
+def _step(
+    text: str, at_delimiter: bool | None, finish: str | None, tokens: int, logprob: float | None, delimiter: str | None
+) -> Step:
+    if at_delimiter:
+        assert delimiter is not None
+        return Step(text if text.endswith(delimiter) else text + delimiter, False, tokens, logprob, "stop")
+    if finish == "stop":
+        return Step(text, True, tokens, logprob, "eos")
+    if finish == "length":
+        return Step(text, not text, tokens, logprob, "length")
+    raise ServerError(f'finish_reason: expected "stop" or "length", got {finish!r}')
+
+
+def _counted(choice: Any, otherwise: int) -> tuple[int, float | None]:
+    """Tokens of a choice and the sum of their log-probabilities, if the server says them."""
+    found = choice.logprobs
+    values = None if found is None else getattr(found, "token_logprobs", None)
+    if values is None and found is not None and getattr(found, "content", None) is not None:
+        values = [token.logprob for token in found.content]
+    if values is None:
+        return otherwise, None
+    return len(values), float(sum(value for value in values if value is not None))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,190 @@
+"""Policies and verifiers made of a function over text: a server's API, a script, another framework."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from tts_search.search.protocol import Expand, Score, Usage
+from tts_search.search.types import Step, StepRequest
+
+__all__ = ["TextPolicy", "TextVerifier"]
+
+T = TypeVar("T")
+PolicyFn = Callable[[list[StepRequest]], "Sequence[Sequence[Step]] | Awaitable[Sequence[Sequence[Step]]]"]
+VerifierFn = Callable[
+    [list[tuple[str, tuple[str, ...]]]], "Sequence[Sequence[float]] | Awaitable[Sequence[Sequence[float]]]"
+]
+
+
+class _TextDriver:
+    """What both have in common: the problems' texts, and calling the function."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        if not callable(fn):
+            raise TypeError(f"fn: expected a function, got {fn!r:.200}")
+        self._fn = fn
+        self._texts: dict[int, str] = {}
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem.
+
+        Raises
+        ------
+        ValueError
+            If the number belongs to a problem in flight.
+        """
+        if problem in self._texts:
+            raise ValueError(f"problem {problem} is in flight: a {type(self).__name__} serves one search at a time")
+        self._texts[problem] = text
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Do nothing: a function over text keeps no branches."""
+
+    def _ask(self, problems: Sequence[int], items: list[Any]) -> list[Any]:
+        """Call the function once for all; if that fails, once for each problem, so that only the culprit's fails."""
+        try:
+            return _call(self._fn, items)
+        except Exception as error:
+            if len(set(problems)) == 1:
+                return [error] * len(items)
+        answers: list[Any] = [None] * len(items)
+        for problem in dict.fromkeys(problems):
+            own = [index for index, other in enumerate(problems) if other == problem]
+            for index, answer in zip(own, self._ask([problem] * len(own), [items[i] for i in own]), strict=True):
+                answers[index] = answer
+        return answers
+
+
+class TextPolicy(_TextDriver):
+    """A policy made of a function from requests to steps.
+
+    Parameters
+    ----------
+    fn : callable
+        ``fn(requests: list[StepRequest]) -> list[list[Step]]``, one list a request, ``num_samples`` steps in it; sync
+        or async. It is called once a round for all problems in flight. If it raises, it is called once more for each
+        problem, and those whose call raises again fail.
+
+    Raises
+    ------
+    TypeError
+        If `fn` is no function.
+
+    Examples
+    --------
+    >>> policy = TextPolicy(lambda requests: [[Step("42", finished=True)] * r.num_samples for r in requests])
+    """
+
+    def __init__(self, fn: PolicyFn) -> None:
+        super().__init__(fn)
+        self._tokens: dict[int, int] = {}
+
+    def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
+        """Answer requests of any number of problems by one call of the function."""
+        items = [
+            StepRequest(
+                self._texts[request.problem],
+                request.steps,
+                len(request.children),
+                request.branch,
+                request.seeds,
+                request.params,
+            )
+            for request in requests
+        ]
+        answers = self._ask([request.problem for request in requests], items)
+        for request, steps in zip(requests, answers, strict=True):
+            if not isinstance(steps, Exception):
+                tokens = sum(step.num_tokens for step in steps if isinstance(step, Step))
+                self._tokens[request.problem] = self._tokens.get(request.problem, 0) + tokens
+        return answers
+
+    def end(self, problem: int) -> Usage:
+        """Forget the problem; it cost the tokens that its steps say."""
+        self._texts.pop(problem, None)
+        return Usage(tokens=self._tokens.pop(problem, 0))
+
+
+class TextVerifier(_TextDriver):
+    """A verifier made of a function from texts to scores.
+
+    Parameters
+    ----------
+    fn : callable
+        ``fn(branches: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]``: for each (problem, steps) one score a
+        step; sync or async. Called as the function of a :class:`TextPolicy` is. A search asks about a text once,
+        however many of its branches have it.
+
+    Raises
+    ------
+    TypeError
+        If `fn` is no function.
+
+    Examples
+    --------
+    >>> verifier = TextVerifier(lambda branches: [[0.5] * len(steps) for _, steps in branches])
+    """
+
+    def __init__(self, fn: VerifierFn) -> None:
+        super().__init__(fn)
+
+    def score(self, requests: Sequence[Score]) -> Sequence[Sequence[float] | Exception]:
+        """Answer requests of any number of problems by one call of the function."""
+        items = [(self._texts[request.problem], request.steps + request.lookahead) for request in requests]
+        return self._ask([request.problem for request in requests], items)
+
+    def end(self, problem: int) -> Usage:
+        """Forget the problem; what it cost is not known."""
+        self._texts.pop(problem, None)
+        return Usage()
+
+
+def _call(fn: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
+    target = fn if inspect.isroutine(fn) else getattr(fn, "__call__", fn)  # noqa: B004
+    is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(target)
+    answers = fn(items)
+    if is_async or inspect.isawaitable(answers):
+        answers = _wait_for(answers)
+    answers = list(answers)
+    if len(answers) != len(items):
+        raise ValueError(f"fn: expected {len(items)} lists, one a request, got {len(answers)}")
+    return answers
+
+
+class _Loop:
+    """An event loop in a thread of its own, one for the process.
+
+    It works inside a running loop (a notebook, a server), and a client that is bound to its loop works in every round.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def get(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None or self._thread is None or not self._thread.is_alive():  # not alive: after a fork
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="tts_search", daemon=True)
+                self._thread.start()
+            return self._loop
+
+
+_LOOP = _Loop()
+
+
+def _wait_for(awaitable: Awaitable[T]) -> T:
+    async def run() -> T:
+        return await awaitable
+
+    future = asyncio.run_coroutine_threadsafe(run(), _LOOP.get())
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C
+        future.cancel()
+        raise

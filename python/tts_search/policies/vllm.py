@@ -1,0 +1,188 @@
+"""A policy over vLLM in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tts_search.errors import require
+from tts_search.policies.prompt import prompt_of
+from tts_search.search.protocol import Expand, Usage
+from tts_search.search.types import Step
+
+__all__ = ["VLLMPolicy"]
+
+
+class VLLMPolicy:
+    r"""Samples steps with vLLM's engine.
+
+    A round is one call of the engine: a request for each branch, with its children as ``n`` samples. A branch is
+    continued from the tokens that were generated, not from its text, so vLLM's prefix cache holds all of it but the
+    last partly filled block. The engine takes its own memory, and knows nothing of released branches: it evicts what
+    was used longest ago.
+
+    Parameters
+    ----------
+    model : str or vllm.LLM
+        Folder or hub id of a checkpoint, or an engine that runs already.
+    system_prompt : str or None
+        The system message before the problem; by default none.
+    **engine
+        Options of ``vllm.LLM`` (``dtype=``, ``gpu_memory_utilization=``, ``max_model_len=``, ...). Prefix caching is on
+        unless switched off here, and on a CPU chunked prefill off (0.32 fails there on a chunk with a seed).
+
+    Raises
+    ------
+    MissingExtraError
+        Without vllm.
+    TypeError
+        For engine options beside an engine that runs already.
+
+    Notes
+    -----
+    The children of a branch are drawn from the first child's seed, so a search repeats itself as far as vLLM's logits
+    do. A step ends where vLLM finds the delimiter: the last token may hold more characters than the step's text, and
+    the branch goes on from the whole token.
+
+    Examples
+    --------
+    >>> policy = VLLMPolicy("Qwen/Qwen2.5-1.5B-Instruct", gpu_memory_utilization=0.5)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any, *, system_prompt: str | None = None, **engine: Any) -> None:
+        self._vllm = require("vllm", "vllm")
+        if isinstance(model, str):
+            model = self._vllm.LLM(model, **{"enable_prefix_caching": True, **_for_platform(), **engine})
+        elif engine:
+            raise TypeError(f"{', '.join(engine)}: expected no options of the engine beside one that runs already")
+        self.engine = model
+        self.system_prompt = system_prompt
+        self.tokenizer = model.get_tokenizer()
+        self.max_length: int = model.llm_engine.model_config.max_model_len
+        self._problems: dict[int, _Problem] = {}
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem. Its prompt is read with the first step.
+
+        Raises
+        ------
+        ValueError
+            If the number belongs to a problem in flight.
+        """
+        if problem in self._problems:
+            raise ValueError(f"problem {problem} is in flight: a VLLMPolicy serves one search at a time")
+        self._problems[problem] = _Problem(self._encode(self._prompt(text)))
+
+    def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
+        """Answer requests of any number of problems by one call of the engine.
+
+        The answer to a request whose branch leaves no room in the model's context is an exception.
+        """
+        answers: list[list[Step] | Exception] = [[] for _ in requests]
+        prompts: list[list[int]] = []
+        sent: list[int] = []
+        for index, request in enumerate(requests):
+            tokens = self._tokens(request)
+            if len(tokens) >= self.max_length:
+                answers[index] = ValueError(
+                    f"a branch of {len(tokens)} tokens leaves no room in the model's context of {self.max_length}"
+                )
+            elif request.children:
+                prompts.append(tokens)
+                sent.append(index)
+        if not sent:
+            return answers
+        params = [self._params(requests[i], len(prompt)) for i, prompt in zip(sent, prompts, strict=True)]
+        outputs = self.engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        for index, prompt, output in zip(sent, prompts, outputs, strict=True):
+            answers[index] = self._steps(requests[index], prompt, output)
+        return answers
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget branches."""
+        for branch in branches:
+            self._problems[problem].nodes.pop(branch, None)
+
+    def end(self, problem: int) -> Usage:
+        """Forget the problem; what it cost, as far as the engine says."""
+        state = self._problems.pop(problem)
+        return Usage(
+            tokens=state.sampled,
+            prefill_tokens=min(state.read, len(state.prompt)),
+            recomputed_tokens=max(0, state.read - len(state.prompt)),
+        )
+
+    def _prompt(self, text: str) -> str:
+        return prompt_of(text, self.system_prompt, self.tokenizer)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _tokens(self, request: Expand) -> list[int]:
+        """The tokens to continue: those that this policy generated, or the steps' text read anew."""
+        state = self._problems[request.problem]
+        text = "".join(request.steps)
+        node = state.nodes.get(request.branch)
+        if node is None or node.text != text:
+            node = state.nodes[request.branch] = _Node(text, self._encode(text) if text else [])
+        return state.prompt + node.tokens
+
+    def _params(self, request: Expand, length: int) -> Any:
+        params = request.params
+        return self._vllm.SamplingParams(
+            n=len(request.children),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=min(params.max_tokens, self.max_length - length),
+            stop=None if params.delimiter is None else [params.delimiter],
+            include_stop_str_in_output=True,
+            seed=request.seeds[0] % 2**62,
+            logprobs=0,
+        )
+
+    def _steps(self, request: Expand, prompt: list[int], output: Any) -> list[Step] | Exception:
+        state = self._problems[request.problem]
+        state.read += len(prompt) - (output.num_cached_tokens or 0)
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        if len(samples) != len(request.children):
+            return RuntimeError(f"vLLM: expected {len(request.children)} samples, got {len(samples)}")
+        steps = [self._step(request, len(prompt), sample) for sample in samples]
+        own = prompt[len(state.prompt) :]
+        for child, step, sample in zip(request.children, steps, samples, strict=True):
+            state.sampled += step.num_tokens
+            if not step.finished:
+                state.nodes[child] = _Node("".join(request.steps) + step.text, [*own, *sample.token_ids])
+        return steps
+
+    def _step(self, request: Expand, length: int, sample: Any) -> Step:
+        text, count = sample.text, len(sample.token_ids)
+        if sample.finish_reason == "length":
+            full = length + count >= self.max_length
+            return Step(text, full or not text, count, sample.cumulative_logprob, "length")
+        at_delimiter = request.params.delimiter is not None and sample.stop_reason == request.params.delimiter
+        return Step(text, not at_delimiter, count, sample.cumulative_logprob, "stop" if at_delimiter else "eos")
+
+
+def _for_platform() -> dict[str, Any]:
+    """On a CPU no prompt is read in parts: vLLM cannot take the draw for a part back from a seeded generator there."""
+    return {"enable_chunked_prefill": False} if require("vllm.platforms", "vllm").current_platform.is_cpu() else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A branch: the text of its steps and the tokens behind the prompt."""
+
+    text: str
+    tokens: list[int]
+
+
+@dataclass(slots=True)
+class _Problem:
+    """A problem in flight: its branches, the tokens sampled, and those read that the prefix cache did not hold."""
+
+    prompt: list[int]
+    nodes: dict[int, _Node] = field(default_factory=dict)
+    sampled: int = 0
+    read: int = 0

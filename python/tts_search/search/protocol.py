@@ -1,0 +1,238 @@
+"""What search algorithms ask for, and what answers them.
+
+An algorithm is a generator for one problem. It yields lists of requests of one kind and is sent the list of their
+answers; it does no I/O, knows no model and no other problem::
+
+    requests -> answers
+    [Expand, ...] -> [list of Step, one a child]
+    [Score, ...] -> [list of float, one a step]
+    [ScoreAndPrune, ...] -> [Scored, ...]
+    [Release, ...] -> [None, ...]
+
+An engine merges what the algorithms of many problems want into one call of a :class:`Policy` or a :class:`Verifier`. A
+driver that can serve all but one problem (its text is too long, say) puts an exception *instance* in the place of that
+request's answer; the engine fails that problem and goes on with the others.
+
+Branches are nodes of a problem's search tree and are named by numbers unique within the problem; node 0 is the root,
+the problem itself without any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from tts_search.search.types import Step, StepParams
+
+__all__ = [
+    "Expand",
+    "Policy",
+    "PruningVerifier",
+    "Release",
+    "Request",
+    "Score",
+    "ScoreAndPrune",
+    "Scored",
+    "Usage",
+    "Verifier",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """Sample one step for each child of a branch. Answer: a list of :class:`~tts_search.Step`, one a child.
+
+    Attributes
+    ----------
+    problem : int
+        Index of the problem in this run.
+    branch : int
+        The parent.
+    children : tuple of int
+        The nodes to be, in candidate order.
+    steps : tuple of str
+        The texts on the parent's path as they were generated.
+    seeds : tuple of int
+        One a child, ``0 <= seed < 2**63``: the stream of that child's draws.
+    params : StepParams
+        How to sample.
+    """
+
+    problem: int
+    branch: int
+    children: tuple[int, ...]
+    steps: tuple[str, ...]
+    seeds: tuple[int, ...]
+    params: StepParams
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Score the steps of a branch. Answer: a list of float, one for each of `steps`, then one for each of `lookahead`.
+
+    Attributes
+    ----------
+    problem : int
+        Index of the problem in this run.
+    branch : int
+        The branch that `steps` lead to; it may be a `parent` later.
+    steps : tuple of str
+        All steps from the root to the branch, none of them blank.
+    parent : int
+        A node whose steps are a proper prefix of `steps`: it was scored before, or is the root 0.
+    lookahead : tuple of str
+        Steps to read after `steps` that do not belong to the branch: whoever has `branch` as its parent continues from
+        the end of `steps`.
+    """
+
+    problem: int
+    branch: int
+    steps: tuple[str, ...]
+    parent: int
+    lookahead: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreAndPrune:
+    """Score the candidates of a round and name the best of each group. Answer: a :class:`Scored`.
+
+    Attributes
+    ----------
+    problem : int
+        Index of the problem in this run.
+    candidates : tuple of Score or float
+        What is to be scored, or the score of a candidate that has no new step.
+    groups : tuple of tuple of int
+        Who compete with each other: indices in `candidates`. Who is in none is only scored.
+    keep : tuple of int
+        How many of each group survive.
+    how : str
+        The aggregate of a candidate's scores (those of its lookahead too) that counts.
+    """
+
+    problem: int
+    candidates: tuple[Score | float, ...]
+    groups: tuple[tuple[int, ...], ...]
+    keep: tuple[int, ...]
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a round came to.
+
+    Attributes
+    ----------
+    scores : sequence of sequence of float
+        The answer to each :class:`Score` among the candidates, in order.
+    survivors : sequence of sequence of int or None
+        The best of each group, best first, as indices in the candidates; ties go to whom the group names first. None:
+        whoever asks has to find them.
+    """
+
+    scores: Sequence[Sequence[float]]
+    survivors: Sequence[Sequence[int]] | None = None
+
+    @classmethod
+    def of(
+        cls, answers: Sequence[Sequence[float] | Exception], survivors: Sequence[Sequence[int]] | None = None
+    ) -> Scored | Exception:
+        """The answer to a round: its scores, or what is wrong with one of its candidates."""
+        scores = [answer for answer in answers if not isinstance(answer, Exception)]
+        failed = [answer for answer in answers if isinstance(answer, Exception)]
+        return failed[0] if failed else cls(scores, survivors)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """These branches will not be expanded or scored again, nor be a parent. (Their children may be.) Answer: None."""
+
+    problem: int
+    branches: tuple[int, ...]
+
+
+Request = Expand | Score | ScoreAndPrune | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a problem cost a driver.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens sampled (a policy) or read in steps (a verifier), each counted once.
+    prefill_tokens : int
+        Tokens of the prompt that were forwarded; not among `tokens`.
+    flops : float
+        Floating-point operations of all forwards.
+    peak_unique_kv_tokens : int
+        Most slots of KV cache that were in use at once.
+    peak_logical_kv_tokens : int
+        Most that would have been without sharing: the sum of the lengths of the live branches.
+    recomputed_tokens : int
+        Tokens forwarded again because their KV cache had to be given up for lack of memory.
+    waves : int
+        Additional passes because a batch did not fit into memory.
+    """
+
+    tokens: int = 0
+    prefill_tokens: int = 0
+    flops: float = 0.0
+    peak_unique_kv_tokens: int = 0
+    peak_logical_kv_tokens: int = 0
+    recomputed_tokens: int = 0
+    waves: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        """Return what both cost, held side by side: the peaks add up, too."""
+        return Usage(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
+
+    def part(self, share: float) -> Usage:
+        """Return what this share of the branches cost; the prompt is read for any of them."""
+        counts = {name: share * value for name, value in asdict(self).items() if name != "prefill_tokens"}
+        whole = {name: value if name == "flops" else round(value) for name, value in counts.items()}
+        return replace(self, **whole)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Generates steps. `problem` is a number: the same from `begin` to `end`, unique among the problems in flight."""
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem; its root is node 0."""
+
+    def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
+        """Answer requests of any number of problems, in order."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget these branches."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of the problem and say what it cost."""
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Scores steps; otherwise as :class:`Policy`. It is asked to release only branches that it has scored."""
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem; its root is node 0."""
+
+    def score(self, requests: Sequence[Score]) -> Sequence[Sequence[float] | Exception]:
+        """Answer requests of any number of problems, in order."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget these branches."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of the problem and say what it cost."""
+
+
+@runtime_checkable
+class PruningVerifier(Verifier, Protocol):
+    """A verifier that can score and prune in one call. Of any other one the engine asks the scores alone."""
+
+    def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> Sequence[Scored | Exception]:
+        """Answer requests of any number of problems, in order."""

@@ -1,0 +1,165 @@
+"""The result of a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from tts_search.search.algorithms import Branch, Run
+from tts_search.search.answers import Equality, same
+from tts_search.search.config import SearchConfig
+from tts_search.search.stats import SearchStats
+from tts_search.search.tree import SearchTree, TreeNode
+from tts_search.search.types import Completion
+from tts_search.search.voting import vote as elect
+
+__all__ = ["SearchResult"]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search of a problem came to.
+
+    Attributes
+    ----------
+    problem : str
+        The problem's text.
+    completions : list of Completion
+        The answers, in order of finishing, then the unfinished ones.
+    best : Completion
+        The one with the highest score among the finished (else among all), the earliest on ties.
+    tree : SearchTree
+        Everything that was tried.
+    stats : SearchStats
+        What it cost.
+    config : SearchConfig
+        How it was searched.
+    vote : str
+        The vote that `answer` counts by default: ``"prm_max"``, or what a strategy chose.
+    equal : callable
+        Whether two answers mean the same.
+    """
+
+    problem: str
+    completions: list[Completion]
+    best: Completion
+    tree: SearchTree
+    stats: SearchStats
+    config: SearchConfig
+    vote: str = "prm_max"
+    equal: Equality = field(default=same, repr=False, compare=False)
+
+    def answer(self, vote: str | None = None) -> str:
+        """Return the answer that a vote among the finished completions (else among all) elects; empty if there is none.
+
+        Parameters
+        ----------
+        vote : str or None
+            ``"prm_max"`` unless a strategy chose another. ``"majority"``; ``"prm_max"``, ``"prm_vote"`` by the config's
+            aggregate; ``"prm_min_max"``, ``"prm_last_vote"`` and so on (:func:`tts_search.vote`).
+
+        Raises
+        ------
+        ValueError
+            If there is no such vote, or it needs scores and the search had no verifier.
+        """
+        vote = vote or self.vote
+        rules = self.config._rules
+        default = rules.vote_aggregate if vote == "prm_vote" and rules.vote_aggregate else self.config.aggregate
+        return elect(_voters(self.completions, self.config), vote, default, exact=rules.exact_votes, equal=self.equal)
+
+    def first(self, n: int) -> SearchResult:
+        """Return the result that best-of-N with a smaller n would have had: that of the first n completions.
+
+        It has no tree. Tokens are those of the n completions, equal ones counted once for the verifier; other costs of
+        the models are taken in proportion to them, and the time is not known (NaN).
+
+        Raises
+        ------
+        ValueError
+            If this is no best-of-N in order of sampling, or has less than n completions.
+        """
+        config = self.config
+        if config.method != "best_of_n" or config.sort_completed or not 1 <= n <= len(self.completions):
+            raise ValueError(f"n: expected 1 to {len(self.completions)} of the completions of a best-of-N, got {n!r}")
+        config = replace(config, n=n)
+        completions = self.completions[:n]
+        share, verifier_share = (
+            count(completions) / max(1, count(self.completions)) for count in (_tokens_sampled, _tokens_read)
+        )
+        best = _best(_voters(completions, config))
+        return replace(
+            self,
+            completions=completions,
+            best=best,
+            tree=SearchTree(self.tree.nodes[:1]),
+            stats=self.stats.part(share, verifier_share=verifier_share, branches=n),
+            config=config,
+        )
+
+
+def _tokens_sampled(completions: Iterable[Completion]) -> int:
+    return sum(one.num_tokens for one in completions)
+
+
+def _tokens_read(completions: Iterable[Completion]) -> int:
+    """A verifier reads equal texts once."""
+    return sum({one.text: one.num_tokens for one in completions}.values())
+
+
+def _best(voters: Sequence[Completion]) -> Completion:
+    return voters[0] if math.isnan(voters[0].score) else max(voters, key=lambda completion: completion.score)
+
+
+def _voters(completions: list[Completion], config: SearchConfig) -> list[Completion]:
+    finished = [completion for completion in completions if completion.finished]
+    return completions if config._rules.best_of_all or not finished else finished
+
+
+def build_result(
+    run: Run,
+    problem: str,
+    branches: Sequence[Branch],
+    extract_answer: Callable[[str], str | None],
+    stats: SearchStats,
+) -> SearchResult:
+    """Make the result of what an algorithm returned.
+
+    Raises
+    ------
+    SearchError
+        If there is none.
+    """
+    if not branches:
+        raise run.error("the search ended without any completion")
+    completions = [_completion(branch, extract_answer) for branch in branches]
+    voters = _voters(completions, run.config)
+    best = _best(voters)
+    tree = SearchTree(tuple(_node(branch) for branch in run.branches))
+    return SearchResult(problem, completions, best, tree, stats, run.config, equal=run.equal)
+
+
+def _completion(branch: Branch, extract_answer: Callable[[str], str | None]) -> Completion:
+    steps = branch.steps
+    if branch.blank:  # white space that no step follows stays with the last one, so that the steps make up the text
+        steps = (*steps[:-1], steps[-1] + branch.blank) if steps else (branch.blank,)
+    text = "".join(branch.texts)
+    answer = extract_answer(text) or ""
+    return Completion(text, steps, branch.scores, branch.score, branch.finished, branch.path_tokens, answer)
+
+
+def _node(branch: Branch) -> TreeNode:
+    parent = None if branch.parent is None else branch.parent.id
+    return TreeNode(
+        branch.id,
+        parent,
+        branch.round,
+        branch.text,
+        branch.scores,
+        branch.score,
+        branch.state,
+        branch.num_tokens,
+        branch.why if branch.state == "pruned" else "",
+        branch.pruned_in if branch.state == "pruned" else None,
+    )

@@ -1,0 +1,102 @@
+"""What a search cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+from tts_search.search.protocol import Usage
+
+__all__ = ["SearchStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchStats:
+    """What the search of one problem cost. Counts of tokens are 0 where a driver does not count.
+
+    Attributes
+    ----------
+    wall_s : float
+        Seconds from the problem's start to its result. Problems in flight share the time, so these do not add up.
+    rounds : int
+        Rounds of the search.
+    branches : int
+        Nodes of its tree, the root apart.
+    policy_tokens, policy_prefill_tokens : int
+        Tokens sampled; tokens of the prompt forwarded.
+    policy_logical_tokens : int
+        Tokens that the policy would have forwarded if it read the prompt and the branch so far anew for each step.
+    verifier_tokens : int
+        Tokens that the verifier read, its prompt included. Branches of equal text are read once.
+    flops_policy, flops_verifier : float
+        Floating-point operations of all forwards.
+    peak_unique_kv_tokens, peak_logical_kv_tokens : int
+        Most slots of the policy's KV cache in use at once, and what it would have been without sharing.
+    verifier_peak_unique_kv_tokens, verifier_peak_logical_kv_tokens : int
+        The same of the verifier's cache.
+    recomputed_tokens : int
+        Tokens that either model forwarded again because memory had run out.
+    waves : int
+        Additional passes of either model because a batch did not fit into memory.
+    """
+
+    wall_s: float = 0.0
+    rounds: int = 0
+    branches: int = 0
+    policy_tokens: int = 0
+    policy_prefill_tokens: int = 0
+    policy_logical_tokens: int = 0
+    verifier_tokens: int = 0
+    flops_policy: float = 0.0
+    flops_verifier: float = 0.0
+    peak_unique_kv_tokens: int = 0
+    peak_logical_kv_tokens: int = 0
+    verifier_peak_unique_kv_tokens: int = 0
+    verifier_peak_logical_kv_tokens: int = 0
+    recomputed_tokens: int = 0
+    waves: int = 0
+
+    @classmethod
+    def of(
+        cls, policy: Usage, verifier: Usage, *, wall_s: float, rounds: int, branches: int, path_tokens: int = 0
+    ) -> SearchStats:
+        """Put together what both drivers counted; `path_tokens` is the sum of the lengths of all branches."""
+        return cls(
+            wall_s=wall_s,
+            rounds=rounds,
+            branches=branches,
+            policy_tokens=policy.tokens,
+            policy_prefill_tokens=policy.prefill_tokens,
+            policy_logical_tokens=path_tokens + branches * policy.prefill_tokens,
+            verifier_tokens=verifier.tokens + verifier.prefill_tokens,
+            flops_policy=policy.flops,
+            flops_verifier=verifier.flops,
+            peak_unique_kv_tokens=policy.peak_unique_kv_tokens,
+            peak_logical_kv_tokens=policy.peak_logical_kv_tokens,
+            verifier_peak_unique_kv_tokens=verifier.peak_unique_kv_tokens,
+            verifier_peak_logical_kv_tokens=verifier.peak_logical_kv_tokens,
+            recomputed_tokens=policy.recomputed_tokens + verifier.recomputed_tokens,
+            waves=policy.waves + verifier.waves,
+        )
+
+    def part(self, share: float, *, verifier_share: float, branches: int) -> SearchStats:
+        """Return what a part of the branches cost that holds these shares of the tokens of each model.
+
+        Its time is not known (NaN).
+        """
+        kept = {name: getattr(self, name) for name in ("rounds", "policy_prefill_tokens")}
+        counts: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            part = (verifier_share if "verifier" in name else share) * value
+            counts[name] = round(part) if isinstance(value, int) else part
+        return SearchStats(**{**counts, **kept, "branches": branches, "wall_s": math.nan})
+
+    def __add__(self, other: SearchStats) -> SearchStats:
+        """Return what two searches of a problem cost, one after the other: sums, but the larger of the peaks."""
+        return SearchStats(
+            **{
+                name: max(mine, yours) if "peak" in name else mine + yours
+                for name, mine, yours in zip(asdict(self), astuple(self), astuple(other), strict=True)
+            }
+        )

@@ -1,0 +1,140 @@
+"""From step scores to one score, and from many completions to one answer.
+
+The rules and their names are the paper's (Can 1B LLM Surpass 405B LLM?, arXiv 2502.06703):
+PRM-{Min,Last,Avg}-{Max,Vote} and majority vote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from tts_search.search.answers import Equality, Equivalence, same
+from tts_search.search.types import Completion
+
+__all__ = ["AGGREGATES", "VOTES", "aggregate", "canonical", "vote"]
+
+AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "last": lambda scores: scores[-1],
+    "min": min,
+    "prod": math.prod,
+    "mean": lambda scores: sum(scores) / len(scores),
+    "max": max,
+    "sum": sum,
+}
+_ALIASES = {"avg": "mean"}
+_VOTE_AGGREGATES = ("min", "last", "mean", "prod")
+
+VOTES = (
+    "majority",
+    "prm_max",
+    "prm_vote",
+    *(f"prm_{how}_{rule}" for how in _VOTE_AGGREGATES for rule in ("max", "vote")),
+)
+"""Names of the votes; ``prm_avg_max`` and ``prm_avg_vote`` are accepted for ``prm_mean_max`` and ``prm_mean_vote``."""
+
+
+def canonical(name: str) -> str:
+    """Return a vote's name as `VOTES` has it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such vote.
+
+    Examples
+    --------
+    >>> canonical("prm_avg_max")
+    'prm_mean_max'
+    """
+    meant = name
+    for alias, how in _ALIASES.items():
+        meant = meant.replace(f"_{alias}_", f"_{how}_")
+    if meant not in VOTES:
+        raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {name!r}")
+    return meant
+
+
+def aggregate(scores: Sequence[float], how: str) -> float:
+    """Return the aggregate of a branch's step scores: -inf without any step, NaN if one of them is.
+
+    Infinite scores are scores. Where their aggregate is not defined (inf - inf, 0 * inf) it is -inf: such a branch
+    ranks last and loses nothing else. (:func:`tts_kernels.aggregate_steps` gives NaN there, which ranks last, too.)
+
+    Examples
+    --------
+    >>> aggregate([0.5, 0.25], "prod")
+    0.125
+    >>> aggregate([math.inf, -math.inf, 1.0], "mean")
+    -inf
+    """
+    if not scores:
+        return -math.inf
+    if any(map(math.isnan, scores)):
+        return math.nan
+    value = float(AGGREGATES[how](scores))
+    return -math.inf if math.isnan(value) else value
+
+
+def vote(
+    completions: Sequence[Completion], how: str, default: str = "last", *, exact: bool = False, equal: Equality = same
+) -> str:
+    """Return the answer that a vote elects.
+
+    Completions without an answer do not vote; answers that mean the same count as one, in
+    the spelling that comes first. Ties go to the answer that comes first.
+
+    Parameters
+    ----------
+    completions : sequence of Completion
+        Who votes, in order.
+    how : str
+        ``"majority"``: the most frequent answer. ``"prm_max"``: the answer with the highest score. ``"prm_vote"``: the
+        one with the highest sum of scores. ``"prm_min_max"``, ``"prm_mean_vote"``, ...: the same by another aggregate
+        of the step scores.
+    default : str
+        The aggregate of ``prm_max`` and ``prm_vote``.
+    exact : bool
+        Answers count as one only if their texts are equal.
+    equal : callable
+        Otherwise: whether two answers mean the same; by default, if they are one number or one text.
+
+    Returns
+    -------
+    str
+        The answer; empty if no completion has one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such vote, or it needs scores and there are none.
+    """
+    rule, how_aggregated = _parse(how, default)
+    voters = [completion for completion in completions if completion.answer]
+    if not voters:
+        return ""
+    weights = [1.0] * len(voters)
+    if how_aggregated is not None:
+        if any(math.isnan(completion.score) for completion in voters):
+            raise ValueError(f"vote: {how!r} needs the scores of a verifier, there are none: use 'majority'")
+        weights = [aggregate(completion.step_scores, how_aggregated) for completion in voters]
+    if rule == "max":
+        return voters[max(range(len(voters)), key=weights.__getitem__)].answer
+    weights_of: dict[str, list[float]] = {}
+    classes = Equivalence(equal)
+    for completion, weight in zip(voters, weights, strict=True):
+        spelling = completion.answer if exact else classes.first(completion.answer)
+        weights_of.setdefault(spelling, []).append(weight)
+    return max(weights_of, key=lambda answer: aggregate(weights_of[answer], "sum"))
+
+
+def _parse(how: str, default: str) -> tuple[str, str | None]:
+    """Split a vote's name into its rule (max or vote) and its aggregate (None: every voter counts 1)."""
+    if how == "majority":
+        return "vote", None
+    prefix, _, rest = how.partition("_")
+    aggregated, _, rule = rest.rpartition("_")
+    aggregated = _ALIASES.get(aggregated, aggregated)
+    if prefix != "prm" or rule not in ("max", "vote") or aggregated not in ("", *_VOTE_AGGREGATES):
+        raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {how!r}")
+    return rule, aggregated or default

@@ -1,0 +1,74 @@
+"""What is there: versions of the kernels, instruction sets, a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import _library
+from .backend import BACKENDS, missing, state
+from .op import OPS
+
+__all__ = ["BackendInfo", "backend_info"]
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What `backend_info` found.
+
+    Attributes
+    ----------
+    in_use
+        The choice made by `use_backend`.
+    available
+        Backend name -> empty if it is there, else why not.
+    cpu_isa
+        Instruction set that the CPU kernels use.
+    cpu_isas
+        Those that this build has and this processor runs, from slow to fast.
+    cuda
+        Empty if the C++ backend has its CUDA kernels, else why not.
+    gpu
+        The GPU that torch sees, or why there is none.
+    on_gpu
+        Operator -> what runs it for a CUDA tensor, as things stand: ``"cpp"`` if its CUDA kernel was built; else
+        ``"triton"`` if it has one and triton is installed; else ``"torch"``, a composition of other operators, or the
+        slow ``"reference"``.
+    """
+
+    in_use: str
+    available: dict[str, str]
+    cpu_isa: str
+    cpu_isas: tuple[str, ...]
+    cuda: str
+    gpu: str
+    on_gpu: dict[str, str]
+
+
+def backend_info() -> BackendInfo:
+    """Say which backends are there, why one is missing, and which is in use.
+
+    Examples
+    --------
+    >>> import tts_kernels as tk
+    >>> tk.backend_info().available["cpp"]
+    ''
+    """
+    ops = torch.ops.tts_kernels
+    return BackendInfo(
+        in_use=state.backend,
+        available={name: missing(name) for name in BACKENDS[1:]},
+        cpu_isa=ops.cpu_isa(),
+        cpu_isas=tuple(ops.cpu_isas().split(",")),
+        cuda=_library.CUDA_MISSING,
+        gpu=_gpu(),
+        on_gpu={name: op.runs("cuda") for name, op in sorted(OPS.items())},
+    )
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none: torch.cuda.is_available() is False"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
