@@ -3,6 +3,8 @@ from typing import Any, TypeAlias
 
 _Ints: TypeAlias = Any
 
+PLAN_RECORD: int
+
 class OutOfPages(RuntimeError):  # noqa: N818
     needed: int
     free: int

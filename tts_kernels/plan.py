@@ -14,6 +14,9 @@ from . import _host, checks
 
 Ints: TypeAlias = "Sequence[int] | Tensor"
 
+# Ints of a segment or a task (csrc/include/plan.h).
+RECORD = _host.PLAN_RECORD
+
 
 class _Source(NamedTuple):
     """The memory behind a plan's tensors."""
@@ -259,8 +262,8 @@ def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> A
         rows=rows,
         positions=positions,
         pages=pages,
-        segments=segments.view(-1, 5),
-        tasks=tasks.view(-1, 5),
+        segments=segments.view(-1, RECORD),
+        tasks=tasks.view(-1, RECORD),
         merge_indptr=merge_indptr,
         merge_slots=merge_slots,
         sizes=sizes,

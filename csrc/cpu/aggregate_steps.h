@@ -2,22 +2,8 @@
 
 #include <cstdint>
 
-#include "aggregate.h"
-#include "dtypes.h"
+#include "args/aggregate_steps.h"
 #include "isa.h"
-
-namespace tts {
-
-struct AggregateStepsArgs {
-    FloatArray scores;  // [S]
-    IndexArray indptr;  // [C + 1], checked
-    Aggregate how;
-    FloatArray prior;         // [C] aggregates to continue, or null
-    IndexArray prior_counts;  // [C]: over how many steps each was taken
-    float* out;               // [C]
-};
-
-}  // namespace tts
 
 TTS_BEGIN_ISA
 

@@ -8,16 +8,17 @@
 
 TTS_BEGIN_ISA
 
-void append_kv(const AppendArgs& args, int64_t begin, int64_t end) {
-    const bool dense = args.from_head == args.row_bytes && args.to_head == args.row_bytes;
-    const int64_t pieces = dense ? 1 : args.heads,
-                  bytes = dense ? args.heads * args.row_bytes : args.row_bytes;
+void append_kv(const AppendKvArgs& args, int64_t begin, int64_t end) {
+    const PagedBytes& to = args.to;
+    const bool dense = args.from_head == to.row_bytes && to.head_stride == to.row_bytes;
+    const int64_t pieces = dense ? 1 : to.heads, bytes = dense ? to.heads * to.row_bytes : to.row_bytes;
     for (int64_t t = begin; t < end; ++t) {
-        const int64_t slot = at(args.slots, t), page = slot / args.page_size, offset = slot % args.page_size;
+        const int64_t slot = at(args.slots, t), page = slot / to.page_size, offset = slot % to.page_size;
         const char* from = args.from + t * args.from_token;
-        char* to = args.to + page * args.to_page + offset * args.to_token;
+        char* token = to.data + page * to.page_stride + offset * to.token_stride;
         for (int64_t i = 0; i < pieces; ++i) {
-            __builtin_memcpy(to + i * args.to_head, from + i * args.from_head, static_cast<uint64_t>(bytes));
+            __builtin_memcpy(token + i * to.head_stride, from + i * args.from_head,
+                             static_cast<uint64_t>(bytes));
         }
     }
 }

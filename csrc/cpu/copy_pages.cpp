@@ -15,20 +15,21 @@ void copy(char* to, const char* from, int64_t bytes) {
 
 }  // namespace
 
-void copy_page(const PageCopyArgs& args, int64_t src, int64_t dst) {
-    const int64_t token_bytes = args.heads * args.row_bytes;
-    const bool dense_token = args.head == args.row_bytes,
-               dense_page = dense_token && args.token == token_bytes;
-    const char* from = args.cache + src * args.page;
-    char* to = args.cache + dst * args.page;
-    if (dense_page) return copy(to, from, args.page_size * token_bytes);
-    for (int64_t t = 0; t < args.page_size; ++t, from += args.token, to += args.token) {
+void copy_page(const PagedBytes& cache, int64_t src, int64_t dst) {
+    const int64_t token_bytes = cache.heads * cache.row_bytes;
+    const bool dense_token = cache.head_stride == cache.row_bytes,
+               dense_page = dense_token && cache.token_stride == token_bytes;
+    const char* from = cache.data + src * cache.page_stride;
+    char* to = cache.data + dst * cache.page_stride;
+    if (dense_page) return copy(to, from, cache.page_size * token_bytes);
+    for (int64_t t = 0; t < cache.page_size; ++t, from += cache.token_stride, to += cache.token_stride) {
         if (dense_token) {
             copy(to, from, token_bytes);
             continue;
         }
-        for (int64_t h = 0; h < args.heads; ++h)
-            copy(to + h * args.head, from + h * args.head, args.row_bytes);
+        for (int64_t h = 0; h < cache.heads; ++h) {
+            copy(to + h * cache.head_stride, from + h * cache.head_stride, cache.row_bytes);
+        }
     }
 }
 

@@ -2,21 +2,8 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "args/merge_states.h"
 #include "isa.h"
-
-namespace tts {
-
-struct MergeStatesArgs {
-    DType dtype;                 // of both rows and out
-    const void *out_a, *out_b;   // [N, D]
-    const float *lse_a, *lse_b;  // [N]
-    int64_t head_dim;
-    void* out;   // [N, D]
-    float* lse;  // [N]
-};
-
-}  // namespace tts
 
 TTS_BEGIN_ISA
 

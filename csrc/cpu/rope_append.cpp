@@ -31,7 +31,7 @@ void rope_head(const T* x, const T* weight, const float* cos_sin, int64_t head_d
 }
 
 template <class T>
-T* at_slot(const CachePages& cache, int64_t slot, int64_t page_size, int64_t head) {
+T* at_slot(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t head) {
     return static_cast<T*>(cache.data) + slot / page_size * cache.page_stride +
            slot % page_size * cache.token_stride + head * cache.head_stride;
 }

@@ -2,21 +2,13 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "args/sample.h"
 #include "isa.h"
 
 namespace tts {
 
 // A row is worked on in blocks of so many logits, and cut between threads at multiples of a chunk.
 inline constexpr int64_t kSampleBlock = 1024, kSampleChunk = 16;  // logits in a block, blocks in a chunk
-
-struct SampleOptions {
-    float temperature;  // >= 0; 0: the largest logit
-    int64_t top_k;      // >= 0; 0: off
-    float top_p;        // in (0, 1]; 1: off
-    float min_p;        // in [0, 1]
-    int64_t seed, offset;
-};
 
 struct SampleRow {
     FloatArray logits;  // [V]

@@ -2,36 +2,10 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "args/step_scores.h"
 #include "isa.h"
 
 namespace tts {
-
-// A PRM head as plain pointers; absent parts have null data. See tts_kernels/score_head.py.
-struct HeadArgs {
-    const float* weight;     // [K]: K = H, or H1 with a hidden layer; the difference good - bad
-    const float* bias;       // [1] or null
-    FloatArray w1;           // [H1, H], the hidden layer: Linear + ReLU
-    FloatArray b1;           // [H1] or null
-    int64_t hidden_width;    // H1, 0 without a hidden layer
-    FloatArray norm_weight;  // [H] or null: RMSNorm before the head
-    float eps;
-    bool sigmoid;
-};
-
-struct StepScoresArgs {
-    FloatArray hidden;     // [T, H]
-    int64_t stride;        // elements from one row of hidden to the next
-    int64_t width;         // H
-    IndexArray positions;  // [S]
-    int64_t steps;         // S
-    HeadArgs head;
-    float* out;  // [S]
-    // With a hidden layer only:
-    void* rows;       // [S, H] gathered, normed rows: bfloat16 if `bf16_rows`, else float32
-    bool bf16_rows;   // hidden and w1 are bfloat16 and no norm widens the rows
-    float* partials;  // [blocks, S]: each block of hidden units' part of the logits
-};
 
 // Hidden units of one block of an MLP head: the unit of work and of the sum's order.
 inline constexpr int64_t kHiddenBlock = 48;

@@ -2,19 +2,8 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "args/swiglu.h"
 #include "isa.h"
-
-namespace tts {
-
-struct SwigluArgs {
-    FloatArray gate_up;  // [T, 2 I]: gate, then up
-    int64_t stride;
-    int64_t width;  // I
-    void* out;      // [T, I]
-};
-
-}  // namespace tts
 
 TTS_BEGIN_ISA
 

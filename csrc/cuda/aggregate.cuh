@@ -1,7 +1,7 @@
 // The aggregate of one candidate, as csrc/cpu/aggregate_steps.cpp takes it.
 #pragma once
 
-#include "../cpu/aggregate_steps.h"
+#include "args/aggregate_steps.h"
 #include "vector.cuh"
 
 namespace tts::cuda {

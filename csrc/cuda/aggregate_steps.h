@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../cpu/aggregate_steps.h"
+#include "args/aggregate_steps.h"
 #include "stream.h"
 
 namespace tts::cuda {

@@ -15,41 +15,44 @@ namespace {
 constexpr int kThreads = 128;
 
 template <class Unit>
-__device__ void append(const AppendArgs& args, int64_t token, int64_t slot) {
-    const int64_t page = slot / args.page_size, offset = slot % args.page_size;
-    copy_rows<Unit>({.to = args.to + page * args.to_page + offset * args.to_token,
+__device__ void append(const AppendKvArgs& args, int64_t token, int64_t slot) {
+    const PagedBytes& to = args.to;
+    const int64_t page = slot / to.page_size, offset = slot % to.page_size;
+    copy_rows<Unit>({.to = to.data + page * to.page_stride + offset * to.token_stride,
                      .from = args.from + token * args.from_token,
-                     .to_stride = args.to_head,
+                     .to_stride = to.head_stride,
                      .from_stride = args.from_head,
-                     .rows = static_cast<int>(args.heads),
-                     .units = static_cast<int>(args.row_bytes / sizeof(Unit))});
+                     .rows = static_cast<int>(to.heads),
+                     .units = static_cast<int>(to.row_bytes / sizeof(Unit))});
 }
 
 template <class Unit>
 __global__ void __launch_bounds__(kThreads)
-    append_kv_kernel(const __grid_constant__ AppendArgs k, const __grid_constant__ AppendArgs v) {
+    append_kv_kernel(const __grid_constant__ AppendKvArgs k, const __grid_constant__ AppendKvArgs v) {
     const int64_t token = blockIdx.x, slot = at(k.slots, token);
     append<Unit>(k, token, slot);
     append<Unit>(v, token, slot);
 }
 
 // A token's heads as one row, where they are.
-AppendArgs join_heads(AppendArgs args) {
-    if (args.from_head != args.row_bytes || args.to_head != args.row_bytes) return args;
-    args.row_bytes *= args.heads;
-    args.from_head = args.to_head = args.row_bytes, args.heads = 1;
+AppendKvArgs join_heads(AppendKvArgs args) {
+    PagedBytes& to = args.to;
+    if (args.from_head != to.row_bytes || to.head_stride != to.row_bytes) return args;
+    to.row_bytes *= to.heads;
+    args.from_head = to.head_stride = to.row_bytes, to.heads = 1;
     return args;
 }
 
-bool wide(const AppendArgs& args) {
-    return aligned(args.from, args.from_token | args.from_head | args.row_bytes) &&
-           aligned(args.to, args.to_page | args.to_token | args.to_head);
+bool wide(const AppendKvArgs& args) {
+    const PagedBytes& to = args.to;
+    return aligned(args.from, args.from_token | args.from_head | to.row_bytes) &&
+           aligned(to.data, to.page_stride | to.token_stride | to.head_stride);
 }
 
 }  // namespace
 
-void append_kv(const AppendArgs& k_in, const AppendArgs& v_in, int64_t tokens, cudaStream_t stream) {
-    const AppendArgs k = join_heads(k_in), v = join_heads(v_in);
+void append_kv(const AppendKvArgs& k_in, const AppendKvArgs& v_in, int64_t tokens, cudaStream_t stream) {
+    const AppendKvArgs k = join_heads(k_in), v = join_heads(v_in);
     const auto kernel = wide(k) && wide(v) ? append_kv_kernel<uint4> : append_kv_kernel<uint16_t>;
     launch(kernel, tokens, kThreads, 0, stream, k, v);
 }

@@ -18,7 +18,7 @@ namespace {
 constexpr int kThreads = 256, kMaxCaches = 448;
 
 struct PageCopyLaunch {
-    PageCopyArgs layout;  // of all caches
+    PagedBytes layout;  // of all caches
     IndexArray src, dst;
     unsigned num_caches;
     char* caches[kMaxCaches];
@@ -27,44 +27,49 @@ static_assert(sizeof(PageCopyLaunch) <= 4096);
 
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const __grid_constant__ PageCopyLaunch call) {
-    const PageCopyArgs& layout = call.layout;
+    const PagedBytes& layout = call.layout;
     const unsigned i = blockIdx.x / call.num_caches;
     char* cache = call.caches[blockIdx.x % call.num_caches];
-    const char* from = cache + at(call.src, i) * layout.page;
-    char* to = cache + at(call.dst, i) * layout.page;
+    const char* from = cache + at(call.src, i) * layout.page_stride;
+    char* to = cache + at(call.dst, i) * layout.page_stride;
     for (int64_t token = 0; token < layout.page_size; ++token) {
-        copy_rows<Unit>({.to = to + token * layout.token,
-                         .from = from + token * layout.token,
-                         .to_stride = layout.head,
-                         .from_stride = layout.head,
+        copy_rows<Unit>({.to = to + token * layout.token_stride,
+                         .from = from + token * layout.token_stride,
+                         .to_stride = layout.head_stride,
+                         .from_stride = layout.head_stride,
                          .rows = static_cast<int>(layout.heads),
                          .units = static_cast<int>(layout.row_bytes / sizeof(Unit))});
     }
 }
 
 // A token's heads as one row, and a page's tokens, where they are.
-PageCopyArgs join(PageCopyArgs args) {
-    if (args.head == args.row_bytes) args.row_bytes *= args.heads, args.head = args.row_bytes, args.heads = 1;
-    if (args.heads == 1 && args.token == args.row_bytes) {
-        args.row_bytes *= args.page_size, args.head = args.token = args.row_bytes, args.page_size = 1;
-    } else if (args.heads == 1) {  // tokens as the rows of a copy
-        args.heads = args.page_size, args.head = args.token, args.page_size = 1;
+PagedBytes join(PagedBytes cache) {
+    if (cache.head_stride == cache.row_bytes) {
+        cache.row_bytes *= cache.heads, cache.head_stride = cache.row_bytes, cache.heads = 1;
     }
-    return args;
+    if (cache.heads > 1) return cache;
+    if (cache.token_stride == cache.row_bytes) {
+        cache.row_bytes *= cache.page_size;
+        cache.head_stride = cache.token_stride = cache.row_bytes, cache.page_size = 1;
+    } else {  // tokens as the rows of a copy
+        cache.heads = cache.page_size, cache.head_stride = cache.token_stride, cache.page_size = 1;
+    }
+    return cache;
 }
 
-bool same_layout(const PageCopyArgs& a, const PageCopyArgs& b) {
-    return a.page == b.page && a.token == b.token && a.head == b.head && a.page_size == b.page_size &&
-           a.heads == b.heads && a.row_bytes == b.row_bytes;
+bool same_layout(const PagedBytes& a, const PagedBytes& b) {
+    return a.page_stride == b.page_stride && a.token_stride == b.token_stride &&
+           a.head_stride == b.head_stride && a.page_size == b.page_size && a.heads == b.heads &&
+           a.row_bytes == b.row_bytes;
 }
 
-bool wide(const PageCopyArgs& args) {
-    return aligned(args.cache, args.page | args.token | args.head | args.row_bytes);
+bool wide(const PagedBytes& cache) {
+    return aligned(cache.data, cache.page_stride | cache.token_stride | cache.head_stride | cache.row_bytes);
 }
 
 }  // namespace
 
-void copy_pages(std::span<const PageCopyArgs> caches, IndexArray src, IndexArray dst, int64_t count,
+void copy_pages(std::span<const PagedBytes> caches, IndexArray src, IndexArray dst, int64_t count,
                 cudaStream_t stream) {
     for (size_t begin = 0, end = 0; begin < caches.size(); begin = end) {
         PageCopyLaunch call{
@@ -72,7 +77,7 @@ void copy_pages(std::span<const PageCopyArgs> caches, IndexArray src, IndexArray
         bool in_units = true;
         for (; end < caches.size() && end - begin < kMaxCaches && same_layout(caches[begin], caches[end]);
              ++end) {
-            call.caches[call.num_caches++] = caches[end].cache;
+            call.caches[call.num_caches++] = caches[end].data;
             in_units = in_units && wide(join(caches[end]));
         }
         const auto kernel = in_units ? copy_pages_kernel<uint4> : copy_pages_kernel<uint16_t>;

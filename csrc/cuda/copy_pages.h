@@ -2,13 +2,14 @@
 
 #include <span>
 
-#include "../cpu/copy_pages.h"
+#include "dtypes.h"
+#include "paged_cache.h"
 #include "stream.h"
 
 namespace tts::cuda {
 
 // Pages src[i] to dst[i], i < count, within each of the caches.
-void copy_pages(std::span<const PageCopyArgs> caches, IndexArray src, IndexArray dst, int64_t count,
+void copy_pages(std::span<const PagedBytes> caches, IndexArray src, IndexArray dst, int64_t count,
                 cudaStream_t stream);
 
 }  // namespace tts::cuda

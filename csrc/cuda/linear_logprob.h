@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../cpu/linear_logprob.h"
+#include "args/linear_logprob.h"
 #include "stream.h"
 
 namespace tts::cuda {

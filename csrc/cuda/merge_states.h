@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../cpu/merge_states.h"
+#include "args/merge_states.h"
 #include "stream.h"
 
 namespace tts::cuda {

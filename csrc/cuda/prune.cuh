@@ -6,7 +6,7 @@
 // candidate order); up to 256 of those are placed by counting too, more are sorted in the output row itself.
 #pragma once
 
-#include "../cpu/prune.h"
+#include "args/prune.h"
 #include "reduce.cuh"
 #include "total_order.h"
 #include "vector.cuh"

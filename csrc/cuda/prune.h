@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../cpu/prune.h"
+#include "args/prune.h"
 #include "stream.h"
 
 namespace tts::cuda {

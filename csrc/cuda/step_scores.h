@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../cpu/step_scores.h"
+#include "args/step_scores.h"
 #include "stream.h"
 
 namespace tts::cuda {

@@ -99,7 +99,7 @@ void launch_tasks(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t 
 
 }  // namespace
 
-void tree_attention(const TreeAttentionArgs& args, const int32_t* sizes, int64_t max_tasks,
+void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, int64_t max_tasks,
                     cudaStream_t stream) {
     dispatch(args.dtype, [&]<class T>(T*) {
         launch_tasks<T>({args, sizes, false}, max_tasks * args.num_kv_heads, stream);

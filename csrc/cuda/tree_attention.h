@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../cpu/tree_attention.h"
+#include "args/tree_attention.h"
 #include "stream.h"
 
 namespace tts::cuda {
@@ -9,8 +9,8 @@ namespace tts::cuda {
 inline constexpr int64_t kMaxHeadDim = 1024;
 
 // Attention, then the merge of what several tasks have read: two launches. `args` as on the CPU, all pointers
-// to the device; sizes [4] are the plan's, whose tables have room for max_tasks.
-void tree_attention(const TreeAttentionArgs& args, const int32_t* sizes, int64_t max_tasks,
+// to the device; `sizes` are the plan's, whose tables have room for max_tasks.
+void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, int64_t max_tasks,
                     cudaStream_t stream);
 
 }  // namespace tts::cuda

@@ -182,7 +182,7 @@ template <class T, int kRows>
 __global__ void __launch_bounds__(FmaShape::kThreads, 4)
     tree_attention_fma(const __grid_constant__ TreeAttentionLaunch launch) {
     extern __shared__ __align__(16) float floats[];
-    if (blockIdx.x >= launch.sizes[1] * launch.args.num_kv_heads) return;
+    if (blockIdx.x >= launch.sizes->tasks * launch.args.num_kv_heads) return;
     const Item item(launch.args, blockIdx.x);
     for (int first = 0; first < item.lanes(); first += FmaShape::kWarps * kRows) {
         FmaTile<T, kRows>(item, first, floats).run();

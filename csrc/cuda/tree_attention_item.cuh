@@ -9,8 +9,8 @@ namespace tts::cuda {
 
 struct TreeAttentionLaunch {
     TreeAttentionArgs args;
-    const int32_t* sizes;  // [4]: segments, tasks, slots, pages in use
-    bool aligned;          // queries and keys can be read 16 bytes at a time
+    const PlanSizes* sizes;
+    bool aligned;  // queries and keys can be read 16 bytes at a time
 };
 
 // A task for one KV head. A *lane* is one query head of one row:

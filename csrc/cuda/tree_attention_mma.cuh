@@ -520,7 +520,7 @@ __global__ void __launch_bounds__(MmaShape<kDim>::kThreads, 2)
     using Shape = MmaShape<kDim>;
     extern __shared__ __align__(16) uint16_t stages[];
     __shared__ MmaShared shared;
-    if (blockIdx.x >= launch.sizes[1] * launch.args.num_kv_heads) return;
+    if (blockIdx.x >= launch.sizes->tasks * launch.args.num_kv_heads) return;
     const Item item(launch.args, blockIdx.x);
     for (int first = 0, lanes = item.lanes(); first < lanes;) {
         if (Shape::kNarrowRowWarps < Shape::kWideRowWarps && lanes - first <= 16 * Shape::kNarrowRowWarps) {

@@ -230,6 +230,7 @@ PYBIND11_MODULE(_host, m) {
         });
 
     m.def("plan_table", &plan_table);
+    m.attr("PLAN_RECORD") = kPlanRecord;
 }
 
 }  // namespace tts

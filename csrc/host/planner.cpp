@@ -409,20 +409,21 @@ struct Plan {
 
     PlanBuffer::Lengths used() const {
         const auto rows = static_cast<int64_t>(order.rows.size());
-        return {4,
+        return {kPlanSizes,
                 rows,
                 rows,
                 rows + 1,
-                static_cast<int64_t>(schedule.tasks.size()) * 5,
-                static_cast<int64_t>(schedule.segments.size()) * 5,
+                static_cast<int64_t>(schedule.tasks.size()) * kPlanRecord,
+                static_cast<int64_t>(schedule.segments.size()) * kPlanRecord,
                 static_cast<int64_t>(schedule.merge_slots.size()),
                 order.num_pages};
     }
 
     void store(PlanBuffer& out) const {
-        const std::array<int32_t, 4> sizes = {static_cast<int32_t>(schedule.segments.size()),
-                                              static_cast<int32_t>(schedule.tasks.size()), schedule.num_slots,
-                                              static_cast<int32_t>(order.num_pages)};
+        const std::array sizes = {PlanSizes{.segments = static_cast<int32_t>(schedule.segments.size()),
+                                            .tasks = static_cast<int32_t>(schedule.tasks.size()),
+                                            .slots = schedule.num_slots,
+                                            .pages = static_cast<int32_t>(order.num_pages)}};
         put(out, PlanBuffer::kSizes, sizes);
         put(out, PlanBuffer::kRows, order.rows);
         put(out, PlanBuffer::kPositions, order.positions);
@@ -466,9 +467,10 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
     PlanBuffer::Lengths room = plan.used();
     const int64_t rows = room[PlanBuffer::kRows], branches = static_cast<int64_t>(tree.leaf.size());
     // A branch that copies its last page gets a node of its own, and every task that reads it a segment more.
-    const int64_t tasks = room[PlanBuffer::kTasks] / 5, segments = room[PlanBuffer::kSegments] / 5;
-    room[PlanBuffer::kTasks] = 5 * with_slack(tasks, tasks + 16);
-    room[PlanBuffer::kSegments] = 5 * with_slack(segments, branches + tasks + 32);
+    const int64_t tasks = room[PlanBuffer::kTasks] / kPlanRecord,
+                  segments = room[PlanBuffer::kSegments] / kPlanRecord;
+    room[PlanBuffer::kTasks] = kPlanRecord * with_slack(tasks, tasks + 16);
+    room[PlanBuffer::kSegments] = kPlanRecord * with_slack(segments, branches + tasks + 32);
     room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], rows);
     room[PlanBuffer::kPages] =
         with_slack(room[PlanBuffer::kPages], branches * (kSpareTokens / shape.page_size + 1));
@@ -493,8 +495,8 @@ void refill_plan(const PlanTree& tree, std::optional<std::span<const int64_t>> q
                                     ", got " + std::to_string(room / width));
     };
     const PlanBuffer::Lengths& room = out.lengths();
-    need("tasks", used[PlanBuffer::kTasks], room[PlanBuffer::kTasks], 5);
-    need("segments", used[PlanBuffer::kSegments], room[PlanBuffer::kSegments], 5);
+    need("tasks", used[PlanBuffer::kTasks], room[PlanBuffer::kTasks], kPlanRecord);
+    need("segments", used[PlanBuffer::kSegments], room[PlanBuffer::kSegments], kPlanRecord);
     need("merge_slots", used[PlanBuffer::kMergeSlots], room[PlanBuffer::kMergeSlots], 1);
     need("pages", used[PlanBuffer::kPages], room[PlanBuffer::kPages], 1);
     need("partial slots", plan.schedule.num_slots, out.max_slots(), 1);

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "int_buffer.h"
+#include "plan.h"
 #include "plan_tree.h"
 
 namespace tts {
@@ -33,9 +34,9 @@ struct PlanRules {
     int64_t max_query_rows = 512;  // rows * group of a task: float32 states of 512 x 128 are 256 KB
     int64_t work_items = 32;       // to aim at
     int64_t min_item_cost = 1 << 16;
-    int64_t narrow_query_rows = 8;  // rows * group up to which a segment is narrow
-    int64_t min_query_rows = 24;    // rows * group below which reading keys costs more than the arithmetic
-    int64_t min_chunk = 256;        // tokens of a segment that was cut
+    int64_t narrow_query_rows = kNarrow;  // rows * group up to which a segment is narrow
+    int64_t min_query_rows = 24;  // rows * group below which reading keys costs more than the arithmetic
+    int64_t min_chunk = 256;      // tokens of a segment that was cut
     int64_t segment_overhead = 1024;
 };
 
@@ -54,19 +55,6 @@ inline constexpr PlanRules kGpuRules{.max_query_rows = 64,
 struct PlanShape {
     int64_t page_size, num_q_heads, num_kv_heads;
     PlanRules rules = {};
-};
-
-struct Segment {
-    int32_t page_begin;  // its first page, as an index into the plan's pages
-    int32_t start;       // position of its first token, a multiple of page_size
-    int32_t length;      // tokens
-    int32_t row_begin, row_end;
-};
-
-struct Task {
-    int32_t seg_begin, seg_end;
-    int32_t row_begin, row_end;  // hull of its segments' rows
-    int32_t slot;                // of row_begin; row r's partial state is slot + r - row_begin
 };
 
 // A plan as the kernels read it: fields one after another in one int32 buffer, each with room to grow.

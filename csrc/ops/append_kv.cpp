@@ -16,7 +16,7 @@ void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor&
     const Tensor k = rows_contiguous(k_in) ? k_in : dense(k_in),
                  v = rows_contiguous(v_in) ? v_in : dense(v_in);
     require_range(index, slots.numel(), 0, k_cache.size(0) * k_cache.size(1));
-    const AppendArgs k_args = append_args(k_cache, k, index), v_args = append_args(v_cache, v, index);
+    const AppendKvArgs k_args = append_args(k_cache, k, index), v_args = append_args(v_cache, v, index);
     parallel_for(0, slots.numel(), kTokensPerThread, [&](int64_t begin, int64_t end) {
         kernels().append_kv(k_args, begin, end);
         kernels().append_kv(v_args, begin, end);

@@ -32,23 +32,32 @@ inline bool same_cache(const Tensor& k, const Tensor& v) {
     return same;
 }
 
+// A cache that is only read, and one that is written.
 inline PagedCache paged(const Tensor& t) {
-    return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+inline PagedCache paged_to_write(const Tensor& t) {
+    return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline PagedBytes paged_bytes(const Tensor& cache) {
+    const int64_t item = cache.element_size();
+    return {.data = static_cast<char*>(cache.mutable_data_ptr()),
+            .page_stride = cache.stride(0) * item,
+            .token_stride = cache.stride(1) * item,
+            .head_stride = cache.stride(2) * item,
+            .page_size = cache.size(1),
+            .heads = cache.size(2),
+            .row_bytes = cache.size(3) * item};
 }
 
 // New tokens [T, Hkv, D] for a cache.
-inline AppendArgs append_args(Tensor& cache, const Tensor& tokens, IndexArray slots) {
+inline AppendKvArgs append_args(const Tensor& cache, const Tensor& tokens, IndexArray slots) {
     const int64_t item = cache.element_size();
     return {.from = static_cast<const char*>(tokens.const_data_ptr()),
-            .to = static_cast<char*>(cache.mutable_data_ptr()),
             .from_token = tokens.stride(0) * item,
             .from_head = tokens.stride(1) * item,
-            .to_page = cache.stride(0) * item,
-            .to_token = cache.stride(1) * item,
-            .to_head = cache.stride(2) * item,
-            .page_size = cache.size(1),
-            .heads = cache.size(2),
-            .row_bytes = cache.size(3) * item,
+            .to = paged_bytes(cache),
             .slots = slots};
 }
 
@@ -56,17 +65,6 @@ inline AppendArgs append_args(Tensor& cache, const Tensor& tokens, IndexArray sl
 inline bool fits(const Tensor& tokens, const Tensor& cache, int64_t count) {
     return is_here(tokens) && tokens.scalar_type() == cache.scalar_type() && tokens.dim() == 3 &&
            tokens.size(0) == count && tokens.size(1) == cache.size(2) && tokens.size(2) == cache.size(3);
-}
-
-inline PageCopyArgs page_args(Tensor& cache) {
-    const int64_t item = cache.element_size();
-    return {.cache = static_cast<char*>(cache.mutable_data_ptr()),
-            .page = cache.stride(0) * item,
-            .token = cache.stride(1) * item,
-            .head = cache.stride(2) * item,
-            .page_size = cache.size(1),
-            .heads = cache.size(2),
-            .row_bytes = cache.size(3) * item};
 }
 
 // merge_states, checked and ready to run: the inputs made dense and the results.

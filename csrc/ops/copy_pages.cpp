@@ -25,12 +25,12 @@ void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& 
     const IndexArray src = indices(src_tensor), dst = indices(dst_tensor);
     const int64_t count = src_tensor.numel();
     require(dst_tensor.numel() == count, "dst");
-    std::vector<PageCopyArgs> args;
+    std::vector<PagedBytes> args;
     for (Tensor& cache : caches) {
         require(is_cache(cache) && writable(cache), "caches");
         require_range(src, count, 0, cache.size(0));
         require_range(dst, count, 0, cache.size(0));
-        args.push_back(page_args(cache));
+        args.push_back(paged_bytes(cache));
     }
     require_independent(src, dst, count);
     const auto copies = static_cast<int64_t>(args.size()) * count;

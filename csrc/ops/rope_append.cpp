@@ -7,10 +7,6 @@
 namespace tts::ops {
 namespace {
 
-CachePages pages_to_write(Tensor cache) {
-    return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
-}
-
 const void* head_norm(const std::optional<Tensor>& weight, int64_t head_dim, DType type) {
     if (!weight) return nullptr;
     require(weight->dim() == 1 && weight->size(0) == head_dim, "norm");
@@ -49,8 +45,8 @@ Tensor rope_append_(const Tensor& qkv_in, const Tensor& k_cache, const Tensor& v
                         .eps = static_cast<float>(eps),
                         .slots = indices(slots),
                         .page_size = k_cache.size(1),
-                        .k_cache = pages_to_write(k_cache),
-                        .v_cache = pages_to_write(v_cache),
+                        .k_cache = paged_to_write(k_cache),
+                        .v_cache = paged_to_write(v_cache),
                         .q = nullptr};
     require(positions.numel() == count && slots.numel() == count, "positions and slots");
     require_range(args.positions, count, 0, cos_sin.size(0));

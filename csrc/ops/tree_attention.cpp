@@ -42,7 +42,7 @@ struct Plan {
         args.merge_slots = int32s(merge_slots, 1, "merge_slots");
         require(positions.numel() == num_rows && merge_indptr.numel() == num_rows + 1,
                 "positions, merge_indptr");
-        require(segments.size(1) == 5 && tasks.size(1) == 5, "segments, tasks");
+        require(segments.size(1) == kPlanRecord && tasks.size(1) == kPlanRecord, "segments, tasks");
         check_sizes();
         require(in_range(args.pages, num_pages, 0, cache_pages), "pages");
         check_rows(args.rows);
@@ -54,8 +54,10 @@ struct Plan {
   private:
     void check_sizes() {
         const int32_t* used = int32s(sizes, 1, "sizes");
-        require(sizes.numel() == 4 && page_size >= 1 && in_range(used, 4, 0, INT32_MAX), "sizes");
-        num_segments = used[0], num_tasks = used[1], num_slots = used[2], num_pages = used[3];
+        require(sizes.numel() == kPlanSizes && page_size >= 1 && in_range(used, kPlanSizes, 0, INT32_MAX),
+                "sizes");
+        const auto& plan = *reinterpret_cast<const PlanSizes*>(used);
+        num_segments = plan.segments, num_tasks = plan.tasks, num_slots = plan.slots, num_pages = plan.pages;
         require(num_segments <= segments.size(0) && num_tasks <= tasks.size(0) && num_slots <= max_slots &&
                     num_pages <= pages.numel(),
                 "sizes");

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..op import Op
+from ..plan import RECORD
 
 if TYPE_CHECKING:
     from ..plan import AttentionPlan
@@ -183,8 +184,8 @@ def _check(
         raise ValueError(f"q: expected {rows.shape[0]} rows, as the plan has, got {num_rows}")
     checks.tensor("plan.positions", positions, _INT32, [num_rows], q.device)
     checks.tensor("plan.pages", pages, _INT32, ["n"], q.device)
-    checks.tensor("plan.segments", segments, _INT32, ["n", 5], q.device)
-    checks.tensor("plan.tasks", tasks, _INT32, ["n", 5], q.device)
+    checks.tensor("plan.segments", segments, _INT32, ["n", RECORD], q.device)
+    checks.tensor("plan.tasks", tasks, _INT32, ["n", RECORD], q.device)
     checks.tensor("plan.merge_indptr", merge_indptr, _INT32, [num_rows + 1], q.device)
     checks.tensor("plan.merge_slots", merge_slots, _INT32, ["n"], q.device)
     checks.tensor("plan.sizes", sizes, _INT32, [4])

@@ -21,8 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plan import RECORD as _RECORD
 from .configs import config
 from .numerics import LN2, LOG2E, dot, fused, narrow, tanh
+
+RECORD = tl.constexpr(_RECORD)  # ints of a segment or a task
 
 # Pieces of one buffer (a plan's tables, the partial states), which begin at any multiple of 4 bytes: a kernel compiled
 # for each alignment of each piece would be compiled anew for nearly every plan.
@@ -41,11 +44,11 @@ def task_kernel(
     task = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     if task < tl.load(sizes + 1):
-        seg_begin = tl.load(tasks + task * 5)
-        seg_end = tl.load(tasks + task * 5 + 1)
-        row_begin = tl.load(tasks + task * 5 + 2)
-        row_end = tl.load(tasks + task * 5 + 3)
-        first_slot = tl.load(tasks + task * 5 + 4)
+        seg_begin = tl.load(tasks + task * RECORD)
+        seg_end = tl.load(tasks + task * RECORD + 1)
+        row_begin = tl.load(tasks + task * RECORD + 2)
+        row_end = tl.load(tasks + task * RECORD + 3)
+        first_slot = tl.load(tasks + task * RECORD + 4)
         states = (row_end - row_begin) * group
         for start in range(0, states, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
@@ -70,11 +73,11 @@ def task_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             factor = tl.full([BLOCK_M, 1], scale * LOG2E, tl.float32)
             for segment in range(seg_begin, seg_end):
-                page_begin = tl.load(segments + segment * 5)
-                token_begin = tl.load(segments + segment * 5 + 1)
-                length = tl.load(segments + segment * 5 + 2)
-                seg_first = tl.load(segments + segment * 5 + 3)
-                seg_last = tl.load(segments + segment * 5 + 4) - 1
+                page_begin = tl.load(segments + segment * RECORD)
+                token_begin = tl.load(segments + segment * RECORD + 1)
+                length = tl.load(segments + segment * RECORD + 2)
+                seg_first = tl.load(segments + segment * RECORD + 3)
+                seg_last = tl.load(segments + segment * RECORD + 4) - 1
                 if (seg_first <= last) & (first <= seg_last):
                     reads = there & (r >= seg_first) & (r <= seg_last)
                     all_rows = (seg_first <= first) & (last <= seg_last)

@@ -12,10 +12,10 @@ void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& 
     const Tensor src = dense(src_in), dst = dense(dst_in);
     const IndexArray src_index = indices(src), dst_index = indices(dst);
     require(dst.numel() == src.numel(), "dst");
-    std::vector<PageCopyArgs> args;
+    std::vector<PagedBytes> args;
     for (Tensor& cache : caches) {
         require(is_cache(cache), "caches");
-        if (cache.numel() > 0) args.push_back(page_args(cache));
+        if (cache.numel() > 0) args.push_back(paged_bytes(cache));
     }
     cuda::copy_pages(args, src_index, dst_index, src.numel(), device.stream());
 }

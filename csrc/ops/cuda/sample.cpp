@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_i
 
     Tensor tokens = empty(logits, {rows}, ScalarType::Long),
            logprobs = empty(logits, {rows}, ScalarType::Float);
-    const cuda::SampleArgs args{
+    const SampleArgs args{
         .logits = {logits.const_data_ptr(), dtype(logits)},
         .stride = logits.stride(0),
         .rows = rows,

@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
         .rows = int32s(rows, 1, num_rows, "rows"),
         .positions = int32s(positions, 1, num_rows, "positions"),
         .pages = int32s(pages, 1, -1, "pages"),
-        .segments = reinterpret_cast<const Segment*>(int32s(segments, 2, 5, "segments")),
-        .tasks = reinterpret_cast<const Task*>(int32s(tasks, 2, 5, "tasks")),
+        .segments = reinterpret_cast<const Segment*>(int32s(segments, 2, kPlanRecord, "segments")),
+        .tasks = reinterpret_cast<const Task*>(int32s(tasks, 2, kPlanRecord, "tasks")),
         .merge_indptr = int32s(merge_indptr, 1, num_rows + 1, "merge_indptr"),
         .merge_slots = int32s(merge_slots, 1, -1, "merge_slots"),
         .scale = static_cast<float>(scale),
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
         .partial_states = states,
         .padded_dim = head_dim,
     };
-    const int32_t* used = int32s(sizes, 1, 4, "sizes");
+    const auto* used = reinterpret_cast<const PlanSizes*>(int32s(sizes, 1, kPlanSizes, "sizes"));
     if (num_rows * num_q_heads == 0) return {out, lse};
     cuda::tree_attention(args, used, tasks.size(0), device.stream());
     return {out, lse};
