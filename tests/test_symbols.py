@@ -43,10 +43,13 @@ def test_kernels_carry_their_instruction_set() -> None:
 def test_kernel_files_include_nothing_that_could_be_shared() -> None:
     """An inline function of a standard header would have one symbol for all instruction sets."""
     root = Path(__file__).parent.parent / "csrc"
-    files = [f for folder in ("cpu", "include") for f in (root / folder).iterdir() if f.name != "dispatch.cpp"]
-    assert files
-    own = {f.name for f in files}
-    for file in files:
+    files = {
+        str(f.relative_to(root / folder)): f for folder in ("cpu", "include") for f in (root / folder).rglob("*.*")
+    }
+    own = {name for name in files if name.endswith(".h")}
+    assert own
+    del files["dispatch.cpp"]
+    for file in files.values():
         for header in re.findall(r'#include [<"]([^>"]+)[>"]', file.read_text()):
             assert header in own | {"cstdint", "immintrin.h"}, f"{file.name} includes {header}"
 
@@ -55,7 +58,7 @@ def test_a_name_of_the_kernels_has_one_definition() -> None:
     """The headers share a namespace: of two classes or constants of one name the linker keeps whichever comes first."""
     root = Path(__file__).parent.parent / "csrc"
     files: dict[str, set[str]] = {}
-    for file in [f for folder in ("cpu", "include") for f in (root / folder).glob("*.h")]:
+    for file in [f for folder in ("cpu", "include") for f in (root / folder).rglob("*.h")]:
         for name in re.findall(r"(?m)^(?:struct|class|inline constexpr [\w:]+) (\w+)(?: \{| =|<)", file.read_text()):
             files.setdefault(name, set()).add(file.name)
     assert len(files) > 50

@@ -20,15 +20,12 @@
     X(aggregate_steps)      \
     X(append_kv)            \
     X(copy_page)            \
-    X(finish_steps)         \
-    X(gather_steps)         \
-    X(hidden_layer)         \
     X(linear)               \
     X(linear_cut)           \
     X(linear_logprob)       \
-    X(linear_pack_rows)     \
+    X(linear_pack_weight)   \
+    X(linear_pack_x)        \
     X(merge_states)         \
-    X(pack_linear)          \
     X(prune)                \
     X(rms_norm)             \
     X(rope_append)          \
@@ -37,6 +34,9 @@
     X(sample_scan)          \
     X(sample_weigh)         \
     X(step_scores)          \
+    X(step_scores_finish)   \
+    X(step_scores_gather)   \
+    X(step_scores_hidden)   \
     X(swiglu)               \
     X(tree_attention)       \
     X(tree_attention_merge) \

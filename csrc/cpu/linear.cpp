@@ -8,11 +8,11 @@
 // load a panel and one multiply-add a row. The tiles of more rows go through the same panels one after
 // another and meanwhile fetch the next panels into L2, so that arithmetic does not wait for memory. Work is
 // cut into groups of panels x blocks of about 256 rows; a sum is computed by one thread from start to end
-// (tile.h), so results depend neither on threads nor on the number of rows.
+// (float_tile.h), so results depend neither on threads nor on the number of rows.
 #include "linear.h"
 
 #include "integers.h"
-#include "rows.h"
+#include "vec_row.h"
 
 TTS_BEGIN_ISA
 
@@ -25,7 +25,7 @@ constexpr int64_t kFewGroup = 4;     // with long streams: panels one after anot
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Row tiles differ in height by at most one.
-struct Tiles {
+struct RowTiles {
     int64_t rows, count;
     int64_t begin(int64_t tile) const { return tile * (rows / count) + min(tile, rows % count); }
     int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
@@ -84,18 +84,18 @@ void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end, i
     alignas(64) float sums[R * P * kPanel];
     for (int64_t width; begin < end; begin += width) {
         width = begin + P <= end ? P : 1;
-        tile<T, R, P>(rows, weight + begin * panel, width == P ? panel : 0, steps, ahead, sums);
+        float_tile<T, R, P>(rows, weight + begin * panel, width == P ? panel : 0, steps, ahead, sums);
         finish<T, P>(args, sums, row, R, begin * kPanel, width * kPanel);
     }
 }
 
 // The tiles of a product share the panels of their group, although one less in height may prefer others.
-template <class T, int R = kTileRows>
+template <class T, int R = kFloatRows>
 void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t begin, int64_t end,
                  int64_t pass, int64_t passes) {
     if constexpr (R > 0) {
         if (height != R) return run_tile_of<T, R - 1>(height, args, row, begin, end, pass, passes);
-        constexpr int P = tile_panels(R), Q = tile_panels(R + 1);
+        constexpr int P = float_panels(R), Q = float_panels(R + 1);
         args.cut.at_once == P ? run_tile<T, R, P>(args, row, begin, end, pass, passes)
                               : run_tile<T, R, Q>(args, row, begin, end, pass, passes);
     }
@@ -103,25 +103,25 @@ void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t be
 
 }  // namespace
 
-void pack_linear(const PackLinearArgs& args, int64_t begin, int64_t end) {
+void linear_pack_weight(const PackLinearArgs& args, int64_t begin, int64_t end) {
     dispatch(args.weight.dtype, [&]<class T>(T*) {
         for (int64_t panel = begin; panel < end; ++panel) pack_panel<T>(args, panel);
     });
 }
 
 LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype) {
-    const int64_t tiles = divide_up(rows, kTileRows), panels = divide_up(columns, kPanel);
-    const int64_t at_once = tile_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
+    const int64_t tiles = divide_up(rows, kFloatRows), panels = divide_up(columns, kPanel);
+    const int64_t at_once = float_panels(static_cast<int>(tiles ? divide_up(rows, tiles) : 1));
     const int64_t group = rows <= kFewRows ? kFewGroup : at_once;
-    const int64_t block = min(tiles, kBlockRows / kTileRows);
+    const int64_t block = min(tiles, kBlockRows / kFloatRows);
     const int64_t row =
         dispatch(dtype, [&]<class T>(T*) { return packed_row<T>(divide_up(depth, kStep<T>)); });
     const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;
     return {tiles, block, panels, group, at_once, units, row};
 }
 
-void linear_pack_rows(const LinearArgs& args, int64_t begin, int64_t end) {
-    const Tiles tiles{args.rows, args.cut.tiles};
+void linear_pack_x(const LinearArgs& args, int64_t begin, int64_t end) {
+    const RowTiles tiles{args.rows, args.cut.tiles};
     dispatch(args.x.dtype, [&]<class T>(T*) {
         const int64_t steps = divide_up(args.depth, kStep<T>);
         for (int64_t t = begin; t < end; ++t) {
@@ -134,7 +134,7 @@ void linear_pack_rows(const LinearArgs& args, int64_t begin, int64_t end) {
 
 void linear(const LinearArgs& args, int64_t begin, int64_t end) {
     const LinearCut& cut = args.cut;
-    const Tiles tiles{args.rows, cut.tiles};
+    const RowTiles tiles{args.rows, cut.tiles};
     const int64_t groups = divide_up(cut.panels, cut.group);
     dispatch(args.x.dtype, [&]<class T>(T*) {
         for (int64_t unit = begin; unit < end; ++unit) {

@@ -3,17 +3,17 @@
 #include <cstdint>
 
 #include "args/linear.h"
+#include "float_tile.h"
 #include "isa.h"
-#include "tile.h"
 
 TTS_BEGIN_ISA
 
 // Panels [begin, end).
-void pack_linear(const PackLinearArgs& args, int64_t begin, int64_t end);
+void linear_pack_weight(const PackLinearArgs& args, int64_t begin, int64_t end);
 
 LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype);
 // Packs row tiles [begin, end) of x; all of them must be there before the first unit.
-void linear_pack_rows(const LinearArgs& args, int64_t begin, int64_t end);
+void linear_pack_x(const LinearArgs& args, int64_t begin, int64_t end);
 // Units of work [begin, end).
 void linear(const LinearArgs& args, int64_t begin, int64_t end);
 

@@ -15,7 +15,7 @@ TTS_BEGIN_ISA
 
 namespace {
 
-constexpr int kTile = 48;               // rows of W whose logits are folded at once
+constexpr int kLogitBlock = 48;         // rows of W whose logits are folded at once
 constexpr int kRowBlock = 64;           // rows of hidden at a time, fewer if they are long:
 constexpr int64_t kRowBytes = 1 << 18;  // they stay in L2, and the tile of W with them
 
@@ -24,12 +24,12 @@ int64_t row_block(int64_t row_bytes) {
     return fit < kDotRows ? kDotRows : fit > kRowBlock ? kRowBlock : fit;
 }
 
-// Folds n <= kTile logits into the state (max, sum). A row of -inf alone leaves (-inf, 0); NaN and +inf end
-// as NaN.
+// Folds n <= kLogitBlock logits into the state (max, sum). A row of -inf alone leaves (-inf, 0); NaN and +inf
+// end as NaN.
 void fold(const float* logits, int n, float scale, float& max_state, float& sum_state) {
     constexpr int W = Vec::width;
-    static_assert(kTile % W == 0);
-    float x[kTile];
+    static_assert(kLogitBlock % W == 0);
+    float x[kLogitBlock];
     Vec top = Vec::all(max_state);
     for (int i = 0; i < n; i += W) {
         const int rest = n - i;
@@ -65,15 +65,16 @@ void chunk(const LinearLogprobArgs& args, const A* hidden, const B* weight, int6
         max_state[r] = -kInfinity;
         sum_state[r] = 0.0f;
     }
-    float logits[kRowBlock * kTile];
-    for (int64_t v = begin; v < end; v += kTile) {
-        const int cols = static_cast<int>(end - v < kTile ? end - v : kTile);
+    float logits[kRowBlock * kLogitBlock];
+    for (int64_t v = begin; v < end; v += kLogitBlock) {
+        const int cols = static_cast<int>(end - v < kLogitBlock ? end - v : kLogitBlock);
         for (int64_t first = 0; first < args.rows; first += block) {
             const int64_t rows = args.rows - first < block ? args.rows - first : block;
             matmul_nt(hidden + first * args.hidden_stride, args.hidden_stride, rows,
-                      weight + v * args.weight_stride, args.weight_stride, cols, args.width, logits, kTile);
+                      weight + v * args.weight_stride, args.weight_stride, cols, args.width, logits,
+                      kLogitBlock);
             for (int64_t r = 0; r < rows; ++r) {
-                const float* row = logits + r * kTile;
+                const float* row = logits + r * kLogitBlock;
                 fold(row, cols, args.inv_temperature, max_state[first + r], sum_state[first + r]);
                 const int64_t t = at(args.targets, first + r) - v;
                 if (t >= 0 && t < cols) args.target[first + r] = row[t] * args.inv_temperature;

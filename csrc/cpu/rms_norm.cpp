@@ -6,8 +6,8 @@
 // A row of some thousand elements stays in L1 between the two passes: memory is read and written once.
 #include "rms_norm.h"
 
-#include "rows.h"
 #include "vec.h"
+#include "vec_row.h"
 
 TTS_BEGIN_ISA
 

@@ -7,8 +7,8 @@
 //   y[i] = x[i] cos_i - x[i + D/2] sin_i,  y[i + D/2] = x[i + D/2] cos_i + x[i] sin_i,  i < D/2
 #include "rope_append.h"
 
-#include "rows.h"
 #include "vec.h"
+#include "vec_row.h"
 
 TTS_BEGIN_ISA
 

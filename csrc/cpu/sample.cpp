@@ -19,12 +19,12 @@
 // one row from memory and one from the cache; 2 V exponentials, V if the temperature is 0 or 1.
 #include "sample.h"
 
-#include "fixed_exp.h"
 #include "integers.h"
 #include "philox.h"
 #include "select.h"
 #include "sketch.h"
 #include "vec.h"
+#include "vec_fixed_exp.h"
 
 TTS_BEGIN_ISA
 
@@ -71,7 +71,7 @@ void with_block(const SampleRow& row, int64_t b, F f) {
 
 FixedExp weight_function(const SampleRow& row) {
     const float temperature = row.options.temperature;
-    return FixedExp::at(temperature == 0.0f ? 1.0f : temperature);
+    return FixedExp(temperature == 0.0f ? 1.0f : temperature);
 }
 
 bool is_greedy(const SampleRow& row) { return row.options.temperature == 0.0f; }
@@ -108,7 +108,7 @@ float block_max(const T* x, int64_t n) {
 
 template <class T>
 uint64_t block_sum(const T* x, int64_t n, float top) {
-    const FixedExp exp = FixedExp::at(1.0f);
+    const FixedExp exp = FixedExp(1.0f);
     Units sum = Units::zero();
     for (int64_t i = 0; i < n; i += Vec::width) sum.add(Units::of(exp(Vec::load(x + i) - Vec::all(top))));
     return sum.sum();
@@ -375,7 +375,7 @@ int64_t draw_token(const SampleRow& row, SampleWorkspace& space, FixedExp exp, c
 
 // The sum of all exp(l - max) from the blocks' sums, which are relative to their own maxima.
 uint64_t add_untempered(const SampleRow& row, const SampleWorkspace& space) {
-    const FixedExp exp = FixedExp::at(1.0f);
+    const FixedExp exp = FixedExp(1.0f);
     uint64_t total = 0;
     for (int64_t b = 0; b < blocks_of(row); ++b) {
         total += scaled(space.blocks[b].untempered, weight_of(exp, space.blocks[b].max - space.max));

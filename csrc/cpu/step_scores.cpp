@@ -137,7 +137,7 @@ void step_scores(const StepScoresArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-void gather_steps(const StepScoresArgs& args, int64_t begin, int64_t end) {
+void step_scores_gather(const StepScoresArgs& args, int64_t begin, int64_t end) {
     const int64_t n = args.width;
     visit(args.hidden, [&](const auto* hidden) {
         for (int64_t s = begin; s < end; ++s) {
@@ -154,14 +154,14 @@ void gather_steps(const StepScoresArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-void hidden_layer(const StepScoresArgs& args, int64_t begin, int64_t end) {
+void step_scores_hidden(const StepScoresArgs& args, int64_t begin, int64_t end) {
     const FloatArray rows = {args.rows, args.bf16_rows ? DType::bf16 : DType::f32};
     visit_operands(rows, args.head.w1, [&](const auto* a, const auto* w1) {
         for (int64_t block = begin; block < end; ++block) hidden_block(args, a, w1, block);
     });
 }
 
-void finish_steps(const StepScoresArgs& args, int64_t begin, int64_t end) {
+void step_scores_finish(const StepScoresArgs& args, int64_t begin, int64_t end) {
     const int64_t blocks = divide_up(args.head.hidden_width, kHiddenBlock);
     for (int64_t s = begin; s < end; ++s) {
         float z = args.head.bias ? *args.head.bias : 0.0f;

@@ -19,8 +19,8 @@ void step_scores(const StepScoresArgs& args, int64_t begin, int64_t end);
 
 // A head with a hidden layer, in three passes: gather steps [begin, end), take blocks [begin, end) of hidden
 // units for all steps, finish steps [begin, end).
-void gather_steps(const StepScoresArgs& args, int64_t begin, int64_t end);
-void hidden_layer(const StepScoresArgs& args, int64_t begin, int64_t end);
-void finish_steps(const StepScoresArgs& args, int64_t begin, int64_t end);
+void step_scores_gather(const StepScoresArgs& args, int64_t begin, int64_t end);
+void step_scores_hidden(const StepScoresArgs& args, int64_t begin, int64_t end);
+void step_scores_finish(const StepScoresArgs& args, int64_t begin, int64_t end);
 
 TTS_END_ISA

@@ -3,8 +3,8 @@
 //   gate_up [T, 2 I]: gate, then up  ->  out [T, I]
 #include "swiglu.h"
 
-#include "rows.h"
 #include "vec.h"
+#include "vec_row.h"
 
 TTS_BEGIN_ISA
 

@@ -5,8 +5,8 @@
 // One launch, a block of 128 threads a token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k and 16
 // of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any case.
 #include "append_kv.h"
+#include "copy_rows.cuh"
 #include "launch.cuh"
-#include "rows.cuh"
 #include "vector.cuh"
 
 namespace tts::cuda {

@@ -8,8 +8,8 @@
 // heads of 128 bfloat16 that is 32 KB and 8 turns. The pages may be copied in any order: none is both read
 // and written.
 #include "copy_pages.h"
+#include "copy_rows.cuh"
 #include "launch.cuh"
-#include "rows.cuh"
 #include "vector.cuh"
 
 namespace tts::cuda {

@@ -32,10 +32,11 @@ struct LogSum {
 // Folds one tile's logits, of which columns [0, cols) are there, into the state of each of the thread's rows;
 // the thread that holds a row's target writes it.
 template <int kRows>
-__device__ void fold(Tile<kRows>& tile, int cols, float scale, const int (&targets)[2 * Tile<kRows>::kDown],
-                     float* target_logits, LogSum (&states)[2 * Tile<kRows>::kDown]) {
+__device__ void fold(ProductTile<kRows>& tile, int cols, float scale,
+                     const int (&targets)[2 * ProductTile<kRows>::kDown], float* target_logits,
+                     LogSum (&states)[2 * ProductTile<kRows>::kDown]) {
 #pragma unroll
-    for (int i = 0; i < 2 * Tile<kRows>::kDown; ++i) {
+    for (int i = 0; i < 2 * ProductTile<kRows>::kDown; ++i) {
         float top = states[i].max, sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -60,16 +61,16 @@ __device__ void fold(Tile<kRows>& tile, int cols, float scale, const int (&targe
 
 // Merges what four neighbours and then four warps hold of each row; `shared` [kRows * kWarps] is free.
 template <int kRows>
-__device__ void finish(LogSum (&states)[2 * Tile<kRows>::kDown], int rows, float2* shared, float* max,
+__device__ void finish(LogSum (&states)[2 * ProductTile<kRows>::kDown], int rows, float2* shared, float* max,
                        float* sum) {
 #pragma unroll
-    for (int i = 0; i < 2 * Tile<kRows>::kDown; ++i) {
+    for (int i = 0; i < 2 * ProductTile<kRows>::kDown; ++i) {
         LogSum& s = states[i];
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) {
             s.merge(__shfl_xor_sync(kAllLanes, s.max, step), __shfl_xor_sync(kAllLanes, s.sum, step));
         }
-        if (lane() % 4 == 0) shared[Tile<kRows>::row(i / 2, i % 2) * kWarps + warp()] = {s.max, s.sum};
+        if (lane() % 4 == 0) shared[ProductTile<kRows>::row(i / 2, i % 2) * kWarps + warp()] = {s.max, s.sum};
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) >= rows) return;
@@ -121,14 +122,14 @@ __global__ __launch_bounds__(kTileThreads, 2) void logprob_kernel(LinearLogprobA
     const int64_t chunk = blockIdx.x / row_blocks, first_row = blockIdx.x % row_blocks * kRows;
     const int64_t begin = chunk * kLogprobChunk;
     const int rows = static_cast<int>(min(int64_t{kRows}, args.rows - first_row));
-    LogSum states[2 * Tile<kRows>::kDown];
+    LogSum states[2 * ProductTile<kRows>::kDown];
     for (int t = 0; t < kTilesPerChunk; ++t) {
         const int64_t first = begin + t * kTileCols;
         if (first >= args.vocabulary) break;
-        int targets[2 * Tile<kRows>::kDown];  // in this tile, or -1
+        int targets[2 * ProductTile<kRows>::kDown];  // in this tile, or -1
 #pragma unroll
-        for (int i = 0; i < 2 * Tile<kRows>::kDown; ++i) {
-            const int row = Tile<kRows>::row(i / 2, i % 2);
+        for (int i = 0; i < 2 * ProductTile<kRows>::kDown; ++i) {
+            const int row = ProductTile<kRows>::row(i / 2, i % 2);
             const int64_t target = row < rows ? at(args.targets, first_row + row) - first : -1;
             targets[i] = target >= 0 && target < kTileCols ? static_cast<int>(target) : -1;
         }

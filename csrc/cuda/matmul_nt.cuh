@@ -7,7 +7,7 @@
 //   cp.async into a ring of shared memory, 4 x 18 KB or 3 x 24 KB, and go to the tensor cores.
 //   ScalarTile: all else, in float32.
 //
-// Both leave c in registers alike: see Tile.
+// Both leave c in registers alike: see ProductTile.
 #pragma once
 
 #include "integers.h"
@@ -21,7 +21,7 @@ inline constexpr int kTileCols = 128, kTileThreads = 128;
 
 // Where a thread's elements of c lie: c[i][j][e] is at row(i, e / 2), column col(j, e % 2).
 template <int kRows>
-struct Tile {
+struct ProductTile {
     static constexpr int kDown = kRows / 16, kAcross = 4;
     float c[kDown][kAcross][4];
 
@@ -39,8 +39,8 @@ struct Tile {
 // ---- tensor cores -----------------------------------------------------------------------------------------
 
 template <class T, int kRows>
-struct TensorTile : Tile<kRows> {
-    using Tile<kRows>::c;
+struct TensorTile : ProductTile<kRows> {
+    using ProductTile<kRows>::c;
     static constexpr int kDepth = 64, kStages = kRows == 16 ? 4 : 3;  // a row of a slice is 128 bytes
     static constexpr int kSlice = (kRows + kTileCols) * kDepth * sizeof(T);
     static constexpr int kSharedBytes = kStages * kSlice;
@@ -93,13 +93,13 @@ struct TensorTile : Tile<kRows> {
         const int l = lane();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {
-            uint32_t a[Tile<kRows>::kDown][4], b[2][4];
+            uint32_t a[ProductTile<kRows>::kDown][4], b[2][4];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 load_matrices(b[j], cols + place(j * 16 + l % 8 + l / 16 * 8, k * 2 + l / 8 % 2));
             }
 #pragma unroll
-            for (int i = 0; i < Tile<kRows>::kDown; ++i) {
+            for (int i = 0; i < ProductTile<kRows>::kDown; ++i) {
                 load_matrices(a[i], slice + place(i * 16 + l % 16, k * 2 + l / 16));
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
@@ -112,8 +112,8 @@ struct TensorTile : Tile<kRows> {
 // ---- float32 ----------------------------------------------------------------------------------------------
 
 template <int kRows>
-struct ScalarTile : Tile<kRows> {
-    using Tile<kRows>::c;
+struct ScalarTile : ProductTile<kRows> {
+    using ProductTile<kRows>::c;
     static constexpr int kDepth = 32, kStride = kDepth + 4;  // so that eight rows lie in different banks
     static constexpr int kSharedBytes = (kRows + kTileCols) * kStride * sizeof(float);
 
@@ -151,7 +151,7 @@ struct ScalarTile : Tile<kRows> {
                 for (int e = 0; e < 2; ++e) load(cols + this->col(j, e) * kStride + k, b[j][e]);
             }
 #pragma unroll
-            for (int i = 0; i < 2 * Tile<kRows>::kDown; ++i) {
+            for (int i = 0; i < 2 * ProductTile<kRows>::kDown; ++i) {
                 float a[4];
                 load(rows + this->row(i / 2, i % 2) * kStride + k, a);
 #pragma unroll

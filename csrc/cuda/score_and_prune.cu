@@ -61,7 +61,7 @@ void score_and_prune(const ScoreAndPruneArgs& args, cudaStream_t stream) {
     if (args.group_count == 0) return;
     check(
         cudaMemsetAsync(args.arrivals, 0, static_cast<size_t>(args.group_count) * sizeof(uint32_t), stream));
-    if (args.steps.head.w1.data) hidden_layer(args.steps, stream);
+    if (args.steps.head.w1.data) step_scores_hidden(args.steps, stream);
     dispatch_head(args.steps, [&](auto head) {
         launch(round_kernel<decltype(head)>, args.candidate_count + args.group_count, kPruneThreads, 0,
                stream, args, reads_vectors(args.steps));

@@ -128,7 +128,7 @@ void run(const StepScoresArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-void hidden_layer(const StepScoresArgs& args, cudaStream_t stream) {
+void step_scores_hidden(const StepScoresArgs& args, cudaStream_t stream) {
     const bool few = args.steps <= 16;
     const DType type = args.hidden.dtype;
     const bool tensor = type == args.head.w1.dtype && type != DType::f32 && !args.head.norm_weight.data &&
@@ -142,7 +142,7 @@ void hidden_layer(const StepScoresArgs& args, cudaStream_t stream) {
 }
 
 void step_scores(const StepScoresArgs& args, cudaStream_t stream) {
-    if (args.head.w1.data) hidden_layer(args, stream);
+    if (args.head.w1.data) step_scores_hidden(args, stream);
     dispatch_head(args, [&](auto head) {
         launch(step_kernel<decltype(head)>, args.steps, kThreads, 0, stream, args, reads_vectors(args));
     });

@@ -9,8 +9,8 @@ namespace tts::cuda {
 // only `partials` [H1 / kHiddenUnits, S] is used.
 inline constexpr int64_t kHiddenUnits = 128;
 
-// Every step; a head with a hidden layer takes two launches, hidden_layer and one that finishes.
+// Every step; a head with a hidden layer takes two launches, step_scores_hidden and one that finishes.
 void step_scores(const StepScoresArgs& args, cudaStream_t stream);
-void hidden_layer(const StepScoresArgs& args, cudaStream_t stream);
+void step_scores_hidden(const StepScoresArgs& args, cudaStream_t stream);
 
 }  // namespace tts::cuda

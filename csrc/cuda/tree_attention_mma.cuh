@@ -98,14 +98,16 @@ struct MmaShape {
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
     static constexpr int kKeys = kLarge ? 32 : 64;
     static constexpr int kNarrowRowWarps = kLarge ? 2 : 1, kWideRowWarps = kLarge ? 2 : 4;
-    static constexpr int kStride = kDim + 8;       // elements from row to row of Q, K and V
-    static constexpr int kTile = kKeys * kStride;  // elements of a block of K or V
-    static constexpr int kStages = 2;              // of K and V
+    static constexpr int kStride = kDim + 8;                // elements from row to row of Q, K and V
+    static constexpr int kBlockElements = kKeys * kStride;  // elements of a block of K or V
+    static constexpr int kStages = 2;                       // of K and V
     static constexpr int kQueries =
-        (kLarge ? kStages : 1) * 2 * kTile;  // where Q is: behind, or in the second
-    static constexpr int kShared = 2 * (kStages * 2 * kTile + (kLarge ? 16 * kWideRowWarps * kStride : 0));
+        (kLarge ? kStages : 1) * 2 * kBlockElements;  // where Q is: behind, or in the second
+    static constexpr int kShared =
+        2 * (kStages * 2 * kBlockElements + (kLarge ? 16 * kWideRowWarps * kStride : 0));
     static constexpr int kResultStride = kDim + 8;  // floats of a row of the result's stage, [16 * kWarps, D]
-    static_assert(16 * kWarps * kResultStride * 4 <= kShared && 16 * kWideRowWarps * kStride <= 2 * kTile);
+    static_assert(16 * kWarps * kResultStride * 4 <= kShared &&
+                  16 * kWideRowWarps * kStride <= 2 * kBlockElements);
 };
 
 struct MmaShared {
@@ -117,7 +119,8 @@ struct MmaShared {
 template <class T, int kDim, int kRowWarps>
 class MmaTile {
     using Shape = MmaShape<kDim>;
-    static constexpr int kKeys = Shape::kKeys, kStride = Shape::kStride, kTile = Shape::kTile;
+    static constexpr int kKeys = Shape::kKeys, kStride = Shape::kStride,
+                         kBlockElements = Shape::kBlockElements;
     static constexpr int kLanes = 16 * kRowWarps, kKeyWarps = Shape::kWarps / kRowWarps;
     static constexpr int kWarpKeys = kKeys / kKeyWarps;      // of a block, that a warp multiplies
     static constexpr int kCopyRows = kKeys / Shape::kWarps;  // of a block, that a warp copies
@@ -168,8 +171,8 @@ class MmaTile {
   private:
     __device__ int row_warp() const { return warp() % kRowWarps; }
     __device__ int first_key() const { return warp() / kRowWarps * kWarpKeys; }
-    __device__ T* keys(int stage) const { return reinterpret_cast<T*>(stages_) + stage * 2 * kTile; }
-    __device__ T* values(int stage) const { return keys(stage) + kTile; }
+    __device__ T* keys(int stage) const { return reinterpret_cast<T*>(stages_) + stage * 2 * kBlockElements; }
+    __device__ T* values(int stage) const { return keys(stage) + kBlockElements; }
     __device__ T* queries() const { return reinterpret_cast<T*>(stages_) + Shape::kQueries; }
     // A row of the warp's queries for load_matrices.
     __device__ const T* query_row() const {

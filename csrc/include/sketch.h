@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "fixed_exp.h"
 #include "isa.h"
 #include "vec.h"
+#include "vec_fixed_exp.h"
 
 namespace tts {
 

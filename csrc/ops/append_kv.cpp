@@ -7,8 +7,8 @@ namespace {
 // Tokens a thread: below this, copying costs less than waking a second one.
 constexpr int64_t kTokensPerThread = 64;
 
-void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
-               const Tensor& slots_in) {
+void append_kv_(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
+                const Tensor& slots_in) {
     const Tensor slots = dense(slots_in);
     const IndexArray index = indices(slots);
     require(same_cache(k_cache, v_cache) && writable(k_cache) && writable(v_cache), "caches");
@@ -29,6 +29,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("append_kv_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("append_kv_", TTS_BOX(&append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("append_kv_", TTS_BOX(&append_kv_)); }
 
 }  // namespace tts::ops

@@ -20,7 +20,7 @@ void require_independent(IndexArray src, IndexArray dst, int64_t count) {
     }
 }
 
-void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
+void copy_pages_(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
     const Tensor src_tensor = dense(src_in), dst_tensor = dense(dst_in);
     const IndexArray src = indices(src_tensor), dst = indices(dst_tensor);
     const int64_t count = src_tensor.numel();
@@ -47,6 +47,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("copy_pages_(Tensor(a!)[] caches, Tensor src, Tensor dst) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("copy_pages_", TTS_BOX(&copy_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("copy_pages_", TTS_BOX(&copy_pages_)); }
 
 }  // namespace tts::ops

@@ -18,7 +18,8 @@ Tensor pack_linear(const Tensor& weight_in) {
     const int64_t panels = divide_up(args.columns, kPanel), steps = divide_up(args.depth, step(type));
     Tensor out = empty(weight, {panels, steps, kPanel, step(type)}, weight.scalar_type());
     args.out = out.mutable_data_ptr();
-    parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) { kernels().pack_linear(args, begin, end); });
+    parallel_for(0, panels, 4,
+                 [&](int64_t begin, int64_t end) { kernels().linear_pack_weight(args, begin, end); });
     return out;
 }
 
@@ -65,7 +66,7 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
     // A thread is worth starting for 2**12 packed elements, and for 2**20 multiplications or 2**18 weights.
     const int64_t row_grain = 1 + (1 << 12) * args.cut.tiles / (count * (depth + 1));
     parallel_for(0, args.cut.tiles, row_grain,
-                 [&](int64_t begin, int64_t end) { kernels().linear_pack_rows(args, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels().linear_pack_x(args, begin, end); });
     const int64_t work = out_features * depth * (count < 4 ? 4 : count);
     const int64_t threads = threads_for(args.cut.units, work >> 20);
     args.ahead = args.cut.group * threads;

@@ -43,9 +43,9 @@ inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
     const auto run = [&](auto kernel, int64_t count, int64_t grain) {
         parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     };
-    run(kernels().gather_steps, args.steps, kStepsPerThread);
-    run(kernels().hidden_layer, args.steps > 0 ? blocks : 0, 1);
-    run(kernels().finish_steps, args.steps, 1024);
+    run(kernels().step_scores_gather, args.steps, kStepsPerThread);
+    run(kernels().step_scores_hidden, args.steps > 0 ? blocks : 0, 1);
+    run(kernels().step_scores_finish, args.steps, 1024);
 }
 
 // ---- aggregates of chains ---------------------------------------------------------------------------------

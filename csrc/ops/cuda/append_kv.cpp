@@ -7,8 +7,8 @@
 namespace tts::ops {
 namespace {
 
-void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
-               const Tensor& slots_in) {
+void append_kv_(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
+                const Tensor& slots_in) {
     const OnDevice device(k_cache);
     const Tensor slots = dense(slots_in);
     const IndexArray index = indices(slots);
@@ -22,6 +22,6 @@ void append_kv(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("append_kv_", TTS_BOX(&append_kv)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("append_kv_", TTS_BOX(&append_kv_)); }
 
 }  // namespace tts::ops

@@ -7,7 +7,7 @@
 namespace tts::ops {
 namespace {
 
-void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
+void copy_pages_(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
     const OnDevice device(src_in);
     const Tensor src = dense(src_in), dst = dense(dst_in);
     const IndexArray src_index = indices(src), dst_index = indices(dst);
@@ -22,6 +22,6 @@ void copy_pages(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("copy_pages_", TTS_BOX(&copy_pages)); }
+STABLE_TORCH_LIBRARY_IMPL(tts_kernels, TTS_CUDA_KEY, m) { m.impl("copy_pages_", TTS_BOX(&copy_pages_)); }
 
 }  // namespace tts::ops

@@ -1,6 +1,6 @@
 // Register tiles of the product C = X W^T over packed operands, float32 sums.
 //
-//   rows     [steps][values][R]: R <= kTileRows rows of X; what one step multiplies lies next to each other
+//   rows     [steps][values][R]: R <= kFloatRows rows of X; what one step multiplies lies next to each other
 //   weights  panels of 16 rows of W, [steps][16][elements]
 //
 // A step is one element of the depth K, or two of them in bfloat16, as `vdpbf16ps` multiplies them; a last
@@ -40,20 +40,20 @@ inline constexpr int64_t kChain = sizeof(T) == 4 ? 128 : 1024;
 // latency, and a value that is broadcast from memory meets two vectors of weights or more; a few rows wait
 // for memory, which is fastest as one stream.
 #if defined(__AVX512F__)
-inline constexpr int kTileRows = 14;
-inline constexpr int tile_panels(int rows) { return rows <= 6 ? 1 : rows <= 9 ? 3 : 2; }
+inline constexpr int kFloatRows = 14;
+inline constexpr int float_panels(int rows) { return rows <= 6 ? 1 : rows <= 9 ? 3 : 2; }
 #elif defined(__AVX2__)
-inline constexpr int kTileRows = 6;
-inline constexpr int tile_panels(int rows) { return rows <= 2 ? 2 : 1; }
+inline constexpr int kFloatRows = 6;
+inline constexpr int float_panels(int rows) { return rows <= 2 ? 2 : 1; }
 #else
-inline constexpr int kTileRows = 2;
-inline constexpr int tile_panels(int) { return 1; }
+inline constexpr int kFloatRows = 2;
+inline constexpr int float_panels(int) { return 1; }
 #endif
 
 // One step, by the type of the weights: values of a row in it, a vector of its weights, sums + row * weights.
 // `values` are those of row i at i, the second one R floats behind.
 template <class T>
-struct TileStep {
+struct FloatStep {
     static constexpr int values = 1;
     using Weights = Vec;
     // Vec::width values of a row from x on, zero beyond its last `left` elements.
@@ -70,7 +70,7 @@ struct TileStep {
 #if defined(__AVX512BF16__)
 
 template <>
-struct TileStep<bf16> {
+struct FloatStep<bf16> {
     static constexpr int values = 1;
     using Weights = __m512bh;
     static Vec load_values(const bf16* x, int64_t left) {
@@ -90,7 +90,7 @@ struct TileStep<bf16> {
 // Without bfloat16 arithmetic the halves of a 32-bit lane become two vectors, the low one by a shift, the
 // high one by a mask, and meet two values of the row.
 template <>
-struct TileStep<bf16> {
+struct FloatStep<bf16> {
     static constexpr int values = 2;
     struct Weights {
         Vec low, high;
@@ -128,13 +128,13 @@ struct TileStep<bf16> {
 // Floats of a packed row of `steps` steps.
 template <class T>
 inline constexpr int64_t packed_row(int64_t steps) {
-    return steps * TileStep<T>::values;
+    return steps * FloatStep<T>::values;
 }
 
 // Packs `height` rows of `depth` elements into a tile, in blocks of W x W values that are transposed.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth, int64_t steps, float* tile) {
-    constexpr int W = Vec::width, elements = kStep<T> / TileStep<T>::values;
+    constexpr int W = Vec::width, elements = kStep<T> / FloatStep<T>::values;
     float from[W * W], to[W * W];
     const int64_t count = packed_row<T>(steps);
     for (int64_t value = 0; value < count; value += W) {
@@ -142,7 +142,7 @@ inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth,
         for (int64_t row = 0; row < height; row += W) {
             const int rows = height - row < W ? static_cast<int>(height - row) : W;
             for (int i = 0; i < rows; ++i) {
-                TileStep<T>::load_values(x + (row + i) * stride + k, depth - k).store(from + i * W);
+                FloatStep<T>::load_values(x + (row + i) * stride + k, depth - k).store(from + i * W);
             }
             transpose(from, W, to, W);
             float* out = tile + value * height + row;
@@ -163,9 +163,9 @@ struct Ahead {
 
 // sums [R][P][16] = rows . panels over all steps; `panel` elements lie between panels.
 template <class T, int R, int P>
-inline void tile(const float* rows, const T* weights, int64_t panel, int64_t steps, Ahead ahead,
-                 float* sums) {
-    using Step = TileStep<T>;
+inline void float_tile(const float* rows, const T* weights, int64_t panel, int64_t steps, Ahead ahead,
+                       float* sums) {
+    using Step = FloatStep<T>;
     constexpr int V = kPanel / Vec::width;  // vectors in a panel
     constexpr int kLine = 64;
     for (int64_t begin = 0; begin < steps || begin == 0; begin += kChain<T>) {
