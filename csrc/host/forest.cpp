@@ -26,10 +26,6 @@ int64_t saturating_add(int64_t a, int64_t b) {
     return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
 }
 
-// Lists of pages that are reserved ahead are at least so long: those below are too small for memory to run
-// out at them but by the worst of luck.
-constexpr int64_t kManyPages = 1024;
-
 // Makes room for `size` items as push_back does, so that many small steps cost O(1) each.
 template <class Item>
 void reserve_at_least(std::vector<Item>& list, size_t size) {
@@ -87,15 +83,17 @@ int32_t PagePool::take() {
 // ---- Runs
 // --------------------------------------------------------------------------------------------------
 
-// Memory for one new run, and for giving every run back.
-void Forest::reserve_run() {
-    if (!free_runs_.empty()) return;
-    reserve_at_least(runs_, runs_.size() + 1);
-    reserve_at_least(free_runs_, runs_.size() + 1);
+// Memory for `count` new runs, and for giving every run back.
+void Forest::reserve_runs(int64_t count) {
+    const auto needed = static_cast<size_t>(count);
+    if (needed <= free_runs_.size()) return;
+    const size_t runs = runs_.size() + needed - free_runs_.size();
+    reserve_at_least(runs_, runs);
+    reserve_at_least(free_runs_, runs);
 }
 
-int32_t Forest::new_run(int32_t parent, int32_t first_column) {
-    reserve_run();
+// Its memory is reserved.
+int32_t Forest::new_run(int32_t parent, int32_t first_column) noexcept {
     int32_t run = static_cast<int32_t>(runs_.size());
     if (free_runs_.empty()) {
         runs_.emplace_back();
@@ -140,11 +138,12 @@ void Forest::drop(int32_t run) noexcept {
 }
 
 // A run that nothing but its only child holds becomes the front of that child. The child's branches and
-// children stay as they are. Without memory for it the two stay apart, which costs a run and nothing else.
+// children stay as they are, and so does the room in its list, which an append may have reserved. Without
+// memory for it the two stay apart, which costs a run and nothing else.
 void Forest::join_with_child(int32_t run) noexcept {
     const int32_t child = runs_[run].child_xor, parent = runs_[run].parent;
     try {
-        reserve_at_least(runs_[run].pages, runs_[run].pages.size() + runs_[child].pages.size());
+        reserve_at_least(runs_[run].pages, runs_[run].pages.size() + runs_[child].pages.capacity());
     } catch (const std::bad_alloc&) {
         return;
     }
@@ -162,11 +161,11 @@ void Forest::join_with_child(int32_t run) noexcept {
 }
 
 // Cuts a run after its first `count` pages. They become a new run above it (which is returned), so that
-// nothing that points at the run has to move. If it throws, it has changed nothing.
-int32_t Forest::split(int32_t run, size_t count) {
+// nothing that points at the run has to move. `rest` has room for the pages behind them; a new run is
+// reserved.
+int32_t Forest::split(int32_t run, size_t count, std::vector<int32_t> rest) noexcept {
     const int32_t parent = runs_[run].parent;
-    std::vector<int32_t> rest(runs_[run].pages.begin() + static_cast<ptrdiff_t>(count),
-                              runs_[run].pages.end());
+    rest.assign(runs_[run].pages.begin() + static_cast<ptrdiff_t>(count), runs_[run].pages.end());
     const int32_t upper = new_run(kNone, runs_[run].first_column);
     Run& above = runs_[upper];
     Run& below = runs_[run];
@@ -214,24 +213,14 @@ Forest::Forest(int64_t num_pages, int64_t page_size) : page_size_(page_size), po
     }
 }
 
-void Forest::check_whole() const {
-    if (!broken_) return;
-    throw std::runtime_error("forest: memory ran out in the midst of an append; make a new forest");
-}
-
-int64_t Forest::length(int64_t branch) const {
-    check_whole();
-    return live(branch, "branch").length;
-}
+int64_t Forest::length(int64_t branch) const { return live(branch, "branch").length; }
 
 int64_t Forest::add_root() {
-    check_whole();
     branches_.reserve(1);
     return branches_.add(Branch::kEmpty, 0);
 }
 
 std::vector<int64_t> Forest::fork(std::span<const int64_t> parents) {
-    check_whole();
     check_live(parents, "parents");
     std::vector<int64_t> children;
     children.reserve(parents.size());
@@ -246,7 +235,6 @@ std::vector<int64_t> Forest::fork(std::span<const int64_t> parents) {
 }
 
 void Forest::free(std::span<const int64_t> branches) {
-    check_whole();
     ++operation_;
     for (size_t i = 0; i < branches.size(); ++i) live_once(branches[i], "branches", static_cast<int64_t>(i));
     for (const int64_t id : branches) {
@@ -260,9 +248,7 @@ void Forest::free(std::span<const int64_t> branches) {
 // ---- Append
 // ------------------------------------------------------------------------------------------------
 
-// Checks an append and counts what it will take, changing nothing. A branch must copy its partly filled last
-// page if, when its turn comes, anyone else still holds it: references less the earlier entries that will
-// have left the run.
+// Checks an append and counts what it will take, changing nothing.
 Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const int64_t> counts) {
     Demand total;
     ++operation_;
@@ -272,21 +258,27 @@ Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const
         if (count < 0)
             bad_value(entry("counts", static_cast<int64_t>(i)), "at least 0", std::to_string(count));
         if (count == 0) continue;
-        if (branch.length % page_size_ != 0) {
-            Run& run = runs_[branch.run];
-            if (run.mark != operation_) {
-                run.mark = operation_;
-                run.scratch = 0;
-            }
-            const bool shared = run.refs - run.scratch > 1;
-            run.scratch += shared;
-            total.copies += shared;
-        }
+        total.copies += copies_tail(branch);
         total.pages = saturating_add(total.pages, new_pages(branch, count));
         total.tokens = saturating_add(total.tokens, count);
     }
     total.pages = saturating_add(total.pages, total.copies);
     return total;
+}
+
+// Whether a branch must copy its last page before it writes to it: if that is partly filled and, when the
+// branch's turn comes, anyone else still holds it; references less the earlier entries that will have left
+// the run. To be asked once for each entry that grows, in their order, within one operation.
+bool Forest::copies_tail(const Branch& branch) {
+    if (branch.length % page_size_ == 0) return false;
+    Run& run = runs_[branch.run];
+    if (run.mark != operation_) {
+        run.mark = operation_;
+        run.scratch = 0;
+    }
+    const bool shared = run.refs - run.scratch > 1;
+    run.scratch += shared;
+    return shared;
 }
 
 // Pages that a branch needs for `count` tokens more, its last one's copy aside.
@@ -295,60 +287,72 @@ int64_t Forest::new_pages(const Branch& branch, int64_t count) const {
     return count > room ? (count - room - 1) / page_size_ + 1 : 0;
 }
 
-// Takes the memory of an append before it changes anything: to give pages back, and of its long lists of
-// pages, in the run of a branch that has it to itself, else in a new list.
+// Takes all the memory of an append before it changes anything: to give pages back, of its runs, and of their
+// lists of pages. A branch that has a run to itself gets its room there. One that shares its run gets a new
+// list, even if it will write in place as the last holder: its run is down to its last page by then.
 std::vector<Forest::Spare> Forest::reserve(std::span<const int64_t> branches, std::span<const int64_t> counts,
                                            const Demand& total) {
-    pool_.reserve(total.pages);
     std::vector<Spare> spares;
-    if (total.pages < kManyPages) return spares;
+    if (total.pages == 0) return spares;
+    pool_.reserve(total.pages);
+    int64_t runs = 0;
+    ++operation_;
     for (size_t i = 0; i < branches.size(); ++i) {
+        if (counts[i] == 0) continue;
         const Branch& branch = *branches_.find(branches[i]);
-        const auto pages = static_cast<size_t>(counts[i] > 0 ? new_pages(branch, counts[i]) : 0);
-        if (pages == 0) continue;
+        const bool copies = copies_tail(branch);
+        const auto pages = static_cast<size_t>(new_pages(branch, counts[i]));
+        if (pages == 0 && !copies) continue;
         if (branch.run != Branch::kEmpty && runs_[branch.run].refs == 1) {
             reserve_at_least(runs_[branch.run].pages, runs_[branch.run].pages.size() + pages);
-        } else {
-            spares.push_back({i, {}});
-            spares.back().pages.reserve(pages + 1);  // one for a copy of its last page
+            continue;
         }
+        Spare& spare = spares.emplace_back(i);
+        spare.pages.reserve(pages + 1);  // one for its last page
+        if (copies) spare.rest.reserve(1);
+        runs += copies ? 2 : 1;
     }
+    reserve_runs(runs);
     return spares;
 }
 
 // Moves a branch off its run, onto a run of one fresh page in place of the last one. Returns (that page, the
-// fresh one). The new run's list of pages is `list`, which is empty.
-std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch, std::vector<int32_t>& list) {
+// fresh one).
+std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch, Spare& spare) noexcept {
     const int32_t shared = branch.run;
     const size_t pages = runs_[shared].pages.size();
     const int32_t source = runs_[shared].pages.back(), last_column = end_column(runs_[shared]) - 1;
-    const int32_t above = pages > 1 ? split(shared, pages - 1) : runs_[shared].parent;
+    const int32_t above = pages > 1 ? split(shared, pages - 1, std::move(spare.rest)) : runs_[shared].parent;
     branch.run = new_run(above, last_column);
     runs_[branch.run].refs = 1;
     const int32_t copy = pool_.take();
-    runs_[branch.run].pages.swap(list);
+    runs_[branch.run].pages = std::move(spare.pages);
     runs_[branch.run].pages.push_back(copy);
     drop(shared);
     return {source, copy};
 }
 
-// Adds pages for `count` > 0 more tokens to a branch that may write to its last page. A new run's list of
-// pages is `list`, which is empty.
-void Forest::grow(Branch& branch, int32_t count, std::vector<int32_t>& list) {
+// Adds pages for `count` > 0 more tokens to a branch that may write to its last page. `list` has room for
+// them where the branch's run has none, or is none of its own.
+void Forest::grow(Branch& branch, int32_t count, std::vector<int32_t> list) noexcept {
     const int32_t old_columns = static_cast<int32_t>(columns(branch.length));
+    const auto added = static_cast<size_t>(columns(branch.length + count) - old_columns);
     const bool in_place = branch.run != Branch::kEmpty && runs_[branch.run].refs == 1;
     if (!in_place) {
         const int32_t parent = branch.run;
         branch.run = new_run(parent == Branch::kEmpty ? kNone : parent, old_columns);
         runs_[branch.run].refs = 1;
-        runs_[branch.run].pages.swap(list);
         if (parent != Branch::kEmpty)
             --runs_[parent].refs;  // from a branch to a child run: never the last one
     }
     branch.length += count;
     logical_tokens_ += count;
     std::vector<int32_t>& pages = runs_[branch.run].pages;
-    for (int64_t n = columns(branch.length) - old_columns; n > 0; --n) pages.push_back(pool_.take());
+    if (pages.capacity() < pages.size() + added) {
+        list.assign(pages.begin(), pages.end());
+        pages = std::move(list);
+    }
+    for (size_t n = 0; n < added; ++n) pages.push_back(pool_.take());
 }
 
 // The slots of a branch's last `count` tokens, all of which lie in its own run.
@@ -366,7 +370,6 @@ void Forest::write_slots(const Branch& branch, int32_t count, int32_t* slots) co
 }
 
 Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t> counts) {
-    check_whole();
     if (branches.size() != counts.size()) {
         bad_value("counts", "one a branch, " + std::to_string(branches.size()),
                   std::to_string(counts.size()));
@@ -378,24 +381,22 @@ Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t
     Append result{IntBuffer(tokens), IntBuffer(copies), IntBuffer(copies)};
     std::vector<Spare> spares = reserve(branches, counts, total);
     auto spare = spares.begin();
+    Spare none{};
     int32_t* slots = result.slots.data();
     size_t copied = 0;
-    broken_ = true;  // until all is done
     for (size_t i = 0; i < branches.size(); ++i) {
         const auto count = static_cast<int32_t>(counts[i]);
         if (count == 0) continue;
         Branch& branch = *branches_.find(branches[i]);
-        std::vector<int32_t> list;  // of a new run's pages
-        if (spare != spares.end() && spare->entry == i) list = std::move(spare++->pages);
+        Spare& memory = spare != spares.end() && spare->entry == i ? *spare++ : none;
         if (branch.length % page_size_ != 0 && runs_[branch.run].refs > 1) {
-            std::tie(result.copy_src[copied], result.copy_dst[copied]) = copy_tail(branch, list);
+            std::tie(result.copy_src[copied], result.copy_dst[copied]) = copy_tail(branch, memory);
             ++copied;
         }
-        grow(branch, count, list);
+        grow(branch, count, std::move(memory.pages));
         write_slots(branch, count, slots);
         slots += count;
     }
-    broken_ = false;
     return result;
 }
 
@@ -403,7 +404,6 @@ Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t
 // ----------------------------------------------------------------------------------------------
 
 void Forest::truncate(int64_t id, int64_t length) {
-    check_whole();
     Branch& branch = live(id, "branch");
     if (length < 0 || length > branch.length) {
         bad_value("length", "0 to " + std::to_string(branch.length) + ", the branch's length",
@@ -421,7 +421,10 @@ void Forest::truncate(int64_t id, int64_t length) {
             pool_.give_back(std::span(runs_[run].pages).subspan(kept));
             runs_[run].pages.resize(kept);
         } else {
-            run = split(run, kept);
+            reserve_runs(1);
+            std::vector<int32_t> rest;
+            rest.reserve(runs_[run].pages.size() - kept);
+            run = split(run, kept, std::move(rest));
         }
     }
     logical_tokens_ -= branch.length - length;
@@ -436,7 +439,6 @@ void Forest::truncate(int64_t id, int64_t length) {
 // --------------------------------------------------------------------------------
 
 PageTable Forest::page_table(std::span<const int64_t> branches) const {
-    check_whole();
     PageTable table;
     table.lengths = IntBuffer(branches.size());
     for (size_t i = 0; i < branches.size(); ++i) {
@@ -458,7 +460,6 @@ PageTable Forest::page_table(std::span<const int64_t> branches) const {
 }
 
 PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
-    check_whole();
     check_live(branches, "branches");
     PlanTree tree;
     tree.leaf.reserve(branches.size());
@@ -485,7 +486,6 @@ PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
 }
 
 ForestStats Forest::stats() const {
-    check_whole();
     // Every page before a run's last one is full. The last one is if there are child runs, else the longest
     // of the branches that end in it says how far it is read.
     std::vector<int64_t> end(runs_.size(), 0);

@@ -10,13 +10,11 @@
 //   * A branch is (run, length) and ends in the last page of its run; an empty branch has no run.
 //   * A page belongs to exactly one run; so references are counted on runs, and a fork costs O(1).
 //   * refs(run) = its branches + its child runs >= 1. A run with one reference, its only child run, is joined
-//   with
-//     that child at once. So there are fewer than two runs a branch, however long a chain of forks was.
-//   * A run with child runs is full: its pages hold no free slot for those below (a shorter branch may end in
-//   it).
+//     with that child at once. So there are fewer than two runs a branch, however long a chain of forks was.
+//   * A run with child runs is full: its pages hold no free slot for those below, though a shorter branch may
+//     end in it.
 //   * Nothing recurses.
-//   * An operation that throws has changed nothing. One exception: where memory runs out for a short list in
-//     the midst of an append, the forest is broken, and every later operation throws.
+//   * An operation that throws has changed nothing: it takes all its memory before it changes anything.
 #pragma once
 
 #include <array>
@@ -178,27 +176,28 @@ class Forest {
         int64_t tokens = 0, pages = 0, copies = 0;
     };
     Demand demand(std::span<const int64_t> branches, std::span<const int64_t> counts);
+    bool copies_tail(const Branch& branch);
     int64_t new_pages(const Branch& branch, int64_t count) const;
 
-    // The memory of a list of pages that an append will make.
+    // Memory that one entry of an append will need.
     struct Spare {
         size_t entry;
-        std::vector<int32_t> pages;
+        std::vector<int32_t> pages;  // of its new run
+        std::vector<int32_t> rest;   // of what a split leaves
     };
     std::vector<Spare> reserve(std::span<const int64_t> branches, std::span<const int64_t> counts,
                                const Demand& total);
-    void grow(Branch& branch, int32_t count, std::vector<int32_t>& list);
+    void grow(Branch& branch, int32_t count, std::vector<int32_t> list) noexcept;
     void write_slots(const Branch& branch, int32_t count, int32_t* slots) const;
 
-    void check_whole() const;
-    void reserve_run();
-    int32_t new_run(int32_t parent, int32_t first_column);
+    void reserve_runs(int64_t count);
+    int32_t new_run(int32_t parent, int32_t first_column) noexcept;
     void add_child(int32_t parent, int32_t child);
     void remove_child(int32_t parent, int32_t child);
     void drop(int32_t run) noexcept;
     void join_with_child(int32_t run) noexcept;
-    int32_t split(int32_t run, size_t count);
-    std::pair<int32_t, int32_t> copy_tail(Branch& branch, std::vector<int32_t>& list);
+    int32_t split(int32_t run, size_t count, std::vector<int32_t> rest) noexcept;
+    std::pair<int32_t, int32_t> copy_tail(Branch& branch, Spare& spare) noexcept;
 
     int64_t page_size_;
     PagePool pool_;
@@ -206,7 +205,6 @@ class Forest {
     mutable std::vector<Run> runs_;  // the planner leaves marks in it
     std::vector<int32_t> free_runs_;
     int64_t logical_tokens_ = 0;
-    bool broken_ = false;  // an append threw half done
     mutable uint64_t operation_ = 0;
 };
 
