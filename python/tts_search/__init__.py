@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tts_search.api import beam_search, best_of_n, dvts, search, search_iter
-from tts_search.domains.mathematics import equivalent
+from tts_search.api import beam_search, best_of_n, dvts, search, search_iter, vote
 from tts_search.errors import ConfigError, MissingExtraError, SearchError
-from tts_search.policies.text import TextPolicy, TextVerifier
 from tts_search.search.answers import boxed
 from tts_search.search.config import SearchConfig, Thinking
 from tts_search.search.protocol import Policy, Usage, Verifier
@@ -19,11 +18,13 @@ from tts_search.search.result import SearchResult
 from tts_search.search.stats import SearchStats
 from tts_search.search.tree import SearchTree, TreeNode
 from tts_search.search.types import Completion, Step, StepParams, StepRequest
-from tts_search.search.voting import VOTES, vote
-from tts_search.strategy import FittedStrategy, RuleStrategy, Strategy
+from tts_search.search.voting import VOTES
 
 if TYPE_CHECKING:
+    from tts_search.domains.mathematics import equivalent
     from tts_search.policies.hf import HFPolicy
+    from tts_search.policies.text import TextPolicy, TextVerifier
+    from tts_search.strategy import FittedStrategy, RuleStrategy, Strategy
     from tts_search.verifiers.hf import HFVerifier
 
 __all__ = [
@@ -61,15 +62,25 @@ __all__ = [
     "vote",
 ]
 
+_ON_USE = {  # what needs more than the engine and the search: where it is
+    "FittedStrategy": "strategy",
+    "HFPolicy": "policies.hf",
+    "HFVerifier": "verifiers.hf",
+    "RuleStrategy": "strategy",
+    "Strategy": "strategy",
+    "TextPolicy": "policies.text",
+    "TextVerifier": "policies.text",
+    "equivalent": "domains.mathematics",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # These need transformers: they are imported on use, so that the package imports with torch alone.
-    if name == "HFPolicy":
-        from tts_search.policies.hf import HFPolicy
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ON_USE[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return HFPolicy
-    if name == "HFVerifier":
-        from tts_search.verifiers.hf import HFVerifier
 
-        return HFVerifier
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

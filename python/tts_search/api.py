@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from tts_search.domains.mathematics import equivalent
 from tts_search.engine.engine import Engine
 from tts_search.errors import SearchError
 from tts_search.search import voting
-from tts_search.search.answers import boxed
-from tts_search.search.config import WITHOUT_VERIFIER, SearchConfig
+from tts_search.search.answers import Equality, boxed
+from tts_search.search.config import Completed, SearchConfig
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.stats import SearchStats
 from tts_search.search.types import Completion
-from tts_search.strategy import Choice, Strategy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from tts_search.strategy import Choice, Strategy
 from tts_search.terminal import progress_bar
 
 __all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter", "vote"]
@@ -74,7 +77,7 @@ def search_iter(
         return _by_strategy(list(problems), policy, verifier, config, options)
     _check(verifier, config, max_in_flight)
     in_flight = max_in_flight or max(1, BRANCHES_IN_FLIGHT // config.n)
-    engine = Engine(policy, verifier, config, extract_answer, in_flight, equivalent)
+    engine = Engine(policy, verifier, config, extract_answer, in_flight, _same_answer())
     return _with_progress(engine, problems, enabled=progress)
 
 
@@ -84,7 +87,7 @@ def _check(verifier: Verifier | None, config: SearchConfig, max_in_flight: int |
         isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1
     ):
         raise SearchError(f"max_in_flight: expected an int >= 1, got {max_in_flight!r}")
-    if verifier is None and config.method not in WITHOUT_VERIFIER:
+    if verifier is None and config.needs_verifier:
         raise SearchError(f"verifier: {config.method} needs one, got None; only best_of_n works without")
 
 
@@ -130,7 +133,7 @@ def _with_progress(
 ) -> Iterator[tuple[int, SearchResult | SearchError]]:
     total = len(problems) if isinstance(problems, Sized) else None
     outcomes = engine.run(problems)
-    with progress_bar(total, enabled=enabled, label=engine.config.method) as advance:
+    with progress_bar(total, enabled=enabled, label=engine.config.method_name) as advance:
         try:
             for outcome in outcomes:
                 advance()
@@ -182,55 +185,135 @@ def search(
     return [results[index] for index in sorted(results)]
 
 
-def best_of_n(
-    problems: Iterable[str], policy: Policy, verifier: Verifier | None = None, **options: Any
-) -> list[SearchResult]:
-    """Search by best-of-N: ``search`` with ``SearchConfig(method="best_of_n", ...)``.
+class SamplingOptions(TypedDict, total=False):
+    """Options of every method: fields of :class:`~tts_search.SearchConfig`."""
 
-    Options are the fields of :class:`SearchConfig` (``n=64``, ``temperature=0.7``, ...) and the keywords of
-    :func:`search`.
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_step_tokens: int
+    max_tokens: int | None
+    delimiter: str
+    stop_text: str | None
+    aggregate: str
+    seed: int
+
+
+class BestOfNOptions(SamplingOptions, total=False):
+    """Options of :func:`best_of_n`."""
+
+    sort_completed: bool
+    agree_margin: int | None
+
+
+class BeamOptions(SamplingOptions, total=False):
+    """Options of :func:`beam_search` and :func:`dvts`."""
+
+    expand: int
+    keep: int | None
+    max_steps: int
+    completed: Completed
+    dedupe: bool
+    lookahead: int
+    sort_completed: bool
+    stop_when_full: bool
+    agree_margin: int | None
+
+
+def best_of_n(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier | None = None,
+    *,
+    config: SearchConfig = _DEFAULT,
+    extract_answer: Callable[[str], str | None] = boxed,
+    progress: bool = True,
+    max_in_flight: int | None = None,
+    **options: Unpack[BestOfNOptions],
+) -> list[SearchResult]:
+    """Search by best-of-N: :func:`search` with ``SearchConfig("best_of_n", ...)``.
+
+    Options are fields of :class:`~tts_search.SearchConfig` (``n=64``, ``temperature=0.7``, ...), `config` what they
+    are otherwise; the other arguments are those of :func:`search`.
 
     Raises
     ------
     SearchError
         As :func:`search` does.
     ConfigError
-        If an option has a value that it cannot have.
+        If an option has a value that it cannot have, or the method does not use it.
     """
-    return _search_by("best_of_n", problems, policy, verifier, options)
+    config = config.with_method("best_of_n", **options)
+    return search(
+        problems,
+        policy,
+        verifier,
+        config,
+        extract_answer=extract_answer,
+        progress=progress,
+        max_in_flight=max_in_flight,
+    )
 
 
-def beam_search(problems: Iterable[str], policy: Policy, verifier: Verifier, **options: Any) -> list[SearchResult]:
-    """Search by beam search; options as for :func:`best_of_n`.
-
-    Raises
-    ------
-    SearchError, ConfigError
-        As :func:`best_of_n` does.
-    """
-    return _search_by("beam_search", problems, policy, verifier, options)
-
-
-def dvts(problems: Iterable[str], policy: Policy, verifier: Verifier, **options: Any) -> list[SearchResult]:
-    """Search by diverse verifier tree search; options as for :func:`best_of_n`.
-
-    Raises
-    ------
-    SearchError, ConfigError
-        As :func:`best_of_n` does.
-    """
-    return _search_by("dvts", problems, policy, verifier, options)
-
-
-_SEARCH_OPTIONS = ("extract_answer", "progress", "max_in_flight")
-
-
-def _search_by(
-    method: str, problems: Iterable[str], policy: Policy, verifier: Verifier | None, options: dict[str, Any]
+def beam_search(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier,
+    *,
+    config: SearchConfig = _DEFAULT,
+    extract_answer: Callable[[str], str | None] = boxed,
+    progress: bool = True,
+    max_in_flight: int | None = None,
+    **options: Unpack[BeamOptions],
 ) -> list[SearchResult]:
-    keywords = {name: options.pop(name) for name in _SEARCH_OPTIONS if name in options}
-    config = replace(options.pop("config", _DEFAULT), method=method, **options)
-    return search(problems, policy, verifier, config, **keywords)
+    """Search by beam search; arguments as for :func:`best_of_n`.
+
+    Raises
+    ------
+    SearchError, ConfigError
+        As :func:`best_of_n` does.
+    """
+    config = config.with_method("beam_search", **options)
+    return search(
+        problems,
+        policy,
+        verifier,
+        config,
+        extract_answer=extract_answer,
+        progress=progress,
+        max_in_flight=max_in_flight,
+    )
+
+
+def dvts(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier,
+    *,
+    config: SearchConfig = _DEFAULT,
+    extract_answer: Callable[[str], str | None] = boxed,
+    progress: bool = True,
+    max_in_flight: int | None = None,
+    **options: Unpack[BeamOptions],
+) -> list[SearchResult]:
+    """Search by diverse verifier tree search; arguments as for :func:`best_of_n`.
+
+    Raises
+    ------
+    SearchError, ConfigError
+        As :func:`best_of_n` does.
+    """
+    config = config.with_method("dvts", **options)
+    return search(
+        problems,
+        policy,
+        verifier,
+        config,
+        extract_answer=extract_answer,
+        progress=progress,
+        max_in_flight=max_in_flight,
+    )
 
 
 def vote(completions: Sequence[Completion], how: str, default: str = "last", *, exact: bool = False) -> str:
@@ -262,4 +345,11 @@ def vote(completions: Sequence[Completion], how: str, default: str = "last", *, 
     ValueError
         If there is no such vote, or it needs scores and there are none.
     """
-    return voting.vote(completions, how, default, exact=exact, equal=equivalent)
+    return voting.vote(completions, how, default, exact=exact, equal=_same_answer())
+
+
+def _same_answer() -> Equality:
+    """Mathematics' equality of answers; imported on use, so that the package imports with nothing of a domain."""
+    from tts_search.domains.mathematics import equivalent
+
+    return equivalent

@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tts_search.errors import ConfigError
@@ -186,7 +186,7 @@ class RuleStrategy:
     def probe(self) -> SearchConfig | None:
         """Best of `samples`, if more than one rule can decide."""
         choices = {self.rule(one) for one in BINS}
-        return replace(self.base, method="best_of_n", n=self.samples) if len(choices) > 1 else None
+        return self.base.with_method("best_of_n", n=self.samples) if len(choices) > 1 else None
 
     def rule(self, difficulty: Bin) -> Rule:
         """Return the rule that decides.
@@ -208,7 +208,7 @@ class RuleStrategy:
     def choose(self, pass_rate: float | None) -> Choice:
         """Return what the rule for the bin says."""
         rule = self.rule("medium" if pass_rate is None else difficulty_bin(pass_rate))
-        return Choice(replace(self.base, method=rule.method, n=self.n), rule.vote)
+        return Choice(self.base.with_method(rule.method, n=self.n), rule.vote)
 
 
 @dataclass(frozen=True)

@@ -387,7 +387,7 @@ class TestBadDrivers:
     @pytest.mark.parametrize("method", ["best_of_n", "beam_search", "dvts"])
     def test_policy_returns_nothing(self, method):
         with pytest.raises(SearchError, match=r"^problem 0, round 1: policy: .*nothing") as caught:
-            run(lambda *_: Step("", False), score_names({}), method=method, n=4, expand=2)
+            run(lambda *_: Step("", False), score_names({}), method=method, n=4)
         assert (caught.value.problem, caught.value.round) == (0, 1)
 
     def test_policy_returns_nothing_later(self):

@@ -9,11 +9,13 @@ import sys
 import pytest
 import tts_search
 from tts_search import ConfigError, SearchConfig, SearchError
+from tts_search.api import BeamOptions, BestOfNOptions
+from tts_search.search.config import options_of
 
 
 def test_defaults():
     config = SearchConfig()
-    assert dataclasses.asdict(config) | {"_rules": None} == {
+    assert config.as_dict() == {
         "method": "beam_search",
         "n": 16,
         "expand": 4,
@@ -36,10 +38,10 @@ def test_defaults():
         "kv_weight": 1.0,
         "exploration": 1.25,
         "thinking": None,
+        "stop_text": None,
         "seed": 0,
-        "_rules": None,
     }
-    assert config._rules == type(config._rules)()
+    assert SearchConfig(**config.as_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_options_that_are_fine():
 def test_config_is_frozen_and_survives_pickling():
     config = SearchConfig.compute_optimal_tts("dvts", tree_max_width=4, num_q=4)
     assert pickle.loads(pickle.dumps(config)) == config
-    assert dataclasses.replace(config, seed=1)._rules == config._rules
+    assert SearchConfig(**config.as_dict()) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.n = 3  # type: ignore[misc]
 
@@ -106,9 +108,29 @@ def test_errors_say_where():
 
 
 def test_public_names_are_there():
-    assert set(tts_search.__all__) - {"HFPolicy", "HFVerifier"} <= set(vars(tts_search))
+    assert set(tts_search.__all__) <= set(dir(tts_search))
+    for name in set(tts_search.__all__) - {"HFPolicy", "HFVerifier", "VOTES"}:
+        assert getattr(tts_search, name).__name__ == name
     with pytest.raises(AttributeError, match=r"has no attribute 'Nothing'"):
         tts_search.Nothing  # noqa: B018
+
+
+def test_imports_the_engine_and_the_search_alone():
+    code = "import sys, tts_search; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = done.stdout.split()
+    own = {name.split(".")[1] for name in modules if name.startswith("tts_search.")}
+    assert own == {"api", "engine", "errors", "search", "terminal"}
+    assert not {"torch", "tts_kernels", "typing_extensions"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("options", "methods"),
+    [(BestOfNOptions, ["best_of_n"]), (BeamOptions, ["beam_search", "dvts"])],
+)
+def test_shorthands_have_the_options_of_their_methods(options, methods):
+    for method in methods:
+        assert set(options.__annotations__) == set(options_of(method)) - {"method"}
 
 
 def test_imports_nothing_that_an_extra_installs():
@@ -122,6 +144,8 @@ def test_imports_nothing_that_an_extra_installs():
 
 
 def test_thinking_from_json():
-    assert SearchConfig(thinking={"max_tokens": 5}).thinking.max_tokens == 5
+    config = SearchConfig("budget_forcing", thinking={"max_tokens": 5})
+    assert config.thinking.max_tokens == 5
+    assert SearchConfig(**config.as_dict()) == config
     with pytest.raises(ConfigError, match=r"^thinking: expected fields among .*max_tokens.*, got 'max_token'"):
         SearchConfig(thinking={"max_token": 5})

@@ -142,7 +142,7 @@ def test_settings(commands):
 def searched(scored=True):
     tree = RandomTree(2, end=0.3, marker=f"{HOSTILE} \\boxed{{7}}")
     drivers = ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores) if scored else None
-    config = SearchConfig(method="beam_search" if scored else "best_of_n", n=4, max_steps=5)
+    config = SearchConfig(n=4, max_steps=5).with_method("beam_search" if scored else "best_of_n")
     return search(["p"], *drivers, config, progress=False)[0]
 
 

@@ -19,7 +19,7 @@ from tts_search.search.voting import AGGREGATES, aggregate
 
 PROBLEMS = [f"problem {i}" for i in range(7)]
 CONFIGS = st.builds(
-    lambda method, expand, groups, **rest: SearchConfig(method=method, n=expand * groups, expand=expand, **rest),
+    lambda method, expand, groups, **rest: SearchConfig(n=expand * groups, expand=expand, **rest).with_method(method),
     st.sampled_from(["best_of_n", "beam_search", "dvts"]),
     st.integers(1, 4),
     st.integers(1, 3),
@@ -329,7 +329,8 @@ def test_releases_keep_memory_to_the_beam():
 
 
 def test_release_is_one_request_a_round():
-    from tts_search.search.algorithms import ALGORITHMS, Run
+    from tts_search.search.algorithms import ALGORITHMS
+    from tts_search.search.run import Run
 
     run = Run(0, "p", SearchConfig(n=2, expand=2, max_steps=3), scored=True)
     moves = ALGORITHMS["beam_search"](run)
@@ -412,7 +413,8 @@ def test_infinite_scores_lose_no_search(seed, method, how):
     tree = RandomTree(seed, end=0.3, answers=("1", "2"))
     levels = (math.inf, -math.inf, 0.0, 0.5)
     verifier = ScriptedVerifier(lambda *branch: [levels[int(4 * score)] for score in tree.scores(*branch)])
-    config = SearchConfig(method, n=8, expand=2, max_steps=5, aggregate=how, sort_completed=True)
+    base = SearchConfig(n=8, expand=2, max_steps=5, aggregate=how, sort_completed=True)
+    config = base.with_method(method)
     (result,) = search(["p"], ScriptedPolicy(tree.step), verifier, config, progress=False)
     assert any(math.isinf(score) for node in result.tree.nodes for score in node.scores)
     scores = [completion.score for completion in result.completions]
@@ -426,8 +428,8 @@ def test_infinite_scores_lose_no_search(seed, method, how):
 def test_shorthands():
     tree = RandomTree(5, end=0.3)
     for shorthand, method in ((best_of_n, "best_of_n"), (beam_search, "beam_search"), (dvts, "dvts")):
-        (result,) = shorthand(["p"], *drivers(tree), n=8, max_steps=4, progress=False)
-        (expected,) = search(["p"], *drivers(tree), SearchConfig(method=method, n=8, max_steps=4), progress=False)
+        (result,) = shorthand(["p"], *drivers(tree), n=8, aggregate="min", progress=False)
+        (expected,) = search(["p"], *drivers(tree), SearchConfig(method, n=8, aggregate="min"), progress=False)
         assert outcome(result) == outcome(expected)
         assert result.config.method == method
 

@@ -44,7 +44,8 @@ def run(tree, config, problems=("p",)):
 @given(trees(), st.sampled_from(TREE_METHODS), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_every_method(tree, method, n, expand, max_steps, dedupe):
     """What holds for all: the budget, the order, the best; and nothing depends on what else is in flight."""
-    config = SearchConfig(method=method, n=n, expand=expand, max_steps=max_steps, dedupe=dedupe)
+    options = {"expand": expand} if method == "puct" else {"dedupe": dedupe} if method in ("rebase", "ets") else {}
+    config = SearchConfig(method=method, n=n, max_steps=max_steps, **options)
     try:
         (result, *_), policy = run(tree, config)
     except SearchError as error:
@@ -383,7 +384,7 @@ def test_thinking_that_fills_the_context_is_no_answer():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_branch_at_the_end_of_the_context_stops_without_finishing(method):
     policy = ScriptedPolicy(lambda *_: Step("cut", True, 1, reason="length"))
-    config = SearchConfig(method=method, n=2, expand=2, max_steps=3)
+    config = SearchConfig(n=2, expand=2, max_steps=3).with_method(method)
     (result,) = search(["p"], policy, ScriptedVerifier(lambda _, steps: [0.5] * len(steps)), config, progress=False)
     assert [(one.text, one.finished) for one in result.completions] == [("cut", False)] * 2
     assert len(policy.calls) == 1

@@ -18,7 +18,7 @@ from peers import (
     search_and_learn_votes,
 )
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
-from tts_search import ConfigError, SearchConfig, search
+from tts_search import ConfigError, SearchConfig, Step, search
 
 PROBLEMS = [f"p{i}" for i in range(25)]
 SETTINGS = range(80)  # so 2000 random trees a search of a peer
@@ -140,16 +140,17 @@ def test_parameters_are_the_peers_own():
     assert (config.temperature, config.seed, config.max_steps, config.aggregate) == (0.5, 7, 40, "last")
     config = SearchConfig.search_and_learn("dvts", max_tokens=99)
     assert config.seed == 42
-    limits = [config.step_params(last=last, tokens_left=None).max_tokens for last in (False, True)]
-    assert limits == [99, 2048]  # its last round does not read the option
+    policy = ScriptedPolicy(lambda *_: Step("a\n\n", False, 1))
+    search(["p"], policy, ScriptedVerifier(lambda _, steps: [0.5] * len(steps)), replace(config, max_steps=2))
+    assert [call[0].params.max_tokens for call in policy.calls] == [99, 2048]  # the last round does not read the option
     config = SearchConfig.compute_optimal_tts("beam_search", tree_max_width=16, num_sequence=4)
-    assert (config.n, config.keep, config.expand, config.completed) == (16, 4, 4, "occupy")
+    assert (config.n, config.keep, config.expand) == (16, 4, 4)
     assert (config.temperature, config.max_step_tokens, config.max_steps) == (0.7, 2048, 40)
     config = SearchConfig.compute_optimal_tts("dvts", tree_max_width=4, num_q=4)
-    assert (config.n, config.groups, config.width, config.places) == (16, 4, 4, 1)
+    assert (config.n, config.keep, config.expand) == (16, 1, 4)
     assert SearchConfig.compute_optimal_tts("best_of_n", tree_max_width=1, num_q=64).n == 64
     config = SearchConfig.its_hub("beam_search", budget=16, beam_width=2, max_steps=8, step_token="##")
-    assert (config.keep, config.expand, config.completed, config.delimiter) == (2, 8, "compete", "##")
+    assert (config.keep, config.expand, config.delimiter) == (2, 8, "##")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     experiments = [
         Experiment(
             f"{method}, n={n}, seed={seed}",
-            SearchConfig(method=method, n=n, max_steps=5, seed=seed),
+            SearchConfig(max_steps=5, seed=seed).with_method(method, n=n),
             ScriptedPolicy(step),
             ScriptedVerifier(tree.scores),
             ("policy", "verifier"),

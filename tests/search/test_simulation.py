@@ -53,7 +53,7 @@ def _noise(problem, steps):
 
 
 def accuracy(method: str, n: int, noise: float = 0.3, vote: str = "prm_max", **options) -> float:
-    config = SearchConfig(method=method, n=n, max_steps=STEPS + 2, **options)
+    config = SearchConfig(max_steps=STEPS + 2).with_method(method, n=n, **options)
     results = search(PROBLEMS, policy(), verifier(noise), config, progress=False)
     return sum(result.answer(vote) == "1" for result in results) / len(results)
 

@@ -132,9 +132,9 @@ def test_every_method_on_the_demo_models():
     policy, verifier = models.policies["policy-0.6m"], models.verifiers["prm-strong"]
     tasks = make_tasks((2, 3), 2, 0)
     for method in METHODS:
-        config = replace(
-            CONFIG, method=method, n=8, thinking=Thinking(end=" = ", min_tokens=5, max_extensions=1, extend=" ")
-        )
+        config = CONFIG.with_method(method, n=8)
+        if method == "budget_forcing":
+            config = replace(config, thinking=Thinking(end=" = ", min_tokens=5, max_extensions=1, extend=" "))
         results = search([task.problem for task in tasks], policy, verifier, config, progress=False)
         assert sum(equivalent(task.answer, one.answer()) for task, one in zip(tasks, results, strict=True)) >= (
             0 if method == "budget_forcing" else 2

@@ -127,7 +127,7 @@ def test_render():
 def test_tree_of_a_random_search_survives_json():
     for method in ("best_of_n", "beam_search", "dvts"):
         tree = RandomTree(4, end=0.3, length=0.1)
-        config = SearchConfig(method=method, max_steps=4)
+        config = SearchConfig(max_steps=4).with_method(method)
         result = search(["p"], ScriptedPolicy(tree.step), ScriptedVerifier(tree.scores), config, progress=False)[0]
         assert SearchTree.from_json(result.tree.to_json()) == result.tree
     unscored = search(["p"], ScriptedPolicy(tree.step), None, SearchConfig(method="best_of_n"), progress=False)[0].tree

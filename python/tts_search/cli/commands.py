@@ -22,7 +22,7 @@ from tts_search.evaluation.evaluate import Experiment, Runner, evaluate, read_re
 from tts_search.evaluation.rows import Row
 from tts_search.evaluation.tables import accuracy_table, cost_table
 from tts_search.evaluation.tasks import Task, load_tasks
-from tts_search.search.config import METHODS, SearchConfig
+from tts_search.search.config import METHODS, SearchConfig, options_of
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.voting import canonical
@@ -132,7 +132,7 @@ def evaluate_(
     elected = _elected(vote, verifier)
     tasks = load_tasks(data, limit)
     configs = {
-        f"{one}, n={size}, seed={number}": make_config(one, size, number, temperature, settings)
+        f"{one}, n={size}, seed={number}": make_config(one, size, number, temperature, settings, methods=method)
         for one in method
         for size in n
         for number in seed
@@ -221,8 +221,12 @@ def _sizes(budgets: str) -> list[int]:
         raise SearchError(f"--budgets: expected whole numbers such as 1,4,16, got {budgets!r}") from None
 
 
-def make_config(method: str, n: int, seed: int, temperature: float, settings: list[str]) -> SearchConfig:
+def make_config(
+    method: str, n: int, seed: int, temperature: float, settings: list[str], *, methods: Sequence[str] = ()
+) -> SearchConfig:
     """Return the config of the options; `settings` are NAME=VALUE for its other fields, values as JSON or plain text.
+
+    A setting that this method does not use may be meant for another one of `methods`.
 
     Raises
     ------
@@ -232,7 +236,7 @@ def make_config(method: str, n: int, seed: int, temperature: float, settings: li
         If there is no such field.
     """
     values: dict[str, Any] = {"method": method, "n": n, "seed": seed, "temperature": temperature}
-    fields = [name for name in SearchConfig.__dataclass_fields__ if not name.startswith("_")]
+    fields = list(SearchConfig.__dataclass_fields__)
     for setting in settings:
         name, equals, value = setting.partition("=")
         name = name.replace("-", "_")
@@ -242,7 +246,8 @@ def make_config(method: str, n: int, seed: int, temperature: float, settings: li
             values[name] = json.loads(value)
         except json.JSONDecodeError:
             values[name] = value
-    return SearchConfig(**values)
+    others = set[str]().union(*map(options_of, methods)) - options_of(method)
+    return SearchConfig(**{name: value for name, value in values.items() if name not in others})
 
 
 def load_checkpoints(
@@ -291,7 +296,7 @@ def result_as_json(result: SearchResult, vote: str) -> str:
         "best": asdict(result.best),
         "completions": [asdict(completion) for completion in result.completions],
         "stats": asdict(result.stats),
-        "config": asdict(result.config),
+        "config": result.config.as_dict(),
         "tree": json.loads(result.tree.to_json()),
     }
     return json.dumps(_finite(data), indent=2, allow_nan=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 from tts_search.engine.sharing import SharedVerifier
 from tts_search.errors import SearchError
-from tts_search.search.algorithms import ALGORITHMS, Branch, Moves, Run
+from tts_search.search.algorithms import algorithm_of
 from tts_search.search.answers import Equality
 from tts_search.search.config import SearchConfig
+from tts_search.search.moves import Moves
 from tts_search.search.protocol import Expand, Policy, Release, Request, Score, ScoreAndPrune, Usage, Verifier
 from tts_search.search.result import SearchResult, build_result
+from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
 
 __all__ = ["Engine"]
@@ -64,6 +66,7 @@ class Engine:
         self.policy = policy
         self.verifier = None if verifier is None else SharedVerifier(verifier)
         self.config = config
+        self.algorithm = algorithm_of(config)
         self.extract_answer = extract_answer
         self.max_in_flight = max_in_flight
         self.equal = equal
@@ -102,7 +105,13 @@ class Engine:
                 extract_answer=self.extract_answer,
                 equal=self.equal,
             )
-            task = _Task(run, text, ALGORITHMS[self.config.method](run), time.perf_counter())
+            moves = self.algorithm(run)
+            if not isinstance(moves, Generator):
+                name, kind = self.config.method_name, type(moves).__name__
+                message = f"method: expected a generator function of a Run, got {name}, which returned a {kind}"
+                yield index, SearchError(message, index, 0)
+                continue
+            task = _Task(run, text, moves, time.perf_counter())
             self._tasks.append(task)
             yield from self._guarded(task, partial(self._begin, task))
 

@@ -20,7 +20,7 @@ from tts_search.api import search_iter
 from tts_search.domains.mathematics import equivalent
 from tts_search.errors import SearchError
 from tts_search.evaluation.tasks import Task
-from tts_search.search.config import Rules, SearchConfig
+from tts_search.search.config import SearchConfig
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.voting import VOTES, canonical
@@ -92,7 +92,7 @@ class Experiment:
     @property
     def key(self) -> str:
         """The label, and a hash of everything that can change the outcome."""
-        facts = json.dumps([asdict(self.config), self.names], sort_keys=True)
+        facts = json.dumps([self.config.as_dict(), self.names], sort_keys=True)
         return f"{self.label} #{hashlib.blake2b(facts.encode(), digest_size=4).hexdigest()}"
 
 
@@ -291,7 +291,7 @@ def _record(experiment: Experiment, task: Task, outcome: SearchResult | SearchEr
     config = experiment.config
     names = (
         *(experiment.key, task.id, experiment.label, task.level, task.problem, task.answer),
-        *(config.method, config.n, config.seed, experiment.names),
+        *(config.method_name, config.n, config.seed, experiment.names),
     )
     if isinstance(outcome, SearchError):
         return Record(*names, error=str(outcome))
@@ -379,7 +379,7 @@ def write_manifest(path: str | Path, experiments: Sequence[Experiment], data: st
         **facts,
     }
     variants = [variant for one in experiments for variant in one.variants]
-    entries = {one.key: {"models": one.names, "config": asdict(one.config)} for one in variants}
+    entries = {one.key: {"models": one.names, "config": one.config.as_dict()} for one in variants}
     manifest = {"runs": [*known.get("runs", ()), run], "experiments": {**known.get("experiments", {}), **entries}}
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -396,9 +396,4 @@ def _version(name: str) -> str:
 def read_configs(path: str | Path) -> dict[str, SearchConfig]:
     """Read the configs of a manifest by the key of their experiment."""
     manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-    configs = {}
-    for key, entry in manifest["experiments"].items():
-        values = dict(entry["config"])
-        values["_rules"] = Rules(**values["_rules"])
-        configs[key] = SearchConfig(**values)
-    return configs
+    return {key: SearchConfig(**entry["config"]) for key, entry in manifest["experiments"].items()}

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tts_search.evaluation.evaluate import Record, latest, read_records
@@ -158,7 +158,7 @@ def _settings(record: Record, configs: Mapping[str, SearchConfig]) -> dict[str, 
     """What tells a search from others: the names of its models, by place, and its config but for the seed."""
     names: dict[str, object] = {str(place): name for place, name in enumerate(record.models)}
     if record.experiment in configs:
-        names |= asdict(replace(configs[record.experiment], seed=0))
+        names |= replace(configs[record.experiment], seed=0).as_dict()
     return names
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tts_search.errors import SearchError
@@ -149,7 +149,7 @@ def run_demo(
 def make_plan(models: Models, budgets: Sequence[int], seed: int) -> list[Experiment]:
     """Return the searches: every policy alone; the smallest with every method and budget, once with each verifier."""
     base = replace(CONFIG, seed=seed)
-    alone = replace(base, method="best_of_n", n=1)
+    alone = base.with_method("best_of_n", n=1)
     greedy = replace(alone, temperature=0.0)
     plan = []
     for name, policy in models.policies.items():
@@ -163,7 +163,7 @@ def make_plan(models: Models, budgets: Sequence[int], seed: int) -> list[Experim
             for budget in budgets:
                 if budget == 1 or (verifier_name != strongest and budget != _TREE_BUDGET):
                     continue
-                config = replace(base, method=method, n=budget)
+                config = base.with_method(method, n=budget)
                 suffix = "" if verifier_name == strongest else f", {verifier_name}"
                 plan.append(
                     Experiment(
@@ -256,6 +256,7 @@ def _errors(records: Sequence[Record]) -> list[str]:
 
 def _write_manifest(path: Path, plan: Sequence[Experiment], seconds: Mapping[str, float], **facts: object) -> None:
     experiments = {
-        one.key: {"models": one.names, "config": asdict(one.config), "seconds": seconds.get(one.label)} for one in plan
+        one.key: {"models": one.names, "config": one.config.as_dict(), "seconds": seconds.get(one.label)}
+        for one in plan
     }
     path.write_text(json.dumps({**facts, "experiments": experiments}, indent=2) + "\n", encoding="utf-8")

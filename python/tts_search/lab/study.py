@@ -196,7 +196,7 @@ def run_study(grid: Grid, out: str | Path, *, part: str = "1/1", progress: bool 
 
 
 def _experiments(grid: Grid, cell: Cell, models: _Models) -> list[Experiment]:
-    config = replace(CONFIG, method=cell.method, n=cell.n, seed=grid.seed)
+    config = CONFIG.with_method(cell.method, n=cell.n, seed=grid.seed)
     if cell.greedy:
         config = replace(config, temperature=0.0)
         return [Experiment(cell.label, config, models.policy(cell.policy), None, (cell.policy, ""))]

@@ -1,91 +1,52 @@
-"""The configuration of a search, and presets that search as other frameworks do."""
+"""The configuration of a search."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, cast, get_args
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from tts_search.errors import ConfigError
+from tts_search.search.checks import integer, is_finite, one_of
+from tts_search.search.presets import Presets
 from tts_search.search.types import StepParams
 from tts_search.search.voting import AGGREGATES
 
-__all__ = ["METHODS", "WITHOUT_VERIFIER", "Rules", "SearchConfig", "Thinking"]
+__all__ = ["METHODS", "SearchConfig", "Thinking", "options_of"]
 
 Method = Literal["best_of_n", "beam_search", "dvts", "rebase", "ets", "particle_filtering", "puct", "budget_forcing"]
 Completed = Literal["leave", "occupy", "compete"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
-WITHOUT_VERIFIER = ("best_of_n", "budget_forcing")
-"""Methods whose decisions need no scores."""
-COMPLETED = ("leave", "occupy", "compete")
+COMPLETED: tuple[Completed, ...] = get_args(Completed)
 
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Where a peer's search differs from ours; the presets of :class:`SearchConfig` set them, nothing else does.
-
-    Attributes
-    ----------
-    groups : int or None
-        Independent searches that share the n candidates; by default 1, and n / expand in DVTS.
-    first : int or None
-        Candidates of a group in the first round; by default as many as in every round.
-    order : str
-        Order of the survivors: ``"candidate"``, or ``"score"`` (best first).
-    deal : str
-        Children go to the survivors ``"cyclic"`` (A, B, A, B) or in a ``"block"`` each (A, A, B, B).
-    copies : bool
-        With ``completed="compete"``: a finished survivor that is dealt several children competes as so many copies.
-    filter_siblings : bool
-        Drop a child that is empty, repeats an earlier sibling or was cut by its length, unless that leaves none.
-    length_ends : bool
-        A step that was cut by its length ends the branch.
-    empty_ends : bool
-        An empty step ends the branch, though the policy did not say that it finished.
-    empty_stays : bool
-        An empty step is a step like others: the branch goes on, or loses, by the score that it had.
-    marker : str or None
-        A step that contains this text ends the branch.
-    free_last_round : bool
-        The last round runs without a delimiter.
-    last_max_tokens : int or None
-        Token limit of a step of the last round, if it is another one.
-    late_places : bool
-        With ``completed="occupy"``: a finished survivor that ranks below all unfinished ones gives its place up one
-        round late.
-    report : str
-        Which branches are reported, in which order: ``"finished_first"`` (in order of finishing, then the unfinished),
-        ``"ended"`` (in order of ending, only those that did), ``"groups"`` (those in frozen places, group by group),
-        ``"siblings"`` (all candidates of each group's last round) or ``"beam"`` (the candidates that would be next).
-    pad : bool
-        Report exactly n, cut or repeated cyclically.
-    best_of_all : bool
-        The best is sought, and votes are counted, among all completions, not only the finished ones.
-    vote_aggregate : str or None
-        The aggregate of ``prm_vote``, if it is not the config's.
-    exact_votes : bool
-        Answers count as one only if their texts are equal.
-    """
-
-    groups: int | None = None
-    first: int | None = None
-    order: Literal["candidate", "score"] = "candidate"
-    deal: Literal["cyclic", "block"] = "cyclic"
-    copies: bool = False
-    filter_siblings: bool = False
-    length_ends: bool = False
-    empty_ends: bool = False
-    empty_stays: bool = False
-    marker: str | None = None
-    free_last_round: bool = True
-    last_max_tokens: int | None = None
-    late_places: bool = False
-    report: Literal["finished_first", "ended", "groups", "siblings", "beam"] = "finished_first"
-    pad: bool = False
-    best_of_all: bool = False
-    vote_aggregate: str | None = None
-    exact_votes: bool = False
+_SAMPLING = frozenset({"temperature", "top_p", "top_k", "max_step_tokens", "max_tokens", "delimiter", "stop_text"})
+_EVERY_METHOD = _SAMPLING | {"method", "n", "aggregate", "seed"}
+_ROUNDS = frozenset({"max_steps", "lookahead", "sort_completed", "stop_when_full", "agree_margin"})
+_BEAM = _ROUNDS | {"expand", "keep", "completed", "dedupe"}
+_USES: Mapping[str, frozenset[str]] = {
+    "best_of_n": frozenset({"sort_completed", "agree_margin"}),
+    "beam_search": _BEAM,
+    "dvts": _BEAM,
+    "rebase": _ROUNDS | {"dedupe", "reward_temperature"},
+    "ets": _ROUNDS | {"dedupe", "reward_temperature", "kv_weight"},
+    "particle_filtering": _ROUNDS,
+    "puct": _ROUNDS | {"expand", "keep", "exploration"},
+    "budget_forcing": frozenset({"thinking"}),
+    "search_and_learn.best_of_n": frozenset(),
+    "search_and_learn.beam_search": frozenset({"expand", "keep", "max_steps", "dedupe", "sort_completed"}),
+    "search_and_learn.dvts": frozenset({"expand", "max_steps", "lookahead"}),
+    "compute_optimal_tts.best_of_n": frozenset(),
+    "compute_optimal_tts.beam_search": frozenset({"expand", "keep", "max_steps"}),
+    "compute_optimal_tts.dvts": frozenset({"expand", "keep", "max_steps"}),
+    "its_hub.best_of_n": frozenset(),
+    "its_hub.beam_search": frozenset({"expand", "keep", "max_steps"}),
+    "its_hub.particle_filtering": frozenset({"max_steps"}),
+}
+"""The options that a method uses, besides those that every method does."""
+_ANY_OPTION = _EVERY_METHOD.union(*_USES.values())
+_BEST_OF_N = frozenset(name for name in _USES if name.endswith("best_of_n"))
+_WHOLE = _BEST_OF_N | {"budget_forcing"}  # they sample a completion at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +82,9 @@ class Thinking:
         for name in ("end", "extend"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"thinking.{name}: expected a text that is not empty, got {getattr(self, name)!r}")
-        _integer("thinking.min_tokens", self.min_tokens, at_least=0)
-        _integer("thinking.max_tokens", self.max_tokens, at_least=1)
-        _integer("thinking.max_extensions", self.max_extensions, at_least=0)
+        integer("thinking.min_tokens", self.min_tokens, at_least=0)
+        integer("thinking.max_tokens", self.max_tokens, at_least=1)
+        integer("thinking.max_extensions", self.max_extensions, at_least=0)
         if self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"thinking.min_tokens: expected at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
@@ -131,19 +92,20 @@ class Thinking:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Presets):
     r"""How to search.
 
     Parameters
     ----------
-    method : str
+    method : str or callable
         ``"best_of_n"``: n completions, sampled in one go and scored. ``"beam_search"``: rounds of n candidates, of
         which `keep` survive. ``"dvts"`` (diverse verifier tree search): n / expand independent subtrees of `expand`
         candidates, one of which survives in each. ``"rebase"``: the n children of a round are dealt in proportion to
         exp(score / reward_temperature). ``"ets"``: the same, after pruning what costs more KV cache than it is worth.
         ``"particle_filtering"``: n particles, resampled each round in proportion to the odds of their scores.
         ``"puct"``: tree search that may come back to any leaf. ``"budget_forcing"``: n completions of a model that
-        thinks by itself, its thinking held to a budget.
+        thinks by itself, its thinking held to a budget. Or an algorithm of your own: a generator function of a
+        :class:`~tts_search.search.run.Run`, or where to import one from, as ``"package.module:function"``.
     n : int
         Candidates of a round; completions of best-of-N.
     expand : int
@@ -188,16 +150,19 @@ class SearchConfig:
         Of ``"puct"``: weight of the term that favours what was visited little.
     thinking : Thinking or None
         Of ``"budget_forcing"``: the budget; its defaults unless given.
+    stop_text : str or None
+        A step that holds this text, such as ``"\\boxed"``, finishes its branch.
     seed : int
         Fixes every draw.
 
     Raises
     ------
     ConfigError
-        A :class:`~tts_search.SearchError` and a ``ValueError``, if an option has a value that it cannot have.
+        A :class:`~tts_search.SearchError` and a ``ValueError``, if an option has a value that it cannot have, or is not
+        at its default though the method does not use it.
     """
 
-    method: Method = "beam_search"
+    method: str | Callable[[Any], Generator[Any, Any, Any]] = "beam_search"
     n: int = 16
     expand: int = 4
     keep: int | None = None
@@ -219,36 +184,39 @@ class SearchConfig:
     kv_weight: float = 1.0
     exploration: float = 1.25
     thinking: Thinking | None = None
+    stop_text: str | None = None
     seed: int = 0
-    _rules: Rules = field(default=Rules(), repr=False)
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("completed", self.completed, COMPLETED)
+        if not callable(self.method) and ":" not in str(self.method):
+            one_of("method", self.method, tuple(_USES))
+        one_of("completed", self.completed, COMPLETED)
         if self.aggregate == "avg":
             object.__setattr__(self, "aggregate", "mean")
-        _one_of("aggregate", self.aggregate, tuple(AGGREGATES))
+        one_of("aggregate", self.aggregate, tuple(AGGREGATES))
         for name in ("n", "expand", "max_steps", "max_step_tokens"):
-            _integer(name, getattr(self, name), at_least=1)
+            integer(name, getattr(self, name), at_least=1)
         for name in ("keep", "max_tokens", "agree_margin"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), at_least=1)
+                integer(name, getattr(self, name), at_least=1)
         for name in ("lookahead", "top_k"):
-            _integer(name, getattr(self, name), at_least=0)
-        _integer("seed", self.seed, at_least=None)
+            integer(name, getattr(self, name), at_least=0)
+        integer("seed", self.seed, at_least=None)
         for name in ("dedupe", "sort_completed", "stop_when_full"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if not _is_finite(self.temperature) or self.temperature < 0:
+        if not is_finite(self.temperature) or self.temperature < 0:
             raise ConfigError(f"temperature: expected a finite number >= 0, got {self.temperature!r}")
-        if not _is_finite(self.top_p) or not 0 < self.top_p <= 1:
+        if not is_finite(self.top_p) or not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
         if not isinstance(self.delimiter, str) or not self.delimiter:
             raise ConfigError(f"delimiter: expected a text that is not empty, got {self.delimiter!r}")
-        if not _is_finite(self.reward_temperature) or self.reward_temperature <= 0:
+        if self.stop_text is not None and (not isinstance(self.stop_text, str) or not self.stop_text):
+            raise ConfigError(f"stop_text: expected a text that is not empty, or None, got {self.stop_text!r}")
+        if not is_finite(self.reward_temperature) or self.reward_temperature <= 0:
             raise ConfigError(f"reward_temperature: expected a finite number > 0, got {self.reward_temperature!r}")
         for name in ("kv_weight", "exploration"):
-            if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_finite(getattr(self, name)) or getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
         if isinstance(self.thinking, dict):  # from JSON
             unknown = set(self.thinking) - set(Thinking.__dataclass_fields__)
@@ -258,11 +226,18 @@ class SearchConfig:
             object.__setattr__(self, "thinking", Thinking(**self.thinking))
         if self.thinking is not None and not isinstance(self.thinking, Thinking):
             raise ConfigError(f"thinking: expected a Thinking, got {self.thinking!r}")
+        used = options_of(self.method)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name not in used and value != one.default:
+                raise ConfigError(
+                    f"{one.name}: expected {one.default!r}, as {self.method} does not use it, got {value!r}"
+                )
         if self.method in ("beam_search", "dvts"):
             self._check_beam()
 
     def _check_beam(self) -> None:
-        if self.method == "dvts" and self._rules.groups is None:
+        if self.method == "dvts":
             if self.n % self.expand:
                 raise ConfigError(f"n: expected a multiple of expand ({self.expand}) in dvts, got {self.n}")
             if self.keep not in (None, 1):
@@ -276,10 +251,44 @@ class SearchConfig:
             )
 
     @property
+    def method_name(self) -> str:
+        """Name of the method; of a user's algorithm, where it is: ``"package.module:function"``."""
+        if isinstance(self.method, str):
+            return self.method
+        where = self.method if hasattr(self.method, "__qualname__") else type(self.method)
+        return f"{where.__module__}:{where.__qualname__}"
+
+    @property
+    def needs_verifier(self) -> bool:
+        """Whether the method decides by scores (a user's algorithm has to see to that itself)."""
+        return self.method_name in _USES and self.method_name not in _WHOLE
+
+    @property
+    def is_best_of_n(self) -> bool:
+        """Whether completions are independent samples, so that fewer of them are those of a smaller n."""
+        return self.method_name in _BEST_OF_N
+
+    def with_method(self, method: str | Callable[[Any], Generator[Any, Any, Any]], **changes: Any) -> SearchConfig:
+        """Return these settings for another method, changed; what it does not use is at its default.
+
+        Raises
+        ------
+        ConfigError
+            As for a new config; also for a change of an option that the method does not use.
+        """
+        used = options_of(method)
+        unused = {one.name: one.default for one in fields(self) if one.name not in used}
+        return replace(self, **{**unused, "method": method, **changes})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them; ``SearchConfig(**values)`` makes the config again."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        thinking = None if self.thinking is None else asdict(self.thinking)
+        return {**values, "method": self.method_name, "thinking": thinking}
+
+    @property
     def groups(self) -> int:
         """Groups: sets of candidates that compete with each other, apart from the others."""
-        if self._rules.groups is not None:
-            return self._rules.groups
         return self.n // self.expand if self.method == "dvts" else 1
 
     @property
@@ -294,234 +303,12 @@ class SearchConfig:
 
     def step_params(self, *, last: bool, tokens_left: int | None) -> StepParams:
         """Return how to sample a step of a branch that may grow by `tokens_left` tokens (None: no limit)."""
-        rules = self._rules
-        limit = rules.last_max_tokens if last and rules.last_max_tokens is not None else self.max_step_tokens
+        limit = self.max_step_tokens
         if tokens_left is not None:
-            limit = tokens_left if self.method in WITHOUT_VERIFIER else min(limit, tokens_left)
-        delimiter = None if last and rules.free_last_round else self.delimiter
-        return StepParams(self.temperature, self.top_p, self.top_k, limit, delimiter)
-
-    @classmethod
-    def search_and_learn(
-        cls,
-        approach: str,
-        *,
-        n: int = 4,
-        beam_width: int = 4,
-        num_iterations: int = 40,
-        lookahead: int = 0,
-        agg_strategy: str = "last",
-        filter_duplicates: bool = False,
-        sort_completed: bool = False,
-        temperature: float = 0.8,
-        top_p: float = 1.0,
-        max_tokens: int = 2048,
-        seed: int = 42,
-    ) -> SearchConfig:
-        """Search as huggingface/search-and-learn does, by its own parameters and defaults.
-
-        Its `beam_width` is our `expand`: n // beam_width beams survive a round. Where it is not well defined (which of
-        several equal scores an unstable sort keeps), the earlier candidate wins.
-
-        Parameters
-        ----------
-        approach : str
-            ``"best_of_n"``, ``"beam_search"`` or ``"dvts"``.
-
-        Raises
-        ------
-        ConfigError
-            If a parameter has no value that the peer takes, or n is no multiple of `beam_width` in DVTS.
-        """
-        _one_of("approach", approach, METHODS[:3])
-        for name, value in (("n", n), ("beam_width", beam_width)):
-            _integer(name, value, at_least=1)
-        common = cls(
-            method="best_of_n",
-            n=n,
-            max_step_tokens=max_tokens,
-            max_steps=num_iterations,
-            temperature=temperature,
-            top_p=top_p,
-            aggregate=agg_strategy,
-            seed=seed,
-            _rules=Rules(best_of_all=True, vote_aggregate="last"),
-        )
-        if approach == "best_of_n":
-            return common
-        if approach == "beam_search":
-            # Its beam search scores the beam without the lookahead, which therefore decides nothing.
-            keep = n // beam_width or n  # scores[-0:] keeps all
-            rules = replace(common._rules, length_ends=True, empty_ends=True, report="ended", pad=True)
-            return replace(
-                common,
-                method="beam_search",
-                keep=keep,
-                expand=-(-n // keep),
-                dedupe=filter_duplicates,
-                sort_completed=sort_completed,
-                _rules=rules,
-            )
-        if n % beam_width:
-            raise ConfigError(f"n: expected a multiple of beam_width ({beam_width}) in dvts, got {n}")
-        rules = replace(
-            common._rules,
-            length_ends=True,
-            empty_ends=True,
-            marker="boxed{",
-            last_max_tokens=2048,
-            report="siblings",
-        )
-        return replace(common, method="dvts", expand=beam_width, completed="compete", lookahead=lookahead, _rules=rules)
-
-    @classmethod
-    def compute_optimal_tts(
-        cls,
-        method: str,
-        *,
-        tree_max_width: int,
-        num_sequence: int = 1,
-        num_q: int = 1,
-        tree_max_depth: int = 40,
-        temperature: float = 0.7,
-        max_new_tokens: int = 2048,
-    ) -> SearchConfig:
-        """Search as RyanLiu112/compute-optimal-tts does, by its own parameters and defaults.
-
-        `num_q` independent searches, each of `tree_max_width` candidates of which `num_sequence` survive; a finished
-        trajectory keeps its place. Its DVTS is ``tree_max_width=4, num_sequence=1, num_q=N // 4``, its best-of-N
-        ``tree_max_width=1, num_q=N``. Where it is not well defined (the order of a heap's equal entries), the earlier
-        candidate wins.
-
-        Parameters
-        ----------
-        method : str
-            ``"best_of_n"``, ``"beam_search"`` or ``"dvts"``.
-
-        Raises
-        ------
-        ConfigError
-            If a parameter has no value that the peer takes, or `tree_max_width` is no multiple of `num_sequence`.
-        """
-        _one_of("method", method, METHODS[:3])
-        for name, value in (("tree_max_width", tree_max_width), ("num_sequence", num_sequence), ("num_q", num_q)):
-            _integer(name, value, at_least=1)
-        if tree_max_width % num_sequence:
-            raise ConfigError(
-                f"tree_max_width: expected a multiple of num_sequence ({num_sequence}), got {tree_max_width}"
-            )
-        common = cls(
-            method="best_of_n",
-            n=tree_max_width * num_q,
-            max_steps=tree_max_depth,
-            max_step_tokens=max_new_tokens,
-            temperature=temperature,
-            _rules=Rules(best_of_all=True, exact_votes=True),
-        )
-        if method == "best_of_n":
-            return common
-        rules = replace(
-            common._rules,
-            groups=num_q,
-            order="score",
-            deal="block",
-            filter_siblings=True,
-            length_ends=True,
-            empty_ends=True,
-            marker="\\boxed",
-            free_last_round=False,
-            late_places=True,
-            report="groups",
-        )
-        return replace(
-            common,
-            method=cast(Method, method),
-            keep=num_sequence,
-            expand=tree_max_width // num_sequence,
-            completed="occupy",
-            _rules=rules,
-        )
-
-    @classmethod
-    def its_hub(
-        cls,
-        method: str,
-        *,
-        budget: int,
-        beam_width: int | None = None,
-        max_steps: int,
-        step_token: str = "\n\n",
-        stop_token: str | None = None,
-        temperature: float = 0.8,
-    ) -> SearchConfig:
-        """Search as its_hub does, by its own parameters and defaults.
-
-        Its `beam_width` is our `keep`. It starts with ``budget // beam_width`` paths, a stopped path competes in as
-        many copies as it would have had children, and a path may grow to ``max_steps + 1`` steps. (It cannot see that
-        a model ended its answer, only `stop_token`; here both end a path.)
-
-        Parameters
-        ----------
-        method : str
-            ``"best_of_n"``, ``"beam_search"`` or ``"particle_filtering"`` (which has no `beam_width`).
-
-        Raises
-        ------
-        ConfigError
-            If a parameter has no value that the peer takes; in beam search, if there is no `beam_width` or `budget` is
-            no multiple of it.
-        """
-        _one_of("method", method, ("best_of_n", "beam_search", "particle_filtering"))
-        _integer("budget", budget, at_least=1)
-        _integer("max_steps", max_steps, at_least=0)
-        common = cls(
-            method="best_of_n",
-            n=budget,
-            max_steps=max_steps + 1,
-            delimiter=step_token,
-            temperature=temperature,
-            _rules=Rules(best_of_all=True),
-        )
-        if method == "best_of_n":
-            return common
-        if method == "particle_filtering":
-            rules = replace(common._rules, empty_stays=True, marker=stop_token, free_last_round=False, report="beam")
-            return replace(common, method="particle_filtering", _rules=rules)
-        if beam_width is None:
-            raise ConfigError("beam_width: expected a number in beam_search, got None")
-        _integer("beam_width", beam_width, at_least=1)
-        if budget % beam_width:
-            raise ConfigError(f"budget: expected a multiple of beam_width ({beam_width}), got {budget}")
-        rules = replace(
-            common._rules,
-            first=budget // beam_width,
-            order="score",
-            copies=True,
-            empty_stays=True,
-            marker=stop_token,
-            free_last_round=False,
-            report="beam",
-        )
-        return replace(
-            common,
-            method="beam_search",
-            keep=beam_width,
-            expand=budget // beam_width,
-            completed="compete",
-            _rules=rules,
-        )
+            limit = tokens_left if self.method_name in _WHOLE else min(limit, tokens_left)
+        return StepParams(self.temperature, self.top_p, self.top_k, limit, None if last else self.delimiter)
 
 
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _integer(name: str, value: object, *, at_least: int | None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
-        bound = "" if at_least is None else f" >= {at_least}"
-        raise ConfigError(f"{name}: expected an int{bound}, got {value!r}")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def options_of(method: object) -> frozenset[str]:
+    """Return the names of the options that a method uses; an algorithm of a user's may use any."""
+    return _EVERY_METHOD | _USES[method] if isinstance(method, str) and method in _USES else _ANY_OPTION

@@ -14,11 +14,14 @@ from tts_search.search.run import Branch, Run
 from tts_search.search.types import StepParams
 from tts_search.search.voting import aggregate
 
-__all__ = ["Moves", "expand", "release", "score", "score_and_prune"]
+__all__ = ["Algorithm", "Moves", "expand", "release", "score", "score_and_prune"]
 
 T = TypeVar("T")
 Moves = Generator[Sequence[Request], Sequence[Any], T]
 """Yields lists of requests of one kind, is sent the list of their answers, returns T."""
+
+Algorithm = Callable[[Run], Moves[list[Branch]]]
+"""Searches one problem and returns the completions in order."""
 
 
 def expand(
@@ -83,11 +86,24 @@ def _request(run: Run, family: list[Branch], params: Callable[[Branch], StepPara
     )
 
 
-def score(run: Run, branches: Sequence[Branch], *, last: bool) -> Moves[None]:
+def score(
+    run: Run, branches: Sequence[Branch], *, last: bool, ends: Callable[[Branch], bool] | None = None
+) -> Moves[None]:
     """Have branches that have just grown scored; nothing happens without a verifier.
 
     One that grew by no step (an empty text ended it, or it is blank so far) has its parent's scores and is not read
     again.
+
+    Parameters
+    ----------
+    run : Run
+        The search.
+    branches : sequence of Branch
+        Those that have just grown.
+    last : bool
+        Whether no round follows: then nothing is looked ahead.
+    ends : callable or None
+        Whether a branch that was looked ahead to goes no further, besides those that the policy has ended.
 
     Raises
     ------
@@ -96,7 +112,7 @@ def score(run: Run, branches: Sequence[Branch], *, last: bool) -> Moves[None]:
     """
     if not run.scored:
         return
-    fresh = yield from _to_score(run, branches, last)
+    fresh = yield from _to_score(run, branches, last, ends)
     answers = (yield list(fresh.values())) if fresh else ()
     _take_scores(run, fresh, answers)
 
@@ -148,11 +164,13 @@ def score_and_prune(
     return [sorted(group, key=lambda branch: -branch.score)[:count] for group, count in zip(groups, keep, strict=True)]
 
 
-def _to_score(run: Run, branches: Sequence[Branch], last: bool) -> Moves[dict[Branch, Score]]:
+def _to_score(
+    run: Run, branches: Sequence[Branch], last: bool, ends: Callable[[Branch], bool] | None = None
+) -> Moves[dict[Branch, Score]]:
     """What to ask about each branch that has grown; the others get their parents' scores."""
     ahead: dict[int, tuple[str, ...]] = {}
     if run.config.lookahead and not last:
-        ahead = yield from _look_ahead(run, [branch for branch in branches if _is_new(branch)])
+        ahead = yield from _look_ahead(run, [branch for branch in branches if _is_new(branch)], ends)
     fresh = {}
     for branch in branches:
         assert branch.parent is not None
@@ -203,7 +221,9 @@ def _checked(run: Run, request: Score, scores: Sequence[float]) -> tuple[float, 
     return numbers
 
 
-def _look_ahead(run: Run, branches: Sequence[Branch]) -> Moves[dict[int, tuple[str, ...]]]:
+def _look_ahead(
+    run: Run, branches: Sequence[Branch], ends: Callable[[Branch], bool] | None
+) -> Moves[dict[int, tuple[str, ...]]]:
     """Continue branches greedily by up to `lookahead` steps; return, by branch, the steps that this gave."""
     tips = {branch.id: branch for branch in branches if not branch.stopped}
     for _ in range(run.config.lookahead):
@@ -224,7 +244,7 @@ def _look_ahead(run: Run, branches: Sequence[Branch]) -> Moves[dict[int, tuple[s
             if len(steps) != 1:
                 raise run.error(f"policy: expected 1 step for branch {request.branch}, got {len(steps)}")
             run.grow(child, steps[0], request.params.delimiter, last=False)
-            child.stopped = child.stopped or not child.text  # it would go on like this
+            child.stopped = child.stopped or not child.text or bool(ends and ends(child))  # empty: and would stay so
             tips[origin] = child
     return {origin: _steps_after(origin, tip) for origin, tip in tips.items()}
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tts_search.search.algorithms import Branch, Run
 from tts_search.search.answers import Equality, same
 from tts_search.search.config import SearchConfig
+from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
 from tts_search.search.tree import SearchTree, TreeNode
 from tts_search.search.types import Completion
+from tts_search.search.voting import Ballot
 from tts_search.search.voting import vote as elect
 
 __all__ = ["SearchResult"]
@@ -37,6 +38,8 @@ class SearchResult:
         How it was searched.
     vote : str
         The vote that `answer` counts by default: ``"prm_max"``, or what a strategy chose.
+    ballot : Ballot
+        Who elects the best completion and the answer.
     equal : callable
         Whether two answers mean the same.
     """
@@ -48,6 +51,7 @@ class SearchResult:
     stats: SearchStats
     config: SearchConfig
     vote: str = "prm_max"
+    ballot: Ballot = field(default_factory=Ballot)
     equal: Equality = field(default=same, repr=False, compare=False)
 
     def answer(self, vote: str | None = None) -> str:
@@ -64,10 +68,9 @@ class SearchResult:
         ValueError
             If there is no such vote, or it needs scores and the search had no verifier.
         """
-        vote = vote or self.vote
-        rules = self.config._rules
-        default = rules.vote_aggregate if vote == "prm_vote" and rules.vote_aggregate else self.config.aggregate
-        return elect(_voters(self.completions, self.config), vote, default, exact=rules.exact_votes, equal=self.equal)
+        vote, ballot = vote or self.vote, self.ballot
+        default = (ballot.vote_aggregate if vote == "prm_vote" else None) or self.config.aggregate
+        return elect(ballot.voters(self.completions), vote, default, exact=ballot.exact, equal=self.equal)
 
     def first(self, n: int) -> SearchResult:
         """Return the result that best-of-N with a smaller n would have had: that of the first n completions.
@@ -81,14 +84,14 @@ class SearchResult:
             If this is no best-of-N in order of sampling, or has less than n completions.
         """
         config = self.config
-        if config.method != "best_of_n" or config.sort_completed or not 1 <= n <= len(self.completions):
+        if not config.is_best_of_n or config.sort_completed or not 1 <= n <= len(self.completions):
             raise ValueError(f"n: expected 1 to {len(self.completions)} of the completions of a best-of-N, got {n!r}")
         config = replace(config, n=n)
         completions = self.completions[:n]
         share, verifier_share = (
             count(completions) / max(1, count(self.completions)) for count in (_tokens_sampled, _tokens_read)
         )
-        best = _best(_voters(completions, config))
+        best = _best(self.ballot.voters(completions))
         return replace(
             self,
             completions=completions,
@@ -112,11 +115,6 @@ def _best(voters: Sequence[Completion]) -> Completion:
     return voters[0] if math.isnan(voters[0].score) else max(voters, key=lambda completion: completion.score)
 
 
-def _voters(completions: list[Completion], config: SearchConfig) -> list[Completion]:
-    finished = [completion for completion in completions if completion.finished]
-    return completions if config._rules.best_of_all or not finished else finished
-
-
 def build_result(
     run: Run,
     problem: str,
@@ -134,10 +132,9 @@ def build_result(
     if not branches:
         raise run.error("the search ended without any completion")
     completions = [_completion(branch, extract_answer) for branch in branches]
-    voters = _voters(completions, run.config)
-    best = _best(voters)
+    best = _best(run.ballot.voters(completions))
     tree = SearchTree(tuple(_node(branch) for branch in run.branches))
-    return SearchResult(problem, completions, best, tree, stats, run.config, equal=run.equal)
+    return SearchResult(problem, completions, best, tree, stats, run.config, ballot=run.ballot, equal=run.equal)
 
 
 def _completion(branch: Branch, extract_answer: Callable[[str], str | None]) -> Completion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tts_search.errors import SearchError
@@ -15,6 +15,7 @@ from tts_search.search.seeds import Streams
 from tts_search.search.steps import split_steps
 from tts_search.search.tree import State
 from tts_search.search.types import Step
+from tts_search.search.voting import Ballot
 
 __all__ = ["Branch", "Run"]
 
@@ -52,6 +53,10 @@ class Branch:
     why: str = ""  # it was pruned
     pruned_in: int = 0  # the round that did it
 
+    def stop(self) -> None:
+        """End the branch, whatever the policy says."""
+        self.stopped = self.ended = True
+
 
 class Run:
     """The search of one problem.
@@ -70,6 +75,17 @@ class Run:
         Takes the answer out of a text.
     equal : callable
         Whether two answers mean the same.
+
+    Attributes
+    ----------
+    round : int
+        The number of the round, from 1: an algorithm counts it.
+    root : Branch
+        The problem itself, without any step.
+    branches : list of Branch
+        All nodes of the tree, in order of their making.
+    ballot : Ballot
+        Who elects the best completion and the answer; an algorithm may set another.
     """
 
     def __init__(
@@ -93,11 +109,19 @@ class Run:
         self._num_lookaheads = 0
         self._extract_answer = extract_answer
         self.equal = equal
+        self.ballot = Ballot()
         self._same = Equivalence(equal)
 
     def error(self, message: str) -> SearchError:
         """Return an error that names the problem and the round."""
         return SearchError(message, self.problem, self.round)
+
+    def rounds(self) -> Iterator[bool]:
+        """Count the rounds, up to the config's `max_steps`; yield for each whether it is the last."""
+        limit = self.config.max_steps
+        for number in range(1, limit + 1):
+            self.round = number
+            yield number == limit
 
     def add_child(self, parent: Branch) -> Branch:
         """Add a node to the tree, as yet without text."""
@@ -154,7 +178,7 @@ class Run:
         """
         if not isinstance(step, Step) or not isinstance(step.text, str):
             raise self.error(f"policy: expected a Step with a text for each sample, got {step!r:.200}")
-        parent, config, rules = branch.parent, self.config, self.config._rules
+        parent, config = branch.parent, self.config
         assert parent is not None
         branch.text, branch.num_tokens = step.text, step.num_tokens
         branch.path_tokens = parent.path_tokens + step.num_tokens
@@ -165,8 +189,8 @@ class Run:
         branch.scored_id = parent.scored_id
         branch.cut = step.reason == "length"
         complete = step.finished and not branch.cut
-        branch.finished = complete or (rules.marker is not None and rules.marker in step.text)
-        branch.stopped = step.finished or (rules.length_ends and branch.cut) or (rules.empty_ends and not step.text)
+        branch.finished = complete or (config.stop_text is not None and config.stop_text in step.text)
+        branch.stopped = step.finished
         tokens_left = self.tokens_left(branch)
         branch.ended = branch.finished or branch.stopped or last or (tokens_left is not None and tokens_left <= 0)
         branch.state = "finished" if branch.finished else "open"

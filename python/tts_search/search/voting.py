@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tts_search.search.answers import Equality, Equivalence, same
 from tts_search.search.types import Completion
 
-__all__ = ["AGGREGATES", "VOTES", "aggregate", "canonical", "vote"]
+__all__ = ["AGGREGATES", "VOTES", "Ballot", "aggregate", "canonical", "vote"]
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda scores: scores[-1],
@@ -74,6 +75,30 @@ def aggregate(scores: Sequence[float], how: str) -> float:
         return math.nan
     value = float(AGGREGATES[how](scores))
     return -math.inf if math.isnan(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """Who elects the best completion and votes on the answer, and how.
+
+    Attributes
+    ----------
+    everyone : bool
+        The unfinished, too; otherwise only if none has finished.
+    exact : bool
+        Answers count as one only if their texts are equal.
+    vote_aggregate : str or None
+        The aggregate of ``prm_vote``, if it is not the config's.
+    """
+
+    everyone: bool = False
+    exact: bool = False
+    vote_aggregate: str | None = None
+
+    def voters(self, completions: Sequence[Completion]) -> Sequence[Completion]:
+        """Return those of the completions that vote."""
+        finished = [completion for completion in completions if completion.finished]
+        return completions if self.everyone or not finished else finished
 
 
 def vote(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tts_search.search.algorithms.groups import has_grown
+from tts_search.search.algorithms.branches import check_growth
 from tts_search.search.config import SearchConfig
 from tts_search.search.moves import Moves, expand, score
 from tts_search.search.run import Branch, Run
@@ -15,7 +15,7 @@ __all__ = ["best_of_n"]
 def best_of_n(run: Run) -> Moves[list[Branch]]:
     """Sample n completions in one go, without a delimiter; they are cut into steps for the verifier.
 
-    Two calls in all: one of the policy, one of the verifier; with ``agree_margin`` as many for each wave. The
+    Two calls in all: one of the policy, one of the verifier; with ``agree_margin`` as many for each portion. The
     completions of a smaller n are the first ones of a larger.
 
     Raises
@@ -24,13 +24,12 @@ def best_of_n(run: Run) -> Moves[list[Branch]]:
         If the policy returns nothing, or it or the verifier something else than was asked for.
     """
     completions: list[Branch] = []
-    for size in _waves(run.config):
+    for size in _portions(run.config):
         run.round += 1
-        wave = yield from expand(run, [run.root] * size, last=True)
-        if not any(map(has_grown, wave)):
-            raise run.error("policy: it returned nothing, an empty text for each sample")
-        yield from score(run, wave, last=True)
-        completions += wave
+        samples = yield from expand(run, [run.root] * size, last=True)
+        check_growth(run, samples)
+        yield from score(run, samples, last=True)
+        completions += samples
         if run.is_done(completions):
             break
     if run.config.sort_completed and run.scored:
@@ -38,7 +37,7 @@ def best_of_n(run: Run) -> Moves[list[Branch]]:
     return completions
 
 
-def _waves(config: SearchConfig) -> Iterator[int]:
+def _portions(config: SearchConfig) -> Iterator[int]:
     """Yield sizes that add up to n: all at once, or `agree_margin` and then each time as many as there are."""
     done = 0
     while done < config.n:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tts_search.search.algorithms.groups import has_grown
+from tts_search.search.algorithms.branches import check_growth
 from tts_search.search.config import Thinking
 from tts_search.search.moves import Moves, expand, release, score
 from tts_search.search.run import Branch, Run
@@ -33,8 +33,8 @@ def budget_forcing(run: Run) -> Moves[list[Branch]]:
     done: list[Branch] = []
     for run.round in range(1, thinking.max_extensions + 2):
         thoughts = yield from expand(run, thoughts, last=False, params=lambda branch: _think(run, thinking, branch))
-        if run.round == 1 and not any(map(has_grown, thoughts)):
-            raise run.error("policy: it returned nothing, an empty text for each sample")
+        if run.round == 1:
+            check_growth(run, thoughts)
         last = run.round > thinking.max_extensions
         goes_on = [branch for branch in thoughts if not last and _is_short(run, branch, thinking)]
         for branch in goes_on:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tts_search.search.algorithms.groups import search_groups
+from tts_search.search.algorithms.beam import Beam
+from tts_search.search.algorithms.beam_search import search_beams
 from tts_search.search.moves import Moves
 from tts_search.search.run import Branch, Run
 
@@ -10,14 +11,11 @@ __all__ = ["dvts"]
 
 
 def dvts(run: Run) -> Moves[list[Branch]]:
-    """Search in n / expand groups of `expand` candidates, one of which survives (Beeching et al., 2024).
-
-    The rounds of the subtrees run side by side, so a round is one call of the policy and one of the verifier all the
-    same.
+    """Search in n / expand beams of `expand` candidates, one of which survives (Beeching et al., 2024).
 
     Raises
     ------
     SearchError
-        As :func:`~tts_search.search.algorithms.groups.search_groups` does.
+        As :func:`~tts_search.search.algorithms.beam_search.search_beams` does.
     """
-    return search_groups(run)
+    return search_beams(run, [Beam(run, run.config.width, keep=1) for _ in range(run.config.groups)])

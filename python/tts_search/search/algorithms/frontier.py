@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from tts_search.search.algorithms.groups import has_grown, in_order, mark_pruned
+from tts_search.search.algorithms.branches import check_growth, distinct, has_grown, in_order, mark_pruned
 from tts_search.search.moves import Moves, expand, release, score
 from tts_search.search.run import Branch, Run
 
@@ -136,13 +136,13 @@ def _search(run: Run, allocate: Allocate) -> Moves[list[Branch]]:
     config = run.config
     turns = [run.root] * config.n
     ended: list[Branch] = []
-    for run.round in range(1, config.max_steps + 1):
-        last = run.round == config.max_steps
+    for last in run.rounds():
         children = yield from expand(run, turns, last=last)
-        candidates = _distinct(children) if config.dedupe else [child for child in children if has_grown(child)]
+        grown = [child for child in children if has_grown(child)]
+        candidates = distinct(grown) if config.dedupe else grown
         mark_pruned(run, children, candidates, "empty, or repeats another")
-        if not candidates and not ended:
-            raise run.error("policy: it returned nothing, an empty text for each sample")
+        if not ended:
+            check_growth(run, children)
         yield from score(run, candidates, last=last)
         ended += [branch for branch in candidates if branch.ended]
         frontier = [branch for branch in candidates if not branch.ended]
@@ -155,11 +155,3 @@ def _search(run: Run, allocate: Allocate) -> Moves[list[Branch]]:
         mark_pruned(run, frontier, turns, "number {rank} of {count} by score: it gets none of the next children")
         yield from release(run, turns)
     return in_order(run, ended)
-
-
-def _distinct(children: Sequence[Branch]) -> list[Branch]:
-    first: dict[str, Branch] = {}
-    for child in children:
-        if has_grown(child):
-            first.setdefault("".join(child.texts), child)
-    return list(first.values())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from tts_search.search.algorithms.groups import has_grown, in_order, mark_pruned
+from tts_search.search.algorithms.branches import check_growth, in_order, mark_pruned
 from tts_search.search.moves import Moves, expand, release, score
 from tts_search.search.run import Branch, Run
 
-__all__ = ["odds", "particle_filtering"]
+__all__ = ["odds", "particle_filtering", "resample"]
 
 
 def particle_filtering(run: Run) -> Moves[list[Branch]]:
@@ -24,25 +24,28 @@ def particle_filtering(run: Run) -> Moves[list[Branch]]:
         If the policy returns nothing, a score is not within [0, 1], or the policy or the verifier returns something
         else than was asked for.
     """
-    config, rules = run.config, run.config._rules
+    config = run.config
     particles = [run.root] * config.n
-    for run.round in range(1, config.max_steps + 1):
-        last = run.round == config.max_steps
+    for last in run.rounds():
         children = yield from expand(run, [branch for branch in particles if not branch.ended], last=last)
-        if run.round == 1 and not any(has_grown(child) or rules.empty_stays for child in children):
-            raise run.error("policy: it returned nothing, an empty text for each sample")
+        if run.round == 1:
+            check_growth(run, children)
         yield from score(run, children, last=last)
         new = iter(children)
-        particles = [branch if branch.ended else next(new) for branch in particles]
-        weights = [odds(run, branch) for branch in particles]
-        drawn = run.random(-2, run.round).choices(particles, weights, k=config.n)
-        mark_pruned(run, particles, drawn, "not drawn; number {rank} of {count} by score")
-        particles = drawn
+        particles = resample(run, [branch if branch.ended else next(new) for branch in particles])
         live = [branch for branch in particles if not branch.ended]
         if not live or run.is_done(particles):
             break
         yield from release(run, live)
-    return particles if rules.report == "beam" else in_order(run, particles)
+    return in_order(run, particles)
+
+
+def resample(run: Run, particles: list[Branch]) -> list[Branch]:
+    """Draw n particles with replacement, each in proportion to its odds; the draws are the round's own."""
+    weights = [odds(run, branch) for branch in particles]
+    drawn = run.random(-2, run.round).choices(particles, weights, k=run.config.n)
+    mark_pruned(run, particles, drawn, "not drawn; number {rank} of {count} by score")
+    return drawn
 
 
 def odds(run: Run, branch: Branch) -> float:

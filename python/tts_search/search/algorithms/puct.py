@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from tts_search.search.algorithms.groups import has_grown, in_order, mark_pruned
+from tts_search.search.algorithms.branches import check_growth, has_grown, in_order, mark_pruned
 from tts_search.search.moves import Moves, expand, release, score
 from tts_search.search.run import Branch, Run
 
@@ -34,8 +34,7 @@ def puct(run: Run) -> Moves[list[Branch]]:
     config = run.config
     tree = _Tree(run)
     ended: list[Branch] = []
-    for run.round in range(1, config.max_steps + 1):
-        last = run.round == config.max_steps
+    for last in run.rounds():
         if run.round == 1:
             turns = [run.root] * config.n
         else:
@@ -44,8 +43,8 @@ def puct(run: Run) -> Moves[list[Branch]]:
         children = yield from expand(run, turns, last=last)
         candidates = [child for child in children if has_grown(child)]
         mark_pruned(run, children, candidates, "empty")
-        if not candidates and not ended and not tree.has_leaves:
-            raise run.error("policy: it returned nothing, an empty text for each sample")
+        if not ended and not tree.has_leaves:
+            check_growth(run, children)
         yield from score(run, candidates, last=last)
         tree.add(turns, candidates)
         ended += [branch for branch in candidates if branch.ended]

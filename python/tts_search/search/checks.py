@@ -1,0 +1,24 @@
+"""Checks of options; an error names the option, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+from tts_search.errors import ConfigError
+
+__all__ = ["integer", "is_finite", "one_of"]
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def integer(name: str, value: object, *, at_least: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
+        bound = "" if at_least is None else f" >= {at_least}"
+        raise ConfigError(f"{name}: expected an int{bound}, got {value!r}")
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
