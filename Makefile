@@ -66,12 +66,14 @@ bench: $(VENV)/.built  ## Run the microbenchmarks, with DEVICE=cuda on a GPU; ta
 	  --device=$(DEVICE) --benchmark-json=build/bench/bench.json --benchmark-columns=median,rounds
 	$(BIN)/python benchmarks/summary.py build/bench/bench.json build/bench
 
-lint: $(VENV)/.built  ## ruff, mypy --strict, clang-format
+lint: $(VENV)/.built  ## ruff, mypy --strict, import-linter, clang-format
 	@echo "== ruff"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "== mypy"
 	$(BIN)/mypy
+	@echo "== imports (contracts in pyproject.toml)"
+	$(BIN)/lint-imports --no-cache
 	@echo "== clang-format"
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
 

@@ -10,7 +10,7 @@ from itertools import islice
 
 import pytest
 from tts_search.lab import arithmetic
-from tts_search.lab.arithmetic import DELIMITER, LEVELS, Problem, check_steps, generate, solve, split_of, stream
+from tts_search.lab.arithmetic import DELIMITER, LEVELS, Problem, check_steps, endless, generate, solve, split_of
 
 EXAMPLE = "Start with 47, add 38, multiply by 6, subtract 11. What is the result modulo 100?"
 SOLUTION = ("47 + 38 = 85\n\n", "85 * 6 = 10\n\n", "10 - 11 = 99\n\n", "The answer is \\boxed{99}.")
@@ -26,8 +26,8 @@ def test_the_same_seed_gives_the_same_problems_everywhere() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_train_and_test_never_share_a_problem(level: int) -> None:
-    train = {problem.problem for problem in islice(stream("train", level, 0), 3000)}
-    test = {problem.problem for problem in islice(stream("test", level, 0), 3000)}
+    train = {problem.problem for problem in islice(endless("train", level, 0), 3000)}
+    test = {problem.problem for problem in islice(endless("test", level, 0), 3000)}
     assert not train & test
     assert {split_of(text) for text in train} == {"train"}
     assert {split_of(text) for text in test} == {"test"}
@@ -79,9 +79,9 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="problem: expected a problem of the arithmetic task, got 'What is 1"):
         solve("What is 1 + 1?")
     with pytest.raises(ValueError, match=r"level: .* got 6"):
-        stream("test", 6, 0)
+        endless("test", 6, 0)
     with pytest.raises(ValueError, match=r"split: .* got 'dev'"):
-        stream("dev", 1, 0)  # type: ignore[arg-type]
+        endless("dev", 1, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"count: .* got -1"):
         generate("test", 1, -1)
     with pytest.raises(ValueError, match="count: expected about"):

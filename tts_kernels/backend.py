@@ -6,18 +6,9 @@ from types import TracebackType
 from typing import Final
 
 from . import triton
+from .choices import state
 
 BACKENDS: Final = ("auto", "cpp", "triton", "reference")
-
-
-class _State:
-    """The process-wide choices; plain attributes, so that torch.compile guards on them."""
-
-    backend: str = "auto"
-    debug_checks: bool = False
-
-
-state = _State()
 
 
 class use_backend:  # noqa: N801  (a setter that is also a context manager, like torch.inference_mode)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backend import state
+from .choices import state
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int32, torch.int64)

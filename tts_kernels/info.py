@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from . import _library
-from .backend import BACKENDS, missing, state
+from .backend import BACKENDS, missing
+from .choices import state
 from .op import OPS
 
 __all__ = ["BackendInfo", "backend_info"]

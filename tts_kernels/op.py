@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import triton
-from .backend import state
+from .choices import state
 
 OPS: dict[str, Op] = {}
 

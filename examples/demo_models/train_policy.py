@@ -8,7 +8,7 @@ import torch
 from tokenizer import build_tokenizer
 from training import IGNORE, Example, command_line, llama_config, token_loss, train
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from tts_search.lab.arithmetic import LEVELS, Problem, stream
+from tts_search.lab.arithmetic import LEVELS, Problem, endless
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def learn_solutions(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, lr: float, seed: int
 ) -> None:
     """Train a policy on the solutions of training problems, four of each level a step."""
-    streams = [stream("train", level, seed) for level in LEVELS]
+    supplies = [endless("train", level, seed) for level in LEVELS]
 
     def draw() -> list[Example]:
-        return [policy_example(tokenizer, next(problems)) for problems in streams for _ in range(4)]
+        return [policy_example(tokenizer, next(problems)) for problems in supplies for _ in range(4)]
 
     train(model, draw, token_loss, pad=tokenizer.pad_token_id, tokens=tokens, lr=lr)
 

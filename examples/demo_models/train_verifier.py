@@ -28,7 +28,7 @@ from train_policy import learn_solutions
 from training import IGNORE, SHAPES, Example, command_line, llama_config, train
 from transformers import LlamaForCausalLM, LlamaForTokenClassification, PreTrainedModel, PreTrainedTokenizerFast
 from tts_search.lab import MODELS_DIR
-from tts_search.lab.arithmetic import DELIMITER, LEVELS, MODULUS, Problem, check_steps, stream
+from tts_search.lab.arithmetic import DELIMITER, LEVELS, MODULUS, Problem, check_steps, endless
 
 GOOD, BAD = "+", "-"
 BASE_LAYERS = int(SHAPES["0.6m"]["num_hidden_layers"])
@@ -123,7 +123,7 @@ def sample_attempts(
     """Return attempts that a policy makes at a high temperature: its slips are harder to see than planted ones."""
     problems: list[Problem] = []
     for level in LEVELS:
-        problems += islice(stream("train", level, seed + 2), count * level // 15)
+        problems += islice(endless("train", level, seed + 2), count * level // 15)
     attempts: list[list[str]] = []
     for first in range(0, len(problems), 250):
         batch = problems[first : first + 250]
@@ -240,11 +240,11 @@ def train_verifier(name: str, base: str, fraction: float = 1.0, seed: int = 0) -
     else:
         model = LlamaForCausalLM(config)
     grow(policy, model)
-    streams = [stream("train", level, seed + 1) for level in LEVELS]
+    supplies = [endless("train", level, seed + 1) for level in LEVELS]
     sampled: list[tuple[Problem, list[str]]] = []
 
     def draw() -> list[Example]:
-        counted = zip(streams, recipe.per_level, strict=True)
+        counted = zip(supplies, recipe.per_level, strict=True)
         problems = [next(problems) for problems, count in counted for _ in range(count)]
         attempts = [(problem, plant_errors(problem, rng, again=0.6)) for problem in problems]
         if sampled:

@@ -7,7 +7,7 @@ from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, Step, StepParams, TextPolicy, search
 from tts_search.adapters.stateless import Continuation, StepSampler, StepScorer, before_delimiter
-from tts_search.search.seeds import stream
+from tts_search.search.seeds import seed_of
 
 PARAMS = StepParams(max_tokens=24)
 PROBLEM = "What is the sum?"
@@ -42,9 +42,9 @@ def test_samples_draw_as_the_children_of_a_search_do():
     ((second,),) = sampler.sample([Continuation(PROBLEM, first[1].text, PARAMS)])
     ((third,),) = sampler.sample([Continuation(PROBLEM, first[1].text, PARAMS)])
     assert [request.seeds for request in calls] == [
-        (stream(3, PROBLEM, (0,)), stream(3, PROBLEM, (1,))),
-        (stream(3, PROBLEM, (1, 0)),),
-        (stream(3, PROBLEM, (1, 1)),),
+        (seed_of(3, PROBLEM, (0,)), seed_of(3, PROBLEM, (1,))),
+        (seed_of(3, PROBLEM, (1, 0)),),
+        (seed_of(3, PROBLEM, (1, 1)),),
     ]
     assert calls[1].steps == (first[1].text,)
     assert second.text != third.text

@@ -1,8 +1,9 @@
 """The loops and votes of other frameworks, retold in plain Python from descriptions of their behaviour.
 
-They know nothing of ours but `stream`, from which a random tree's step follows. Where a peer leaves an order open (an
-unstable sort, a heap's equal entries), the earlier candidate wins; docs/semantics.md lists such places. A search
-returns its entries, (text, step scores) in the peer's order, and the index of the one that the peer selects.
+Of ours they know the step that a policy returns, and the seed of its draws, from which a random tree's step follows;
+how a text is cut into steps, what an aggregate is and every decision are told here anew. Where a peer leaves an order
+open (an unstable sort, a heap's equal entries), the earlier candidate wins; docs/semantics.md lists such places. A
+search returns its entries, (text, step scores) in the peer's order, and the index of the one that the peer selects.
 """
 
 from __future__ import annotations
@@ -16,13 +17,31 @@ from fractions import Fraction
 
 from scripted import RandomTree
 from tts_search import Step, StepParams
-from tts_search.search.seeds import stream
-from tts_search.search.steps import split_steps
-from tts_search.search.voting import aggregate
+from tts_search.search.seeds import seed_of
 
 DELIMITER = "\n\n"
 
 Entries = list[tuple[str, list[float]]]
+
+
+def aggregate(scores: list[float], how: str) -> float:
+    """One score of many; a text without any step loses against every other."""
+    if not scores:
+        return -math.inf
+    return {"last": scores[-1], "min": min(scores), "prod": math.prod(scores)}[how]
+
+
+def pieces_of(text: str, *, cut: bool) -> tuple[list[str], str]:
+    """The steps of a text, and the white space at its end that belongs to none; uncut, all of it is one step."""
+    steps, at = [], 0
+    while cut and (end := text.find(DELIMITER, at)) >= 0:
+        end += len(DELIMITER)
+        if text[:end].strip():
+            steps.append(text[:end])
+            text, at = text[end:], 0
+        else:
+            at = end  # blank so far: it begins the next step
+    return ([*steps, text], "") if text.strip() else (steps, text)
 
 
 def selected(entries: Entries, how: str) -> tuple[Entries, int]:
@@ -42,14 +61,14 @@ class World:
         self, texts: list[str], path: tuple[int, ...], *, delimiter: str | None = DELIMITER, t: float = 1.0
     ) -> Step:
         params = StepParams(temperature=t, delimiter=delimiter)
-        return self.tree.step(self.problem, tuple(texts), 0, stream(self.seed, self.problem, path), params)
+        return self.tree.step(self.problem, tuple(texts), 0, seed_of(self.seed, self.problem, path), params)
 
     def score(self, texts: list[str], *, last: bool = False) -> list[float]:
         steps: list[str] = []
         blank = ""  # white space that no step follows yet
         for index, text in enumerate(texts):
             uncut = last and index == len(texts) - 1
-            new, blank = split_steps(blank + text, DELIMITER if uncut else None)
+            new, blank = pieces_of(blank + text, cut=uncut)
             steps += new
         return self.tree.scores(self.problem, tuple(steps))
 
@@ -278,7 +297,7 @@ def its_hub_particles(world, *, budget, max_steps, stop_token):
         current_step += 1
         top = max(map(log_odds, particles))
         weights = [math.exp(log_odds(path) - top) for path in particles]
-        draws = random.Random(stream(world.seed, world.problem, (-2, current_step)))
+        draws = random.Random(seed_of(world.seed, world.problem, (-2, current_step)))
         particles = [deepcopy(path) for path in draws.choices(particles, weights, k=budget)]
     return selected([("".join(path.texts), path.scores) for path in particles], "last")
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from tts_search import VOTES, Completion, boxed, equivalent, vote
 from tts_search.domains import mathematics
-from tts_search.domains.mathematics import Judge, work
+from tts_search.domains.mathematics import MathVerify, work
 from tts_search.search.answers import Equivalence
 from tts_search.search.voting import aggregate
 
@@ -84,7 +84,7 @@ def test_equivalent_by_math_verify():
 )
 def test_hostile_answers_do_not_hang(answer):
     pytest.importorskip("math_verify")
-    judge = Judge(limit_s=0.5)  # of CPU time; a judge that hangs runs into the test's own limit
+    judge = MathVerify(limit_s=0.5)  # of CPU time; a judge that hangs runs into the test's own limit
     assert not judge.equal("1/3", answer)
     assert judge.equal("1/3", "0.333333") in (True, False)  # the next answer is judged again
 
@@ -100,7 +100,7 @@ def test_other_threads_compare_as_well():
 
 def test_an_interruption_leaves_no_reply_for_the_next_question(monkeypatch):
     pytest.importorskip("math_verify")
-    judge = Judge(limit_s=5)
+    judge = MathVerify(limit_s=5)
     assert judge.equal("x", "x") is True
     worker = judge._worker
 
@@ -119,7 +119,7 @@ def test_an_interruption_leaves_no_reply_for_the_next_question(monkeypatch):
 
 def test_a_worker_that_was_killed_is_replaced():
     pytest.importorskip("math_verify")
-    judge = Judge(limit_s=5)
+    judge = MathVerify(limit_s=5)
     assert judge.equal("x", "x") is True
     judge._worker.kill()
     judge._worker.wait()
@@ -128,7 +128,7 @@ def test_a_worker_that_was_killed_is_replaced():
 
 def test_without_math_verify_nothing_can_be_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    assert Judge(limit_s=1).equal("a+b", "b+a") is None
+    assert MathVerify(limit_s=1).equal("a+b", "b+a") is None
 
 
 def test_classes_keep_the_first_spelling():
@@ -138,7 +138,7 @@ def test_classes_keep_the_first_spelling():
 
 def test_spellings_of_a_known_answer_are_not_judged(monkeypatch):
     judged = []
-    monkeypatch.setattr(mathematics._JUDGE, "equal", lambda *pair: judged.append(pair))
+    monkeypatch.setattr(mathematics._MATH_VERIFY, "equal", lambda *pair: judged.append(pair))
     mathematics._equivalent.cache_clear()
     numbers = [f"{number}{tail}" for number in range(40) for tail in ("", ".0", ".00")]
     texts = ["x", r"\frac{1}{2}", r"\dfrac12", "$x$", r"\dfrac{1}{2}", r"\left(x\right)", "(x)", " x "]

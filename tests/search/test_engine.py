@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from tts_search import VOTES, SearchConfig, SearchError, Step, beam_search, best_of_n, dvts, search, search_iter
 from tts_search.search.protocol import Policy, PruningVerifier, Release, Score, Scored, Verifier
-from tts_search.search.seeds import Streams, stream
+from tts_search.search.seeds import Seeds, seed_of
 from tts_search.search.voting import AGGREGATES, aggregate
 
 PROBLEMS = [f"problem {i}" for i in range(7)]
@@ -160,15 +160,15 @@ class TestSeeds:
     def test_seeds_are_of_paths(self):
         policy, verifier = ScriptedPolicy(by_name()), ScriptedVerifier(score_names({"1": 0.9}))
         search(["p"], policy, verifier, SearchConfig(n=2, expand=2, max_steps=2, seed=3), progress=False)
-        assert policy.calls[0][0].seeds == (stream(3, "p", (0,)), stream(3, "p", (1,)))
-        assert policy.calls[1][0].seeds == (stream(3, "p", (1, 0)), stream(3, "p", (1, 1)))
+        assert policy.calls[0][0].seeds == (seed_of(3, "p", (0,)), seed_of(3, "p", (1,)))
+        assert policy.calls[1][0].seeds == (seed_of(3, "p", (1, 0)), seed_of(3, "p", (1, 1)))
 
     def test_streams_are_the_same_on_every_machine(self):
         head = hashlib.blake2b(b"7\nWhat is 1 + 1?\n0.3.1", digest_size=8).digest()
-        assert stream(7, "What is 1 + 1?", (0, 3, 1)) == int.from_bytes(head, "big") >> 1 == 1030468918574127126
-        assert Streams(7, "What is 1 + 1?").of((0, 3, 1)) == 1030468918574127126
-        others = {stream(7, "p", (1, 2)), stream(7, "p", (12,)), stream(7, "p", ()), stream(7, "q", (1, 2))}
-        assert len(others | {stream(-7, "p", (1, 2))}) == 5
+        assert seed_of(7, "What is 1 + 1?", (0, 3, 1)) == int.from_bytes(head, "big") >> 1 == 1030468918574127126
+        assert Seeds(7, "What is 1 + 1?").of((0, 3, 1)) == 1030468918574127126
+        others = {seed_of(7, "p", (1, 2)), seed_of(7, "p", (12,)), seed_of(7, "p", ()), seed_of(7, "q", (1, 2))}
+        assert len(others | {seed_of(-7, "p", (1, 2))}) == 5
 
     def test_smaller_best_of_n_is_the_beginning_of_a_larger_one(self):
         few, many = (

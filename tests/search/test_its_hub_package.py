@@ -13,7 +13,7 @@ import re
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step, search
-from tts_search.search.seeds import stream
+from tts_search.search.seeds import seed_of
 
 pytest.importorskip("its_hub", reason="compares with the package: pip install --no-deps 'its-hub==1.2.*'")
 
@@ -98,14 +98,14 @@ def test_particle_filtering(chunk, monkeypatch):
     module = importlib.import_module("its_hub.core.algorithms.particle_gibbs")
 
     class Draws:
-        """Its draws come from the streams that ours come from: one for each round."""
+        """Its draws come from the seeds that ours come from: one for each round."""
 
         def __init__(self) -> None:
             self.round = 0
 
         def choices(self, population, weights, k):
             self.round += 1
-            return random.Random(stream(0, PROBLEM, (-2, self.round))).choices(population, weights, k=k) if k else []
+            return random.Random(seed_of(0, PROBLEM, (-2, self.round))).choices(population, weights, k=k) if k else []
 
     for seed in range(chunk, 1000, 2):
         rng = random.Random(seed)

@@ -17,7 +17,7 @@ from typing import Final, Generic, TypeVar
 
 from tts_search.errors import SearchError
 from tts_search.search.protocol import Expand, Policy, Score, Usage, Verifier
-from tts_search.search.seeds import Streams
+from tts_search.search.seeds import Seeds
 from tts_search.search.steps import split_steps
 from tts_search.search.types import Step, StepParams
 
@@ -122,7 +122,7 @@ class _Node:
 
 @dataclass(slots=True)
 class _SampleTree:
-    streams: Streams
+    seeds: Seeds
     nodes: dict[str, _Node] = field(default_factory=lambda: {"": _Node(0, (), ())})
     num_branches: int = 1
     num_strange: int = 0
@@ -140,7 +140,7 @@ class StepSampler:
 
     A text that is what this sampler returned before, put behind what it was asked to continue, is a branch that the
     policy has; a local policy then forwards no token of it again. Any other text is read from the longest part that is
-    known. The k-th sample of a text draws from the stream that the k-th child of that branch has in a search with the
+    known. The k-th sample of a text has the draws that the k-th child of that branch has in a search with the
     same seed, whatever else is asked at the time.
 
     Parameters
@@ -217,7 +217,7 @@ class StepSampler:
 
     def _expand(self, problem: str, text: str, params: StepParams, count: int) -> tuple[Expand, Paths]:
         """What the policy is asked for, and the paths of the children."""
-        number, tree = self._problems.open(problem, _SampleTree(Streams(self.seed, problem)))
+        number, tree = self._problems.open(problem, _SampleTree(Seeds(self.seed, problem)))
         node = tree.node(text)
         if params.temperature == 0:  # no draw, so the branch's next samples are what they would have been
             paths = [(*node.path, _GREEDY)] * count
@@ -226,7 +226,7 @@ class StepSampler:
             node.num_children += count
         children = tuple(range(tree.num_branches, tree.num_branches + count))
         tree.num_branches += count
-        seeds = tuple(tree.streams.of(path) for path in paths)
+        seeds = tuple(tree.seeds.of(path) for path in paths)
         return Expand(number, node.branch, children, node.texts, seeds, params), paths
 
     def _remember(self, problem: str, text: str, expand: Expand, steps: Sequence[Step], paths: Paths) -> None:

@@ -25,13 +25,13 @@ from typing import Any
 
 from tts_search.search.answers import canonical_form
 
-__all__ = ["Judge", "equivalent", "work"]
+__all__ = ["MathVerify", "equivalent", "work"]
 
 _MAX_CHARS = 500  # longer answers are compared as text
 
 
-class Judge:
-    """Asks a worker, which is started on use, and again after it ran out of time.
+class MathVerify:
+    """math-verify: asks a worker, which is started on use, and again after it ran out of time.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class Judge:
         return self._worker
 
 
-_JUDGE = Judge(limit_s=5)  # for one answer: sympy can take for ever over a hostile one
+_MATH_VERIFY = MathVerify(limit_s=5)  # for one answer: sympy can take for ever over a hostile one
 
 
 def equivalent(gold: str, answer: str) -> bool:
@@ -122,7 +122,7 @@ def _equivalent(gold: str, answer: str) -> bool:
         return False
     if max(len(gold), len(answer)) > _MAX_CHARS:
         return False
-    return bool(_JUDGE.equal(gold, answer))
+    return bool(_MATH_VERIFY.equal(gold, answer))
 
 
 def work(limit_s: float) -> None:

@@ -32,7 +32,7 @@ class _Driver(Protocol):
 
 
 @dataclass(eq=False)
-class _Task:
+class _Flight:
     """A problem in flight: its algorithm, and what that waits for."""
 
     run: Run
@@ -70,7 +70,7 @@ class Engine:
         self.extract_answer = extract_answer
         self.max_in_flight = max_in_flight
         self.equal = equal
-        self._tasks: list[_Task] = []
+        self._flights: list[_Flight] = []
 
     def run(self, problems: Iterable[str]) -> Iterator[Outcome]:
         """Yield (index, result or error) as problems finish. Closing the iterator ends the problems in flight."""
@@ -78,19 +78,21 @@ class Engine:
         try:
             while True:
                 yield from self._admit(waiting)
-                if not self._tasks:
+                if not self._flights:
                     return
-                while any(isinstance(task.requests[0], Expand) for task in self._tasks):  # again for each lookahead
+                while any(
+                    isinstance(flight.requests[0], Expand) for flight in self._flights
+                ):  # again for each lookahead
                     yield from self._serve(Expand, self.policy.expand)
                 if self.verifier is not None:
                     yield from self._serve(Score, self.verifier.score)
                     yield from self._serve(ScoreAndPrune, self.verifier.score_and_prune)
         finally:
-            for task in list(self._tasks):
-                self._close(task)
+            for flight in list(self._flights):
+                self._close(flight)
 
     def _admit(self, waiting: Iterator[tuple[int, str]]) -> Iterator[Outcome]:
-        while len(self._tasks) < self.max_in_flight:
+        while len(self._flights) < self.max_in_flight:
             index, text = next(waiting, (None, ""))
             if index is None:
                 return
@@ -111,21 +113,21 @@ class Engine:
                 message = f"method: expected a generator function of a Run, got {name}, which returned a {kind}"
                 yield index, SearchError(message, index, 0)
                 continue
-            task = _Task(run, text, moves, time.perf_counter())
-            self._tasks.append(task)
-            yield from self._guarded(task, partial(self._begin, task))
+            flight = _Flight(run, text, moves, time.perf_counter())
+            self._flights.append(flight)
+            yield from self._guarded(flight, partial(self._begin, flight))
 
-    def _begin(self, task: _Task) -> SearchResult | None:
+    def _begin(self, flight: _Flight) -> SearchResult | None:
         for driver in (self.policy, self.verifier):
             if driver is not None:
-                driver.begin(task.run.problem, task.text)
-                task.begun.append(driver)
-        return self._advance(task, None)
+                driver.begin(flight.run.problem, flight.text)
+                flight.begun.append(driver)
+        return self._advance(flight, None)
 
     def _serve(self, kind: type, call: Callable[[Any], Sequence[Any]]) -> Iterator[Outcome]:
         """Answer every request of one kind by one call, and let the algorithms go on."""
-        tasks = [task for task in self._tasks if isinstance(task.requests[0], kind)]
-        requests = [request for task in tasks for request in task.requests]
+        flights = [flight for flight in self._flights if isinstance(flight.requests[0], kind)]
+        requests = [request for flight in flights for request in flight.requests]
         if not requests:
             return
         try:
@@ -135,51 +137,51 @@ class Engine:
         except Exception as error:
             answers = [error] * len(requests)
         begin = 0
-        for task in tasks:
-            end = begin + len(task.requests)
+        for flight in flights:
+            end = begin + len(flight.requests)
             own = answers[begin:end]
-            yield from self._guarded(task, partial(self._answer, task, own))
+            yield from self._guarded(flight, partial(self._answer, flight, own))
             begin = end
 
-    def _answer(self, task: _Task, answers: Sequence[Any]) -> SearchResult | None:
+    def _answer(self, flight: _Flight, answers: Sequence[Any]) -> SearchResult | None:
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        return self._advance(task, answers)
+        return self._advance(flight, answers)
 
-    def _advance(self, task: _Task, answers: Sequence[Any] | None) -> SearchResult | None:
+    def _advance(self, flight: _Flight, answers: Sequence[Any] | None) -> SearchResult | None:
         """Send answers to an algorithm and carry out its releases, until it wants a model or returns."""
         try:
-            task.requests = task.moves.send(answers)  # type: ignore[arg-type]  # a generator starts with None
-            while isinstance(task.requests[0], Release):
-                for request in task.requests:
+            flight.requests = flight.moves.send(answers)  # type: ignore[arg-type]  # a generator starts with None
+            while isinstance(flight.requests[0], Release):
+                for request in flight.requests:
                     if isinstance(request, Release):
-                        self._release(task, request.branches)
-                task.requests = task.moves.send([None] * len(task.requests))
+                        self._release(flight, request.branches)
+                flight.requests = flight.moves.send([None] * len(flight.requests))
         except StopIteration as stop:
-            return self._finish(task, stop.value)
+            return self._finish(flight, stop.value)
         return None
 
-    def _release(self, task: _Task, branches: Sequence[int]) -> None:
-        problem = task.run.problem
+    def _release(self, flight: _Flight, branches: Sequence[int]) -> None:
+        problem = flight.run.problem
         self.policy.release(problem, branches)
         if self.verifier is not None:
             self.verifier.release(problem, branches)
 
-    def _finish(self, task: _Task, branches: list[Branch]) -> SearchResult:
-        usages = [task.begun.pop(0).end(task.run.problem) for _ in range(len(task.begun))]
+    def _finish(self, flight: _Flight, branches: list[Branch]) -> SearchResult:
+        usages = [flight.begun.pop(0).end(flight.run.problem) for _ in range(len(flight.begun))]
         policy_usage, verifier_usage = (*usages, Usage())[:2]
         stats = SearchStats.of(
             policy_usage,
             verifier_usage,
-            wall_s=time.perf_counter() - task.started,
-            rounds=task.run.round,
-            branches=len(task.run.branches) - 1,
-            path_tokens=sum(branch.path_tokens for branch in task.run.branches),
+            wall_s=time.perf_counter() - flight.started,
+            rounds=flight.run.round,
+            branches=len(flight.run.branches) - 1,
+            path_tokens=sum(branch.path_tokens for branch in flight.run.branches),
         )
-        return build_result(task.run, task.text, branches, self.extract_answer, stats)
+        return build_result(flight.run, flight.text, branches, self.extract_answer, stats)
 
-    def _guarded(self, task: _Task, action: Callable[[], SearchResult | None]) -> Iterator[Outcome]:
+    def _guarded(self, flight: _Flight, action: Callable[[], SearchResult | None]) -> Iterator[Outcome]:
         """Do something for a problem; yield its result if that ended it, or the error if it failed."""
         outcome: SearchResult | SearchError | None
         try:
@@ -187,16 +189,16 @@ class Engine:
         except SearchError as error:
             outcome = error
         except Exception as error:
-            run = task.run
+            run = flight.run
             outcome = SearchError(f"{type(error).__name__}: {error}", run.problem, run.round)
             outcome.__cause__ = error
         if outcome is not None:
-            self._close(task)
-            yield task.run.problem, outcome
+            self._close(flight)
+            yield flight.run.problem, outcome
 
-    def _close(self, task: _Task) -> None:
-        self._tasks.remove(task)
-        task.moves.close()
-        for driver in task.begun:
+    def _close(self, flight: _Flight) -> None:
+        self._flights.remove(flight)
+        flight.moves.close()
+        for driver in flight.begun:
             with suppress(Exception):  # the problem has its result or its error already
-                driver.end(task.run.problem)
+                driver.end(flight.run.problem)

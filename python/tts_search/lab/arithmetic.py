@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DELIMITER", "LEVELS", "MODULUS", "Problem", "check_steps", "generate", "solve", "split_of", "stream"]
+__all__ = ["DELIMITER", "LEVELS", "MODULUS", "Problem", "check_steps", "endless", "generate", "solve", "split_of"]
 
 MODULUS = 100
 DELIMITER = "\n\n"
@@ -145,7 +145,7 @@ def check_steps(problem: str, steps: Sequence[str]) -> list[bool]:
     return labels
 
 
-def stream(split: Split, level: int, seed: int) -> Iterator[Problem]:
+def endless(split: Split, level: int, seed: int) -> Iterator[Problem]:
     """Yield problems of a split and level without end; a text may come up more than once.
 
     Raises
@@ -157,7 +157,7 @@ def stream(split: Split, level: int, seed: int) -> Iterator[Problem]:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     if level not in _SIZES:
         raise ValueError(f"level: expected one of {LEVELS}, got {level!r}")
-    return _stream(split, level, seed)
+    return _endless(split, level, seed)
 
 
 def generate(split: Split, level: int, count: int, seed: int = 0) -> list[Problem]:
@@ -171,9 +171,9 @@ def generate(split: Split, level: int, count: int, seed: int = 0) -> list[Proble
     if count < 0:
         raise ValueError(f"count: expected a number >= 0, got {count}")
     problems: dict[str, Problem] = {}
-    problem_stream, repeated = stream(split, level, seed), 0
+    supply, repeated = endless(split, level, seed), 0
     while len(problems) < count:
-        problem = next(problem_stream)
+        problem = next(supply)
         repeated = repeated + 1 if problem.problem in problems else 0
         if repeated == _GIVE_UP:
             raise ValueError(f"count: expected about {len(problems)} at most at level {level}, got {count}")
@@ -181,7 +181,7 @@ def generate(split: Split, level: int, count: int, seed: int = 0) -> list[Proble
     return list(problems.values())
 
 
-def _stream(split: Split, level: int, seed: int) -> Iterator[Problem]:
+def _endless(split: Split, level: int, seed: int) -> Iterator[Problem]:
     rng = random.Random(f"arithmetic/{split}/{level}/{seed}")  # a str seed is hashed by SHA-512: the same everywhere
     while True:
         text = _problem_text(_SIZES[level], rng)

@@ -81,7 +81,7 @@ def _request(run: Run, family: list[Branch], params: Callable[[Branch], StepPara
         parent.id,
         tuple(child.id for child in family),
         parent.texts,
-        tuple(run.stream(child) for child in family),
+        tuple(run.seed_of(child) for child in family),
         params(parent),
     )
 
@@ -235,7 +235,7 @@ def _look_ahead(
                 continue
             children[origin] = child = run.add_lookahead(tip)
             params = _greedy(run.config.step_params(last=False, tokens_left=tokens_left))
-            seeds = (run.stream(child),)
+            seeds = (run.seed_of(child),)
             requests.append(Expand(run.problem, tip.id, (child.id,), tip.texts, seeds, params))
         if not requests:
             break

@@ -54,7 +54,7 @@ class Expand:
     steps : tuple of str
         The texts on the parent's path as they were generated.
     seeds : tuple of int
-        One a child, ``0 <= seed < 2**63``: the stream of that child's draws.
+        One a child, ``0 <= seed < 2**63``: all that the child's draws depend on.
     params : StepParams
         How to sample.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, Equivalence, boxed, same
 from tts_search.search.config import SearchConfig
-from tts_search.search.seeds import Streams
+from tts_search.search.seeds import Seeds
 from tts_search.search.steps import split_steps
 from tts_search.search.tree import State
 from tts_search.search.types import Step
@@ -105,7 +105,7 @@ class Run:
         self.root = Branch(id=0, parent=None, path=(), round=0)
         self.branches = [self.root]
         self.held: set[int] = {0}  # branches that the drivers still keep
-        self._streams = Streams(config.seed, text)
+        self._seeds = Seeds(config.seed, text)
         self._num_lookaheads = 0
         self._extract_answer = extract_answer
         self.equal = equal
@@ -139,13 +139,13 @@ class Run:
         self.held.add(child.id)
         return child
 
-    def stream(self, branch: Branch) -> int:
+    def seed_of(self, branch: Branch) -> int:
         """Return the seed of a branch's draws."""
-        return self._streams.of(branch.path)
+        return self._seeds.of(branch.path)
 
     def random(self, *path: int) -> random.Random:
         """Return a generator for draws that belong to no branch; `path` tells them apart, its first number below 0."""
-        return random.Random(self._streams.of(path))
+        return random.Random(self._seeds.of(path))
 
     def is_done(self, branches: Iterable[Branch]) -> bool:
         """Whether enough of these branches have finished, or agree, for the search to stop."""
