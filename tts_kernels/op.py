@@ -57,6 +57,7 @@ class Op:
         self._devices = ("cpu", "meta", "cuda") if has_cuda else ("cpu", "meta")
 
     def __call__(self, *args: Any) -> Any:
+        """Run the op by what the backend asks for."""
         runs = self.runs(self._device(args))
         if runs == "cpp":
             return self._cpp(args)

@@ -152,7 +152,7 @@ def search(
     progress: bool = True,
     max_in_flight: int | None = None,
 ) -> list[SearchResult]:
-    """Search problems and return their results in order; arguments as for :func:`search_iter`.
+    r"""Search problems and return their results in order; arguments as for :func:`search_iter`.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def search(
     Examples
     --------
     >>> from tts_search import Step, TextPolicy, TextVerifier, search
-    >>> policy = TextPolicy(lambda reqs: [[Step("so \\\\boxed{2}", True)] * r.num_samples for r in reqs])
+    >>> policy = TextPolicy(lambda reqs: [[Step("so \\boxed{2}", True)] * r.num_samples for r in reqs])
     >>> verifier = TextVerifier(lambda branches: [[0.9] * len(steps) for _, steps in branches])
     >>> search(["What is 1 + 1?"], policy, verifier)[0].answer()
     '2'

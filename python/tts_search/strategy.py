@@ -67,7 +67,8 @@ class Strategy(Protocol):
     """
 
     @property
-    def probe(self) -> SearchConfig | None: ...
+    def probe(self) -> SearchConfig | None:
+        """The search that estimates a difficulty."""
 
     def estimate(self, result: SearchResult) -> float:
         """Return the pass@1 that the result of the probe lets expect."""

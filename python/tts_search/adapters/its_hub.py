@@ -29,7 +29,7 @@ _ASKED_ELSEWHERE: Final = ("tools", "tool_choice", "response_format")
 
 
 class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
-    """Generates steps and answers for its_hub.
+    r"""Generates steps and answers for its_hub.
 
     A list of conversations is one batch. Single requests that come at the same time (its orchestrator sends one for
     each sample) become one, too.
@@ -54,7 +54,7 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
     Examples
     --------
     >>> lm = LanguageModel(HFPolicy("HuggingFaceTB/SmolLM2-135M-Instruct"))  # doctest: +SKIP
-    >>> BeamSearch(StepGeneration(16, step_token="\\n\\n"), prm, beam_width=4).infer(lm, problem, 16)  # doctest: +SKIP
+    >>> BeamSearch(StepGeneration(16, step_token="\n\n"), prm, beam_width=4).infer(lm, problem, 16)  # doctest: +SKIP
     """
 
     def __init__(self, policy: Policy, *, seed: int = 0, max_tokens: int = 2048, temperature: float = 0.8) -> None:
@@ -195,7 +195,7 @@ class ProcessRewardModel(AbstractProcessRewardModel):  # type: ignore[misc]
         self._scorer = StepScorer(verifier, delimiter=delimiter)
 
     def score(self, prompt_or_messages: Any, steps: str | Sequence[str]) -> float | list[float]:
-        """Score whole candidate texts, one number each; 0.0 for a blank one. (A single text gives a single number.)
+        """Score whole candidate texts, one number each (a single text: one number); 0.0 for a blank one.
 
         Raises
         ------

@@ -1,5 +1,6 @@
-"""FlashInfer's and vLLM's paged KV caches as :func:`tts_kernels.tree_attention` and :func:`~tts_kernels.plan_attention`
-take them: views of the same memory, and page tables in one form.
+"""FlashInfer's and vLLM's paged KV caches for our attention: views of the same memory, and page tables in one form.
+
+They are what :func:`tts_kernels.tree_attention` and :func:`~tts_kernels.plan_attention` take.
 
 Both keep keys and values of a layer in one tensor. The kernels take strided caches [P, page_size, Hkv, D], so nothing
 is copied. vLLM's ``block_table`` and ``seq_lens`` are what `plan_attention` calls ``page_table`` and ``kv_lens``; the

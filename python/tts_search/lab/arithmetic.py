@@ -1,4 +1,4 @@
-"""Multi-step arithmetic in the shape of MATH: a problem text, steps ended by a blank line, a boxed answer.
+r"""Multi-step arithmetic in the shape of MATH: a problem text, steps ended by a blank line, a boxed answer.
 
 A problem is a chain of additions, subtractions and multiplications modulo 100::
 
@@ -10,7 +10,7 @@ and its solution makes one operation a step (equality is meant modulo 100)::
 
     85 * 6 = 10
 
-    The answer is \\boxed{10}.
+    The answer is \boxed{10}.
 
 Every step is determined by the problem, so whether a step is right can be decided exactly: the labels that process
 reward models are trained on, and that annotators or Monte-Carlo roll-outs only estimate, are known here.
@@ -66,7 +66,7 @@ _OPERATION = re.compile(r", (add|subtract|multiply by) (\d+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem, its reference solution and its answer.
+    r"""A problem, its reference solution and its answer.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class Problem:
     solution : tuple of str
         The reference steps. All but the last end with a blank line; joined, they are the solution's text.
     answer : str
-        What the last step holds in ``\\boxed{}``.
+        What the last step holds in ``\boxed{}``.
     level : int
         1 (easiest) to 5.
     """

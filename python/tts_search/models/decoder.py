@@ -87,13 +87,16 @@ class Decoder(Protocol):
     records: bool
 
     @property
-    def shape(self) -> DecoderShape: ...
+    def shape(self) -> DecoderShape:
+        """Its sizes."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where its weights are."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Type of its hidden states."""
 
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
         """Run a batch; final hidden states [R, H] of the batch's ``rows`` [R] int64 (all of them if None)."""

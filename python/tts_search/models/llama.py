@@ -1,4 +1,6 @@
-"""A lean decoder for the Llama family (Llama, Mistral, Qwen2, Qwen3) over packed weights and a KV forest::
+"""A lean decoder for the Llama family (Llama, Mistral, Qwen2, Qwen3) over packed weights and a KV forest.
+
+It computes ::
 
     x = embed[tokens]
     x = x + o(attend(rope(qkv(norm(x)))))            in each layer

@@ -52,7 +52,7 @@ def boxed(text: str) -> str:
 
 
 def _word(text: str, start: int) -> str:
-    """Return what a command without braces takes, as in ``\\boxed 12.``: one word."""
+    r"""Return what a command without braces takes, as in ``\boxed 12.``: one word."""
     match = _WORD.match(text, start)
     return match[0].rstrip(".,;") if match else ""
 

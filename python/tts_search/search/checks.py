@@ -10,15 +10,18 @@ __all__ = ["integer", "is_finite", "one_of"]
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise the error of a value that is none of the choices."""
     if value not in choices:
         raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def integer(name: str, value: object, *, at_least: int | None) -> None:
+    """Raise the error of a value that is no int, or too small a one."""
     if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
         bound = "" if at_least is None else f" >= {at_least}"
         raise ConfigError(f"{name}: expected an int{bound}, got {value!r}")
 
 
 def is_finite(value: object) -> bool:
+    """Whether a value is a number, neither NaN nor infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor
 
 import tts_kernels as tk
@@ -131,8 +130,3 @@ class _Tensors:
 
     def _known(self) -> frozenset[str]:
         return self.checkpoint.names if self.state is None else frozenset(self.state)
-
-
-def finite(hidden: Tensor) -> Tensor:
-    """Which rows of [S, H] hold neither NaN nor infinity: [S] bool."""
-    return torch.isfinite(hidden).all(dim=-1)

@@ -76,8 +76,9 @@ class Reader:
         return tokens, tail
 
     def step(self, tail: Tail, step: str, number: int) -> tuple[int, list[int], Tail]:
-        """How many tokens before step ``number`` (from 1) stay, the tokens from there to the end of its boundary, and
-        the new end.
+        """Add a step: how many tokens before step ``number`` (from 1) stay, those from there on, the new end.
+
+        The tokens go to the end of the step's boundary.
 
         Raises
         ------
@@ -147,10 +148,10 @@ class Reader:
         return text if self._forged is None else self._forged.sub(_broken, text)
 
     def _template(self, problem: str | None = None) -> tuple[str, str, str]:
-        """Three pieces of the prompt: before the problem, before the steps, behind them; the first two hold ``problem``
-        between them if it is given.
+        """Three pieces of the prompt: before the problem, before the steps, behind them.
 
-        A chat template is rendered with the problem in it: it may trim a message.
+        The first two hold ``problem`` between them if it is given. A chat template is rendered with the problem in it:
+        it may trim a message.
         """
         entry = self.format
         text = self._render(self._chat(problem or PROBLEM)) if entry.chat else entry.prompt.replace(STEPS, _MARK)
