@@ -42,6 +42,15 @@ def test_strided_and_unequal_caches() -> None:
     assert torch.equal(pool[..., 7:], rest)
 
 
+@pytest.mark.parametrize("count", [448, 449, 900])
+def test_more_caches_than_a_launch_takes(count: int) -> None:
+    """A CUDA launch has room for 448."""
+    caches = list(torch.arange(3.0 * count).view(count, 3, 1, 1, 1))
+    src, dst = torch.tensor([0]), torch.tensor([2])
+    tk.copy_pages_(caches, src, dst)
+    assert [c.flatten().tolist() for c in caches] == [[3.0 * i, 3.0 * i + 1, 3.0 * i] for i in range(count)]
+
+
 def test_opcheck_and_compile() -> None:
     caches, src, dst = [torch.randn(6, 2, 1, 4) for _ in range(3)], torch.tensor([0, 1]), torch.tensor([5, 2])
     opcheck(torch.ops.tts_kernels.copy_pages_.default, (caches, src, dst))

@@ -5,12 +5,13 @@
 // A thread a candidate: chains are about ten steps long, and their sums must be taken in order.
 #include "aggregate.cuh"
 #include "aggregate_steps.h"
+#include "block_size.cuh"
 #include "launch.cuh"
 
 namespace tts::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = block_size(128);
 
 __global__ __launch_bounds__(kThreads) void aggregate_kernel(AggregateStepsArgs args, int64_t candidates) {
     const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;

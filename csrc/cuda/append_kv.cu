@@ -5,6 +5,7 @@
 // One launch, a block of 128 threads a token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k and 16
 // of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any case.
 #include "append_kv.h"
+#include "block_size.cuh"
 #include "copy_rows.cuh"
 #include "launch.cuh"
 #include "vector.cuh"
@@ -12,7 +13,7 @@
 namespace tts::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = block_size(128);
 
 template <class Unit>
 __device__ void append(const AppendKvArgs& args, int64_t token, int64_t slot) {

@@ -7,6 +7,7 @@
 // has them. A block of 256 threads copies a page of a cache, 16 bytes a thread at a time: at 16 tokens of 8
 // heads of 128 bfloat16 that is 32 KB and 8 turns. The pages may be copied in any order: none is both read
 // and written.
+#include "block_size.cuh"
 #include "copy_pages.h"
 #include "copy_rows.cuh"
 #include "launch.cuh"
@@ -15,7 +16,7 @@
 namespace tts::cuda {
 namespace {
 
-constexpr int kThreads = 256, kMaxCaches = 448;
+constexpr int kThreads = block_size(256), kMaxCaches = 448;
 
 struct PageCopyLaunch {
     PagedBytes layout;  // of all caches

@@ -7,6 +7,7 @@
 // chunks in order. Blocks of one chunk are neighbours, so W comes from memory once. Up to 16 rows a tile has
 // 16, else 64: neither changes a result, as what might be fused in one and not in the other says how it
 // rounds. Bytes: W once; operations: 2 N H V.
+#include "block_size.cuh"
 #include "launch.cuh"
 #include "linear_logprob.h"
 #include "matmul_nt.cuh"
@@ -14,7 +15,8 @@
 namespace tts::cuda {
 namespace {
 
-constexpr int kTilesPerChunk = kLogprobChunk / kTileCols, kWarps = kTileThreads / kWarp, kMergeThreads = 128;
+constexpr int kTilesPerChunk = kLogprobChunk / kTileCols, kWarps = kTileThreads / kWarp,
+              kMergeThreads = block_size(128);
 
 // sum = sum of exp(x - max). A row of -inf alone leaves (-inf, 0); NaN and +inf end as NaN.
 struct LogSum {

@@ -6,6 +6,7 @@
 // One launch, a warp for each of the N rows [D], which it reads once, 16 bytes a lane where they allow.
 // Log-sum-exps are taken relative to the larger one before they are turned into units of log2, so that large
 // ones lose nothing.
+#include "block_size.cuh"
 #include "launch.cuh"
 #include "merge_states.h"
 #include "softmax_state.cuh"
@@ -14,7 +15,7 @@
 namespace tts::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = block_size(128) / kWarp;
 
 // w_a a + w_b b, or a or b bit for bit where the other is empty.
 struct Mix {

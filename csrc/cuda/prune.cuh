@@ -4,20 +4,22 @@
 // and each is placed by counting those that beat it: no sort, one barrier. A larger group is first thinned
 // out to its k best by radix selection on the 32-bit keys (four passes of a byte, then one that collects in
 // candidate order); up to 256 of those are placed by counting too, more are sorted in the output row itself.
+// (256: kPruneThreads.)
 #pragma once
 
 #include "args/prune.h"
+#include "block_size.cuh"
 #include "reduce.cuh"
 #include "total_order.h"
 #include "vector.cuh"
 
 namespace tts::cuda {
 
-inline constexpr int kPruneThreads = 256;
+inline constexpr int kPruneThreads = block_size(256), kBins = 256;
 
 struct PruneShared {
     alignas(16) int64_t ranks[kPruneThreads];
-    uint32_t bins[kPruneThreads];
+    uint32_t bins[kBins];
     uint32_t warps[kPruneThreads / kWarp];
     uint32_t bin, above;
 };
@@ -53,18 +55,27 @@ __device__ uint32_t kth_largest(const T* scores, int64_t n, uint32_t k, PruneSha
     uint32_t prefix = 0, total;
     greater = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        shared.bins[threadIdx.x] = 0;
+        for (int i = threadIdx.x; i < kBins; i += kPruneThreads) shared.bins[i] = 0;
         __syncthreads();
         for (int64_t i = threadIdx.x; i < n; i += kPruneThreads) {
             const uint32_t key = radix(order_key(to_float(scores[i])));
-            if (((key ^ prefix) >> shift) < 256) atomicAdd(&shared.bins[(key >> shift) & 255], 1u);
+            if (((key ^ prefix) >> shift) < kBins) atomicAdd(&shared.bins[(key >> shift) & (kBins - 1)], 1u);
         }
         __syncthreads();
-        const uint32_t bin = 255 - threadIdx.x, count = shared.bins[bin];  // from the largest keys down
-        const uint32_t above = greater + sum_before(count, shared.warps, total);
-        if (above < k && k <= above + count) {
-            shared.bin = bin;
-            shared.above = above;
+        constexpr int kEach = kBins / kPruneThreads;
+        const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;  // from the largest keys down
+        uint32_t count = 0;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) count += shared.bins[first - i];
+        uint32_t above = greater + sum_before(count, shared.warps, total);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const uint32_t of_bin = shared.bins[first - i];
+            if (above < k && k <= above + of_bin) {
+                shared.bin = static_cast<uint32_t>(first - i);
+                shared.above = above;
+            }
+            above += of_bin;
         }
         __syncthreads();
         prefix |= shared.bin << shift;
@@ -142,8 +153,7 @@ __device__ void prune_group(const PruneArgs& args, int64_t g, PruneShared& share
         place(rank, static_cast<int>(n), k, first, args.keep_order, shared, out);
     } else if (k <= kPruneThreads) {
         collect(scores, n, k, shared, shared.ranks);
-        const int64_t rank = i < k ? shared.ranks[i] : INT64_MIN;
-        __syncthreads();
+        const int64_t rank = i < k ? shared.ranks[i] : INT64_MIN;  // whose place is this thread's own
         place(rank, static_cast<int>(k), k, first, args.keep_order, shared, out);
     } else {
         collect(scores, n, k, shared, out);

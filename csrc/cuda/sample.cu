@@ -13,6 +13,7 @@
 //      pieces again, until a warp holds it.
 //
 // Bytes: V logits from memory, six to ten times as many from L2 with a cut, three without. One launch.
+#include "block_size.cuh"
 #include "fixed_exp.cuh"
 #include "launch.cuh"
 #include "philox.h"
@@ -24,7 +25,7 @@
 namespace tts::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp, kList = 2 * kThreads, kEach = 8;
+constexpr int kThreads = block_size(512), kWarps = kThreads / kWarp, kList = 2 * kThreads, kEach = 8;
 constexpr float kLargest = 3.40282347e38f;
 
 struct Piece {  // of the kept weights, by warp

@@ -32,9 +32,9 @@ __device__ bool arrives_last(const ScoreAndPruneArgs& args, int64_t group) {
         __threadfence();
         const int64_t others = at(args.groups.indptr, group + 1) - at(args.groups.indptr, group);
         last = atomicAdd(&args.arrivals[group], 1u) == static_cast<uint32_t>(others);
+        __threadfence();
     }
     __syncthreads();
-    __threadfence();
     return last;
 }
 

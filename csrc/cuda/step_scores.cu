@@ -8,6 +8,7 @@
 // With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: a block multiplies a tile of gathered rows with 128
 // rows of W1 (matmul_nt.cuh) and folds its hidden units into one number a step, so no [S, H1] is kept. Rows
 // that are normed go through float32. Bytes: W1 once; operations: 2 S H H1.
+#include "block_size.cuh"
 #include "launch.cuh"
 #include "matmul_nt.cuh"
 #include "score.cuh"
@@ -16,7 +17,7 @@
 namespace tts::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kTileThreads / kWarp;
+constexpr int kThreads = block_size(128), kWarps = kTileThreads / kWarp;
 static_assert(kHiddenUnits == kTileCols);
 
 template <class Head>

@@ -18,7 +18,7 @@ class KernelFault(RuntimeError):  # noqa: N818
     text : str
         What happened, in words.
     block, thread : tuple of int
-        Who did it, as (x, y, z); empty where a sanitizer does not say.
+        Who did it, as (x, y, z); empty where a sanitizer does not say: it may take a block for one thread.
     ptx_line : int
         The line in the PTX, 0 if there is none.
     instruction : str
@@ -39,7 +39,8 @@ class KernelFault(RuntimeError):  # noqa: N818
     ) -> None:
         self.kind, self.text, self.block, self.thread = kind, text, block, thread
         self.ptx_line, self.instruction, self.source = ptx_line, instruction, source
-        who = f"block {_triple(block)} thread {_triple(thread)}: " if block else ""
+        of_thread = f" thread {_triple(thread)}" if thread else ""
+        who = f"block {_triple(block)}{of_thread}: " if block else ""
         at = f"\n  at PTX line {ptx_line}: {instruction}" if ptx_line else ""
         of = f"\n  from {source}" if source else ""
         super().__init__(f"{kind}: {who}{text}{at}{of}")

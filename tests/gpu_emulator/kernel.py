@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import struct
 import subprocess
@@ -21,6 +22,9 @@ from .translate import Parameter, Translation, translate
 
 Dim = int | Sequence[int]
 SHARED_LIMIT = 227 * 1024  # of the largest GPUs
+# Threads that TSan tells apart are 255: of a block, or of a launch; with blocks that are one thread each, and those
+# that carry clocks about.
+MOST_APART = 240
 
 
 class Pointers:
@@ -150,6 +154,8 @@ class _Launch(ctypes.Structure):
         ("cooperative", ctypes.c_uint32),
         ("split_masks", ctypes.c_uint32),
         ("duplicate_stores", ctypes.c_uint32),
+        ("first_apart", ctypes.c_uint32),
+        ("last_apart", ctypes.c_uint32),
     )
 
 
@@ -335,7 +341,8 @@ class Kernel:
         KernelFault
             The kernel did something wrong; see `KernelFault.kind`. Buffers then hold what had been written.
         ValueError
-            Sizes that no GPU takes, or arguments that do not match the parameters.
+            Sizes that no GPU takes, a block of more threads than ThreadSanitizer tells apart, or arguments that do not
+            match the parameters.
         """
         launch = self._sized(grid, block, dynamic_smem)
         launch.seed, launch.timeout = seed, timeout
@@ -389,20 +396,49 @@ class Kernel:
 
     # -- in a process of its own --
     def _run_apart(self, launch: _Launch, arguments: _Arguments) -> None:
-        allocations = _allocations(arguments.buffers)
-        request, patience = self._request(launch, arguments, allocations), 60 + 20 * launch.timeout
+        allocations, patience = _allocations(arguments.buffers), 60 + 20 * launch.timeout
+        request, *requests = self._requests(launch, arguments, allocations)
         done = _replay(self.module.path, request, patience)
-        if done.answer:
-            self._read_reply(done.answer, allocations)
-        if done.failed:
+        fault = self._read_reply(done.answer, allocations) if done.answer else None
+        if done.failed:  # first: a race may be what led to the fault
             raise self._sanitizer_fault(done, request, patience)
+        if fault:
+            raise fault
+        for again in requests:
+            done = _replay(self.module.path, again, patience)
+            if done.failed:
+                raise self._sanitizer_fault(done, again, patience)
+
+    def _requests(self, launch: _Launch, arguments: _Arguments, allocations: list[Buffer]) -> list[bytes]:
+        """The launch; under ThreadSanitizer once more with the threads of the first and the last block told apart from
+        all others, if blocks meet and have more threads than it can tell apart.
+        """
+        ways = [(0, 0)]
+        threads, blocks = math.prod(launch.block), math.prod(launch.grid)
+        if self.module.sanitize == "thread":
+            if threads > MOST_APART:
+                raise ValueError(f"block must hold at most {MOST_APART} threads for ThreadSanitizer, got {threads}")
+            if self.module.translation.blocks_meet and threads * blocks > MOST_APART:
+                if 2 * threads + blocks - 2 <= MOST_APART:
+                    ways.append((1, 1))
+                elif threads + blocks - 1 <= MOST_APART:
+                    ways += [(1, 0), (0, 1)]
+                else:
+                    raise ValueError(
+                        f"grid must hold at most {MOST_APART + 1 - threads} blocks of {threads} threads, which meet in "
+                        f"global memory, for ThreadSanitizer, got {blocks}"
+                    )
+        requests = []
+        for launch.first_apart, launch.last_apart in ways:
+            requests.append(self._request(launch, arguments, allocations))
+        return requests
 
     def _request(self, launch: _Launch, arguments: _Arguments, allocations: list[Buffer]) -> bytes:
         lines = [f"kernel {self.name}"]
         lines += [
             f"{what} {' '.join(map(str, dims))}" for what, dims in (("grid", launch.grid), ("block", launch.block))
         ]
-        flags = (launch.cooperative, launch.split_masks, launch.duplicate_stores)
+        flags = (launch.cooperative, launch.split_masks, launch.duplicate_stores, launch.first_apart, launch.last_apart)
         options = (launch.dynamic_smem, launch.seed, 20 * launch.timeout, *flags)
         lines += ["options " + " ".join(map(str, options)), f"params {len(arguments.bytes)}"]
         lines += [f"buffer {b.size} {b.address % 256} {b.name}" for b in allocations]
@@ -419,15 +455,14 @@ class Kernel:
         head = "\n".join([*lines, "data\n"]).encode()
         return head + bytes(arguments.bytes) + b"".join(ctypes.string_at(b.address, b.size) for b in allocations)
 
-    def _read_reply(self, answer: bytes, allocations: list[Buffer]) -> None:
+    def _read_reply(self, answer: bytes, allocations: list[Buffer]) -> KernelFault | None:
         failed = struct.unpack_from("<i", answer)[0]
         fault = _Fault.from_buffer_copy(answer, 4)
         at = 4 + ctypes.sizeof(_Fault)
         for buffer in allocations:
             ctypes.memmove(buffer.address, answer[at : at + buffer.size], buffer.size)
             at += buffer.size
-        if failed:
-            raise self._fault(fault)
+        return self._fault(fault) if failed else None
 
     def _sanitizer_fault(self, done: _Replayed, request: bytes, patience: float) -> KernelFault:
         """The first thing that a sanitizer reported, in a second run with lines where there is one."""
@@ -444,7 +479,8 @@ class Kernel:
         return self._fault_at(kind, "\n  ".join([found.title, *told]), first.block, first.thread, first.line)
 
     def _tell(self, access: report.Access) -> str:
-        who = f"block {access.block} thread {access.thread}" if access.block else "the runtime"
+        thread = f" thread {access.thread}" if access.thread else ""
+        who = f"block {access.block}{thread}" if access.block else "the runtime"
         if not access.line:  # the runtime's own, or the kernel is too large for lines
             return f"{access.what} by {who}"
         line = self.module.text.split("\n")[access.line - 1].strip()

@@ -22,7 +22,10 @@ from .kernel import Buffer, Kernel, Module, _Pointer
 from .translate import Parameter
 
 ROOT = HERE.parents[1]
-INCLUDES = (ROOT / "csrc/include", ROOT / "csrc/cpu")
+CSRC = ROOT / "csrc"
+INCLUDES = (CSRC / "include", CSRC / "cpu")
+# Blocks as small as ThreadSanitizer needs them to tell a few apart, thread by thread.
+_DEFINES = {None: (), "address": (), "thread": ("-DTTS_CUDA_MOST_THREADS=64",)}
 _TIMEOUT = 600.0  # seconds for one launch: of thousands of blocks, on a busy machine
 _WRAPPED = ("torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "aoti_torch_empty_strided")
 
@@ -76,16 +79,19 @@ class Library:
         As in `load`.
     seed
         As in `Kernel.launch`.
+    csrc
+        Where the sources are: tests plant faults in copies of them.
     """
 
-    def __init__(self, operators: Iterable[str], sanitize: str | None = None, seed: int = 0) -> None:
+    def __init__(self, operators: Iterable[str], sanitize: str | None = None, seed: int = 0, csrc: Path = CSRC) -> None:
         self.sanitize, self.seed = sanitize, seed
         self.fault: Exception | None = None
         self.launches: list[Launched] = []
         self._buffers: dict[int, int] = {}
-        sources = _kernel_sources(operators)
-        path = _build(sorted(operators), sources)
-        self._kernels = _Kernels(sources, sanitize)
+        build = _Build(csrc.resolve(), _DEFINES[sanitize])
+        sources = build.kernel_sources(operators)
+        path = build.library(sorted(operators), sources)
+        self._kernels = _Kernels(build, sources, sanitize)
         self._callbacks = (_LAUNCH(self._launch), _BUFFER(self._note))
         torch.ops.load_library(str(path))
         ctypes.CDLL(str(path)).emulator_connect(*self._callbacks)
@@ -121,8 +127,8 @@ class Library:
 class _Kernels:
     """Kernels by name, each translated and compiled alone when it is first asked for: attention has many large ones."""
 
-    def __init__(self, sources: Iterable[Path], sanitize: str | None) -> None:
-        self._texts = _for_each(lambda path: compile_cuda(path, include_dirs=INCLUDES), sources)
+    def __init__(self, build: _Build, sources: Iterable[Path], sanitize: str | None) -> None:
+        self._texts = _for_each(build.ptx, sources)
         self._sanitize = sanitize
 
     @functools.cache  # noqa: B019  (one library a process)
@@ -140,17 +146,7 @@ def _bytes(params: Sequence[Parameter], args: Sequence[int]) -> bytes:
 
 def operators() -> list[str]:
     """Every operator that has CUDA kernels."""
-    return sorted(path.stem for path in (ROOT / "csrc/ops/cuda").glob("*.cpp"))
-
-
-def _kernel_sources(names: Iterable[str]) -> list[Path]:
-    """The .cu files behind the headers of csrc/cuda that the operators include."""
-    sources = set()
-    for name in names:
-        seen: dict[Path, str] = {}
-        _includes((ROOT / f"csrc/ops/cuda/{name}.cpp").resolve(), INCLUDES, seen)
-        sources |= {p.with_suffix(".cu") for p in seen if p.parent.name == "cuda" and p.with_suffix(".cu").exists()}
-    return sorted(sources)
+    return sorted(path.stem for path in (CSRC / "ops/cuda").glob("*.cpp"))
 
 
 # ---- building ----
@@ -161,39 +157,61 @@ def _for_each(make: Callable[[Path], T], sources: Iterable[Path]) -> list[T]:
         return list(pool.map(make, sources))
 
 
-def _build(names: Sequence[str], kernels: Sequence[Path]) -> Path:
-    glue = [ROOT / f"csrc/ops/cuda/{name}.cpp" for name in names] + [HERE / "cudart.cpp"]
-    objects = _for_each(_object, [*glue, *kernels])
-    wrap = [f"-Wl,--wrap={name}" for name in _WRAPPED]
-    link = [require("cxx"), "-shared", *wrap, *map(str, objects), f"-L{_torch()}/lib", "-ltorch_cpu"]
+@dataclass(frozen=True)
+class _Build:
+    """Compiles the operators of a folder like csrc; `defines` are nvcc's, for kernels and their host code."""
 
-    def make(folder: Path) -> None:
-        _run([*link, "-o", str(folder / "_emulated.so")])
+    csrc: Path
+    defines: tuple[str, ...]
 
-    return _cached([_version(require("cxx")), *link], "_emulated.so", make)
+    @property
+    def includes(self) -> tuple[Path, ...]:
+        return (self.csrc / "include", self.csrc / "cpu")
 
+    def kernel_sources(self, names: Iterable[str]) -> list[Path]:
+        """The .cu files behind the headers of csrc/cuda that the operators include."""
+        sources = set()
+        for name in names:
+            seen: dict[Path, str] = {}
+            _includes(self.csrc / f"ops/cuda/{name}.cpp", self.includes, seen)
+            sources |= {p.with_suffix(".cu") for p in seen if p.parent.name == "cuda" and p.with_suffix(".cu").exists()}
+        return sorted(sources)
 
-def _object(source: Path) -> Path:
-    """A glue file by the C++ compiler; by nvcc, which knows where CUDA's headers are, host code of the rest."""
-    seen: dict[Path, str] = {}
-    _includes(source.resolve(), INCLUDES, seen)
-    flags = [
-        "-std=c++20",
-        *(f"-I{d}" for d in INCLUDES),
-        f"-I{_torch()}/include",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]
-    if source.parent.parent.name == "ops":
-        compiler = require("cxx")
-        flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DTTS_EMULATED"]
-    else:
-        compiler = require("nvcc")
-        flags += ["-arch=sm_80", "-cudart=none", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    def ptx(self, source: Path) -> str:
+        return compile_cuda(source, options=self.defines, include_dirs=self.includes)
 
-    def make(folder: Path) -> None:
-        _run([compiler, *flags, "-c", str(source), "-o", str(folder / "o")])
+    def library(self, names: Sequence[str], kernels: Sequence[Path]) -> Path:
+        glue = [self.csrc / f"ops/cuda/{name}.cpp" for name in names] + [HERE / "cudart.cpp"]
+        objects = _for_each(self._object, [*glue, *kernels])
+        wrap = [f"-Wl,--wrap={name}" for name in _WRAPPED]
+        link = [require("cxx"), "-shared", *wrap, *map(str, objects), f"-L{_torch()}/lib", "-ltorch_cpu"]
 
-    return _cached([_version(compiler), *flags, *(f"{p}\n{text}" for p, text in sorted(seen.items()))], "o", make)
+        def make(folder: Path) -> None:
+            _run([*link, "-o", str(folder / "_emulated.so")])
+
+        return _cached([_version(require("cxx")), *link], "_emulated.so", make)
+
+    def _object(self, source: Path) -> Path:
+        """A glue file by the C++ compiler; by nvcc, which knows where CUDA's headers are, host code of the rest."""
+        seen: dict[Path, str] = {}
+        _includes(source.resolve(), self.includes, seen)
+        flags = [
+            "-std=c++20",
+            *(f"-I{d}" for d in self.includes),
+            f"-I{_torch()}/include",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        ]
+        if source.parent.parent.name == "ops":
+            compiler = require("cxx")
+            flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DTTS_EMULATED"]
+        else:
+            compiler = require("nvcc")
+            flags += ["-arch=sm_80", "-cudart=none", "-Xcompiler=-fPIC,-fvisibility=hidden", *self.defines]
+
+        def make(folder: Path) -> None:
+            _run([compiler, *flags, "-c", str(source), "-o", str(folder / "o")])
+
+        return _cached([_version(compiler), *flags, *(f"{p}\n{text}" for p, text in sorted(seen.items()))], "o", make)
 
 
 def _torch() -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rules import draw_less
 
-from .library import Library, operators
+from .library import CSRC, Library, operators
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("GPU emulator")
     group.addoption("--emulate", default=",".join(operators()), help="operators to emulate, by name; all by default")
     group.addoption("--emulate-sanitize", choices=("address", "thread"), help="run kernels under a sanitizer")
+    group.addoption("--emulate-sources", type=Path, default=CSRC, help="a folder like csrc")
     group.addoption("--emulate-seed", type=int, default=0, help="shuffles blocks and threads; 0: in order")
 
 
@@ -21,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import tts_kernels  # noqa: F401  (the CPU's kernels come first, to be replaced)
 
     names = config.getoption("emulate").split(",")
-    library = Library(names, config.getoption("emulate_sanitize"), config.getoption("emulate_seed"))
+    library = Library(names, *map(config.getoption, ("emulate_sanitize", "emulate_seed", "emulate_sources")))
     config.stash[LIBRARY] = library
 
 

@@ -12,7 +12,7 @@ _ACCESS = re.compile(
     r"^ *(?P<what>(?:Previous )?(?:atomic )?(?:read|write)) of size (?P<size>\d+) at \w+(?: by (?P<who>.*?):)?",
     re.M | re.I,
 )
-_THREAD = re.compile(r"block \((\d+),(\d+),(\d+)\) thread \((\d+),(\d+),(\d+)\)")
+_THREAD = re.compile(r"block \((\d+),(\d+),(\d+)\)(?: thread \((\d+),(\d+),(\d+)\))?")
 _OFFSET = re.compile(r"\((?:[^()]*/)?kernel\+0x([0-9a-f]+)\)")
 
 
@@ -44,7 +44,7 @@ def parse(text: str, program: Path) -> Report | None:
     for match in _ACCESS.finditer(body):
         numbered = re.search(r"T\d+", match["who"] or "")
         who = names.get(numbered[0]) if numbered else running
-        numbers = tuple(map(int, who.groups())) if who else ()
+        numbers = tuple(int(n) for n in who.groups() if n) if who else ()
         stack = body[match.end() :].split("\n\n")[0]
         line = _ptx_line(_OFFSET.findall(stack), program)
         accesses.append(Access(f"{match['what'].strip()} of size {match['size']}", numbers[:3], numbers[3:], line))

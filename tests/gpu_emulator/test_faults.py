@@ -115,6 +115,9 @@ RACES: dict[str, tuple[int, int, Any]] = {
     "missing_syncwarp": (1, 32, lambda: [ints(32), ints(32)]),
     "missing_threadfence": (8, 1, lambda: [torch.zeros(8), torch.zeros(8), ints(1), torch.zeros(1)]),
     "late_threadfence": (8, 1, lambda: [torch.zeros(8), torch.zeros(8), ints(1), torch.zeros(1)]),
+    # Blocks of more threads than ThreadSanitizer tells apart, together.
+    "missing_threadfence_in_blocks": (8, 128, lambda: [torch.zeros(8), torch.zeros(8), ints(1), torch.zeros(1)]),
+    "missing_barrier_before_a_fence": (30, 64, lambda: [torch.zeros(30), ints(1), torch.zeros(1)]),
     "two_blocks_one_word": (2, 8, lambda: [ints(8)]),
     "cp_async_over_a_reader": (1, 32, lambda: [torch.zeros(64, 4), torch.zeros(64, 4)]),
     "cp_async_of_another_blocks_write": (2, 32, lambda: [torch.zeros(64, 4), torch.zeros(64, 4)]),
@@ -131,7 +134,16 @@ def test_race_is_caught(name: str, seed: int) -> None:
     fault = caught.value
     assert fault.kind in ("race", "cp.async")
     assert fault.ptx_line > 0
-    assert len(fault.thread) == 3
+    assert len(fault.block) == 3
+
+
+@needs_clang
+@pytest.mark.parametrize(("grid", "block"), [(1, 256), (120, 128), (240, 32)])
+def test_more_threads_than_a_sanitizer_tells_apart_are_refused(grid: int, block: int) -> None:
+    with pytest.raises(ValueError, match="for ThreadSanitizer, got"):
+        broken("missing_threadfence_in_blocks", "thread").launch(
+            grid, block, [torch.zeros(grid), torch.zeros(grid), ints(1), torch.zeros(1)]
+        )
 
 
 @needs_clang

@@ -79,6 +79,7 @@ class Translation:
     kernels: dict[str, list[Parameter]]
     static_shared: dict[str, int]  # bytes that a kernel declares
     most_threads: dict[str, int]  # of a block, by its launch bounds
+    blocks_meet: bool  # by atomics, fences or ordered accesses of global memory, in some kernel
     locations: dict[int, str]  # PTX line -> "file:line"
 
 
@@ -91,6 +92,15 @@ def translate(module: Module) -> Translation:
         Names the first instruction, modifier or directive that is not known, with its line.
     """
     return _ModuleWriter(module).write()
+
+
+def _is_seen_by_other_blocks(instruction: Instruction) -> bool:
+    """Whether blocks may meet by it: then they order their accesses, or should."""
+    name, modifiers = instruction.name, instruction.modifiers
+    if name in ("membar", "fence"):
+        return "cta" not in modifiers
+    ordered = name in ("atom", "red") or not {"acquire", "release", "relaxed", "volatile"}.isdisjoint(modifiers)
+    return ordered and not any(m.startswith("shared") for m in modifiers)
 
 
 class _ModuleWriter:
@@ -140,7 +150,13 @@ class _ModuleWriter:
             if isinstance(s, Instruction) and s.location[0]
         }
         threads = {f.name: f.most_threads for f in self.module.functions.values() if f.entry}
-        return Translation("\n".join(parts), kernels, static, threads, locations)
+        meet = any(
+            _is_seen_by_other_blocks(s)
+            for f in self.module.functions.values()
+            for s in f.body or []
+            if isinstance(s, Instruction)
+        )
+        return Translation("\n".join(parts), kernels, static, threads, meet, locations)
 
     def _sites(self) -> str:
         return "extern Site sites[];"

@@ -32,6 +32,36 @@ extern "C" __global__ void late_threadfence(const float* x, float* partial, unsi
     *total = sum;
 }
 
+extern "C" __global__ void missing_threadfence_in_blocks(const float* x, float* partial, unsigned* ticket,
+                                                         float* total) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = x[blockIdx.x];
+        last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!last || threadIdx.x != 0) return;
+    float sum = 0.0f;
+    for (unsigned b = 0; b < gridDim.x; ++b) sum += partial[b];
+    *total = sum;
+}
+
+// The first block's fence comes too early for what its last thread writes.
+extern "C" __global__ void missing_barrier_before_a_fence(float* partial, unsigned* ticket, float* total) {
+    if (threadIdx.x == blockDim.x - 1) partial[blockIdx.x] = 1.0f;
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last || threadIdx.x != 0) return;
+    float sum = 0.0f;
+    for (unsigned b = 0; b < gridDim.x; ++b) sum += partial[b];
+    *total = sum;
+}
+
 extern "C" __global__ void shared_out_of_bounds(int* y, int n) {
     __shared__ int row[32];
     __shared__ int neighbour[32];

@@ -13,6 +13,9 @@ struct EmuLaunch {
     uint32_t cooperative;       // all blocks at once, one at a time otherwise
     uint32_t split_masks;       // activemask splits converged lanes at random
     uint32_t duplicate_stores;  // threads may store one value to one shared word by one statement
+    uint32_t first_apart,
+        last_apart;  // for TSan: threads of as many blocks, of those that run first and last, are
+                     // told apart, and every other block is one thread; both 0: all are
 };
 
 struct EmuFault {

@@ -3,7 +3,7 @@
 //
 // The launch is a line of text for each item, then the bytes of the parameters and of the buffers, in order:
 //   kernel NAME | grid X Y Z | block X Y Z
-//   options DYNAMIC_SMEM SEED TIMEOUT COOPERATIVE SPLIT_MASKS DUPLICATE_STORES
+//   options DYNAMIC_SMEM SEED TIMEOUT COOPERATIVE SPLIT_MASKS DUPLICATE_STORES FIRST_APART LAST_APART
 //   params BYTES
 //   buffer BYTES OFFSET NAME         allocated anew at an address that is OFFSET modulo 256
 //   pointer HOLDER AT TARGET DELTA   the 8 bytes at AT of buffer HOLDER (-1: the parameters) become TARGET's
@@ -61,7 +61,7 @@ int main(int, char** argv) {
         if (word == "block") fields >> launch.block[0] >> launch.block[1] >> launch.block[2];
         if (word == "options")
             fields >> launch.dynamic_smem >> launch.seed >> launch.timeout >> launch.cooperative >>
-                launch.split_masks >> launch.duplicate_stores;
+                launch.split_masks >> launch.duplicate_stores >> launch.first_apart >> launch.last_apart;
         if (word == "params") {
             size_t bytes = 0;
             fields >> bytes;

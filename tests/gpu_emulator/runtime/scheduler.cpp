@@ -76,14 +76,14 @@ struct Thread {
 struct Barrier {
     u32 arrived = 0, expected = 0, votes = 0, line = 0, generation = 0;
     bool whole = false;  // for all threads of the block, as __syncthreads
-    char sync[2];        // one for each parity of the generation
 };
 
 struct Warp {
     Thread* lanes[32] = {};
     u32 next_slot = 0;
-    char sync[64];
 };
+
+constexpr u32 kMeetings = 64;  // of a warp, that have a clock each
 
 struct Block {
     Dim3 index{};
@@ -91,6 +91,10 @@ struct Block {
     std::vector<State> states;
     std::vector<Warp> warps;
     Barrier barriers[kBarriers];
+    // Clocks, one for each parity of a barrier's generation and for each meeting of a warp; no other block
+    // has had them, or it would come before this one.
+    char* clocks = nullptr;
+    bool apart = true;  // TSan tells its threads apart
     u8* shared = nullptr;
     u32 exited = 0, first_exited = 0, at_active_mask = 0;
     u32 copies_in_flight = 0;
@@ -371,15 +375,22 @@ void start_thread(Block& block, u32 index, size_t stack_index) {
     make_fiber(thread.fiber, thread.stack, kStackBytes, fiber_start);
 #if defined(EMU_TSAN)
     char name[96];
-    std::snprintf(name, sizeof name, "block (%u,%u,%u) thread (%u,%u,%u)", block.index.x, block.index.y,
-                  block.index.z, context.tid.x, context.tid.y, context.tid.z);
-    thread.tsan = tsan::create(name);
+    const Dim3 b = block.index, t = context.tid;
+    if (block.apart) {
+        std::snprintf(name, sizeof name, "block (%u,%u,%u) thread (%u,%u,%u)", b.x, b.y, b.z, t.x, t.y, t.z);
+    } else {
+        std::snprintf(name, sizeof name, "block (%u,%u,%u)", b.x, b.y, b.z);
+    }
+    thread.tsan = block.apart || index == 0 ? tsan::create(name) : block.threads[0].tsan;
     thread.fences = {};
 #endif
 }
 
-void start_block(Block& block, u32 number, size_t first_stack) {
+// `turn`: how many blocks have started before, of `total`.
+void start_block(Block& block, u32 number, u32 turn, u32 total, size_t first_stack) {
     const EmuLaunch& launch = *run.launch;
+    const u32 first = launch.first_apart, last = launch.last_apart;
+    block.apart = first + last == 0 || turn < first || turn + last >= total;
     const u32 size = launch.block[0] * launch.block[1] * launch.block[2];
     block.index = {number % launch.grid[0], number / launch.grid[0] % launch.grid[1],
                    number / launch.grid[0] / launch.grid[1]};
@@ -387,13 +398,15 @@ void start_block(Block& block, u32 number, size_t first_stack) {
     block.states.assign(size, State::kReady);
     block.warps.assign((size + 31) / 32, Warp{});
     for (Barrier& barrier : block.barriers) barrier = Barrier{};
+    block.clocks = tsan::fresh_clocks(2 * kBarriers + block.warps.size() * kMeetings);
     block.exited = block.at_active_mask = block.copies_in_flight = 0;
     allocate_shared(block);
     for (u32 i = 0; i < size; ++i) start_thread(block, i, first_stack + i);
 }
 
 void finish_block(Block& block) {
-    for (Thread& thread : block.threads) tsan::destroy(thread.tsan);
+    for (Thread& thread : block.threads)
+        if (block.apart || thread.index == 0) tsan::destroy(thread.tsan);
     free_shared(block);
 }
 
@@ -459,7 +472,8 @@ void run_grid() {
     static std::vector<Block> blocks;
     blocks.resize(launch.cooperative ? total : 1);
     for (u32 done = 0; done < total && !run.faulted; done += blocks.size()) {
-        for (size_t i = 0; i < blocks.size(); ++i) start_block(blocks[i], numbers[done + i], i * size);
+        for (size_t i = 0; i < blocks.size(); ++i)
+            start_block(blocks[i], numbers[done + i], done + i, total, i * size);
         run_blocks(blocks);
         for (Block& block : blocks) finish_block(block);
     }
@@ -546,7 +560,7 @@ BarrierResult barrier(u32 line, u32 id, u32 threads, bool aligned, bool wait, bo
         fault("divergent-barrier", line, "threads of the block wait at barrier %u in another place (line %u)",
               id, barrier.line);
     }
-    char* sync = &barrier.sync[barrier.generation & 1];
+    char* sync = block.clocks + 2 * id + (barrier.generation & 1);
     tsan::release(sync);
     barrier.votes += predicate;
     if (++barrier.arrived < barrier.expected) {
@@ -588,12 +602,13 @@ void rendezvous(u32 line, const char* kind, u32 mask, void* operand, Combine com
             if (other && other != &thread && block.states[other->index] == State::kLanes &&
                 same_operation(thread, *other))
                 thread.sync_slot = other->sync_slot;
-        if (thread.sync_slot == ~0u) thread.sync_slot = warp.next_slot++ % sizeof warp.sync;
-        tsan::release(&warp.sync[thread.sync_slot]);
+        if (thread.sync_slot == ~0u)
+            thread.sync_slot = 2 * kBarriers + thread.context.warp * kMeetings + warp.next_slot++ % kMeetings;
+        tsan::release(block.clocks + thread.sync_slot);
     }
     block.states[thread.index] = State::kLanes;
     if (!complete_lanes(thread)) switch_to_scheduler();
-    if (synchronizes) tsan::acquire(&warp.sync[thread.sync_slot]);
+    if (synchronizes) tsan::acquire(block.clocks + thread.sync_slot);
 }
 
 u32 active_mask(u32 line) {
@@ -773,12 +788,12 @@ void fence(u32 line, Scope scope) {
 void before_atomic(u64 address, Order order, Scope scope, bool writes) {
     const bool release = order == Order::kRelease || order == Order::kAcqRel;
     if (writes)
-        tsan::before_atomic(run.running->fences, run.running->tsan, run.running->block, address, release,
-                            scope == Scope::kGrid);
+        tsan::before_atomic(run.running->fences, run.running->tsan, run.running->block->clocks, address,
+                            release, scope == Scope::kGrid);
 }
 void after_atomic(u64 address, Order order, Scope scope, bool) {
     const bool acquire = order == Order::kAcquire || order == Order::kAcqRel;
-    tsan::after_atomic(run.running->fences, run.running->tsan, run.running->block, address, acquire,
+    tsan::after_atomic(run.running->fences, run.running->tsan, run.running->block->clocks, address, acquire,
                        scope == Scope::kGrid);
 }
 #else

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <deque>
 #include <unordered_map>
+#include <vector>
 
 #if defined(EMU_TSAN)
 extern "C" {
@@ -42,7 +43,8 @@ inline void* scheduler_fiber = nullptr;
 inline void* janitor_fiber = nullptr;
 inline char all_done;
 inline std::deque<void*> finished;
-// location and who may see it (a block, or null: the grid) -> the byte that stands for its clock
+// location and who may see it (a block, by its clocks, or null: the grid) -> the byte that stands for its
+// clock
 using Key = std::pair<uint64_t, const void*>;
 struct Hash {
     size_t operator()(const Key& key) const {
@@ -50,7 +52,7 @@ struct Hash {
     }
 };
 inline std::unordered_map<Key, char*, Hash> published;
-inline std::deque<char[8]> clocks;
+inline std::deque<std::vector<char>> clocks;
 }  // namespace detail
 
 inline void* scheduler() { return detail::scheduler_fiber; }
@@ -119,9 +121,9 @@ auto as_scheduler(Work work) {
     return result;
 }
 
-inline char* fresh_clock() {  // never used again in the same process
-    return detail::clocks.emplace_back();
-}
+// Addresses that are never used again in the same process.
+inline char* fresh_clocks(size_t count) { return detail::clocks.emplace_back(count).data(); }
+inline char* fresh_clock() { return fresh_clocks(1); }
 inline char* ensure(char*& clock) { return clock ? clock : clock = as_scheduler(fresh_clock); }
 
 inline char* clock_of(uint64_t address, const void* viewer, bool create) {
@@ -166,6 +168,7 @@ inline void after_atomic(FenceState& state, void* running, const void* block, ui
 #else
 
 struct FenceState {};
+inline char* fresh_clocks(size_t) { return nullptr; }
 inline void* scheduler() { return nullptr; }
 inline void enter(void*) {}
 inline void acquire(char*) {}
