@@ -13,14 +13,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import costs
 import torch
 from measure import Bound
-
-if TYPE_CHECKING:
-    from gpu_static import Kernel
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -39,6 +36,21 @@ ASSUMPTIONS = """\
   that weighs it, 10 of one that compares it; with a cut 4 passes weigh and 6 compare, without one 3 and 1."""
 
 SUSTAINED, LATENCY, LAUNCH, L2_BYTES_A_CLOCK = 0.92, 700e-9, 2e-6, 32
+
+
+class Kernel(Protocol):
+    """What has to be known of a compiled kernel: gpu_static.py's."""
+
+    @property
+    def architecture(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def blocks(self) -> int:
+        """That an SM holds at once."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gpu_model
+
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = Path(__file__).with_suffix(".md")
 
@@ -190,8 +192,6 @@ def cell(kernel: Kernel) -> str:
 
 def report(kernels: list[Kernel]) -> str:
     """The page."""
-    import gpu_model
-
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"V([\d.]+)", version)
     return f"""# CUDA kernels as compiled
