@@ -206,7 +206,8 @@ class _Build:
             flags += ["-O1", "-fPIC", "-fvisibility=hidden", "-DTTS_EMULATED"]
         else:
             compiler = require("nvcc")
-            flags += ["-arch=sm_80", "-cudart=none", "-Xcompiler=-fPIC,-fvisibility=hidden", *self.defines]
+            flags += ["-gencode=arch=compute_80,code=compute_80", "-cudart=none"]  # machine code would take longest
+            flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *self.defines]
 
         def make(folder: Path) -> None:
             _run([compiler, *flags, "-c", str(source), "-o", str(folder / "o")])
