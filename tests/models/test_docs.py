@@ -87,7 +87,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 def prepare(page: Path, names: dict[str, Any]) -> None:
     """Make the files that a page starts from."""
     if page.name == "study.md":
-        grid = Grid(2, (1,), (1, 4, 16), None, policies=("policy-0.1m",), verifiers=("prm-strong",))
+        grid = Grid(2, (1,), (1, 4, 16), None, policies=("policy-0.1m",), verifiers=("prm-strong",), seeds=(0, 1))
         for part in ("1/2", "2/2"):
             run_study(grid, "study-results", part=part, progress=False)
         names["policy"] = HFPolicy(str(MODELS_DIR / "policy-0.1m"))

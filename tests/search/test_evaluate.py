@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import subprocess
-import sys
-import time
+import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step, Thinking
 from tts_search.evaluation.evaluate import Experiment, Record, evaluate, read_configs, read_records, write_manifest
-from tts_search.evaluation.rows import Row, read_folder
-from tts_search.evaluation.statistics import sign_test, wilson
+from tts_search.evaluation.rows import Row, compare, read_folder
+from tts_search.evaluation.statistics import holm, interval, sign_test, wilson
 from tts_search.evaluation.tables import accuracy_table, cost_table, format_table
 from tts_search.evaluation.tasks import Task
 
@@ -213,31 +208,6 @@ def test_counts_of_right_completions(tmp_path):
     assert records[0].models == ("policy", "verifier")
 
 
-def test_a_kill_loses_at_most_what_is_in_flight(tmp_path):
-    """kill -9 in the middle of a run, again and again: what was finished stays, and a last run makes it complete."""
-    path = tmp_path / "results.jsonl"
-    script = Path(__file__).parent / "slow_evaluation.py"
-    done = 0
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, str(script), str(path)], env=environment())
-        deadline = time.monotonic() + 120
-        while len(read_records(path)) <= done and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-        now = len(read_records(path))
-        assert now > done
-        done = now
-    subprocess.run([sys.executable, str(script), str(path)], env=environment(), check=True)
-    records = read_records(path)
-    assert sorted(int(record.task) for record in records) == list(range(40))  # each once: nothing lost, nothing twice
-    assert all(record.correct["majority"] for record in records)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
 def test_manifest(tmp_path):
     path = tmp_path / "manifest.json"
     first = experiment(Solver())
@@ -270,24 +240,59 @@ def test_tables(tmp_path):
     records = evaluate(TASKS, [experiment(Solver(broken="5"))], tmp_path / "results.jsonl", progress=False)
     lines = accuracy_table([Row("mine", records)]).splitlines()
     assert lines[0].split() == ["accuracy", "%", "(95%", "interval)", "level", "1", "level", "2", "all"]
-    assert lines[2].split() == ["mine", "100", "(44-100)", "33", "(6-79)", "67", "(30-90)"]
-    lines = cost_table([Row("mine", records)], {"mine": 1.25}).splitlines()
-    assert lines[2].split() == ["mine", "0", "0", "0", "0", "-", "1.2"]
+    assert lines[2].split() == ["mine", "100.0", "(44-100)", "33.3", "(6-79)", "66.7", "(30-90)"]
+    timed = [replace(record, seconds=1.25) for record in records]
+    lines = cost_table([Row("mine", timed)]).splitlines()
+    assert lines[2].split() == ["mine", "0", "16", *"00000", "-", "1.25"]
+
+
+def test_interval_of_one_trial_for_each_task_is_wilsons():
+    assert interval([1.0] * 5 + [0.0] * 5, 10) == pytest.approx(wilson(5, 10))
+    assert interval([1.0] * 10, 30) == wilson(10, 10)  # three seeds of which each was right: still ten tasks
+    assert interval([], 0) == (0.0, 1.0)
+
+
+def test_interval_of_trials_that_do_not_depend_on_their_task():
+    """If tasks are all alike, every trial counts."""
+    assert interval([0.5] * 10, 20) == pytest.approx(wilson(10, 20))
+
+
+def test_interval_covers_as_often_as_it_says():
+    """Five trials of each of 60 tasks, whose chances differ: the trials of a task are not 5 of their own."""
+    rng = random.Random(0)
+    hits = naive = 0
+    for _ in range(600):
+        chances = [rng.betavariate(0.4, 0.6) for _ in range(60)]
+        shares = [sum(rng.random() < chance for _ in range(5)) / 5 for chance in chances]
+        low, high = interval(shares, 300)
+        hits += low <= 0.4 <= high
+        low, high = wilson(sum(shares) * 5, 300)
+        naive += low <= 0.4 <= high
+    assert 0.93 <= hits / 600 <= 0.98
+    assert naive / 600 < 0.85
 
 
 def test_sign_test():
-    def row(right):
-        task_record = evaluate_record
-        return Row("row", [task_record(str(i), one) for i, one in enumerate(right)], "majority")
+    assert sign_test([1, 1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1]) == pytest.approx(2 / 2**6)
+    assert sign_test([1, 0], [0, 1]) == 1.0
+    assert sign_test([1], [1]) == 1.0
+    assert sign_test([0.5] * 3, [0.2] * 3) == 0.25  # shares of several seeds
 
-    difference, p = sign_test(row([1, 1, 1, 1, 1, 1, 0, 1]), row([0, 0, 0, 0, 0, 0, 0, 1]))
-    assert difference == 0.75
-    assert p == pytest.approx(2 / 2**6)
-    assert sign_test(row([1, 0]), row([0, 1])) == (0.0, 1.0)
-    assert sign_test(row([1]), row([1])) == (0.0, 1.0)
-    difference, p = sign_test(row([0] * 8), row([1] * 8))
-    assert difference == -1
-    assert p == pytest.approx(2 * math.comb(8, 0) / 2**8)
+
+def test_compare():
+    first = Row("first", [evaluate_record(str(i), True) for i in range(8)], "majority")
+    second = Row("second", [evaluate_record(str(i), i == 0) for i in range(9)], "majority")  # one task more
+    difference, p = compare(first, second)
+    assert difference == pytest.approx(7 / 8)
+    assert p == pytest.approx(2 / 2**7)
+    assert compare(second, first)[0] == -difference
+
+
+def test_holm():
+    assert holm([]) == []
+    assert holm([0.04]) == [0.04]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979 by hand
+    assert holm([0.6, 0.6]) == [1.0, 1.0]
 
 
 def evaluate_record(task, right):

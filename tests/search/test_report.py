@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,9 +13,8 @@ from tts_search import SearchConfig, Step
 from tts_search.evaluation.evaluate import Experiment, Record, evaluate, write_manifest
 from tts_search.evaluation.page import tree_page
 from tts_search.evaluation.report import write_report
-from tts_search.evaluation.rows import read_folder, rows_of, strategy_map
-from tts_search.evaluation.statistics import bootstrap
-from tts_search.evaluation.tables import report_tables, rivals_table, strategy_table
+from tts_search.evaluation.rows import Difficulty, read_folder, rows_of, strategy_map
+from tts_search.evaluation.tables import comparisons_table, report_tables, rivals_table, strategy_table
 from tts_search.evaluation.tasks import Task
 from tts_search.terminal import sanitize
 
@@ -59,22 +57,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_bootstrap_covers_as_often_as_it_says():
-    rng = random.Random(0)
-    hits = 0
-    for _ in range(300):
-        values = [float(rng.random() < 0.4) for _ in range(80)]
-        low, high = bootstrap(values, samples=400)
-        hits += low <= 0.4 <= high
-    assert 0.90 <= hits / 300 <= 0.98
-    assert bootstrap([1.0] * 9) == (1.0, 1.0)
-    values = [rng.gauss(3, 2) for _ in range(200)]
-    low, high = bootstrap(values)
-    half = 1.96 * statistics.stdev(values) / 200**0.5
-    assert (low, high) == pytest.approx((statistics.mean(values) - half, statistics.mean(values) + half), abs=0.06)
-    assert bootstrap(values) == (low, high)
-
-
 def test_rows_join_seeds(folder):
     rows = rows_of(read_folder(folder))
     assert len(rows) == 8
@@ -84,7 +66,8 @@ def test_rows_join_seeds(folder):
     assert rows[0].accuracy() == pytest.approx(sum(right) / 16)
     some = {"1", "3"}
     chosen = [record.is_correct("majority") for record in rows[0].records if record.task in some]
-    assert rows[0].accuracy("majority", some) == pytest.approx(sum(chosen) / len(chosen))
+    majority = replace(rows[0], vote="majority")
+    assert majority.accuracy(lambda record: record.task in some) == pytest.approx(sum(chosen) / len(chosen))
 
 
 def test_tables(folder):
@@ -93,50 +76,86 @@ def test_tables(folder):
     row = next(row for row in rows_of(records) if row.label.startswith("best_of_n, n=8"))
     lines = [line for line in tables.splitlines() if line.startswith("best_of_n, n=8")]
     solved = sum(record.solved for record in row.records) / len(row.records)
-    assert f" {100 * solved:.1f} (" in lines[0]  # pass@n
-    assert f"{100 * row.accuracy():.1f} (" in lines[1].rpartition("  ")[2]
-    assert "8 tasks; intervals: 95%, bootstrap over tasks; 0 searches failed" in tables
+    assert f"{100 * row.accuracy():.1f} (" in lines[0].rpartition("  ")[2]
+    assert f" {100 * solved:.1f} (" in lines[1]  # pass@n
+    assert "8 tasks; intervals: 95%, Wilson's over tasks; 0 searches failed" in tables
     assert tables == sanitize(tables)
 
 
-def record(task, method, n, right, rate=0.5, verifier="v", **options):
+def record(task, method, n, right, rate=0.5, verifier="v", seed=0, **options):
     return Record(
-        f"{method}{n}", task, f"{method}, n={n}", "", "", "", method, n, 0, ("p", verifier),
+        f"{method}{n} {seed}", task, f"{method}, n={n}, seed={seed}", "", "", "", method, n, seed, ("p", verifier),
+        config=SearchConfig(method=method, n=n, seed=seed).as_dict(),
         correct={"prm_max": right}, num_completions=100, num_correct=round(100 * rate), **options,
     )  # fmt: skip
 
 
 def test_strategy_map():
-    records = [record(f"e{i}", "best_of_n", 4, right=True, rate=0.9) for i in range(4)]
-    records += [record(f"e{i}", "dvts", 4, right=True, rate=0.0) for i in range(4)]  # a tie: best-of-N
-    records += [record(f"h{i}", "best_of_n", 4, right=i == 0, rate=0.01) for i in range(4)]
-    records += [record(f"h{i}", "dvts", 4, right=i < 3, rate=0.0) for i in range(4)]
+    records = []
+    for seed in (0, 1):
+        records += [record(f"e{i}", "best_of_n", 4, right=True, rate=0.9, seed=seed) for i in range(4)]
+        records += [record(f"e{i}", "dvts", 4, right=True, rate=0.0, seed=seed) for i in range(4)]  # a tie: best-of-N
+        records += [record(f"h{i}", "best_of_n", 4, right=i == 0, rate=0.01, seed=seed) for i in range(4)]
+        records += [record(f"h{i}", "dvts", 4, right=i < 3, rate=0.0, seed=seed) for i in range(4)]
     assert strategy_map(rows_of(records)) == {
         ("p", "v", "easy", 4): ("best_of_n", 1.0, 4),
         ("p", "v", "hard", 4): ("dvts", 0.75, 4),
     }
+    assert (
+        strategy_map(rows_of([one for one in records if one.seed == 0])) == {}
+    )  # no samples but those that are judged
+
+
+def test_bins_do_not_come_from_the_samples_that_are_judged():
+    """One policy, problems that are all alike, two searches that are the same: no bin says that one is better."""
+    rng = random.Random(0)
+    records = []
+    for i in range(800):
+        for seed in (0, 1):
+            for method in ("best_of_n", "dvts"):
+                right = sum(rng.random() < 0.3 for _ in range(4))
+                one = record(str(i), method, 4, right=rng.random() < right / 4, rate=right / 4, seed=seed)
+                records.append(one)
+    rows = {row.method: row for row in rows_of(records)}
+    difficulty = Difficulty(rows.values())
+    for name in ("easy", "medium", "hard"):
+        accuracies = [row.accuracy(difficulty.within(name)) for row in rows.values()]
+        assert accuracies == pytest.approx([0.3, 0.3], abs=0.06)
 
 
 def test_a_strategy_beside_the_best_fixed_choice(folder):
     """Best-of-N solves the easy problems, DVTS the hard ones: only a strategy that tells them apart solves all."""
-    configs = {f"{method}8": SearchConfig(method=method, n=8) for method in ("best_of_n", "dvts")}
     records = []
     for i in range(40):
-        easy = i % 2 == 0
-        records.append(record(str(i), "best_of_n", 8, right=easy, rate=0.9 if easy else 0.0, pass_estimate=0.5))
-        records.append(record(str(i), "dvts", 8, right=not easy, rate=0.0))
-    lines = strategy_table(records, configs).splitlines()
+        easy, rate = i % 2 == 0, 0.9 * (i % 2 == 0)
+        for seed in (0, 1):
+            records.append(record(str(i), "best_of_n", 8, right=easy, rate=rate, pass_estimate=0.5, seed=seed))
+            records.append(record(str(i), "dvts", 8, right=not easy, rate=0.0, seed=seed))
+    lines = strategy_table(records).splitlines()
     names = ["p, v, difficulty from 8 samples", "p, v, difficulty known", "p, v, one for all"]
     assert [line.rpartition("  ")[0].strip() for line in lines[2:]] == names
     estimated, known, fixed = (float(line.split()[-1]) for line in lines[2:])
     assert known == 100.0
     assert max(estimated, fixed) <= 52.5  # the estimates are all the same
-    assert "difficulty known" in report_tables(records, configs=configs)
+    assert "difficulty known" in report_tables(records)
+    one_seed = strategy_table([one for one in records if one.seed == 0])
+    assert "one for all" in one_seed
+    assert "difficulty known" not in one_seed
     failed = [record(str(i), "best_of_n", 8, right=False, verifier="w", error="no") for i in range(9)]
     failed = [replace(one, num_completions=0, num_correct=0, correct={}) for one in failed]
-    assert strategy_table([*records, *failed], configs).splitlines() == lines
+    assert strategy_table([*records, *failed]).splitlines() == lines
     write_report(folder, folder / "with-strategy", plots=False)
     assert "cross-validated accuracy" in (folder / "with-strategy" / "tables.txt").read_text()
+
+
+def test_comparisons_are_corrected_for_their_number():
+    records = []
+    for n in (4, 8):
+        records += [record(str(i), "best_of_n", n, right=False) for i in range(10)]
+        records += [record(str(i), "dvts", n, right=i < (6 if n == 4 else 10)) for i in range(10)]
+    lines = comparisons_table(rows_of(records)).splitlines()
+    assert lines[0].endswith("p, corrected for 2 tests")
+    assert [line.split()[-3:] for line in lines[2:]] == [["+60.0", "0.031", "0.031"], ["+100.0", "0.002", "0.0039"]]
 
 
 def test_rivals():
@@ -174,8 +193,8 @@ def test_report_and_plots(folder, tmp_path):
     pytest.importorskip("matplotlib")
     assert write_report(folder, tmp_path) in (tmp_path / "tables.txt").read_text()
     names = {path.stem for path in tmp_path.glob("*.svg")}
-    bins = {f"accuracy-n-{name}" for name in ("easy", "medium", "hard")}
-    assert names == {"accuracy-n", "accuracy-flops", "accuracy-seconds", "strategy-map", *bins}
+    assert {"accuracy-n", "accuracy-seconds", "strategy-map"} <= names
+    assert "accuracy-flops" not in names  # scripted models do not count: there is nothing to draw
     drawn = (tmp_path / "accuracy-n.svg").read_text()
     assert all(f">{text}</text>" in drawn for text in ("accuracy %", "n", "majority"))
     assert drawn.count("clip-path=") >= 3  # the lines
@@ -283,29 +302,50 @@ def test_the_page_knows_when_a_node_was_pruned(tmp_path):
         assert page.complaints == []
 
 
-def test_rows_tell_settings_apart():
-    def one(key, seed, correct):
-        return Record(
-            f"a #{key}", "t", f"a, n=4, seed={seed}", "", "p", "", "dvts", 4, seed, ("p", "v"), correct=correct
-        )
+def searched(key, seed=0, correct=None, models=("p", "v"), config=None, instruction_set="avx2", **settings):
+    known = SearchConfig("dvts", 4, seed=seed, **settings).as_dict() if config is None else config
+    label = f"a, n=4, seed={seed}"
+    return Record(
+        f"a #{key}", "t", label, "", "p", "", "dvts", 4, seed, models, known, instruction_set, correct=correct or {}
+    )
 
+
+def test_rows_tell_settings_apart():
     records = [
-        one("cold 0", 0, {}),  # failed
-        one("cold 1", 1, {"majority": False, "prm_max": True, "prm_prod_vote": False}),
-        one("hot 0", 0, {"majority": True, "prm_max": False}),
+        searched("cold 0", 0, temperature=0.1),  # failed
+        searched("cold 1", 1, {"majority": False, "prm_max": True, "prm_prod_vote": False}, temperature=0.1),
+        searched("hot 0", 0, {"majority": True, "prm_max": False}, temperature=1.0),
     ]
-    configs = {
-        record.experiment: SearchConfig("dvts", 4, temperature=0.1 if "cold" in record.experiment else 1.0, seed=seed)
-        for seed, record in zip((0, 1, 0), records, strict=True)
-    }
-    rows = rows_of(records, configs=configs)
+    rows = rows_of(records)
     assert [(row.label, len(row.records), row.vote) for row in rows] == [
         ("a, n=4 [v], temperature=0.1", 2, "prm_max"),
         ("a, n=4 [v], temperature=1.0", 1, "prm_max"),
     ]
     assert [row.accuracy() for row in rows] == [0.5, 0.0]
-    first = next(line for line in report_tables(records, configs=configs).splitlines() if "temperature=0.1" in line)
-    assert "50.0 (50-50)" in first  # prm_max, of which the first record knows nothing
+    first = next(line for line in report_tables(records).splitlines() if "temperature=0.1" in line)
+    assert "50.0 (" in first  # prm_max, of which the first record knows nothing
+
+
+@pytest.mark.parametrize(
+    ("other", "labels"),
+    [
+        (searched("b", instruction_set="avx512"), ["a, n=4 [v], level=avx2", "a, n=4 [v], level=avx512"]),
+        (searched("b", config={}), ["a, n=4 [v]", "a, n=4 [v], experiment=a #b"]),
+        (searched("b", config={}, seed=1), ["a, n=4 [v]", "a, n=4 [v], experiment=a #b"]),
+        (searched("b", models=("p", "v", "Think.")), ["a, n=4 [v]", "a, n=4 [v], Think."]),
+        (searched("b", top_k=5), ["a, n=4 [v], top_k=0", "a, n=4 [v], top_k=5"]),
+    ],
+)
+def test_what_is_not_known_to_be_equal_is_apart(other, labels):
+    """Of a record without settings nothing is known, so it is in a row of its own."""
+    rows = rows_of([searched("a"), other])
+    assert [len(row.records) for row in rows] == [1, 1]
+    assert all(label in {row.label for row in rows} for label in labels[1:])
+
+
+def test_two_experiments_of_which_nothing_is_known_are_two_rows():
+    assert len(rows_of([searched("a", config={}), searched("b", config={})])) == 2
+    assert len(rows_of([searched("a", config={}), replace(searched("a", config={}), task="u")])) == 1
 
 
 def test_votes_are_checked(folder):

@@ -163,13 +163,14 @@ def world(count=60, swap=None):
             if swap == number:
                 good = not good
             correct = {"majority": False, "prm_max": good, "prm_last_vote": good and number % 6 == 0}
-            record = Record(key, str(number), key, "", "", "", config.method, config.n, 5, correct=correct)
+            record = Record(key, str(number), key, "", "", "", config.method, config.n, 5, config=config.as_dict())
+            record = replace(record, correct=correct)
             records.append(replace(record, num_completions=100, num_correct=round(100 * rate), pass_estimate=rate / 2))
     return records
 
 
 def test_fit_learns_the_best_for_each_bin_and_budget():
-    strategy = fit(world(), CONFIGS, budget=16, probe=CONFIGS["best_of_n/4"])
+    strategy = fit(world(), budget=16, probe=CONFIGS["best_of_n/4"])
     methods = {place: choice.config.method for place, choice in strategy.table.items()}
     assert methods["easy", 16] == methods["easy", 4] == "best_of_n"
     assert methods["medium", 16] == methods["medium", 4] == methods["hard", 16] == "beam_search"
@@ -183,18 +184,18 @@ def test_fit_learns_the_best_for_each_bin_and_budget():
 
 def test_no_problem_chooses_its_own_strategy():
     """One problem on which all is turned round: it may not help itself, and its held-out accuracy is 0."""
-    good, turned = (fit(world(swap=swap), CONFIGS, budget=16).accuracy[16] for swap in (None, 7))
+    good, turned = (fit(world(swap=swap), budget=16).accuracy[16] for swap in (None, 7))
     assert good == 1.0
     assert turned == pytest.approx(59 / 60)
-    alone = fit(world(count=1), CONFIGS, budget=16)  # nothing to learn from but itself
+    alone = fit(world(count=1), budget=16)  # nothing to learn from but itself
     assert alone.table["easy", 16].config.method == "best_of_n"
 
 
 def test_the_bin_of_a_held_out_problem_is_estimated():
     """Estimates that tell nothing: that the right answers tell is of no use, and all get one search."""
     records = [replace(record, pass_estimate=0.5) for record in world()]
-    known = fit(records, CONFIGS, budget=16)
-    estimated = fit(records, CONFIGS, budget=16, probe=CONFIGS["best_of_n/4"])
+    known = fit(records, budget=16)
+    estimated = fit(records, budget=16, probe=CONFIGS["best_of_n/4"])
     assert known.accuracy[16] == 1.0
     assert estimated.accuracy[16] == estimated.fixed[16] == pytest.approx(2 / 3)
     assert estimated.table == known.table
@@ -202,21 +203,21 @@ def test_the_bin_of_a_held_out_problem_is_estimated():
 
 def test_fit_needs_two_folds_and_the_probe():
     with pytest.raises(ValueError, match=r"^folds: expected an int >= 2, got 1"):
-        fit(world(), CONFIGS, budget=16, folds=1)
+        fit(world(), budget=16, folds=1)
     with pytest.raises(ValueError, match=r"^probe: expected a best-of-N among the experiments"):
-        fit(world(), CONFIGS, budget=16, probe=SearchConfig(method="best_of_n", n=5))
+        fit(world(), budget=16, probe=SearchConfig(method="best_of_n", n=5))
 
 
 def test_pass_rates_may_be_given():
-    strategy = fit(world(), CONFIGS, budget=16, pass_rates={str(number): 1.0 for number in range(60)})
+    strategy = fit(world(), budget=16, pass_rates={str(number): 1.0 for number in range(60)})
     assert strategy.choose(0.0).config.method == "beam_search"  # no hard problem known: the best of all
 
 
 def test_fit_needs_that_budget():
     with pytest.raises(ValueError, match=r"^budget: expected one of \[4, 16\]"):
-        fit(world(), CONFIGS, budget=64)
+        fit(world(), budget=64)
     with pytest.raises(ValueError, match=r"^budget: expected one of \[\]"):
-        fit([], CONFIGS, budget=4)
+        fit([], budget=4)
 
 
 def test_search_by_a_fitted_strategy():

@@ -12,7 +12,7 @@ from tts_search.lab.study import Grid, Memo, cells, plan_as_text, run_study, sha
 from tts_search.search.config import METHODS
 from tts_search.search.protocol import Usage
 
-TINY = Grid(problems=1, levels=(1, 2), budgets=(1, 4), largest=8, policies=("policy-0.1m", "policy-0.6m"))
+TINY = Grid(problems=1, levels=(1, 2), budgets=(1, 4), largest=8, policies=("policy-0.1m", "policy-0.6m"), seeds=(0, 1))
 
 
 def test_cells():
@@ -23,10 +23,12 @@ def test_cells():
         ("policy-0.1m", 256, (1, 4, 16, 64)),
         ("policy-0.6m", 64, (1, 4, 16, 64)),
         ("policy-3m", 64, (1, 4, 16, 64)),
-    ]
+    ] * 3
+    assert {cell.seed for cell in plan} == {0, 1, 2}
+    assert {cell.seed for cell in plan if cell.greedy} == {0}
     assert {len(cell.verifiers) for cell in sampled} == {2}
-    assert [cell.policy for cell in plan if cell.n == 256] == ["policy-0.1m"] * 3
-    assert sum(cell.method == "dvts" for cell in plan) == 3 * 2 * 3 + 1
+    assert [cell.policy for cell in plan if cell.n == 256] == ["policy-0.1m"] * 9
+    assert sum(cell.method == "dvts" for cell in plan) == 3 * (3 * 2 * 3 + 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -87,8 +89,9 @@ def test_a_tiny_study(tmp_path):
     pytest.importorskip("transformers")
     records = [record for part in ("1/2", "2/2") for record in run_study(TINY, tmp_path, part=part, progress=False)]
     assert not [record.error for record in records if record.error]
-    per_policy = 1 + 2 * 2 + 2 * 2  # greedy; nested best-of-N and two searches, for two verifiers
-    assert len(records) == 2 * (2 * per_policy + 3)  # two problems; the largest budget of three methods
+    per_policy = 2 * 2 + 2 * 2  # nested best-of-N and two searches, for two verifiers
+    # two problems; for each of two seeds the largest budget of three methods; greedy once
+    assert len(records) == 2 * (2 * (2 * per_policy + 3) + 2)
     sizes = {(record.method, record.n) for record in records}
     assert sizes == {
         ("best_of_n", 1),
@@ -102,10 +105,10 @@ def test_a_tiny_study(tmp_path):
     shared = {}
     for record in records:
         if record.method == "best_of_n" and record.n == 4:
-            shared.setdefault((record.models[0], record.task), set()).add(
+            shared.setdefault((record.models[0], record.task, record.seed), set()).add(
                 (record.num_correct, record.answers["majority"])
             )
-    assert len(shared) == 4
+    assert len(shared) == 8
     assert all(len(outcomes) == 1 for outcomes in shared.values())  # both verifiers read the same samples
     written = [record for path in tmp_path.glob("results-*.jsonl") for record in read_records(path)]
     assert len(written) == len(records)

@@ -6,22 +6,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from typer import Argument, Option, Typer
+from typer import Argument, BadParameter, Exit, Option, Typer
 
 from tts_search.api import search
-from tts_search.errors import SearchError
-from tts_search.evaluation.evaluate import Experiment, Runner, evaluate, read_records, run_here, write_manifest
-from tts_search.evaluation.rows import Row
+from tts_search.errors import ConfigError, MissingExtraError, SearchError
+from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
+from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.tables import accuracy_table, cost_table
-from tts_search.evaluation.tasks import Task, load_tasks
+from tts_search.evaluation.tasks import load_tasks
 from tts_search.search.config import METHODS, SearchConfig, options_of
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
@@ -33,9 +35,76 @@ __all__ = ["app"]
 app = Typer(
     help="Search over reasoning steps with a policy and a process verifier.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # an error is one line
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import tts_kernels
+
+        print(f"tts-search {tts_kernels.__version__}")
+        raise Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Say which version this is, and end.")
+    ] = False,
+) -> None:
+    """Search over reasoning steps with a policy and a process verifier."""
+
+
+def _checked_by(check: Callable[[str], object]) -> Callable[[Any], Any]:
+    """Return the callback of an option whose value, or values, are good if `check` raises no ValueError about them."""
+
+    def callback(value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            try:
+                if one is not None:
+                    check(one)
+            except ValueError as error:
+                raise BadParameter(str(error)) from None
+        return value
+
+    return callback
+
+
+def _check_method(name: str) -> None:
+    if name not in METHODS:
+        raise ValueError(f"expected one of {', '.join(METHODS)}, got {name!r}")
+
+
+def _check_format(name: str) -> None:
+    from tts_search.verifiers import FORMATS
+
+    if name not in ("auto", *FORMATS):
+        raise ValueError(f"expected one of auto, {', '.join(FORMATS)}, got {name!r}")
+
+
+def _check_device(name: str) -> None:
+    """Whether torch knows the device; that it is there is checked where the models are loaded."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = name
+    if kind not in ("cpu", "cuda", "xpu"):
+        raise ValueError(f"expected cpu, cuda, cuda:1 or the like, got {name!r}")
+
+
+def _check_memory(size: str) -> None:
+    from tts_search.models.decoder import parse_bytes
+
+    parse_bytes(size)
+
+
+def _method(text: str) -> Any:
+    return Option("--method", help=text, callback=_checked_by(_check_method), autocompletion=lambda: list(METHODS))
+
 
 # Options of several commands.
 PolicyPath = Annotated[str, Option("--policy", help="Checkpoint of the policy: a folder or a hub id.")]
@@ -45,40 +114,59 @@ Settings = Annotated[
     list[str],
     Option("--set", metavar="NAME=VALUE", help="Any other field of SearchConfig, such as lookahead=1 or keep=2."),
 ]
-Vote = Annotated[str, Option(help="Which vote elects the answer; by default prm_max, or majority.")]
+Vote = Annotated[
+    str | None,
+    Option(help="Which vote elects the answer; by default prm_max, or majority.", callback=_checked_by(canonical)),
+]
 SystemPrompt = Annotated[str | None, Option("--system-prompt", help="System prompt of the policy.")]
-Format = Annotated[str, Option("--format", help="Format of the verifier.")]
-Dtype = Annotated[str | None, Option("--dtype", help="Type of weights and cache, such as bfloat16.")]
-Device = Annotated[str | None, Option("--device", help="Such as cpu or cuda.")]
-Memory = Annotated[str | None, Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.")]
+Format = Annotated[str, Option("--format", help="Format of the verifier.", callback=_checked_by(_check_format))]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    Option("--dtype", help="Type of weights and cache; by default the checkpoint's."),
+]
+Device = Annotated[str | None, Option("--device", help="Such as cpu or cuda.", callback=_checked_by(_check_device))]
+Memory = Annotated[
+    str | None,
+    Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.", callback=_checked_by(_check_memory)),
+]
 Budgets = Annotated[str, Option(help="Sizes of the search, such as 1,4,16,64.")]
 Seed = Annotated[int, Option(help="Fixes every draw, and the problems where they are made.")]
+Problems = Annotated[int, Option(min=1, help="Problems of each level.")]
+Out = Annotated[Path, Option(help="Folder of the results.", file_okay=False)]
 
 
-@app.command()
+@app.command(epilog="Example: tts-search demo --problems 5 --budgets 1,4")
 def demo(
-    out: Annotated[Path, Option(help="Folder of the full results.")] = Path("demo-results"),
-    problems: Annotated[int, Option(help="Problems of each level.")] = 30,
+    out: Out = Path("demo-results"),
+    problems: Problems = 30,
     budgets: Budgets = "1,4,16,64",
     seed: Seed = 0,
 ) -> None:
     """Solve arithmetic with the small models that ship with the package, with and without search."""
-    from tts_search.lab.demo import load_models, run_demo
+    from tts_search.lab.arithmetic import LEVELS
+    from tts_search.lab.demo import CONFIG, load_models, make_tasks, run_demo
 
-    run_demo(load_models(), out, count=problems, budgets=_sizes(budgets), seed=seed)
+    sizes = _sizes(budgets)
+    if any(size % CONFIG.expand for size in sizes if size != 1):
+        raise SearchError(f"--budgets: expected 1 or multiples of {CONFIG.expand}, got {budgets!r}")
+    with _option("--problems"):
+        make_tasks(LEVELS, problems, seed)
+    run_demo(load_models(), out, count=problems, budgets=sizes, seed=seed)
 
 
-@app.command()
+@app.command(
+    epilog="Example: tts-search solve 'What is 6 times 7?' --policy path/to/policy --verifier path/to/prm --n 16"
+)
 def solve(
     problem: Annotated[str, Argument(help="The problem's text; - reads it from standard input.")],
     policy: PolicyPath,
     verifier: VerifierPath = None,
-    method: Annotated[str, Option(help=f"One of {', '.join(METHODS)}.")] = "beam_search",
-    n: Annotated[int, Option("--n", help="Candidates of a round, or completions.")] = 16,
+    method: Annotated[str, _method(f"One of {', '.join(METHODS)}.")] = "beam_search",
+    n: Annotated[int, Option("--n", min=1, help="Candidates of a round, or completions.")] = 16,
     temperature: Temperature = 0.8,
     seed: Seed = 0,
     settings: Settings = [],
-    vote: Vote = "",
+    vote: Vote = None,
     tree: Annotated[bool, Option("--tree", help="Show the search tree.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the whole result as JSON.")] = False,
     system_prompt: SystemPrompt = None,
@@ -88,15 +176,21 @@ def solve(
     kv_memory: Memory = None,
 ) -> None:
     """Solve one problem."""
-    text = sys.stdin.read() if problem == "-" else problem
     config = make_config(method, n, seed, temperature, settings)
+    _check_verifier(verifier, [config], vote, format)
+    text = sys.stdin.read() if problem == "-" else problem
+    if not text.strip():
+        raise SearchError("PROBLEM: expected a text, got an empty one")
     elected = _elected(vote, verifier)
+    _check_device_is_there(device)
     models = load_checkpoints(policy, verifier, system_prompt, format, dtype, device, kv_memory)
     result = search([text], *models, config)[0]
     print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
 
 
-@app.command("eval")
+@app.command(
+    "eval", epilog="Example: tts-search eval data.jsonl --policy path/to/policy --verifier path/to/prm --n 4 --n 16"
+)
 def evaluate_(
     data: Annotated[
         str,
@@ -104,15 +198,19 @@ def evaluate_(
     ],
     policy: PolicyPath,
     verifier: VerifierPath = None,
-    method: Annotated[list[str], Option(help=f"May be given several times; of {', '.join(METHODS)}.")] = ["best_of_n"],
-    n: Annotated[list[int], Option("--n", help="May be given several times.")] = [16],
+    method: Annotated[list[str], _method(f"May be given several times; of {', '.join(METHODS)}.")] = ["best_of_n"],
+    n: Annotated[list[int], Option("--n", min=1, help="May be given several times.")] = [16],
     seed: Annotated[list[int], Option(help="May be given several times.")] = [0],
     temperature: Temperature = 0.8,
     settings: Settings = [],
-    out: Annotated[Path, Option(help="Folder of the results; what it holds is not run again.")] = Path("eval-results"),
-    limit: Annotated[int | None, Option(help="Only the first tasks.")] = None,
-    in_flight: Annotated[int | None, Option(help="Problems searched side by side; by default, by their size.")] = None,
-    vote: Vote = "",
+    out: Annotated[Path, Option(help="Folder of the results; what it holds is not run again.", file_okay=False)] = Path(
+        "eval-results"
+    ),
+    limit: Annotated[int | None, Option(min=1, help="Only the first tasks.")] = None,
+    in_flight: Annotated[
+        int | None, Option(min=1, help="Problems searched side by side; by default, by their size.")
+    ] = None,
+    vote: Vote = None,
     trees: Annotated[bool, Option("--trees", help="Keep the search trees.")] = False,
     ray: Annotated[
         str | None,
@@ -121,7 +219,10 @@ def evaluate_(
             help="Run on a Ray cluster: at the address, started here (local), or without one what Ray finds or starts.",
         ),
     ] = None,
-    actors: Annotated[int | None, Option(help="Engines on the cluster; by default one a GPU, else one a core.")] = None,
+    actors: Annotated[
+        int | None,
+        Option(min=1, help="Engines on the cluster; by default one for each GPU, or for each core without GPUs."),
+    ] = None,
     system_prompt: SystemPrompt = None,
     format: Format = "auto",
     dtype: Dtype = None,
@@ -129,17 +230,23 @@ def evaluate_(
     kv_memory: Memory = None,
 ) -> None:
     """Run every method, budget and seed over a data set; an interrupted run goes on where it was."""
-    elected = _elected(vote, verifier)
-    tasks = load_tasks(data, limit)
     configs = {
         f"{one}, n={size}, seed={number}": make_config(one, size, number, temperature, settings, methods=method)
         for one in method
         for size in n
         for number in seed
     }
+    _check_verifier(verifier, list(configs.values()), vote, format)
+    if actors is not None and ray is None:
+        raise SearchError("--actors: expected with --ray only")
+    elected = _elected(vote, verifier)
+    with _option("DATA"):
+        tasks = load_tasks(data, limit)
+    _check_folder(out)
     load = partial(load_checkpoints, policy, verifier, system_prompt, format, dtype, device, kv_memory)
     models: tuple[Policy | None, Verifier | None] = (None, None)
     if ray is None:
+        _check_device_is_there(device)
         models = load()
         run: Runner = partial(run_here, max_in_flight=in_flight)
     else:
@@ -148,77 +255,121 @@ def evaluate_(
         run = on_ray(load, address=ray or None, actors=actors, device=device, max_in_flight=in_flight)
     names = (policy, verifier or "", system_prompt or "", format, dtype or "")
     experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
-    write_manifest(out / "manifest.json", experiments, data, tasks=len(tasks))
-    results = out / "results.jsonl"
     try:
-        run_experiments(tasks, experiments, results, elected, run)
+        rows = run_experiments(tasks, experiments, out, data=data, vote=elected, run=run, emit=lambda _: None)
     except KeyboardInterrupt:
-        print(f"interrupted; finished tasks are in {results}, run it again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(f"interrupted; finished tasks are in {out / 'results.jsonl'}, run it again to go on", file=sys.stderr)
+        raise Exit(130) from None
+    print(sanitize(f"{accuracy_table(rows)}\n\n{cost_table(rows)}"))  # levels are the data set's words
+    print(f"\n{len(tasks)} tasks; results: {out / 'results.jsonl'}")
+    if failed := failures(rows):
+        print(failed)
+    check_success(rows)
 
 
-@app.command()
+@app.command(epilog="Example: tts-search report eval-results")
 def report(
-    folder: Annotated[Path, Argument(help="Folder of an evaluation or a study.")],
-    out: Annotated[Path | None, Option(help="Where to write; by default, report in that folder.")] = None,
-    vote: Vote = "",
+    folder: Annotated[Path, Argument(help="Folder of an evaluation or a study.", exists=True, file_okay=False)],
+    out: Annotated[
+        Path | None, Option(help="Where to write; by default, report in that folder.", file_okay=False)
+    ] = None,
+    vote: Vote = None,
     plots: Annotated[bool, Option(help="Draw plots (needs the extra plot).")] = True,
 ) -> None:
     """Write tables, plots and a page on which search trees can be explored."""
     from tts_search.evaluation.report import write_report
 
-    print(sanitize(write_report(folder, out or folder / "report", vote=vote or None, plots=plots)))
+    print(sanitize(write_report(folder, out or folder / "report", vote=vote, plots=plots)))
 
 
-@app.command()
+@app.command(epilog="Example: tts-search study --part 1/2 & tts-search study --part 2/2")
 def study(
-    out: Annotated[Path, Option(help="Folder of the results; what it holds is not run again.")] = Path("study-results"),
-    problems: Annotated[int, Option(help="Problems of each level.")] = 100,
+    out: Annotated[Path, Option(help="Folder of the results; what it holds is not run again.", file_okay=False)] = Path(
+        "study-results"
+    ),
+    problems: Problems = 100,
     budgets: Budgets = "1,4,16,64",
     largest: Annotated[
-        int, Option(help="One more budget, for the smallest policy with the first verifier; 0: none.")
+        int, Option(min=0, help="One more budget, for the smallest policy with the first verifier; 0: none.")
     ] = 256,
     part: Annotated[str, Option(help="I/K: run the I-th of K parts; they may run side by side.")] = "1/1",
-    seed: Seed = 0,
+    seed: Annotated[int, Option(help="Fixes the problems.")] = 0,
+    seeds: Annotated[int, Option(min=1, help="How many times everything is run, with draws of their own.")] = 3,
     plan: Annotated[bool, Option("--plan", help="Only print how many tokens it will take.")] = False,
 ) -> None:
     """Run the whole grid of policies, verifiers, methods and budgets on the models that ship with the package."""
-    from tts_search.lab.study import Grid, plan_as_text, run_study
+    from tts_search.lab.demo import make_tasks
+    from tts_search.lab.study import Grid, plan_as_text, run_study, share_out
 
-    grid = Grid(problems=problems, budgets=tuple(_sizes(budgets)), largest=largest or None, seed=seed)
+    sizes = tuple(_sizes(budgets))
+    grid = Grid(problems=problems, budgets=sizes, largest=largest or None, seed=seed, seeds=tuple(range(seeds)))
+    with _option("--problems"):
+        make_tasks(grid.levels, problems, seed)
+    with _option("--part"):
+        share_out(grid, part)
     print(plan_as_text(grid)) if plan else run_study(grid, out, part=part)
 
 
-def run_experiments(
-    tasks: Sequence[Task], experiments: Sequence[Experiment], results: Path, vote: str, run: Runner = run_here
-) -> None:
-    """Run experiments into a results file and print their tables."""
-    seconds: dict[str, float] = {}
-    rows = []
-    begun = {record.experiment for record in read_records(results)}  # of these, the time is not known
-    for experiment in experiments:
-        begin = time.perf_counter()
-        records = evaluate(tasks, [experiment], results, run=run)
-        if experiment.key not in begun:
-            seconds[experiment.label] = time.perf_counter() - begin
-        rows.append(Row(experiment.label, records, vote))
-    tables = sanitize(f"{accuracy_table(rows)}\n\n{cost_table(rows, seconds)}")  # levels are the data set's words
-    print(f"{tables}\n\n{len(tasks)} tasks; results: {results}")
-    errors = [record.error for row in rows for record in row.records if record.error]
-    if errors:
-        print(f"{len(errors)} searches failed and count as wrong; the first one: {sanitize(errors[0])}")
+@contextmanager
+def _option(name: str) -> Iterator[None]:
+    """Name the option that an error is about.
+
+    Whatever loads a checkpoint or a data set raises errors of its own (of the hub, of formats, of torch): all of them
+    are about what the option names.
+    """
+    try:
+        yield
+    except MissingExtraError:
+        raise  # says what to install
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        kind = "" if isinstance(error, (ValueError, OSError, SearchError)) else f"{type(error).__name__}: "
+        raise SearchError(f"{name}: {kind}{text}") from error
 
 
-def _elected(vote: str, verifier: str | None) -> str:
+def _check_verifier(verifier: str | None, configs: list[SearchConfig], vote: str | None, format: str) -> None:
+    """Raise the error of options that need a verifier where there is none."""
+    if verifier is not None:
+        return
+    for config in configs:
+        if config.needs_verifier:
+            raise SearchError(f"--method: {config.method} needs --verifier; best_of_n does without")
+    if vote and canonical(vote) != "majority":
+        raise SearchError(f"--vote: {vote} needs --verifier; majority does without")
+    if format != "auto":
+        raise SearchError(f"--format: {format} is a verifier's, and there is no --verifier")
+
+
+def _check_device_is_there(device: str | None) -> None:
+    import torch
+
+    with _option("--device"):
+        torch.empty(0, device=device)
+
+
+def _check_folder(out: Path) -> None:
+    """Before models are loaded: can the folder be written, and is a manifest that it holds whole?"""
+    with _option("--out"):
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise SearchError(f"expected a folder that can be written, got {out}")
+        if (out / "manifest.json").exists():
+            read_configs(out / "manifest.json")
+
+
+def _elected(vote: str | None, verifier: str | None) -> str:
     """The name of the vote that was asked for, or of the usual one."""
     return canonical(vote or ("prm_max" if verifier else "majority"))
 
 
 def _sizes(budgets: str) -> list[int]:
     try:
-        return [int(size) for size in budgets.split(",")]
+        sizes = [int(size) for size in budgets.split(",")]
     except ValueError:
-        raise SearchError(f"--budgets: expected whole numbers such as 1,4,16, got {budgets!r}") from None
+        sizes = [0]
+    if min(sizes) < 1:
+        raise SearchError(f"--budgets: expected whole numbers such as 1,4,16, got {budgets!r}")
+    return sorted(set(sizes))
 
 
 def make_config(
@@ -230,12 +381,11 @@ def make_config(
 
     Raises
     ------
-    ConfigError
-        If a value is one that a field cannot have.
     SearchError
-        If there is no such field.
+        If there is no such field, or a value is one that a field cannot have; the message names the option.
     """
     values: dict[str, Any] = {"method": method, "n": n, "seed": seed, "temperature": temperature}
+    options = {name: f"--{name}" for name in values}
     fields = list(SearchConfig.__dataclass_fields__)
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -246,8 +396,13 @@ def make_config(
             values[name] = json.loads(value)
         except json.JSONDecodeError:
             values[name] = value
+        options[name] = f"--set {name}"
     others = set[str]().union(*map(options_of, methods)) - options_of(method)
-    return SearchConfig(**{name: value for name, value in values.items() if name not in others})
+    try:
+        return SearchConfig(**{name: value for name, value in values.items() if name not in others})
+    except ConfigError as error:
+        name, colon, rest = error.message.partition(":")
+        raise SearchError(f"{options.get(name, f'--n or --set: {name}')}{colon}{rest}") from None
 
 
 def load_checkpoints(
@@ -259,13 +414,24 @@ def load_checkpoints(
     device: str | None,
     kv_memory: str | None,
 ) -> tuple[Policy, Verifier | None]:
-    """Return the models of the options."""
+    """Return the models of the options.
+
+    Raises
+    ------
+    SearchError
+        If one cannot be loaded; the message names the option.
+    """
     from tts_search.policies.hf import HFPolicy
     from tts_search.verifiers.hf import HFVerifier
 
     own: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory}
-    loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
-    return loaded, None if verifier is None else HFVerifier(verifier, format=format, **own)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
+    with _option(f"--policy: {policy}"):
+        loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
+    if verifier is None:
+        return loaded, None
+    with _option(f"--verifier: {verifier}"):
+        return loaded, HFVerifier(verifier, format=format, **own)
 
 
 def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NoReturn
 
 from tts_search.errors import MissingExtraError, SearchError, require
 from tts_search.terminal import sanitize
@@ -14,12 +16,18 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line: the exit status is 0 if it did what was asked, 2 if the options are no such, else 1."""
     with _errors_as_text():
-        require("typer", "search")
+        typer = require("typer", "search")
         from tts_search.cli.commands import app
 
-        app(_with_ray_address(sys.argv[1:]))
+        usage_error = typer.BadParameter.__base__  # what the parser has to say about options
+        try:
+            status = app(_with_ray_address(sys.argv[1:] or ["--help"]), standalone_mode=False)
+        except usage_error as error:
+            _end(error.format_message(), 2)
+        sys.stdout.flush()  # a full disk or a closed pipe is an error, too
+        sys.exit(status or 0)
 
 
 def _with_ray_address(arguments: Sequence[str]) -> list[str]:
@@ -34,4 +42,15 @@ def _errors_as_text() -> Iterator[None]:
     try:
         yield
     except (SearchError, MissingExtraError, ValueError, OSError) as error:
-        sys.exit(f"tts-search: {sanitize(str(error))}")
+        _end(str(error), 1)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"tts-search: {sanitize(' '.join(message.split()))}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is still to be printed cannot be, and would be tried once more at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

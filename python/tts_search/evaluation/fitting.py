@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from tts_search.evaluation.evaluate import Record
+from tts_search.evaluation.experiment import config_of
+from tts_search.evaluation.records import Record
 from tts_search.search.config import SearchConfig
 from tts_search.strategy import BINS, Bin, Choice, FittedStrategy, difficulty_bin, step_value
 
@@ -16,7 +17,6 @@ __all__ = ["fit"]
 
 def fit(
     records: Iterable[Record],
-    configs: Mapping[str, SearchConfig],
     *,
     budget: int,
     pass_rates: Mapping[str, float] | None = None,
@@ -30,9 +30,8 @@ def fit(
     Parameters
     ----------
     records : iterable of Record
-        Of one policy and verifier; every experiment over the same tasks.
-    configs : mapping
-        Key of an experiment to its config (:func:`~tts_search.evaluation.evaluate.read_configs`).
+        Of one policy and verifier; every experiment over the same tasks. Those that do not say how they were searched
+        are left out.
     budget : int
         Which budget the strategy will use: one of those that the configs have.
     pass_rates : mapping or None
@@ -56,7 +55,7 @@ def fit(
     """
     if folds < 2:
         raise ValueError(f"folds: expected an int >= 2, got {folds!r}")
-    outcomes = _Outcomes(records, configs, cost)
+    outcomes = _Outcomes(records, cost)
     rates = dict(pass_rates) if pass_rates is not None else outcomes.pass_rates()
     tasks = sorted(task for task in outcomes.tasks if task in rates)
     if budget not in outcomes.budgets or not tasks:
@@ -99,18 +98,19 @@ def _split(
 class _Outcomes:
     """Who solved what: accuracies by choice and task, over seeds."""
 
-    def __init__(
-        self, records: Iterable[Record], configs: Mapping[str, SearchConfig], cost: Callable[[SearchConfig], float]
-    ) -> None:
+    def __init__(self, records: Iterable[Record], cost: Callable[[SearchConfig], float]) -> None:
         self.right_by: dict[tuple[Choice, str], list[bool]] = {}
         self.choices: dict[int, list[Choice]] = {}
         self.tasks: set[str] = set()
         self._largest: dict[str, Record] = {}
         self._by_config: dict[SearchConfig, list[Record]] = {}
+        configs: dict[str, SearchConfig] = {}
         for record in records:
-            if record.experiment not in configs:
+            if not record.config:
                 continue
-            config = replace(configs[record.experiment], seed=0)  # seeds are repetitions
+            if record.experiment not in configs:
+                configs[record.experiment] = replace(config_of(record.config), seed=0)  # seeds are repetitions
+            config = configs[record.experiment]
             self.tasks.add(record.task)
             self._by_config.setdefault(config, []).append(record)
             largest = self._largest.get(record.task)

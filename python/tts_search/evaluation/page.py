@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tts_search.evaluation.evaluate import Record
+from tts_search.evaluation.records import Record
 
 __all__ = ["tree_page"]
 

@@ -3,8 +3,9 @@
 Problems are rows. ``map_batches`` over a class, which Ray's documentation recommends for inference with models to set
 up, keeps an actor for each device, and each actor has an engine with models of its own. A call of an actor searches a
 few problems; where a worker is lost Ray starts another one and repeats its call, as often as it takes. Draws depend on
-nothing but the seed, the problem's text and the path in its tree, so neither the cluster nor a repetition changes a
-result.
+nothing but the seed, the problem's text and the path in its tree. Results are those of one machine to the bit where the
+decoder computes each row by itself (the lean one on a CPU) and all workers have one instruction-set level; elsewhere up
+to rounding, which changes a draw once in a while.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tts_search.api import BRANCHES_IN_FLIGHT
 from tts_search.errors import SearchError, require
-from tts_search.evaluation.evaluate import Experiment, Record, Runner, read_record, run_here
+from tts_search.evaluation.evaluate import Runner, run_here
+from tts_search.evaluation.experiment import Experiment
+from tts_search.evaluation.records import Record, read_record, record_as_json
 from tts_search.evaluation.tasks import Task
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.terminal import progress_bar
@@ -131,4 +134,4 @@ class _Searcher:
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[str]]:
         tasks = [Task(**json.loads(str(line))) for line in batch["task"]]
         records: Iterable[Record] = run_here(self._experiment, tasks, progress=False, max_in_flight=self._max_in_flight)
-        return {"record": [json.dumps(asdict(record), allow_nan=False) for record in records]}
+        return {"record": [record_as_json(record) for record in records]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tts_search.evaluation.evaluate import read_configs
+from tts_search.evaluation.manifest import read_configs
 from tts_search.evaluation.page import tree_page
 from tts_search.evaluation.rows import read_folder, rows_of
 from tts_search.evaluation.tables import report_tables
@@ -19,21 +19,20 @@ def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None
     Raises
     ------
     ValueError
-        If the folder holds no results.
+        If the folder holds no results, or a manifest or results of a newer version.
     MissingExtraError
         If plots are asked for and matplotlib is not installed.
     """
-    records = read_folder(folder)
-    configs = {}
     for path in sorted(Path(folder).glob("manifest*.json")):
-        configs.update(read_configs(path))
+        read_configs(path)  # what is broken, or of a newer version, is an error
+    records = read_folder(folder)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tables = sanitize(report_tables(records, vote, configs))  # labels and levels may be anybody's words
+    tables = sanitize(report_tables(records, vote))  # labels and levels may be anybody's words
     (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
     (out / "trees.html").write_text(tree_page(records), encoding="utf-8")
     if plots:
         from tts_search.evaluation.plots import draw_plots
 
-        draw_plots(rows_of(records, vote, configs), out)
+        draw_plots(rows_of(records, vote), out)
     return tables

@@ -7,16 +7,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tts_search.evaluation.evaluate import Record, latest, read_records
-from tts_search.search.config import SearchConfig
+from tts_search.evaluation.records import Record, latest, read_records
+from tts_search.evaluation.statistics import interval, sign_test
 from tts_search.search.voting import canonical
 from tts_search.strategy import BINS, Bin, difficulty_bin
 
-__all__ = ["Row", "pass_rates", "read_folder", "rows_of", "strategy_map"]
+__all__ = ["Difficulty", "Row", "Where", "compare", "read_folder", "rows_of", "strategy_map"]
+
+Where = Callable[[Record], bool]
+"""Which records of a row count."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,25 @@ class Row:
         """Name of the verifier; empty without one."""
         return (*self.records[0].models, "", "")[1]
 
-    def by_task(self, value: Callable[[Record], float]) -> dict[str, float]:
-        """Return the mean of a value over the seeds, for each task."""
+    def by_task(self, value: Callable[[Record], float], where: Where | None = None) -> dict[str, float]:
+        """Return the mean of a value over the seeds, for each task; of all records, or of those `where` holds."""
         values: dict[str, list[float]] = {}
         for record in self.records:
-            values.setdefault(record.task, []).append(value(record))
+            if where is None or where(record):
+                values.setdefault(record.task, []).append(value(record))
         return {task: sum(own) / len(own) for task, own in values.items()}
 
-    def accuracy(self, vote: str | None = None, tasks: Container[str] | None = None) -> float:
-        """Return the share of right answers by a vote, over all tasks or some."""
-        chosen = vote or self.vote
-        right = self.by_task(lambda record: record.is_correct(chosen))
-        values = [value for task, value in right.items() if tasks is None or task in tasks]
-        return sum(values) / len(values) if values else math.nan
+    def right(self, where: Where | None = None) -> dict[str, float]:
+        """Return, for each task, the share of seeds with the right answer."""
+        return self.by_task(lambda record: record.is_correct(self.vote), where)
+
+    def accuracy(self, where: Where | None = None) -> float:
+        """Return the share of right answers: the mean over the tasks; NaN without any."""
+        return _average(list(self.right(where).values()))
+
+    def interval(self, where: Where | None = None) -> tuple[float, float]:
+        """Return the 95% interval of the accuracy."""
+        return interval(list(self.right(where).values()), sum(where is None or where(one) for one in self.records))
 
     def mean(self, name: str) -> float:
         """Return the mean of one of the stats; NaN if it is not known of all."""
@@ -90,6 +99,22 @@ class Row:
     def seconds(self) -> float:
         """Mean share of a task in the time of all; NaN if it is not known of all."""
         return _average([math.nan if record.seconds is None else record.seconds for record in self.records])
+
+
+def compare(first: Row, second: Row) -> tuple[float, float]:
+    """Compare two rows over the tasks that both have.
+
+    Returns
+    -------
+    difference : float
+        Accuracy of the first less that of the second.
+    p : float
+        Probability of a difference at least as large if both were equally good (:func:`sign_test`).
+    """
+    one, other = first.right(), second.right()
+    tasks = [task for task in one if task in other]
+    mine, theirs = [one[task] for task in tasks], [other[task] for task in tasks]
+    return _average(mine) - _average(theirs), sign_test(mine, theirs)
 
 
 def _average(values: Sequence[float]) -> float:
@@ -105,7 +130,7 @@ def read_folder(folder: str | Path) -> list[Record]:
     Raises
     ------
     ValueError
-        If there are none.
+        If there are none, or a newer version wrote them.
     """
     paths = sorted(Path(folder).glob("results*.jsonl"))
     records = list(latest(record for path in paths for record in read_records(path)).values())
@@ -120,24 +145,24 @@ def _with_own_id(record: Record) -> Record:
     return replace(record, task=f"{record.task} #{digest}")
 
 
-def rows_of(
-    records: Iterable[Record], vote: str | None = None, configs: Mapping[str, SearchConfig] | None = None
-) -> list[Row]:
+def rows_of(records: Iterable[Record], vote: str | None = None) -> list[Row]:
     """Group records into rows, seeds together: by models, then method, then n.
 
-    With the configs by experiment, searches with other settings are rows of their own, whose labels say what differs.
+    Searches whose settings, models or instruction-set levels differ are rows of their own, whose labels say what
+    differs. What a record does not say is never taken for equal: records without settings are together only within
+    their experiment.
 
     Raises
     ------
     ValueError
         If there is no such vote.
     """
-    known: dict[tuple[str, tuple[str, ...]], str] = {}  # settings of an experiment
+    known: dict[str, str] = {}  # what tells an experiment from others
     groups: dict[tuple[str, str, str, int], dict[str, list[Record]]] = {}
     for record in records:
-        source = (record.experiment, record.models)
+        source = f"{record.experiment}\0{record.instruction_set}"
         if source not in known:
-            known[source] = json.dumps(_settings(record, configs or {}), sort_keys=True)
+            known[source] = json.dumps(_settings(record), sort_keys=True)
         group = ((*record.models, "")[0], _label(record), record.method, record.n)
         groups.setdefault(group, {}).setdefault(known[source], []).append(record)
     rows = []
@@ -154,31 +179,59 @@ def _label(record: Record) -> str:
     return f"{title} [{verifier}]" if verifier else title
 
 
-def _settings(record: Record, configs: Mapping[str, SearchConfig]) -> dict[str, object]:
-    """What tells a search from others: the names of its models, by place, and its config but for the seed."""
+def _settings(record: Record) -> dict[str, object]:
+    """What tells a search from others: the names of its models, by place, its config but for the seed, its level."""
     names: dict[str, object] = {str(place): name for place, name in enumerate(record.models)}
-    if record.experiment in configs:
-        names |= replace(configs[record.experiment], seed=0).as_dict()
-    return names
+    known = {name: value for name, value in record.config.items() if name != "seed"}
+    return {**names, **(known or {"experiment": record.experiment}), "level": record.instruction_set}
 
 
 def _differences(settings: Sequence[Mapping[str, object]]) -> list[str]:
     """Return for each search what tells it from the others, such as ``temperature=0.5``."""
-    shared = [name for name in settings[0] if all(name in one for one in settings)]
-    names = [name for name in shared if any(one[name] != settings[0][name] for one in settings)]
-    return [
-        ", ".join(f"{one[name] or '-'}" if name.isdigit() else f"{name}={one[name]}" for name in names)
-        for one in settings
-    ]
+    names = list(dict.fromkeys(name for one in settings for name in one))
+    names = [name for name in names if any(_text(name, one) != _text(name, settings[0]) for one in settings)]
+    return [", ".join(filter(None, (_text(name, one) for name in names))) for one in settings]
 
 
-def pass_rates(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Return, by policy and task, the share of right completions in the largest best-of-N."""
-    rates: dict[str, dict[str, float]] = {}
-    for row in sorted(rows, key=lambda row: row.n):
-        if row.method == "best_of_n":
-            rates.setdefault(row.policy, {}).update(row.by_task(lambda record: record.pass_rate))
-    return rates
+def _text(name: str, settings: Mapping[str, object]) -> str:
+    """A setting in words; empty if the search has none of that name."""
+    if name not in settings:
+        return ""
+    return f"{settings[name] or '-'}" if name.isdigit() else f"{name}={settings[name]}"
+
+
+class Difficulty:
+    """How difficult a task is for a policy, judged by samples that are not those that are compared.
+
+    A record of one seed is put into the bin that the largest best-of-N of the *other* seeds says: with the samples that
+    it is judged by, those of hard problems would be the unlucky ones, and whatever is searched anew would look better.
+    With one seed alone nothing is known.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        sampled: dict[tuple[str, str], dict[int, Record]] = {}
+        for row in rows:
+            if row.method == "best_of_n":
+                for record in row.records:
+                    own = sampled.setdefault((row.policy, record.task), {})
+                    if record.num_completions > (own[record.seed].num_completions if record.seed in own else 0):
+                        own[record.seed] = record
+        self._sampled = sampled
+
+    def pass_rate(self, record: Record) -> float | None:
+        """Return the policy's pass@1 on a record's task in all samples of other seeds; None if there are none."""
+        others = self._sampled.get(((*record.models, "")[0], record.task), {})
+        counts = [(one.num_correct, one.num_completions) for seed, one in others.items() if seed != record.seed]
+        return sum(right for right, _ in counts) / sum(total for _, total in counts) if counts else None
+
+    def bin(self, record: Record) -> Bin | None:
+        """Return the bin of a record's task, if it is known."""
+        rate = self.pass_rate(record)
+        return None if rate is None else difficulty_bin(rate)
+
+    def within(self, one: Bin) -> Where:
+        """Return what holds for the records of a bin."""
+        return lambda record: self.bin(record) == one
 
 
 def strategy_map(rows: Sequence[Row]) -> dict[tuple[str, str, Bin, int], tuple[str, float, int]]:
@@ -186,15 +239,12 @@ def strategy_map(rows: Sequence[Row]) -> dict[tuple[str, str, Bin, int], tuple[s
 
     Of equally good methods, best-of-N before others, then by name.
     """
-    rates = pass_rates(rows)
+    difficulty = Difficulty(rows)
     best: dict[tuple[str, str, Bin, int], tuple[str, float, int]] = {}
     for row in sorted(rows, key=lambda row: (row.method != "best_of_n", row.method)):
         for one in BINS:
-            known = rates.get(row.policy, {})
-            tasks = {
-                task for task in row.by_task(lambda _: 0.0) if task in known and difficulty_bin(known[task]) == one
-            }
+            right = list(row.right(difficulty.within(one)).values())
             key = (row.policy, row.verifier, one, row.n)
-            if row.verifier and tasks and row.accuracy(tasks=tasks) > best.get(key, ("", -1.0, 0))[1]:
-                best[key] = (row.method, row.accuracy(tasks=tasks), len(tasks))
+            if row.verifier and right and _average(right) > best.get(key, ("", -1.0, 0))[1]:
+                best[key] = (row.method, _average(right), len(right))
     return best

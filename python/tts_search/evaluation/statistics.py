@@ -1,20 +1,23 @@
-"""How sure a measured accuracy is: intervals, and a test of two of them."""
+"""How sure a measured accuracy is: an interval, a test of two of them, and what many tests at once are worth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from tts_search.evaluation.rows import Row
-
-__all__ = ["bootstrap", "sign_test", "wilson"]
+__all__ = ["holm", "interval", "sign_test", "wilson"]
 
 
-def wilson(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: float, total: float, z: float = 1.959964) -> tuple[float, float]:
     """Return Wilson's score interval of a proportion, at 95% unless another quantile is given.
 
     Unlike the normal approximation it stays within [0, 1] and holds for few trials and for proportions near 0 and 1
     (E. B. Wilson, JASA 22, 1927). Without any trial it is all of [0, 1].
+
+    Examples
+    --------
+    >>> [round(bound, 3) for bound in wilson(5, 10)]
+    [0.237, 0.763]
     """
     if total == 0:
         return 0.0, 1.0
@@ -24,30 +27,72 @@ def wilson(successes: int, total: int, z: float = 1.959964) -> tuple[float, floa
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
-def bootstrap(values: Sequence[float], *, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of a mean: `samples` resamplings with replacement."""
-    import torch
+def interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
+    """Return the 95% interval of an accuracy over tasks that were tried several times: Wilson's.
 
-    data = torch.tensor(values, dtype=torch.float64)
-    drawn = torch.randint(len(data), (samples, len(data)), generator=torch.Generator().manual_seed(seed))
-    means = data[drawn].mean(1).sort().values
-    return float(means[int(0.025 * samples)]), float(means[int(0.975 * samples) - 1])
+    Trials of one task are alike, so they are worth fewer than they are: as many as give the variance that the means of
+    the tasks show (the design effect of a cluster sample; E. L. Korn and B. I. Graubard, Survey Methodology 24, 1998),
+    at least one for each task. With one trial of each task it is Wilson's interval as it stands.
 
+    Parameters
+    ----------
+    shares : sequence of float
+        Of each task, the share of its trials that were right.
+    trials : int
+        Of all tasks together.
 
-def sign_test(first: Row, second: Row) -> tuple[float, float]:
-    """Compare two rows over the same tasks.
-
-    Returns
-    -------
-    difference : float
-        Accuracy of the first less that of the second.
-    p : float
-        Probability of a difference at least as large if both were equally good: two-sided sign test over the tasks that
-        only one of them solved (McNemar's test, exact).
+    Examples
+    --------
+    >>> interval([1.0, 0.0, 1.0, 1.0], 4) == wilson(3, 4) == interval([1.0, 0.0, 1.0, 1.0], 40)
+    True
     """
-    solved_by_second = {record.task: record.is_correct(second.vote) for record in second.records}
-    outcomes = [(record.is_correct(first.vote), solved_by_second[record.task]) for record in first.records]
-    wins, losses = outcomes.count((True, False)), outcomes.count((False, True))
-    decided = wins + losses
-    tail = sum(math.comb(decided, count) for count in range(min(wins, losses) + 1)) / 2**decided
-    return (wins - losses) / max(1, len(outcomes)), min(1.0, 2 * tail)
+    if not shares:
+        return 0.0, 1.0
+    count = len(shares)
+    mean = math.fsum(shares) / count
+    variance = math.fsum((share - mean) ** 2 for share in shares) / count
+    effective = min(float(trials), mean * (1 - mean) * count / variance) if variance > 0 else float(trials)
+    if mean in (0.0, 1.0):
+        effective = float(count)  # no variance to judge by
+    return wilson(mean * effective, effective)
+
+
+def sign_test(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return how probable a difference at least as large is if two searches are equally good.
+
+    The two-sided sign test over the tasks that one of them solved more often (with one trial of each: McNemar's test,
+    exact).
+
+    Parameters
+    ----------
+    first, second : sequence of float
+        Of each task, the share of its trials that were right.
+
+    Examples
+    --------
+    >>> sign_test([1, 1, 1, 1, 0], [0, 0, 0, 0, 0])
+    0.125
+    """
+    wins = sum(a > b for a, b in zip(first, second, strict=True))
+    losses = sum(a < b for a, b in zip(first, second, strict=True))
+    tail = sum(math.comb(wins + losses, count) for count in range(min(wins, losses) + 1))
+    return min(1.0, float(2 * tail / 2 ** (wins + losses)))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return the p-values of tests that were made together, corrected for their number.
+
+    Below 5% of all corrected values, whatever the truth, at most one in twenty such families of tests has a false
+    finding (S. Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    Examples
+    --------
+    >>> holm([0.01, 0.2, 0.02])
+    [0.03, 0.2, 0.04]
+    """
+    corrected = [0.0] * len(values)
+    least = 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=lambda place: values[place])):
+        least = max(least, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = least
+    return corrected

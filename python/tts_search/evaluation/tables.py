@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
-from tts_search.evaluation.evaluate import Record
+from tts_search.evaluation.experiment import config_of
 from tts_search.evaluation.fitting import fit
-from tts_search.evaluation.rows import Row, rows_of, strategy_map
-from tts_search.evaluation.statistics import bootstrap, wilson
-from tts_search.search.config import SearchConfig
+from tts_search.evaluation.records import Record
+from tts_search.evaluation.rows import Difficulty, Row, Where, compare, rows_of, strategy_map
+from tts_search.evaluation.statistics import holm, interval
 from tts_search.strategy import BINS
 
 __all__ = [
     "accuracy_table",
+    "comparisons_table",
     "cost_table",
-    "flops_table",
     "format_table",
-    "levels_table",
     "report_tables",
     "rivals_table",
     "strategy_table",
     "votes_table",
 ]
+
+_SHOWN_VOTES: Final = ("majority", "prm_max", "prm_min_max", "prm_last_vote", "prm_min_vote")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -42,126 +45,93 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
-    """Return accuracy in percent by row and level, with 95% Wilson intervals. An error counts as a wrong answer."""
+    """Return accuracy in percent by row and level, with 95% intervals. An error counts as a wrong answer."""
     levels = sorted({record.level for row in rows for record in row.records})
     shown = levels if len(levels) > 1 else []
     lines = []
     for row in rows:
-        cells = [_accuracy([record for record in row.records if record.level == level], row.vote) for level in shown]
-        lines.append([row.label, *cells, _accuracy(row.records, row.vote)])
+        cells = [_accuracy(row, lambda record, level=level: record.level == level) for level in shown]  # type: ignore[misc]
+        lines.append([row.label, *cells, _accuracy(row)])
     names = [f"level {level}" if level.isdigit() else level or "no level" for level in shown]
     return format_table(["accuracy % (95% interval)", *names, "all"], lines)
 
 
-def _accuracy(records: Sequence[Record], vote: str) -> str:
-    if not records:
-        return "-"
-    correct = sum(record.is_correct(vote) for record in records)
-    low, high = wilson(correct, len(records))
-    return f"{100 * correct / len(records):.0f} ({100 * low:.0f}-{100 * high:.0f})"
+def _accuracy(row: Row, where: Where | None = None) -> str:
+    return _percent(row.accuracy(where), row.interval(where))
 
 
-def cost_table(rows: Sequence[Row], seconds: Mapping[str, float]) -> str:
-    """Return what the searches cost: tokens and peak KV slots a problem, and seconds in all.
-
-    KV slots are means over problems of the peak of the policy's cache: shared between branches, and as it would be if
-    each branch held a copy of its own.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        One for each search.
-    seconds : mapping
-        Label of a row to the seconds that all its problems took together.
-    """
-    lines = []
-    for row in rows:
-        stats = [record.stats for record in row.records if record.error is None]
-        shared, unshared = _mean(stats, "peak_unique_kv_tokens"), _mean(stats, "peak_logical_kv_tokens")
-        lines.append(
-            [
-                row.label,
-                f"{_mean(stats, 'policy_tokens'):.0f}",
-                f"{_mean(stats, 'verifier_tokens'):.0f}",
-                f"{shared:.0f}",
-                f"{unshared:.0f}",
-                f"{unshared / shared:.1f}x" if shared else "-",
-                f"{seconds[row.label]:.1f}" if row.label in seconds else "-",
-            ]
-        )
-    header = [
-        "cost a problem",
-        "policy tokens",
-        "verifier tokens",
-        "KV shared",
-        "KV unshared",
-        "saved",
-        "seconds in all",
-    ]
-    return format_table(header, lines)
-
-
-def _mean(stats: Sequence[Mapping[str, float]], name: str) -> float:
-    return sum(one.get(name, 0.0) for one in stats) / len(stats) if stats else 0.0
-
-
-def _with_interval(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    low, high = bootstrap(values)
-    return f"{100 * sum(values) / len(values):.1f} ({100 * low:.0f}-{100 * high:.0f})"
+def _percent(share: float, bounds: tuple[float, float]) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} ({100 * bounds[0]:.0f}-{100 * bounds[1]:.0f})"
 
 
 def votes_table(rows: Sequence[Row]) -> str:
-    """Return accuracy in percent by row and vote, and pass@n, with 95% bootstrap intervals over the tasks."""
-    votes = ("majority", "prm_max", "prm_min_max", "prm_last_vote", "prm_min_vote")
+    """Return accuracy in percent by row and vote, and pass@n, with 95% intervals."""
     lines = []
     for row in rows:
         known = {vote for record in row.records for vote in record.correct}
-        cells = [
-            _with_interval(list(row.by_task(lambda record, vote=vote: record.is_correct(vote)).values()))  # type: ignore[misc]
-            if vote in known
-            else "-"
-            for vote in votes
-        ]
-        lines.append([row.label, _with_interval(list(row.by_task(lambda record: record.solved).values())), *cells])
-    return format_table(["accuracy %", "pass@n", *votes], lines)
+        cells = [_accuracy(replace(row, vote=vote)) if vote in known else "-" for vote in _SHOWN_VOTES]
+        solved = list(row.by_task(lambda record: record.solved).values())
+        passed = _percent(sum(solved) / len(solved), interval(solved, len(row.records)))
+        lines.append([row.label, passed, *cells])
+    return format_table(["accuracy %", "pass@n", *_SHOWN_VOTES], lines)
 
 
-def levels_table(rows: Sequence[Row]) -> str:
-    """Return accuracy in percent by row and level, with 95% bootstrap intervals over the tasks."""
-    levels = sorted({record.level for row in rows for record in row.records})
+def cost_table(rows: Sequence[Row]) -> str:
+    """Return what a problem costs in each search: tokens, floating-point operations, peak KV slots, seconds.
+
+    Tokens that the policy sampled, that it would have forwarded if it read each branch anew for every step, and that
+    the verifier read. KV slots are means of the peak of the policy's cache: shared between branches, and as it would
+    be if each branch held a copy of its own. Seconds are a problem's share of the time of all.
+    """
     lines = []
     for row in rows:
-        right = row.by_task(lambda record, vote=row.vote: record.is_correct(vote))  # type: ignore[misc]
-        of_level = {level: {one.task for one in row.records if one.level == level} for level in levels}
-        cells = [_with_interval([right[task] for task in sorted(of_level[level])]) for level in levels]
-        lines.append([f"{row.label} ({row.vote})", *cells, _with_interval(list(right.values()))])
-    return format_table(["accuracy %", *(f"level {level}" if level else "-" for level in levels), "all"], lines)
-
-
-def flops_table(rows: Sequence[Row]) -> str:
-    """Return what a problem costs: tokens forwarded and logical, FLOPs of both models, peak KV, seconds."""
-    names = ("policy_tokens", "policy_logical_tokens", "verifier_tokens")
-    lines = []
-    for row in rows:
-        policy, verifier = row.mean("flops_policy"), row.mean("flops_verifier")
-        peaks = [row.mean("peak_unique_kv_tokens"), row.mean("peak_logical_kv_tokens")]
+        tokens = (row.mean(name) for name in ("policy_tokens", "policy_logical_tokens", "verifier_tokens"))
+        flops = (row.mean(name) for name in ("flops_policy", "flops_verifier"))
+        shared, unshared = row.mean("peak_unique_kv_tokens"), row.mean("peak_logical_kv_tokens")
         lines.append(
             [
                 row.label,
-                *(f"{row.mean(name):.0f}" for name in names),
-                *(f"{one:.3g}" for one in (policy, verifier, policy + verifier)),
-                *(f"{one:.0f}" for one in peaks),
-                "-" if math.isnan(row.seconds) else f"{row.seconds:.3g}",
+                *(_number(one, ".0f") for one in tokens),
+                *(_number(one, ".3g") for one in flops),
+                *(_number(one, ".0f") for one in (shared, unshared)),
+                f"{unshared / shared:.1f}x" if shared > 0 else "-",
+                _number(row.seconds, ".3g"),
             ]
         )
-    header = ["cost a problem", "policy tokens", "if read anew", "verifier tokens", "policy FLOPs", "verifier FLOPs"]
-    return format_table([*header, "total FLOPs", "peak KV", "unshared", "seconds"], lines)
+    header = ["cost of a problem", "sampled", "read anew", "verified", "policy FLOPs", "verifier FLOPs"]
+    return format_table([*header, "KV shared", "unshared", "saved", "seconds"], lines)
+
+
+def _number(value: float, how: str) -> str:
+    return "-" if math.isnan(value) else format(value, how)
+
+
+def comparisons_table(rows: Sequence[Row]) -> str:
+    """Return how each method does beside best-of-N of the same models and n: the difference in points, and p.
+
+    p is that of a two-sided sign test over the tasks, corrected for the number of lines of the table (:func:`holm`).
+    """
+    pairs = [(row, rival) for row in rows if row.verifier and (rival := _rival(row, rows)) is not None]
+    found = [compare(row, rival) for row, rival in pairs]
+    corrected = holm([p for _, p in found])
+    lines = [
+        [row.label, f"{100 * difference:+.1f}", f"{p:.2g}", f"{holms:.2g}"]
+        for (row, _), (difference, p), holms in zip(pairs, found, corrected, strict=True)
+    ]
+    return format_table(["beside best-of-N", "points", "p", f"p, corrected for {len(lines)} tests"], lines)
+
+
+def _rival(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The best-of-N of the same models and n, if there is one."""
+    own = (row.policy, row.verifier, row.n)
+    alike = [one for one in rows if one.method == "best_of_n" and (one.policy, one.verifier, one.n) == own]
+    return alike[0] if len(alike) == 1 and row.method != "best_of_n" else None
 
 
 def _map_table(rows: Sequence[Row]) -> str:
     best = strategy_map(rows)
+    if not best:
+        return "no table of the best method by difficulty: that needs a best-of-N of another seed, which is not judged"
     sizes = sorted({n for *_, n in best})
     lines = []
     for policy, verifier, one in sorted({key[:3] for key in best}, key=lambda key: (*key[:2], BINS.index(key[2]))):
@@ -172,34 +142,48 @@ def _map_table(rows: Sequence[Row]) -> str:
     return format_table(["best method, accuracy %", *(f"n={n}" for n in sizes)], lines)
 
 
-def strategy_table(records: Sequence[Record], configs: Mapping[str, SearchConfig]) -> str:
+def strategy_table(records: Sequence[Record]) -> str:
     """Return the cross-validated accuracy of a fitted strategy by policy, verifier and n, beside the best fixed choice.
 
     A strategy chooses method and vote by the problem's difficulty; the fixed choice is the same for all problems.
     Neither is chosen by a problem that it is counted on. A row each for the difficulty as a search of a new problem
-    finds it (estimated from the smallest best-of-N of at least 4 samples, which are not counted in n), and as only the
-    right answer tells it (pass@1 in the largest best-of-N): the most that better estimates could bring.
+    finds it (estimated from the smallest best-of-N of at least 4 samples, which are not counted in n), and, where there
+    are several seeds, as only the right answer tells it (pass@1 in the best-of-N of the other seeds): the most that
+    better estimates could bring.
     """
     searches = [row for row in rows_of(records) if row.verifier]
+    difficulty = Difficulty(searches)
     sizes = sorted({row.n for row in searches})
     lines = []
     for policy, verifier in sorted({(row.policy, row.verifier) for row in searches}):
         own = [one for row in searches if (row.policy, row.verifier) == (policy, verifier) for one in row.records]
-        own = [record for record in own if record.experiment in configs]
+        own = [record for record in own if record.config]
         sampled = [one for one in own if one.method == "best_of_n" and one.num_completions]
         if not sampled:
             continue
-        fitted = fit(own, configs, budget=sampled[0].n)
-        results = [("difficulty known", fitted.accuracy), ("one for all", fitted.fixed)]
-        probes = [configs[one.experiment] for one in sampled if one.n >= 4 and one.pass_estimate is not None]
+        results = [("difficulty known", _with_known_difficulty(own, difficulty))]
+        results.append(("one for all", fit(own, budget=sampled[0].n).fixed))
+        probes = [one for one in sampled if one.n >= 4 and one.pass_estimate is not None]
         if probes:
-            probe = min(probes, key=lambda config: config.n)
-            estimated = fit(own, configs, budget=probe.n, probe=probe).accuracy
-            results.insert(0, (f"difficulty from {probe.n} samples", estimated))
+            probe = config_of(min(probes, key=lambda record: record.n).config)
+            results.insert(0, (f"difficulty from {probe.n} samples", fit(own, budget=probe.n, probe=probe).accuracy))
         for name, accuracy in results:
             cells = [f"{100 * accuracy[n]:.1f}" if n in accuracy else "-" for n in sizes]
-            lines.append([f"{policy}, {verifier}, {name}", *cells])
+            if accuracy:
+                lines.append([f"{policy}, {verifier}, {name}", *cells])
     return format_table(["cross-validated accuracy %", *(f"n={n}" for n in sizes)], lines)
+
+
+def _with_known_difficulty(records: Sequence[Record], difficulty: Difficulty) -> dict[int, float]:
+    """Accuracy by budget of a strategy that knows each task's bin by the samples of other seeds; the mean of seeds."""
+    found: list[dict[int, float]] = []
+    for seed in sorted({record.seed for record in records}):
+        own = [record for record in records if record.seed == seed]
+        rates = {record.task: rate for record in own if (rate := difficulty.pass_rate(record)) is not None}
+        if rates:
+            found.append(fit(own, budget=own[0].n, pass_rates=rates).accuracy)
+    sizes = [size for size in (found[0] if found else ()) if all(size in one for one in found)]
+    return {size: sum(one[size] for one in found) / len(found) for size in sizes}
 
 
 def rivals_table(rows: Sequence[Row]) -> str:
@@ -231,19 +215,17 @@ def _total_flops(row: Row) -> float:
     return row.mean("flops_policy") + row.mean("flops_verifier")
 
 
-def report_tables(
-    records: Sequence[Record], vote: str | None = None, configs: Mapping[str, SearchConfig] | None = None
-) -> str:
-    """Return all tables of a report as text; with the configs by experiment, that of a fitted strategy, too."""
-    rows = rows_of(records, vote, configs)
-    sections = [votes_table(rows), levels_table(rows), flops_table(rows)]
+def report_tables(records: Sequence[Record], vote: str | None = None) -> str:
+    """Return all tables of a report as text."""
+    rows = rows_of(records, vote)
+    sections = [accuracy_table(rows), votes_table(rows), cost_table(rows)]
+    if any(_rival(row, rows) for row in rows):
+        sections.append(comparisons_table(rows))
     if any(row.method == "best_of_n" and row.verifier for row in rows):
-        sections.append(_map_table(rows))
-        if configs:
-            sections.append(strategy_table(records, configs))
+        sections += [_map_table(rows), strategy_table(records)]
     if len({row.policy for row in rows if "greedy" in row.label}) > 1:
         sections.append(rivals_table(rows))
     errors = sum(record.error is not None for record in records)
     tasks = len({record.task for record in records})
-    sections.append(f"{tasks} tasks; intervals: 95%, bootstrap over tasks; {errors} searches failed and count as wrong")
+    sections.append(f"{tasks} tasks; intervals: 95%, Wilson's over tasks; {errors} searches failed and count as wrong")
     return "\n\n".join(sections)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
-from collections.abc import Iterable, Mapping
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from tts_search.errors import require
 from tts_search.search.answers import boxed
@@ -41,7 +45,19 @@ DATASETS: Mapping[str, _Source] = {
 }
 """Data sets that are known by name."""
 
-_ANSWERS = ("answer", "expected_answer", "extracted_groundtruth")
+_PROBLEMS: Final = ("problem", "question")
+_ANSWERS: Final = ("answer", "expected_answer", "extracted_groundtruth")
+_IDS: Final = ("id", "unique_id")
+
+_GZIP: Final = b"\x1f\x8b"
+# Of a file that does not begin with one of these marks, UTF-8. The marks of UTF-32 begin as those of UTF-16 do.
+_MARKS: Final = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
@@ -50,40 +66,100 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     Parameters
     ----------
     source : str or Path
-        A JSONL file; ``"MATH-500"``, ``"AIME24"`` or ``"GSM8K"``; or a data set of the hub as ``owner/name``,
-        ``owner/name:split`` or ``owner/name:config:split``.
+        A JSONL file in UTF-8 (or what a byte order mark says), as it is or compressed by gzip; ``"MATH-500"``,
+        ``"AIME24"`` or ``"GSM8K"``; or a data set of the hub as ``owner/name``, ``owner/name:split`` or
+        ``owner/name:config:split``.
     limit : int or None
         At most so many, the first ones.
 
     Returns
     -------
     list of Task
-        An entry has a ``problem`` (or ``question``), an ``answer`` (or ``expected_answer``, ``extracted_groundtruth``,
-        or a ``solution`` with a ``\boxed`` answer) and, if it likes, ``level`` and ``id`` (or ``unique_id``; by default
-        its number). Of a GSM8K solution, the answer is what follows ``####``.
+        At least one. An entry has a ``problem`` (or ``question``), an ``answer`` (or ``expected_answer``,
+        ``extracted_groundtruth``, or a ``solution`` with a ``\boxed`` answer) and, if it likes, ``level`` and ``id``
+        (or ``unique_id``; by default its number). Answer, level and id are texts or numbers. Of a GSM8K solution, the
+        answer is what follows ``####``.
 
     Raises
     ------
     ValueError
-        If the source is neither, or an entry is no such object; the message names it.
+        If the source is neither, has no tasks, two with the same id, or an entry that is no such object; the message
+        names the file, the line and the field.
     MissingExtraError
         If a data set of the hub is asked for and ``datasets`` is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+    ...     _ = file.write(b'{"problem": "What is 1 + 1?", "answer": 2}\n')
+    ...     file.flush()
+    ...     load_tasks(file.name)
+    [Task(id='0', problem='What is 1 + 1?', answer='2', level='')]
     """
-    entries = _lines(Path(source)) if Path(source).is_file() else _rows(str(source))
-    return [_task(entry, number, source) for number, entry in islice(entries, limit)]
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{source}: expected a file of tasks, got a folder")
+    entries = _lines(path) if path.exists() else _rows(str(source))
+    tasks: dict[str, Task] = {}
+    places: dict[str, str] = {}
+    for place, number, entry in islice(entries, limit):
+        task = _Entry(place, entry).task(number)
+        if task.id in tasks:
+            raise ValueError(
+                f"{place}: id: expected one of its own, got {task.id!r}, which {places[task.id]} has already"
+            )
+        tasks[task.id], places[task.id] = task, place
+    if not tasks:
+        raise ValueError(f"{source}: expected tasks, found none")
+    return list(tasks.values())
 
 
-def _lines(path: Path) -> Iterable[tuple[int, Any]]:
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError:
-                    yield number, None
+def _lines(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """Entries of a file: their place in words, their number from 0, what they hold."""
+    data = path.read_bytes()
+    if data.startswith(_GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: expected a whole gzip file: {error}") from None
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    if not encoding.startswith("utf-8"):
+        data = _decoded(data, encoding, str(path)).encode(errors="surrogatepass")
+    for number, line in enumerate(data.split(b"\n")):
+        place = f"{path}, line {number + 1}"
+        text = _decoded(line, "utf-8", place)
+        text = text.lstrip("\ufeff").strip()  # files put together have a mark where each began
+        if text:
+            yield place, number, _object(text, place)
 
 
-def _rows(name: str) -> Iterable[tuple[int, Any]]:
+def _decoded(data: bytes, encoding: str, place: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise ValueError(
+            f"{place}: expected text in {encoding.upper()}, got byte 0x{byte:02x} at position {error.start}; a file in "
+            f"Latin-1 can be converted: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _object(text: str, place: str) -> Any:
+    def no_number(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_float=str, parse_constant=no_number)  # 0.50 stays what the file says
+    except RecursionError:
+        raise ValueError(f"{place}: {_EXPECTED}, got one that is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {_EXPECTED}, got no JSON: {error}") from None
+
+
+def _rows(name: str) -> Iterator[tuple[str, int, Any]]:
     source = next((known for key, known in DATASETS.items() if key.lower() == name.lower()), None)
     if source is None:
         path, *rest = name.split(":")
@@ -91,17 +167,64 @@ def _rows(name: str) -> Iterable[tuple[int, Any]]:
             raise ValueError(f"source: expected a file, one of {', '.join(DATASETS)}, or owner/name, got {name!r}")
         source = _Source(path, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "test")
     datasets = require("datasets", "data")
-    return enumerate(datasets.load_dataset(source.path, source.config, split=source.split))
-
-
-def _task(entry: Any, number: int, source: str | Path) -> Task:
     try:
-        problem = entry["problem"] if "problem" in entry else entry["question"]
-        answer = next((entry[name] for name in _ANSWERS if name in entry), None)
-        answer = str(boxed(entry["solution"]) if answer is None else answer).rpartition("####")[2].strip()
-        if not isinstance(problem, str) or not answer:
-            raise TypeError
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{source}, line {number + 1}: expected an object with problem and answer") from error
-    identity = entry.get("id", entry.get("unique_id", number))
-    return Task(str(identity), problem, answer, str(entry.get("level") or "").removeprefix("Level "))
+        rows: Iterable[Any] = datasets.load_dataset(source.path, source.config, split=source.split)
+    except Exception as error:  # of the hub, the network, the file system: whatever that library lets through
+        raise ValueError(f"{name}: expected a data set of the hub: {type(error).__name__}: {error}") from error
+    for number, row in enumerate(rows):
+        yield f"{name}, line {number + 1}", number, row
+
+
+_EXPECTED: Final = "expected an object with problem and answer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An entry of a source, and where it stands."""
+
+    place: str
+    fields: Any
+
+    def task(self, number: int) -> Task:
+        if not isinstance(self.fields, Mapping):
+            raise self._error("", f"got {_kind(self.fields)}")
+        name, problem = self._first(_PROBLEMS)
+        if not isinstance(problem, str) or not problem.strip():
+            raise self._error(name, f"expected a text, got {_kind(problem)}")
+        level = self._scalar(*self._first(("level",))).removeprefix("Level ")
+        return Task(self._scalar(*self._first(_IDS)) or str(number), problem, self._answer(), level)
+
+    def _answer(self) -> str:
+        name, answer = self._first((*_ANSWERS, "solution"))
+        if name == "solution" and isinstance(answer, str):
+            answer = boxed(answer)
+        text = self._scalar(name, answer).rpartition("####")[2].strip()
+        if not text:
+            what = "a text with a boxed answer" if name == "solution" else "a text or a number"
+            raise self._error(name, f"expected {what}, got {_kind(self.fields.get(name))}")
+        return text
+
+    def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        """The first of some fields that says something, and what; else the first one, and None."""
+        return next(((one, self.fields[one]) for one in names if self.fields.get(one) is not None), (names[0], None))
+
+    def _scalar(self, name: str, value: Any) -> str:
+        """A text or a number as a text; of nothing, an empty one."""
+        if value is None:
+            return ""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and not isinstance(value, str):
+            raise self._error(name, f"expected a text or a number, got {_kind(value)}")
+        return str(value)
+
+    def _error(self, name: str, message: str) -> ValueError:
+        return ValueError(f"{self.place}: {_EXPECTED}{'; ' if name else ', '}{name}{': ' if name else ''}{message}")
+
+
+_KINDS: Final = {dict: "an object", list: "a list", bool: "a boolean", str: "the text", type(None): "nothing"}
+
+
+def _kind(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    kind = _KINDS.get(type(value), "the number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+    return kind if value is None else f"{kind} {str(value)[:40]!r}"

@@ -6,63 +6,29 @@ The numbers are those of this run, whatever they are.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from tts_search.errors import SearchError
-from tts_search.evaluation.evaluate import Experiment, Record, evaluate
-from tts_search.evaluation.rows import Row
-from tts_search.evaluation.statistics import sign_test
+from tts_search.evaluation.evaluate import Experiment, Record
+from tts_search.evaluation.rows import Row, compare
+from tts_search.evaluation.runs import check_success, failures, run_experiments
+from tts_search.evaluation.statistics import holm
 from tts_search.evaluation.tables import accuracy_table, cost_table
 from tts_search.evaluation.tasks import Task
-from tts_search.lab import MODELS_DIR
 from tts_search.lab.arithmetic import LEVELS, generate
+from tts_search.lab.checkpoints import POLICIES, VERIFIERS, Models, load_models
 from tts_search.search.config import Method, SearchConfig
-from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.tree import SearchTree
 from tts_search.terminal import sanitize
 
 __all__ = ["CONFIG", "POLICIES", "VERIFIERS", "Models", "load_models", "make_tasks", "run_demo"]
 
-POLICIES = ("policy-0.1m", "policy-0.6m", "policy-3m")  # smallest first
-VERIFIERS = ("prm-strong", "prm-weak")  # strongest first
 METHODS: dict[Method, str] = {"best_of_n": "best-of-N", "beam_search": "beam search", "dvts": "DVTS"}
 BUDGETS = (1, 4, 16, 64)
 
 _TREE_BUDGET = 16  # the tree that is shown is one of a beam search of this size
-_BRANCHES_IN_FLIGHT = 2048
 CONFIG = SearchConfig(max_steps=16, max_step_tokens=64, max_tokens=400)  # a level-5 solution has 9 to 11 steps
-
-
-@dataclass(frozen=True)
-class Models:
-    """Policies by name, smallest first, and verifiers by name, strongest first."""
-
-    policies: Mapping[str, Policy]
-    verifiers: Mapping[str, Verifier]
-
-
-def load_models(folder: Path = MODELS_DIR) -> Models:
-    """Load the demo checkpoints.
-
-    Raises
-    ------
-    SearchError
-        If one is not there.
-    """
-    missing = [name for name in (*POLICIES, *VERIFIERS) if not (folder / name / "config.json").exists()]
-    if missing:
-        raise SearchError(f"demo models: {', '.join(missing)} not found in {folder}; see examples/demo_models")
-    from tts_search.policies.hf import HFPolicy
-    from tts_search.verifiers.hf import HFVerifier
-
-    return Models(
-        {name: HFPolicy(str(folder / name)) for name in POLICIES},
-        {name: HFVerifier(str(folder / name)) for name in VERIFIERS},
-    )
 
 
 def make_tasks(levels: Sequence[int], count: int, seed: int) -> list[Task]:
@@ -110,40 +76,42 @@ def run_demo(
     -------
     list of Record
         All results.
+
+    Raises
+    ------
+    SearchError
+        If no search of one of the experiments succeeded.
     """
     tasks = make_tasks(levels, count, seed)
     plan = make_plan(models, budgets, seed)
-    results = Path(out) / "results.jsonl"
-    results.unlink(missing_ok=True)  # times are only true of searches that run now
+    out = Path(out)
+    for name in ("results.jsonl", "manifest.json"):
+        (out / name).unlink(missing_ok=True)  # times are only true of searches that run now
     emit(f"{len(tasks)} problems of levels {levels[0]} to {levels[-1]}; {len(plan)} searches of each\n")
-    seconds: dict[str, float] = {}
-    rows: dict[str, Row] = {}
-    for experiment in plan:
-        begin = time.perf_counter()
-        records = evaluate(
-            tasks,
-            [experiment],
-            results,
-            progress=progress,
-            max_in_flight=max(1, _BRANCHES_IN_FLIGHT // experiment.config.n),
-        )
-        seconds[experiment.label] = time.perf_counter() - begin
-        vote = "prm_max" if experiment.verifier is not None else "majority"
-        rows[experiment.label] = Row(experiment.label, records, vote)
-        solved = sum(record.is_correct(vote) for record in records)
-        emit(f"{experiment.label}: {solved} of {len(records)} right, {seconds[experiment.label]:.1f} s")
-    records = [record for row in rows.values() for record in row.records]
-    _write_manifest(Path(out) / "manifest.json", plan, seconds, levels=list(levels), count=count, seed=seed)
+    found = run_experiments(
+        tasks,
+        plan,
+        out,
+        data="demo problems",
+        progress=progress,
+        emit=emit,
+        levels=list(levels),
+        count=count,
+        seed=seed,
+    )
+    rows = {row.label: row for row in found}
     for section in (
         accuracy_table(_with_majority(rows)),
-        cost_table(list(rows.values()), seconds),
+        cost_table(found),
         _verdict(models, rows),
         _one_tree(models, rows),
-        f"Every search, with its answers, scores and cost: {results}",
-        *_errors(records),
+        f"Every search, with its answers, scores and cost: {out / 'results.jsonl'}",
+        failures(found),
     ):
-        emit(f"\n{section}")
-    return records
+        if section:
+            emit(f"\n{section}")
+    check_success(found)
+    return [record for row in found for record in row.records]
 
 
 def make_plan(models: Models, budgets: Sequence[int], seed: int) -> list[Experiment]:
@@ -197,18 +165,20 @@ def _verdict(models: Models, rows: Mapping[str, Row]) -> str:
     """Say where the smallest policy with search beats the largest one's greedy answer, and where it does not."""
     smallest, *_, largest = models.policies
     rival = rows[label(largest, "greedy")]
-    lines = [f"Does {smallest} with search beat {largest} alone (its greedy answer)?"]
-    for name, row in rows.items():
-        if row.vote != "prm_max":
-            continue
+    searches = {name: row for name, row in rows.items() if row.vote == "prm_max"}
+    found = [compare(row, rival) for row in searches.values()]
+    lines = [
+        f"Does {smallest} with search beat {largest} alone (its greedy answer)? "
+        f"(p: sign test, corrected for {len(found)} tests)"
+    ]
+    for (name, row), (difference, _), p in zip(searches.items(), found, holm([p for _, p in found]), strict=True):
         ahead: list[str] = []
         behind: list[str] = []
         for level in sorted({record.level for record in row.records}):
-            difference, _ = sign_test(_at(row, level), _at(rival, level))
-            (ahead if difference > 0 else behind if difference < 0 else []).append(level)
-        difference, p = sign_test(row, rival)
+            points, _ = compare(_at(row, level), _at(rival, level))
+            (ahead if points > 0 else behind if points < 0 else []).append(level)
         lines.append(
-            f"  {name}: {100 * difference:+.0f} points over all levels (p = {p:.2g}, sign test); "
+            f"  {name}: {100 * difference:+.0f} points over all levels (p = {p:.2g}); "
             f"ahead on {_levels(ahead)}, behind on {_levels(behind)}"
         )
     return "\n".join(lines)
@@ -246,17 +216,3 @@ def _one_tree(models: Models, rows: Mapping[str, Row]) -> str:
             SearchTree.from_json(record.tree).render(width=100, max_nodes=40),
         ]
     )
-
-
-def _errors(records: Sequence[Record]) -> list[str]:
-    errors = [f"{record.label}, {record.task}: {sanitize(record.error)}" for record in records if record.error]
-    shown = "\n".join(errors[:5])
-    return [f"{len(errors)} searches failed and count as wrong, the first ones:\n{shown}"] if errors else []
-
-
-def _write_manifest(path: Path, plan: Sequence[Experiment], seconds: Mapping[str, float], **facts: object) -> None:
-    experiments = {
-        one.key: {"models": one.names, "config": one.config.as_dict(), "seconds": seconds.get(one.label)}
-        for one in plan
-    }
-    path.write_text(json.dumps({**facts, "experiments": experiments}, indent=2) + "\n", encoding="utf-8")

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tts_search.errors import SearchError
-from tts_search.evaluation.evaluate import Experiment, Record, evaluate, write_manifest
+from tts_search.evaluation.evaluate import Experiment, Record
+from tts_search.evaluation.runs import check_success, run_experiments
 from tts_search.evaluation.tables import format_table
 from tts_search.lab import MODELS_DIR
 from tts_search.lab.arithmetic import LEVELS, generate
-from tts_search.lab.demo import CONFIG, POLICIES, VERIFIERS, make_tasks
+from tts_search.lab.checkpoints import POLICIES, VERIFIERS, Models, load_models
+from tts_search.lab.demo import CONFIG, make_tasks
 from tts_search.search.config import Method
-from tts_search.search.protocol import Expand, Policy, Usage, Verifier
+from tts_search.search.protocol import Expand, Policy, Usage
 from tts_search.search.types import Step
 
 __all__ = ["Cell", "Grid", "Memo", "cells", "plan_as_text", "run_study"]
-
-_BRANCHES_IN_FLIGHT = 2048
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Grid:
     largest : int or None
         One more budget, of the first policy with the first verifier only.
     seed : int
-        Fixes problems and draws.
+        Fixes the problems.
+    seeds : tuple of int
+        Fix the draws: each search is run with every one of them. The samples of the others say how difficult a problem
+        is where those of one are judged.
     policies, verifiers : tuple of str
         Names of demo models, smallest policy first.
     methods : tuple of str
@@ -50,6 +54,7 @@ class Grid:
     budgets: tuple[int, ...] = (1, 4, 16, 64)
     largest: int | None = 256
     seed: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
     policies: tuple[str, ...] = POLICIES
     verifiers: tuple[str, ...] = VERIFIERS
     methods: tuple[Method, ...] = ("beam_search", "dvts")
@@ -57,7 +62,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run over all problems: a policy, a method and a budget, with one verifier; best-of-N with several in turn.
+    """One run over all problems: a policy, a method, a budget, a seed and a verifier; best-of-N with several in turn.
 
     Best-of-N has the budgets `nested`, too; n beyond them is for the first verifier only.
     """
@@ -68,28 +73,37 @@ class Cell:
     n: int
     nested: tuple[int, ...] = ()
     greedy: bool = False
+    seed: int = 0
 
     @property
     def label(self) -> str:
         """Name of the row; ``{n}`` is the budget."""
-        return f"{self.policy}, {'greedy' if self.greedy else self.method}, n={{n}}"
+        return f"{self.policy}, {'greedy' if self.greedy else self.method}, n={{n}}, seed={self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+        return f"{self.label.replace('{n}', str(self.n))} {', '.join(self.verifiers)}".rstrip()
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Return the runs of a grid, policy by policy."""
-    plan = []
-    for policy in grid.policies:
-        more = (grid.largest,) if grid.largest and policy == grid.policies[0] else ()
-        plan.append(Cell(policy, (), "best_of_n", 1, greedy=True))
-        plan.append(Cell(policy, grid.verifiers, "best_of_n", max(grid.budgets + more), grid.budgets))
-        for verifier in grid.verifiers:
-            sizes = [*grid.budgets, *(more if verifier == grid.verifiers[0] else ())]
-            plan += [
-                Cell(policy, (verifier,), method, size)
-                for method in grid.methods
-                for size in sizes
-                if size % CONFIG.expand == 0
-            ]
+    """Return the runs of a grid: seed by seed, policy by policy. Greedy answers have no draws: one seed is enough."""
+    plan = [Cell(policy, (), "best_of_n", 1, greedy=True, seed=grid.seeds[0]) for policy in grid.policies]
+    return plan + [cell for seed in grid.seeds for policy in grid.policies for cell in _searches(grid, policy, seed)]
+
+
+def _searches(grid: Grid, policy: str, seed: int) -> list[Cell]:
+    """The runs of a policy with one seed."""
+    more = (grid.largest,) if grid.largest and policy == grid.policies[0] else ()
+    plan = [Cell(policy, grid.verifiers, "best_of_n", max(grid.budgets + more), grid.budgets, seed=seed)]
+    for verifier in grid.verifiers:
+        sizes = [*grid.budgets, *(more if verifier == grid.verifiers[0] else ())]
+        plan += [
+            Cell(policy, (verifier,), method, size, seed=seed)
+            for method in grid.methods
+            for size in sizes
+            if size % CONFIG.expand == 0
+        ]
     return plan
 
 
@@ -107,6 +121,7 @@ def _sizes(cell: Cell) -> list[int]:
     return [cell.n if index == 0 else max(cell.nested) for index in range(len(cell.verifiers))]
 
 
+@cache
 def _solution_tokens(level: int) -> int:
     """Mean length of a solution of a level; the demo tokenizer knows digits, operators and a few words."""
     from tokenizers import Tokenizer
@@ -173,34 +188,31 @@ def run_study(grid: Grid, out: str | Path, *, part: str = "1/1", progress: bool 
         Of this part.
     """
     plan = share_out(grid, part)
-    name = part.split("/")[0]
-    results = Path(out) / f"results-{name}.jsonl"
     tasks = make_tasks(grid.levels, grid.problems, grid.seed)
-    models = _Models()
-    records: list[Record] = []
+    models = load_models()
+    rows = []
     for number, cell in enumerate(plan, start=1):
-        print(
-            f"[{number}/{len(plan)}] {cell.label.replace('{n}', str(cell.n))} {', '.join(cell.verifiers)}", flush=True
-        )
-        experiments = _experiments(grid, cell, models)
-        write_manifest(Path(out) / f"manifest-{name}.json", experiments, "demo problems", grid=str(grid))
-        records += evaluate(
+        print(f"[{number}/{len(plan)}] {cell.title}", flush=True)
+        rows += run_experiments(
             tasks,
-            experiments,
-            results,
-            also=sorted(Path(out).glob("results*.jsonl")),
+            _experiments(grid, cell, models),
+            out,
+            data="demo problems",
+            part=part.split("/")[0],
             progress=progress,
-            max_in_flight=max(1, _BRANCHES_IN_FLIGHT // cell.n),
+            emit=lambda line: print(f"  {line}", flush=True),
+            grid=str(grid),
         )
-    return records
+    check_success(rows)
+    return [record for row in rows for record in row.records]
 
 
-def _experiments(grid: Grid, cell: Cell, models: _Models) -> list[Experiment]:
-    config = CONFIG.with_method(cell.method, n=cell.n, seed=grid.seed)
+def _experiments(grid: Grid, cell: Cell, models: Models) -> list[Experiment]:
+    config = CONFIG.with_method(cell.method, n=cell.n, seed=cell.seed)
     if cell.greedy:
         config = replace(config, temperature=0.0)
-        return [Experiment(cell.label, config, models.policy(cell.policy), None, (cell.policy, ""))]
-    policy: Policy = models.policy(cell.policy)
+        return [Experiment(cell.label, config, models.policies[cell.policy], None, (cell.policy, ""))]
+    policy: Policy = models.policies[cell.policy]
     if len(cell.verifiers) > 1:
         policy = Memo(policy)
     return [
@@ -208,36 +220,14 @@ def _experiments(grid: Grid, cell: Cell, models: _Models) -> list[Experiment]:
             cell.label,
             replace(config, n=size),
             policy,
-            models.verifier(name),
+            models.verifiers[name],
             (cell.policy, name),
-            keep_trees=size <= 16,
+            keep_trees=size <= 16 and cell.seed == grid.seeds[0],
             nested=cell.nested,
             timed=name == cell.verifiers[0],
         )
         for name, size in zip(cell.verifiers, _sizes(cell), strict=True)
     ]
-
-
-class _Models:
-    """Demo models, loaded on use."""
-
-    def __init__(self) -> None:
-        self._policies: dict[str, Policy] = {}
-        self._verifiers: dict[str, Verifier] = {}
-
-    def policy(self, name: str) -> Policy:
-        from tts_search.policies.hf import HFPolicy
-
-        if name not in self._policies:
-            self._policies[name] = HFPolicy(str(MODELS_DIR / name))
-        return self._policies[name]
-
-    def verifier(self, name: str) -> Verifier:
-        from tts_search.verifiers.hf import HFVerifier
-
-        if name not in self._verifiers:
-            self._verifiers[name] = HFVerifier(str(MODELS_DIR / name))
-        return self._verifiers[name]
 
 
 class Memo:

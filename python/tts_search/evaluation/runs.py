@@ -1,0 +1,105 @@
+"""A run of experiments into a folder: the manifest, the records, what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tts_search.errors import SearchError
+from tts_search.evaluation.evaluate import Runner, evaluate
+from tts_search.evaluation.experiment import Experiment
+from tts_search.evaluation.manifest import write_manifest
+from tts_search.evaluation.rows import Row
+from tts_search.evaluation.tasks import Task
+from tts_search.terminal import sanitize
+
+__all__ = ["check_success", "failures", "run_experiments"]
+
+
+def run_experiments(
+    tasks: Sequence[Task],
+    experiments: Sequence[Experiment],
+    folder: str | Path,
+    *,
+    data: str | Path,
+    part: str = "",
+    vote: str | None = None,
+    run: Runner | None = None,
+    progress: bool = True,
+    emit: Callable[[str], None] = print,
+    **facts: object,
+) -> list[Row]:
+    """Run experiments, one after the other, into a folder of results; return a row for each of their budgets.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        With different ids.
+    experiments : sequence of Experiment
+        What the folder already holds is not run again.
+    folder : str or Path
+        For ``results.jsonl`` and ``manifest.json``; with a `part`, ``results-<part>.jsonl`` and so on, so that parts
+        can run side by side. What another part has done is not run again either.
+    data : str or Path
+        Where the tasks come from, for the manifest.
+    part : str
+        Name of a part.
+    vote : str or None
+        Which vote elects the answers; by default prm_max, or majority without a verifier.
+    run : callable or None
+        Runs an experiment (:func:`~tts_search.evaluation.evaluate.evaluate`).
+    progress : bool
+        Show progress bars.
+    emit : callable
+        Prints a line about each experiment as it ends.
+    **facts
+        For the manifest.
+
+    Raises
+    ------
+    ValueError, OSError
+        As :func:`~tts_search.evaluation.evaluate.evaluate` and :func:`write_manifest` do.
+    """
+    folder = Path(folder)
+    suffix = f"-{part}" if part else ""
+    write_manifest(folder / f"manifest{suffix}.json", experiments, data, tasks=len(tasks), **facts)
+    results = folder / f"results{suffix}.jsonl"
+    rows = []
+    for experiment in experiments:
+        others = [path for path in sorted(folder.glob("results*.jsonl")) if path != results]
+        records = evaluate(tasks, [experiment], results, also=others, progress=progress, run=run)
+        elected = vote or ("majority" if experiment.verifier is None else "prm_max")
+        for place, variant in enumerate(experiment.variants):
+            row = Row(variant.label, records[place * len(tasks) : (place + 1) * len(tasks)], elected)
+            rows.append(row)
+            emit(_in_words(row))
+    return rows
+
+
+def _in_words(row: Row) -> str:
+    right = sum(record.is_correct(row.vote) for record in row.records)
+    total = row.seconds * len(row.records)
+    time = f", {total:.1f} s" if total == total else ""
+    return sanitize(f"{row.label}: {right} of {len(row.records)} right{time}")
+
+
+def failures(rows: Sequence[Row]) -> str:
+    """Return how many searches failed, and why the first one did; empty if none did."""
+    errors = [
+        f"{record.label}, {record.task}: {record.error}" for row in rows for record in row.records if record.error
+    ]
+    what = "search failed and counts" if len(errors) == 1 else "searches failed and count"
+    return f"{len(errors)} {what} as wrong; the first one: {sanitize(errors[0])}" if errors else ""
+
+
+def check_success(rows: Sequence[Row]) -> None:
+    """Raise a SearchError if no search of an experiment succeeded: its table would look as if all had been wrong.
+
+    Raises
+    ------
+    SearchError
+        With the first failure.
+    """
+    for row in rows:
+        if all(record.error for record in row.records):
+            raise SearchError(f"{row.label}: no search succeeded; the first one: {row.records[0].error}")
