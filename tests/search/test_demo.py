@@ -45,7 +45,8 @@ def test_demo_prints_its_tables(demo):
     assert "Does policy-0.1m with search beat policy-3m alone" in text
     verdict = next(line for line in text.splitlines() if line.startswith("  policy-0.1m, beam search, n=16: "))
     assert "points over all levels (p = " in verdict
-    assert "(p: sign test, corrected for 7 tests)" in text
+    searches = text.partition("corrected for ")[2]
+    assert int(searches.split()[0]) == text.count("points over all levels") == 9
     assert "ahead on level 2, 4, behind on no level" in verdict  # greedily, even the largest one errs every time
     assert str(out / "results.jsonl") in text
 
@@ -193,8 +194,8 @@ def test_run_experiments(tmp_path):
         read_records(tmp_path / "results.jsonl"), key=lambda one: one.task
     )
     assert printed[0].startswith("mine: ")
-    assert failures([row]) == "1 search failed and counts as wrong; the first one: mine, 2: problem 1, round 0: " + (
-        "expected a problem, got an empty text"
+    assert failures([row]).startswith(
+        "1 search failed and counts as wrong; the first one: mine, 2: problem 1, round 0: "
     )
     check_success([row])
     manifest = json.loads((tmp_path / "manifest.json").read_text())

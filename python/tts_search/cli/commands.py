@@ -348,7 +348,7 @@ def _check_device_is_there(device: str | None) -> None:
 
 
 def _check_folder(out: Path) -> None:
-    """Before models are loaded: can the folder be written, and is a manifest that it holds whole?"""
+    """Raise the error of a folder that cannot be written or holds a broken manifest, before models are loaded."""
     with _option("--out"):
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
