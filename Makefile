@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate triton test-all adapters ray docs bench test-gpu lint sanitize cuda gpu-tools wheel clean
+.PHONY: help demo test emulate triton test-all adapters ray docs bench test-gpu lint sanitize soak cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -80,6 +80,13 @@ lint: $(VENV)/.built  ## ruff, mypy --strict, import-linter, clang-format
 sanitize: $(VENV)/.built  ## C++ tests and kernels under ASan + UBSan and under TSan
 	tests/sanitize.sh address,undefined
 	tests/sanitize.sh thread
+
+OPERATIONS ?= 100000000
+soak: $(VENV)/.built  ## The forest under OPERATIONS random operations, under ASan + UBSan (slow)
+	@mkdir -p build
+	cmake -S . -B build/soak -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTTS_SANITIZE=address,undefined > build/soak.log || { cat build/soak.log; exit 1; }
+	cmake --build build/soak --target test_forest_storm > build/soak.log || { cat build/soak.log; exit 1; }
+	build/soak/test_forest_storm $(OPERATIONS)
 
 cuda: $(VENV)/.built  ## Build the CUDA library too (needs nvcc on PATH, no GPU)
 	@command -v nvcc > /dev/null || { echo "make cuda: no nvcc on PATH; install the CUDA toolkit, or its parts from PyPI: nvidia-cuda-nvcc"; exit 1; }

@@ -24,8 +24,7 @@ std::string type_name(py::handle value) { return Py_TYPE(value.ptr())->tp_name; 
     throw py::type_error(argument + ": expected " + expected + ", got " + type_name(got));
 }
 
-// ---- Arguments: sequences of int, without a Python call an entry where that can be had
-// ---------------------
+// ---- Arguments: sequences of int, without a Python call an entry where that can be had -------------------
 
 // Ints beyond 64 bits become the nearest that fits: out of range for whatever they are meant to be.
 int64_t to_int64(py::handle value) {
@@ -118,8 +117,7 @@ std::optional<std::span<const int64_t>> view(const std::optional<Ints>& values) 
     return values ? std::optional<std::span<const int64_t>>(*values) : std::nullopt;
 }
 
-// ---- Planning
-// ----------------------------------------------------------------------------------------------
+// ---- Planning --------------------------------------------------------------------------------------------
 
 PlanRules rules(bool gpu) { return gpu ? kGpuRules : PlanRules{}; }
 
@@ -156,8 +154,7 @@ py::object plan_table(uintptr_t address, int64_t item_size, std::pair<int64_t, i
     return plan(tree, rows, {page_size, num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
 }
 
-// ---- The module
-// --------------------------------------------------------------------------------------------
+// ---- The module ------------------------------------------------------------------------------------------
 
 py::buffer_info int32_buffer(IntBuffer& buffer) {
     return {buffer.data(), sizeof(int32_t), "i", 1, {buffer.size()}, {sizeof(int32_t)}};

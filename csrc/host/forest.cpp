@@ -34,8 +34,7 @@ void reserve_at_least(std::vector<Item>& list, size_t size) {
 
 }  // namespace
 
-// ---- BranchTable
-// -------------------------------------------------------------------------------------------
+// ---- BranchTable -----------------------------------------------------------------------------------------
 
 void BranchTable::reserve(int64_t count) {
     while (static_cast<int64_t>(blocks_.size()) * kBlock < next_id_ + count) {
@@ -66,8 +65,7 @@ Branch* BranchTable::find(int64_t id) {
     return branch.run == Branch::kDead ? nullptr : &branch;
 }
 
-// ---- PagePool
-// ----------------------------------------------------------------------------------------------
+// ---- PagePool --------------------------------------------------------------------------------------------
 
 void PagePool::reserve(int64_t pages) {
     reserve_at_least(returned_, static_cast<size_t>(std::min(total_, fresh_ + pages)));
@@ -80,8 +78,7 @@ int32_t PagePool::take() {
     return page;
 }
 
-// ---- Runs
-// --------------------------------------------------------------------------------------------------
+// ---- Runs ------------------------------------------------------------------------------------------------
 
 // Memory for `count` new runs, and for giving every run back.
 void Forest::reserve_runs(int64_t count) {
@@ -183,8 +180,7 @@ int32_t Forest::split(int32_t run, size_t count, std::vector<int32_t> rest) noex
     return upper;
 }
 
-// ---- Branches
-// ----------------------------------------------------------------------------------------------
+// ---- Branches --------------------------------------------------------------------------------------------
 
 Branch& Forest::live(int64_t id, const char* name, int64_t i) {
     if (Branch* branch = branches_.find(id)) return *branch;
@@ -245,8 +241,7 @@ void Forest::free(std::span<const int64_t> branches) {
     }
 }
 
-// ---- Append
-// ------------------------------------------------------------------------------------------------
+// ---- Append ----------------------------------------------------------------------------------------------
 
 // Checks an append and counts what it will take, changing nothing.
 Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const int64_t> counts) {
@@ -400,8 +395,7 @@ Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t
     return result;
 }
 
-// ---- Truncate
-// ----------------------------------------------------------------------------------------------
+// ---- Truncate --------------------------------------------------------------------------------------------
 
 void Forest::truncate(int64_t id, int64_t length) {
     Branch& branch = live(id, "branch");
@@ -435,8 +429,7 @@ void Forest::truncate(int64_t id, int64_t length) {
     drop(old);
 }
 
-// ---- What the branches read
-// --------------------------------------------------------------------------------
+// ---- What the branches read ------------------------------------------------------------------------------
 
 PageTable Forest::page_table(std::span<const int64_t> branches) const {
     PageTable table;

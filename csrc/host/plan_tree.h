@@ -14,8 +14,7 @@ struct PlanTree {
         std::span<const int32_t> pages;  // at least one
     };
     std::vector<Node> nodes;
-    std::vector<int32_t>
-        leaf;  // [branches] the node in whose last page a branch ends; -1 for an empty branch
+    std::vector<int32_t> leaf;     // [branches] the node in whose last page a branch ends; -1: it is empty
     std::vector<int32_t> kv_lens;  // [branches]
     std::vector<int32_t> storage;  // pages that `nodes` point at and nobody else owns
 };

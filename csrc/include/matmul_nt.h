@@ -1,7 +1,7 @@
 // C = A B^T in float32, for a block of rows of A that stays in cache while B streams past.
 //
-//   A [rows, depth] activations, B [cols, depth] weights as a checkpoint stores them (torch.nn.Linear), C
-//   [rows, cols]
+//   A [rows, depth] activations, B [cols, depth] weights as a checkpoint stores them (torch.nn.Linear),
+//   C [rows, cols]
 //
 // Both operands are read along `depth`, where they are contiguous, so neither is packed: a register tile
 // holds one vector of partial sums for each of kDotRows x kDotCols outputs and sums its lanes once, at the

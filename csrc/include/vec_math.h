@@ -80,8 +80,7 @@ inline Vec tanh(Vec x) {
     return e / (e + Vec::all(2.0f));
 }
 
-// ---- blocks of width x width
-// -----------------------------------------------------------------------------------
+// ---- blocks of width x width -----------------------------------------------------------------------------
 
 // to[j * to_stride + i] = from[i * from_stride + j] for i, j < width, moved as bits.
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
