@@ -93,6 +93,4 @@ def test_a_cache_whose_pages_are_one_memory_is_refused() -> None:
         ("v_cache", (k_cache, v_cache[:, :1].expand_as(v_cache))),
     ):
         assert_names(ValueError, name, tk.append_kv_, *caches, k, v, slots)
-    src, dst = torch.tensor([0]), torch.tensor([1])
-    assert_names(ValueError, r"caches\[0\]", tk.copy_pages_, [k_cache[:1].expand_as(k_cache)], src, dst)
     assert torch.equal(k_cache, before)

@@ -25,6 +25,15 @@ def test_copies_pages_of_every_cache(layers: int, count: int, dtype: torch.dtype
     assert not layers or torch.equal(caches[0][dst], caches[0][src])
 
 
+def test_a_cache_whose_pages_are_one_memory_is_refused() -> None:
+    cache = torch.randn(4, 2, 3, 5)
+    before = cache.clone()
+    for dim in range(3):
+        shared = cache.narrow(dim, 0, 1).expand_as(cache)
+        assert_names(ValueError, r"caches\[1\]", tk.copy_pages_, [cache, shared], torch.tensor([0]), torch.tensor([1]))
+    assert torch.equal(cache, before)
+
+
 def test_strided_and_unequal_caches() -> None:
     pool = torch.randn(3, 30, 4, 16)
     views = [

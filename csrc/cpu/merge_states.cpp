@@ -14,11 +14,6 @@ TTS_BEGIN_ISA
 namespace {
 
 template <class T>
-void copy_row(const T* from, T* to, int64_t n) {
-    __builtin_memcpy(to, from, sizeof(T) * static_cast<uint64_t>(n));
-}
-
-template <class T>
 void merge_row(const MergeStatesArgs& args, int64_t row) {
     constexpr int W = Vec::width;
     const int64_t n = args.head_dim;
@@ -28,7 +23,8 @@ void merge_row(const MergeStatesArgs& args, int64_t row) {
     const float lse_a = args.lse_a[row], lse_b = args.lse_b[row];
     if (lse_a == -kInfinity || lse_b == -kInfinity) {  // one is empty: the other, bit for bit
         args.lse[row] = lse_a == -kInfinity ? lse_b : lse_a;
-        return copy_row(lse_a == -kInfinity ? b : a, out, n);
+        __builtin_memcpy(out, lse_a == -kInfinity ? b : a, sizeof(T) * static_cast<uint64_t>(n));
+        return;
     }
     const float top = lse_a > lse_b ? lse_a : lse_b;
     const auto relative = [top](float lse) {

@@ -6,8 +6,7 @@
 //   top-k:  keep l >= the k-th largest
 //   top-p:  keep the fewest, best first and lower id first on ties, whose weights reach ceil(top_p * sum)
 //   min-p:  keep w(l) >= 2**39 min_p
-//   draw:   the first id at which the running sum of kept weights exceeds floor(r * sum / 2**64), r from
-//   Philox
+//   draw:   the first id whose running sum of kept weights exceeds floor(r * sum / 2**64), r from Philox
 //
 // Nothing is sorted. Top-k and top-p come down to one logit, the cut, and a number of tokens that equal it.
 // Pass 1 (scan) brings the row into the cache, finds the maximum and, unless T is 1, sums up exp(l) for the

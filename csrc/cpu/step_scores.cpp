@@ -15,6 +15,7 @@
 #include "integers.h"
 #include "matmul_nt.h"
 #include "vec.h"
+#include "vec_row.h"
 
 TTS_BEGIN_ISA
 
@@ -51,11 +52,6 @@ Sums normed_sums(const T* x, const float* w, const G* g, int64_t n) {
     return {reduce_add(d0 + d1), reduce_add(q0 + q1)};
 }
 
-// 1 / rms of a row whose squares sum to `squares`.
-float inverse_rms(float squares, const StepScoresArgs& args) {
-    return 1.0f / __builtin_sqrtf(squares / static_cast<float>(args.width) + args.head.eps);
-}
-
 template <class T>
 float logit(const T* x, const StepScoresArgs& args) {
     const HeadArgs& head = args.head;
@@ -63,7 +59,7 @@ float logit(const T* x, const StepScoresArgs& args) {
     if (!head.norm_weight.data) return dot(x, head.weight, args.width) + bias;
     return visit(head.norm_weight, [&](const auto* g) {
         const Sums sums = normed_sums(x, head.weight, g, args.width);
-        return sums.dot * inverse_rms(sums.squares, args) + bias;
+        return sums.dot * rms_factor(sums.squares, args.width, head.eps) + bias;
     });
 }
 
@@ -71,24 +67,16 @@ float logit(const T* x, const StepScoresArgs& args) {
 
 template <class T>
 void norm_row(const T* x, float* out, const StepScoresArgs& args) {
-    constexpr int W = Vec::width;
-    const int64_t n = args.width;
-    const float scale = inverse_rms(dot(x, x, n), args);
+    const Vec factor = Vec::all(rms_factor(x, args.width, args.head.eps));
     visit(args.head.norm_weight, [&](const auto* g) {
-        int64_t i = 0;
-        for (; i + W <= n; i += W) (Vec::load(x + i) * Vec::all(scale) * Vec::load(g + i)).store(out + i);
-        if (const int rest = static_cast<int>(n - i); rest > 0) {
-            (Vec::load(x + i, rest) * Vec::all(scale) * Vec::load(g + i, rest)).store(out + i, rest);
-        }
+        for_vectors(args.width,
+                    [&](int64_t i, int n) { store(load(x + i, n) * factor * load(g + i, n), out + i, n); });
     });
 }
 
 template <class T>
 void widen_row(const T* x, float* out, int64_t n) {
-    constexpr int W = Vec::width;
-    int64_t i = 0;
-    for (; i + W <= n; i += W) Vec::load(x + i).store(out + i);
-    if (const int rest = static_cast<int>(n - i); rest > 0) Vec::load(x + i, rest).store(out + i, rest);
+    for_vectors(n, [&](int64_t i, int left) { store(load(x + i, left), out + i, left); });
 }
 
 // sum over n hidden units of w[j] relu(z[j] + b1[j]); a NaN stays one.

@@ -19,6 +19,7 @@
 #include "philox.h"
 #include "reduce.cuh"
 #include "sample.h"
+#include "sample_options.h"
 #include "total_order.h"
 #include "vector.cuh"
 
@@ -360,17 +361,6 @@ __device__ int draw(const Row<T>& row, float& logprob, Shared& shared) {
     logprob =
         static_cast<float>(static_cast<double>(to_float(row.x[token])) - static_cast<double>(top) - log(sum));
     return token;
-}
-
-__device__ SampleOptions options_of(const SampleArgs& args, int64_t row) {
-    SampleOptions options = args.same;
-    if (args.temperatures) options.temperature = args.temperatures[row];
-    if (args.top_ks.data) options.top_k = at(args.top_ks, row);
-    if (args.top_ps) options.top_p = args.top_ps[row];
-    if (args.min_ps) options.min_p = args.min_ps[row];
-    options.seed = args.seeds[row];
-    options.offset = args.offsets[row];
-    return options;
 }
 
 template <class T>

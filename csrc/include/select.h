@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
-#include "vec.h"
+#include "total_order.h"
 
 namespace tts {
 
@@ -18,40 +18,38 @@ struct Selected {
 
 TTS_BEGIN_ISA
 
-// Floats in ascending order as unsigned numbers; -0.0 as 0.0.
-inline uint32_t order(float x) {
-    const uint32_t bits = float_bits(x + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// Keys of the total order counted from `first`, the key of the smallest.
+inline uint32_t key_above(float x, int32_t first) {
+    return static_cast<uint32_t>(order_key(x)) - static_cast<uint32_t>(first);
 }
-
-inline float from_order(uint32_t key) { return bit_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 // Among x [n], all in [low, high]. An element measures its weight, or 1 where `weights` is null.
 // Radix selection from the top down: a histogram over the leading bits of the keys' range, then over the
 // range of the one bin that the target falls into, at most four times. Overwrites x and weights. O(n).
 inline Selected select(float* x, uint64_t* weights, int64_t n, float low, float high, uint64_t target) {
     constexpr uint32_t kBins = 1024;
-    uint32_t first = order(low), span = order(high) - first;
+    int32_t first = order_key(low);
+    uint32_t span = key_above(high, first);
     uint64_t above = 0;
     for (;;) {
         int shift = 0;
         while ((span >> shift) >= kBins) ++shift;
         uint64_t bins[kBins] = {};
-        for (int64_t i = 0; i < n; ++i) bins[(order(x[i]) - first) >> shift] += weights ? weights[i] : 1;
+        for (int64_t i = 0; i < n; ++i) bins[key_above(x[i], first) >> shift] += weights ? weights[i] : 1;
 
         uint32_t bin = span >> shift;
         while (above + bins[bin] < target) {
             above += bins[bin];
             if (bin-- == 0) return {false, 0.0f, above};
         }
-        first += bin << shift;
-        if (shift == 0) return {true, from_order(first), above};
+        first = static_cast<int32_t>(static_cast<uint32_t>(first) + (bin << shift));
+        if (shift == 0) return {true, key_score(first), above};
 
         const uint32_t width = (uint32_t{1} << shift) - 1, rest = span - (bin << shift);
         span = width < rest ? width : rest;
         int64_t kept = 0;
         for (int64_t i = 0; i < n; ++i) {
-            if (order(x[i]) - first > span) continue;
+            if (key_above(x[i], first) > span) continue;
             x[kept] = x[i];
             if (weights) weights[kept] = weights[i];
             ++kept;

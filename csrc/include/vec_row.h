@@ -26,10 +26,14 @@ inline void store(Vec v, T* p, int n) {
     n == Vec::width ? v.store(p) : v.store(p, n);
 }
 
-// The factor of an RMSNorm (arXiv 1910.07467): 1 / sqrt(mean(x**2) + eps).
+// The factor of an RMSNorm (arXiv 1910.07467): 1 / sqrt(mean(x**2) + eps), from the sum of squares or the
+// row.
+inline float rms_factor(float squares, int64_t n, float eps) {
+    return 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+}
 template <class T>
 inline float rms_factor(const T* x, int64_t n, float eps) {
-    return 1.0f / __builtin_sqrtf(dot(x, x, n) / static_cast<float>(n) + eps);
+    return rms_factor(dot(x, x, n), n, eps);
 }
 
 TTS_END_ISA

@@ -4,17 +4,11 @@
 namespace tts::ops {
 namespace {
 
-Tensor aggregate_steps(const Tensor& scores_in, const Tensor& indptr_in, const std::string& how) {
-    const Tensor scores = dense(scores_in), indptr = dense(indptr_in);
-    require(scores.dim() == 1, "scores");
-    AggregateStepsArgs args = aggregate_args(indptr, scores.numel(), how);
-    const int64_t candidates = indptr.numel() - 1;
-    Tensor out = empty(scores, {candidates}, ScalarType::Float);
-    args.scores = floats(scores);
-    args.out = data<float>(out);
-    parallel_for(0, candidates, 2048,
-                 [&](int64_t begin, int64_t end) { kernels().aggregate_steps(args, begin, end); });
-    return out;
+Tensor aggregate_steps(const Tensor& scores, const Tensor& indptr, const std::string& how) {
+    const AggregateSteps call(scores, indptr, how);
+    parallel_for(0, call.candidates, 2048,
+                 [&](int64_t begin, int64_t end) { kernels().aggregate_steps(call.args, begin, end); });
+    return call.out;
 }
 
 }  // namespace

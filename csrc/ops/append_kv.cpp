@@ -7,19 +7,11 @@ namespace {
 // Tokens a thread: below this, copying costs less than waking a second one.
 constexpr int64_t kTokensPerThread = 64;
 
-void append_kv_(Tensor k_cache, Tensor v_cache, const Tensor& k_in, const Tensor& v_in,
-                const Tensor& slots_in) {
-    const Tensor slots = dense(slots_in);
-    const IndexArray index = indices(slots);
-    require(same_cache(k_cache, v_cache) && writable(k_cache) && writable(v_cache), "caches");
-    require(fits(k_in, k_cache, slots.numel()) && fits(v_in, v_cache, slots.numel()), "k, v");
-    const Tensor k = rows_contiguous(k_in) ? k_in : dense(k_in),
-                 v = rows_contiguous(v_in) ? v_in : dense(v_in);
-    require_range(index, slots.numel(), 0, k_cache.size(0) * k_cache.size(1));
-    const AppendKvArgs k_args = append_args(k_cache, k, index), v_args = append_args(v_cache, v, index);
-    parallel_for(0, slots.numel(), kTokensPerThread, [&](int64_t begin, int64_t end) {
-        kernels().append_kv(k_args, begin, end);
-        kernels().append_kv(v_args, begin, end);
+void append_kv_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& slots) {
+    const AppendKv tokens(k_cache, v_cache, k, v, slots);
+    parallel_for(0, tokens.count, kTokensPerThread, [&](int64_t begin, int64_t end) {
+        kernels().append_kv(tokens.k_args, begin, end);
+        kernels().append_kv(tokens.v_args, begin, end);
     });
 }
 

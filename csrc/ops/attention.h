@@ -1,9 +1,13 @@
 // What the operators on the KV cache share.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "args/append_kv.h"
+#include "args/merge_states.h"
 #include "common.h"
+#include "paged_cache.h"
 
 namespace tts::ops {
 
@@ -51,21 +55,77 @@ inline PagedBytes paged_bytes(const Tensor& cache) {
             .row_bytes = cache.size(3) * item};
 }
 
-// New tokens [T, Hkv, D] for a cache.
-inline AppendKvArgs append_args(const Tensor& cache, const Tensor& tokens, IndexArray slots) {
-    const int64_t item = cache.element_size();
-    return {.from = static_cast<const char*>(tokens.const_data_ptr()),
-            .from_token = tokens.stride(0) * item,
-            .from_head = tokens.stride(1) * item,
-            .to = paged_bytes(cache),
-            .slots = slots};
-}
-
 // Whether they are as many as there are slots, and of the cache's shape and dtype.
 inline bool fits(const Tensor& tokens, const Tensor& cache, int64_t count) {
     return is_here(tokens) && tokens.scalar_type() == cache.scalar_type() && tokens.dim() == 3 &&
            tokens.size(0) == count && tokens.size(1) == cache.size(2) && tokens.size(2) == cache.size(3);
 }
+
+// append_kv_, checked and ready to run: new tokens [T, Hkv, D] for both caches of a layer, and their slots.
+struct AppendKv {
+    Tensor slots, k, v;
+    int64_t count;
+    AppendKvArgs k_args, v_args;
+
+    AppendKv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in, const Tensor& v_in,
+             const Tensor& slots_in)
+        : slots(dense(slots_in)), count(slots.numel()) {
+        const IndexArray index = indices(slots);
+        require(same_cache(k_cache, v_cache) && writable(k_cache) && writable(v_cache), "caches");
+        require(fits(k_in, k_cache, count) && fits(v_in, v_cache, count), "k, v");
+        require_range(index, count, 0, k_cache.size(0) * k_cache.size(1));
+        k = rows_contiguous(k_in) ? k_in : dense(k_in);
+        v = rows_contiguous(v_in) ? v_in : dense(v_in);
+        k_args = args(k_cache, k, index);
+        v_args = args(v_cache, v, index);
+    }
+
+  private:
+    static AppendKvArgs args(const Tensor& cache, const Tensor& tokens, IndexArray slots) {
+        const int64_t item = cache.element_size();
+        return {.from = static_cast<const char*>(tokens.const_data_ptr()),
+                .from_token = tokens.stride(0) * item,
+                .from_head = tokens.stride(1) * item,
+                .to = paged_bytes(cache),
+                .slots = slots};
+    }
+};
+
+// copy_pages_, checked and ready to run: pages src[i] to dst[i], i < count, within each cache that has any.
+struct CopyPages {
+    Tensor src_tensor, dst_tensor;
+    IndexArray src, dst;
+    int64_t count;
+    std::vector<PagedBytes> caches;
+
+    CopyPages(const std::vector<Tensor>& tensors, const Tensor& src_in, const Tensor& dst_in)
+        : src_tensor(dense(src_in)),
+          dst_tensor(dense(dst_in)),
+          src(indices(src_tensor)),
+          dst(indices(dst_tensor)),
+          count(src_tensor.numel()) {
+        require(dst_tensor.numel() == count, "dst");
+        for (const Tensor& cache : tensors) {
+            require(is_cache(cache) && writable(cache), "caches");
+            require_range(src, count, 0, cache.size(0));
+            require_range(dst, count, 0, cache.size(0));
+            if (cache.numel() > 0) caches.push_back(paged_bytes(cache));
+        }
+        if constexpr (kReadable) require_independent();
+    }
+
+  private:
+    // Each page is written once, and no page that is written is read: so the order of the copies is free.
+    void require_independent() const {
+        std::vector<int64_t> written(static_cast<size_t>(count));
+        for (int64_t i = 0; i < count; ++i) written[static_cast<size_t>(i)] = at(dst, i);
+        std::sort(written.begin(), written.end());
+        require(std::adjacent_find(written.begin(), written.end()) == written.end(), "dst");
+        for (int64_t i = 0; i < count; ++i) {
+            require(!std::binary_search(written.begin(), written.end(), at(src, i)), "dst");
+        }
+    }
+};
 
 // merge_states, checked and ready to run: the inputs made dense and the results.
 struct MergeStates {

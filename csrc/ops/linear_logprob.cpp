@@ -1,7 +1,7 @@
 // torch.ops.tts_kernels.linear_logprob
-#include <cmath>
+#include "linear_logprob.h"
 
-#include "common.h"
+#include <cmath>
 
 namespace tts::ops {
 namespace {
@@ -20,42 +20,22 @@ float merge(const LinearLogprobArgs& args, int64_t chunks, int64_t row) {
 // Hidden states as the kernel takes them: float32, or bfloat16 where the weight is too.
 Tensor operand(const Tensor& hidden, const Tensor& weight) {
     const DType type = dtype(hidden);
-    if (type == DType::f32 || (type == DType::bf16 && dtype(weight) == DType::bf16))
-        return dense_rows(hidden);
-    return dense(torch::stable::to(hidden, ScalarType::Float));
+    if (type == DType::f32 || (type == DType::bf16 && dtype(weight) == DType::bf16)) return hidden;
+    return torch::stable::to(hidden, ScalarType::Float);
 }
 
-Tensor linear_logprob(const Tensor& hidden_in, const Tensor& weight_in, const Tensor& targets_in,
-                      double temperature) {
-    require(hidden_in.dim() == 2 && weight_in.dim() == 2 && hidden_in.size(1) == weight_in.size(1), "weight");
-    const Tensor hidden = operand(hidden_in, weight_in), weight = dense_rows(weight_in),
-                 targets = dense(targets_in);
-    const int64_t rows = hidden.size(0), chunks = divide_up(weight.size(0), kVocabularyChunk);
-    require(targets.numel() == rows, "targets");
-    require(std::isfinite(temperature) && temperature > 0, "temperature");
-    Tensor out = empty(hidden, {rows}, ScalarType::Float);
-    Tensor partials = empty(hidden, {2 * chunks, rows}, ScalarType::Float);
-    LinearLogprobArgs args{.hidden = {hidden.const_data_ptr(), dtype(hidden)},
-                           .hidden_stride = hidden.stride(0),
-                           .weight = {weight.const_data_ptr(), dtype(weight)},
-                           .weight_stride = weight.stride(0),
-                           .targets = indices(targets),
-                           .rows = rows,
-                           .vocabulary = weight.size(0),
-                           .width = weight.size(1),
-                           .inv_temperature = static_cast<float>(1.0 / temperature),
-                           .max = data<float>(partials),
-                           .sum = data<float>(partials) + chunks * rows,
-                           .target = data<float>(out)};
-    require_range(args.targets, rows, 0, args.vocabulary);
-    if (rows == 0) return out;
+Tensor linear_logprob(const Tensor& hidden, const Tensor& weight, const Tensor& targets, double temperature) {
+    const LinearLogprob call(operand(hidden, weight), weight, targets, temperature, kVocabularyChunk);
+    const LinearLogprobArgs& args = call.args;
+    const int64_t rows = args.rows, chunks = call.chunks;
+    if (rows == 0) return call.out;
     parallel_for(0, chunks, 1,
                  [&](int64_t begin, int64_t end) { kernels().linear_logprob(args, begin, end); });
     float* result = args.target;
     parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) result[r] = merge(args, chunks, r);
     });
-    return out;
+    return call.out;
 }
 
 }  // namespace

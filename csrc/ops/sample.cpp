@@ -1,65 +1,11 @@
 // torch.ops.tts_kernels.sample
+#include "sample.h"
+
 #include <algorithm>
 #include <cmath>
-#include <limits>
-
-#include "common.h"
 
 namespace tts::ops {
 namespace {
-
-// Options of each row: a tensor where there is one, else the number.
-class Options {
-  public:
-    Options(const Tensor& seeds, const Tensor& offsets, double temperature, int64_t top_k, double top_p,
-            double min_p, const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
-            const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps)
-        : same_{static_cast<float>(temperature), top_k, static_cast<float>(top_p),
-                static_cast<float>(min_p),       0,     0},
-          seeds_(static_cast<const int64_t*>(seeds.const_data_ptr())),
-          offsets_(static_cast<const int64_t*>(offsets.const_data_ptr())),
-          temperatures_(float32(temperatures)),
-          top_ps_(float32(top_ps)),
-          min_ps_(float32(min_ps)) {
-        require_valid(temperature, top_k, top_p, min_p);
-        if (same_.top_p < kSmallest) same_.top_p = kSmallest;  // it was above 0 in float64
-        if (top_ks) top_ks_ = indices(*top_ks);
-    }
-
-    SampleOptions operator[](int64_t row) const {
-        SampleOptions options = same_;
-        if (temperatures_) options.temperature = temperatures_[row];
-        if (top_ks_.data) options.top_k = at(top_ks_, row);
-        if (top_ps_) options.top_p = top_ps_[row];
-        if (min_ps_) options.min_p = min_ps_[row];
-        options.seed = seeds_[row];
-        options.offset = offsets_[row];
-        return options;
-    }
-
-    void require_valid(int64_t rows) const {
-        for (int64_t r = 0; r < rows; ++r) {
-            const SampleOptions o = (*this)[r];
-            require_valid(o.temperature, o.top_k, o.top_p, o.min_p);
-        }
-    }
-
-    // Written so that NaN fails.
-    static void require_valid(double temperature, int64_t top_k, double top_p, double min_p) {
-        require(temperature >= 0.0 && temperature <= kLargest, "temperature");
-        require(top_k >= 0, "top_k");
-        require(top_p > 0.0 && top_p <= 1.0, "top_p");
-        require(min_p >= 0.0 && min_p <= 1.0, "min_p");
-    }
-
-  private:
-    static constexpr float kSmallest = std::numeric_limits<float>::min(),
-                           kLargest = std::numeric_limits<float>::max();
-    SampleOptions same_;
-    const int64_t *seeds_, *offsets_;
-    const float *temperatures_, *top_ps_, *min_ps_;
-    IndexArray top_ks_{nullptr, false};
-};
 
 // Memory for one row at a time. Most of it is never touched: lists are short.
 class Workspace {
@@ -100,40 +46,22 @@ float logprob(const SampleDraw& d) {
     return static_cast<float>(static_cast<double>(d.logit) - static_cast<double>(d.max) - std::log(sum));
 }
 
-std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& offsets_in,
+std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, const Tensor& offsets,
                                   double temperature, int64_t top_k, double top_p, double min_p,
                                   const std::optional<Tensor>& temperatures,
                                   const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
                                   const std::optional<Tensor>& min_ps) {
-    require(logits_in.dim() == 2, "logits");
-    const bool strided = logits_in.size(1) > 1 && logits_in.stride(1) != 1;
-    const Tensor logits = strided ? torch::stable::contiguous(logits_in) : logits_in;
-    const Tensor seeds = dense(seeds_in), offsets = dense(offsets_in);
-    const int64_t rows = logits.size(0), vocab = logits.size(1);
-    const auto one_a_row = [&](const Tensor& t) { return t.is_cpu() && t.dim() == 1 && t.size(0) == rows; };
-    const auto absent_or_one_a_row = [&](const std::optional<Tensor>& t) { return !t || one_a_row(*t); };
-    require(vocab >= 1 && vocab <= int64_t{1} << 24, "logits");
-    require(one_a_row(seeds) && seeds.scalar_type() == ScalarType::Long, "seeds");
-    require(one_a_row(offsets) && offsets.scalar_type() == ScalarType::Long, "offsets");
-    require(absent_or_one_a_row(temperatures) && absent_or_one_a_row(top_ks) && absent_or_one_a_row(top_ps) &&
-                absent_or_one_a_row(min_ps),
-            "options");
-    const Options options(seeds, offsets, temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps,
-                          min_ps);
-    options.require_valid(rows);
-
-    const DType type = dtype(logits);
-    const char* base = static_cast<const char*>(logits.const_data_ptr());
-    const int64_t stride = logits.stride(0) * (type == DType::f32 ? 4 : 2);
-    Tensor tokens = empty(logits, {rows}, ScalarType::Long),
-           logprobs = empty(logits, {rows}, ScalarType::Float);
-    int64_t* token = data<int64_t>(tokens);
-    float* token_logprob = data<float>(logprobs);
+    const Sampling sampling(logits, seeds, offsets, temperature, top_k, top_p, min_p, temperatures, top_ks,
+                            top_ps, min_ps);
+    const SampleArgs& args = sampling.args;
+    const int64_t rows = args.rows, vocab = args.vocab;
+    const char* base = static_cast<const char*>(args.logits.data);
+    const int64_t stride = args.stride * logits.element_size();
     const auto one_row = [&](int64_t r, SampleWorkspace& space, auto over_blocks) {
-        const SampleRow row{{base + r * stride, type}, vocab, options[r]};
+        const SampleRow row{{base + r * stride, args.logits.dtype}, vocab, options_of(args, r)};
         const SampleDraw d = draw(row, space, [&](auto step) { over_blocks(step, row); });
-        token[r] = d.token;
-        token_logprob[r] = logprob(d);
+        args.tokens[r] = d.token;
+        args.logprobs[r] = logprob(d);
     };
 
     const int64_t blocks = divide_up(vocab, kSampleBlock), chunks = divide_up(blocks, kSampleChunk);
@@ -148,7 +76,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_i
                 });
             });
         }
-        return {tokens, logprobs};
+        return {sampling.tokens, sampling.logprobs};
     }
     parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         Workspace workspace(logits, vocab);
@@ -157,7 +85,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_i
             one_row(r, space, [&](auto step, const SampleRow& row) { step(row, space, 0, blocks); });
         }
     });
-    return {tokens, logprobs};
+    return {sampling.tokens, sampling.logprobs};
 }
 
 }  // namespace

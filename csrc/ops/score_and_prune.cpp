@@ -7,33 +7,25 @@ namespace {
 // Steps are scored and folded into their candidate by the same thread, then groups are pruned. A head with a
 // hidden layer reads W1 once for all steps, so there the steps come first.
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_prune(
-    const Tensor& hidden_in, const Tensor& positions_in, const Tensor& step_indptr_in, const Tensor& weight,
+    const Tensor& hidden, const Tensor& positions, const Tensor& step_indptr, const Tensor& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1,
     const std::optional<Tensor>& norm_weight, double eps, bool sigmoid, const Tensor& group_indptr,
-    int64_t width, const std::optional<Tensor>& k, const std::string& how,
-    const std::optional<Tensor>& prior_in, const std::optional<Tensor>& prior_counts_in, bool keep_order) {
-    const Tensor hidden = dense_rows(hidden_in), positions = dense(positions_in),
-                 step_indptr = dense(step_indptr_in);
-    const std::optional<Tensor> prior = dense(prior_in), prior_counts = dense(prior_counts_in);
-    StepScoresArgs steps =
-        step_scores_args(hidden, positions, {weight, bias, w1, b1, norm_weight, eps, sigmoid});
-    AggregateStepsArgs chains = aggregate_args(step_indptr, steps.steps, how, prior, prior_counts);
-    const int64_t candidates = step_indptr.numel() - 1;
-    const PrunePlan plan(group_indptr, candidates, width, k, keep_order);
-
-    Tensor step_scores = empty(hidden, {steps.steps}, ScalarType::Float);
-    Tensor candidate_scores = empty(hidden, {candidates}, ScalarType::Float);
-    steps.out = data<float>(step_scores);
-    chains.scores = {steps.out, DType::f32};
-    chains.out = data<float>(candidate_scores);
-    if (w1) score_with_hidden_layer(steps, hidden);
+    int64_t width, const std::optional<Tensor>& k, const std::string& how, const std::optional<Tensor>& prior,
+    const std::optional<Tensor>& prior_counts, bool keep_order) {
+    const ScoreAndPrune call(hidden, positions, step_indptr,
+                             {weight, bias, w1, b1, norm_weight, eps, sigmoid}, group_indptr, width, k, how,
+                             prior, prior_counts, keep_order);
+    const StepScoresArgs& steps = call.steps.args;
+    const AggregateStepsArgs& chains = call.chains;
+    const int64_t candidates = call.candidates;
+    if (w1) score_with_hidden_layer(steps, call.steps.hidden);
     const int64_t grain = kStepsPerThread * candidates / std::max<int64_t>(1, steps.steps);
     parallel_for(0, candidates, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
         if (!w1) kernels().step_scores(steps, at(chains.indptr, begin), at(chains.indptr, end));
         kernels().aggregate_steps(chains, begin, end);
     });
-    const Pruned kept = plan.run(candidate_scores);
-    return {kept.indices, kept.counts, candidate_scores, step_scores};
+    const Pruned kept = call.plan.run(call.candidate_scores);
+    return {kept.indices, kept.counts, call.candidate_scores, call.steps.out};
 }
 
 }  // namespace

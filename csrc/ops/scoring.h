@@ -30,6 +30,21 @@ inline StepScoresArgs step_scores_args(const Tensor& hidden, const Tensor& posit
     return args;
 }
 
+// step_scores, checked and ready to run.
+struct StepScores {
+    Tensor hidden, positions;
+    StepScoresArgs args;
+    Tensor out;  // [S]
+
+    StepScores(const Tensor& hidden_in, const Tensor& positions_in, const Head& head)
+        : hidden(dense_rows(hidden_in)),
+          positions(dense(positions_in)),
+          args(step_scores_args(hidden, positions, head)),
+          out(empty(hidden, {args.steps}, ScalarType::Float)) {
+        args.out = data<float>(out);
+    }
+};
+
 // Scores every step of a head with a hidden layer; `like` gives the workspace its device.
 inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
     const int64_t blocks = divide_up(args.head.hidden_width, kHiddenBlock);
@@ -72,6 +87,25 @@ inline AggregateStepsArgs aggregate_args(const Tensor& indptr, int64_t steps, co
     }
     return args;
 }
+
+// aggregate_steps, checked and ready to run.
+struct AggregateSteps {
+    Tensor scores, indptr;
+    int64_t candidates;
+    Tensor out;  // [C]
+    AggregateStepsArgs args;
+
+    AggregateSteps(const Tensor& scores_in, const Tensor& indptr_in, const std::string& how)
+        : scores(dense(scores_in)),
+          indptr(dense(indptr_in)),
+          candidates(indptr.numel() - 1),
+          args(aggregate_args(indptr, scores.numel(), how)) {
+        require(scores.dim() == 1, "scores");
+        out = empty(scores, {candidates}, ScalarType::Float);
+        args.scores = floats(scores);
+        args.out = data<float>(out);
+    }
+};
 
 // ---- pruning ----------------------------------------------------------------------------------------------
 
@@ -132,6 +166,35 @@ struct PrunePlan {
         parallel_for(0, groups(), grain,
                      [&](int64_t begin, int64_t end) { kernels().prune(args, begin, end); });
         return out;
+    }
+};
+
+// ---- all of it --------------------------------------------------------------------------------------------
+
+// score_and_prune, checked and ready to run: everything before anything is written.
+struct ScoreAndPrune {
+    StepScores steps;
+    Tensor step_indptr;
+    std::optional<Tensor> prior, prior_counts;
+    AggregateStepsArgs chains;  // of the scores of `steps`
+    int64_t candidates;
+    PrunePlan plan;
+    Tensor candidate_scores;  // [C]
+
+    ScoreAndPrune(const Tensor& hidden, const Tensor& positions, const Tensor& step_indptr_in,
+                  const Head& head, const Tensor& group_indptr, int64_t width, const std::optional<Tensor>& k,
+                  const std::string& how, const std::optional<Tensor>& prior_in,
+                  const std::optional<Tensor>& prior_counts_in, bool keep_order)
+        : steps(hidden, positions, head),
+          step_indptr(dense(step_indptr_in)),
+          prior(dense(prior_in)),
+          prior_counts(dense(prior_counts_in)),
+          chains(aggregate_args(step_indptr, steps.args.steps, how, prior, prior_counts)),
+          candidates(step_indptr.numel() - 1),
+          plan(group_indptr, candidates, width, k, keep_order),
+          candidate_scores(empty(steps.hidden, {candidates}, ScalarType::Float)) {
+        chains.scores = {steps.args.out, DType::f32};
+        chains.out = data<float>(candidate_scores);
     }
 };
 

@@ -4,22 +4,19 @@
 namespace tts::ops {
 namespace {
 
-Tensor step_scores(const Tensor& hidden_in, const Tensor& positions_in, const Tensor& weight,
+Tensor step_scores(const Tensor& hidden, const Tensor& positions, const Tensor& weight,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& w1,
                    const std::optional<Tensor>& b1, const std::optional<Tensor>& norm_weight, double eps,
                    bool sigmoid) {
-    const Tensor hidden = dense_rows(hidden_in), positions = dense(positions_in);
-    StepScoresArgs args =
-        step_scores_args(hidden, positions, {weight, bias, w1, b1, norm_weight, eps, sigmoid});
-    Tensor out = empty(hidden, {args.steps}, ScalarType::Float);
-    args.out = data<float>(out);
+    const StepScores call(hidden, positions, {weight, bias, w1, b1, norm_weight, eps, sigmoid});
+    const StepScoresArgs& args = call.args;
     if (w1) {
-        score_with_hidden_layer(args, hidden);
+        score_with_hidden_layer(args, call.hidden);
     } else {
         parallel_for(0, args.steps, kStepsPerThread,
                      [&](int64_t begin, int64_t end) { kernels().step_scores(args, begin, end); });
     }
-    return out;
+    return call.out;
 }
 
 }  // namespace

@@ -7,17 +7,11 @@
 namespace tts::ops {
 namespace {
 
-Tensor aggregate_steps(const Tensor& scores_in, const Tensor& indptr_in, const std::string& how) {
-    const OnDevice device(scores_in);
-    const Tensor scores = dense(scores_in), indptr = dense(indptr_in);
-    require(scores.dim() == 1, "scores");
-    AggregateStepsArgs args = aggregate_args(indptr, scores.numel(), how);
-    const int64_t candidates = indptr.numel() - 1;
-    Tensor out = empty(scores, {candidates}, ScalarType::Float);
-    args.scores = floats(scores);
-    args.out = data<float>(out);
-    cuda::aggregate_steps(args, candidates, device.stream());
-    return out;
+Tensor aggregate_steps(const Tensor& scores, const Tensor& indptr, const std::string& how) {
+    const OnDevice device(scores);
+    const AggregateSteps call(scores, indptr, how);
+    cuda::aggregate_steps(call.args, call.candidates, device.stream());
+    return call.out;
 }
 
 }  // namespace

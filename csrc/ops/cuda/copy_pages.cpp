@@ -7,17 +7,10 @@
 namespace tts::ops {
 namespace {
 
-void copy_pages_(std::vector<Tensor> caches, const Tensor& src_in, const Tensor& dst_in) {
-    const OnDevice device(src_in);
-    const Tensor src = dense(src_in), dst = dense(dst_in);
-    const IndexArray src_index = indices(src), dst_index = indices(dst);
-    require(dst.numel() == src.numel(), "dst");
-    std::vector<PagedBytes> args;
-    for (Tensor& cache : caches) {
-        require(is_cache(cache), "caches");
-        if (cache.numel() > 0) args.push_back(paged_bytes(cache));
-    }
-    cuda::copy_pages(args, src_index, dst_index, src.numel(), device.stream());
+void copy_pages_(std::vector<Tensor> caches, const Tensor& src, const Tensor& dst) {
+    const OnDevice device(src);
+    const CopyPages pages(caches, src, dst);
+    cuda::copy_pages(pages.caches, pages.src, pages.dst, pages.count, device.stream());
 }
 
 }  // namespace

@@ -1,60 +1,22 @@
 // torch.ops.tts_kernels.sample on a GPU
 #include "../../cuda/sample.h"
 
-#include <algorithm>
-#include <limits>
-
+#include "../sample.h"
 #include "common.h"
 
 namespace tts::ops {
 namespace {
 
-// Written so that NaN fails.
-void require_valid(double temperature, int64_t top_k, double top_p, double min_p) {
-    require(temperature >= 0.0 && temperature <= std::numeric_limits<float>::max(), "temperature");
-    require(top_k >= 0, "top_k");
-    require(top_p > 0.0 && top_p <= 1.0, "top_p");
-    require(min_p >= 0.0 && min_p <= 1.0, "min_p");
-}
-
-std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& offsets_in,
+std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, const Tensor& offsets,
                                   double temperature, int64_t top_k, double top_p, double min_p,
                                   const std::optional<Tensor>& temperatures,
                                   const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
                                   const std::optional<Tensor>& min_ps) {
-    const OnDevice device(logits_in);
-    const Tensor logits = dense_rows(logits_in), seeds = dense(seeds_in), offsets = dense(offsets_in);
-    const int64_t rows = logits.size(0), vocab = logits.size(1);
-    const auto one_a_row = [&](const Tensor& t) { return is_here(t) && t.dim() == 1 && t.size(0) == rows; };
-    const auto absent_or_one_a_row = [&](const std::optional<Tensor>& t) { return !t || one_a_row(*t); };
-    require(vocab >= 1 && vocab <= int64_t{1} << 24, "logits");
-    require(one_a_row(seeds) && seeds.scalar_type() == ScalarType::Long, "seeds");
-    require(one_a_row(offsets) && offsets.scalar_type() == ScalarType::Long, "offsets");
-    require(absent_or_one_a_row(temperatures) && absent_or_one_a_row(top_ks) && absent_or_one_a_row(top_ps) &&
-                absent_or_one_a_row(min_ps),
-            "options");
-    require_valid(temperature, top_k, top_p, min_p);
-    const float smallest = std::numeric_limits<float>::min();  // top_p was above 0 in float64
-
-    Tensor tokens = empty(logits, {rows}, ScalarType::Long),
-           logprobs = empty(logits, {rows}, ScalarType::Float);
-    const SampleArgs args{
-        .logits = {logits.const_data_ptr(), dtype(logits)},
-        .stride = logits.stride(0),
-        .rows = rows,
-        .vocab = vocab,
-        .same = {static_cast<float>(temperature), top_k, std::max(static_cast<float>(top_p), smallest),
-                 static_cast<float>(min_p), 0, 0},
-        .temperatures = float32(temperatures),
-        .top_ks = top_ks ? indices(*top_ks) : IndexArray{nullptr, false},
-        .top_ps = float32(top_ps),
-        .min_ps = float32(min_ps),
-        .seeds = static_cast<const int64_t*>(seeds.const_data_ptr()),
-        .offsets = static_cast<const int64_t*>(offsets.const_data_ptr()),
-        .tokens = data<int64_t>(tokens),
-        .logprobs = data<float>(logprobs)};
-    cuda::sample(args, device.stream());
-    return {tokens, logprobs};
+    const OnDevice device(logits);
+    const Sampling sampling(logits, seeds, offsets, temperature, top_k, top_p, min_p, temperatures, top_ks,
+                            top_ps, min_ps);
+    cuda::sample(sampling.args, device.stream());
+    return {sampling.tokens, sampling.logprobs};
 }
 
 }  // namespace
