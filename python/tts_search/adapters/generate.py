@@ -12,20 +12,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.models.decoder import Batch, Decoder, KVPool, pool_for
-from tts_search.models.transformers import ATTENTION, ForestCache, model_shape, register
+from tts_search.models.decoder import Batch, KVPool, pool_for
+from tts_search.models.rotary import rotary_bound
+from tts_search.models.selftest import check_decoder, eager_answers
+from tts_search.models.transformers import (
+    ATTENTION,
+    NOT_PLUGGABLE,
+    ForestCache,
+    TransformersDecoder,
+    following,
+    register,
+)
 
 from transformers.generation.utils import GENERATION_MODES_MAPPING  # isort: skip  (after what says how to install it)
 
 __all__ = ["GenerationCache", "generate_over_forest"]
 
 _HOOKED: Final = "_tts_kernels_hooks"
+_TESTED: Final = "_tts_kernels_tested"
 # What a packed forward cannot follow.
 _UNSUPPORTED: Final = ("inputs_embeds", "token_type_ids", "labels", "output_attentions", "output_hidden_states")
 
@@ -46,6 +56,9 @@ class GenerationCache(ForestCache):
         no token was written to take no memory.
     page_size : int
         Token slots of a page.
+    self_test : bool
+        Whether a few tokens go through the model over a forest and with its own eager attention, once for each model:
+        what differs is refused.
 
     Attributes
     ----------
@@ -69,9 +82,17 @@ class GenerationCache(ForestCache):
     >>> out = model.generate(**inputs, past_key_values=cache, num_return_sequences=16)  # doctest: +SKIP
     """
 
-    def __init__(self, model: Any, *, kv_memory: int | str | None = None, page_size: int = 16) -> None:
+    def __init__(
+        self, model: Any, *, kv_memory: int | str | None = None, page_size: int = 16, self_test: bool = True
+    ) -> None:
         _check_attention(model)
-        self.pool: KVPool = pool_for(cast(Decoder, _Sizes(model)), kv_memory, page_size)
+        with following(model.config):
+            decoder = TransformersDecoder(model)
+            if self_test and not hasattr(model, _TESTED):
+                check_decoder(decoder, eager_answers(model, decoder.shape.max_length))
+                setattr(model, _TESTED, True)
+        self.pool: KVPool = pool_for(decoder, kv_memory, page_size)
+        self._bound = rotary_bound(model)
         super().__init__(self.pool.kv)
         self._rows: list[int] = []  # the branch of each row of the batch
         self._columns = 0  # of input_ids so far, padding included
@@ -210,6 +231,10 @@ class GenerationCache(ForestCache):
     def _append(self, tokens: Sequence[tuple[int, ...]]) -> tuple[Batch, Tensor]:
         """Give each row its new tokens; the forward, and the packed row [B] of each row's first one."""
         forest = self.pool.forest
+        if self._bound is not None:
+            lengths = map(forest.length, self._rows) if self._rows else itertools.repeat(0)
+            longest = max(length + len(new) for length, new in zip(lengths, tokens, strict=False))
+            _check_bound(longest, self._bound)
         old = self._rows or [forest.add_root()] * len(tokens)
         groups: dict[tuple[int, tuple[int, ...]], int] = {}
         which = [groups.setdefault(pair, len(groups)) for pair in zip(old, tokens, strict=True)]
@@ -249,6 +274,7 @@ def generate_over_forest(
     *,
     generation_config: Any,
     kv_memory: int | str | None = None,
+    self_test: bool = True,
     **kwargs: Any,
 ) -> Any:
     """The decoding loop that ``generate`` would have run, over a forest: a ``custom_generate``.
@@ -259,8 +285,8 @@ def generate_over_forest(
     ----------
     model, input_ids, generation_config, **kwargs
         What ``generate`` gives to a custom decoding loop. A :class:`GenerationCache` among them is continued.
-    kv_memory
-        As in :class:`GenerationCache`; a keyword of ``generate`` then.
+    kv_memory, self_test
+        As in :class:`GenerationCache`; keywords of ``generate`` then.
 
     Returns
     -------
@@ -282,7 +308,9 @@ def generate_over_forest(
     mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
     loop = getattr(type(model), GENERATION_MODES_MAPPING[mode])
     with _attention_over_forest(model):
-        cache = given if isinstance(given, GenerationCache) else GenerationCache(model, kv_memory=kv_memory)
+        cache = given if isinstance(given, GenerationCache) else None
+        if cache is None:
+            cache = GenerationCache(model, kv_memory=kv_memory, self_test=self_test)
         return loop(model, input_ids, generation_config=generation_config, past_key_values=cache, **kwargs)
 
 
@@ -290,7 +318,10 @@ def generate_over_forest(
 def _attention_over_forest(model: Any) -> Iterator[None]:
     register()
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    with following(model.config):
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:
+            raise ValueError(NOT_PLUGGABLE)
     try:
         yield
     finally:
@@ -300,10 +331,12 @@ def _attention_over_forest(model: Any) -> Iterator[None]:
 def _pack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the model's forward."""
     cache = kwargs.get("past_key_values")
+    options = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)), **kwargs}
     if not isinstance(cache, GenerationCache):
+        if model.config._attn_implementation == ATTENTION and (bound := rotary_bound(model)) is not None:
+            _check_bound(options["input_ids"].shape[1], bound)  # where some models drop their cache
         return None
     _check_attention(model)
-    options = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)), **kwargs}
     if unsupported := [name for name in _UNSUPPORTED if options.get(name) is not None and options[name] is not False]:
         raise ValueError(f"{', '.join(unsupported)}: not supported with a GenerationCache")
     names = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
@@ -327,11 +360,12 @@ def _real(attention_mask: Tensor, width: int) -> Tensor:
     return attention_mask[:, -width:].cpu().bool()
 
 
-class _Sizes:
-    """What `pool_for` asks of a decoder."""
-
-    def __init__(self, model: Any) -> None:
-        self.shape, self.device, self.dtype = model_shape(model), torch.device(model.device), model.dtype
+def _check_bound(length: int, bound: int) -> None:
+    if length > bound:
+        raise ValueError(
+            f"expected texts of at most {bound} tokens, beyond which this model's rotary embedding turns all tokens of "
+            f"a text by its length; got one of {length}"
+        )
 
 
 def _check_attention(model: Any) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from tts_search.models import transformers as adapter
 from tts_search.models.decoder import Decoder, DecoderKind
 from tts_search.models.llama import LlamaConfig, LlamaDecoder
+from tts_search.models.rotary import context_of
+from tts_search.models.selftest import check_decoder, eager_answers
 
 __all__ = ["lean_decoder", "llama_config", "load_decoder", "why_not_lean"]
 
@@ -48,6 +50,7 @@ def load_decoder(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     decoder: DecoderKind = "auto",
+    self_test: bool = True,
 ) -> Decoder:
     """Load a checkpoint (folder or hub id); ``causal_lm=False`` leaves its head out.
 
@@ -63,6 +66,9 @@ def load_decoder(
         By default a GPU if there is one, else the CPU.
     decoder : {"auto", "lean", "transformers"}
         `LlamaDecoder`, `TransformersDecoder`, or by default the first wherever `why_not_lean` has nothing against it.
+    self_test : bool
+        Whether a few tokens go through the decoder and through the model's own eager attention, see
+        :mod:`tts_search.models.selftest`: what differs is refused.
 
     Raises
     ------
@@ -73,14 +79,19 @@ def load_decoder(
     if decoder not in ("auto", "lean", "transformers"):
         raise ValueError(f"decoder: expected 'auto', 'lean' or 'transformers', got {decoder!r}")
     general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
-    reason = why_not_lean(general.model)
-    if decoder == "transformers" or (decoder == "auto" and reason is not None):
-        return general
-    if reason is not None:
-        raise ValueError(f"decoder: expected a model that the lean decoder can run, got one {reason}")
     model = general.model
-    del general  # its weights go one by one
-    return lean_decoder(model)
+    reason = why_not_lean(model)
+    if decoder == "lean" and reason is not None:
+        raise ValueError(f"decoder: expected a model that the lean decoder can run, got one {reason}")
+    with adapter.following(model.config):
+        expected = eager_answers(model, general.shape.max_length) if self_test else None
+        chosen: Decoder = general
+        if decoder != "transformers" and reason is None:
+            del general  # its weights go one by one
+            chosen = lean_decoder(model)
+        if expected is not None:
+            check_decoder(chosen, expected)
+    return chosen
 
 
 def why_not_lean(model: Any) -> str | None:
@@ -126,7 +137,7 @@ def llama_config(model: Any) -> LlamaConfig:
     family = type(base).__name__.removesuffix("Model")
     # In float32 whatever the model's dtype; the module knows every kind of scaling.
     rotary = type(base.rotary_emb)(config)
-    cos, sin = rotary(torch.zeros(0), torch.arange(config.max_position_embeddings)[None])
+    cos, sin = rotary(torch.zeros(0), torch.arange(context_of(config))[None])
     half = cos.shape[-1] // 2
     return LlamaConfig(
         num_q_heads=config.num_attention_heads,

@@ -9,7 +9,8 @@ built, and prefill goes beside decode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.models.decoder import Batch, DecoderShape
+from tts_search.models.rotary import bound_rotary, context_of, rotary_bound
 
 try:
     import transformers
@@ -32,9 +34,9 @@ except ImportError as error:
 
 ATTENTION: Final = "tts_kernels"
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call their number
+NOT_PLUGGABLE: Final = "its attention does not go through transformers' AttentionInterface"
 # TRL's wrapper of a model with a value head may have been saved with its own name in front of the model's.
 _RENAMED: Final = {r"^pretrained_model\.": ""}
-_NO_LIMIT: Final = 2**17  # context of a model whose configuration names none
 # Keyword arguments of an attention function that change its result in a way that tree_attention cannot follow.
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 
@@ -74,6 +76,7 @@ class ForestCache(Cache):  # type: ignore[misc]
         self._slots: Tensor | None = None
         self.appended = 0
         self.attended = 0
+        self.pretended = 0
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of a model's forward that run ``batch``."""
@@ -128,8 +131,8 @@ class ForestCache(Cache):  # type: ignore[misc]
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """0: branches differ in length, so position_ids must be given."""
-        return 0
+        """Nothing that a model may use: branches differ in length, so position_ids are given."""
+        return self.pretended
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
         """Of a mask that nobody builds."""
@@ -213,6 +216,11 @@ class TransformersDecoder:
         A causal language model, or a bare decoder (then without logits), loaded with
         ``attn_implementation="tts_kernels"``.
 
+    Attributes
+    ----------
+    pretended : int
+        What the cache says when the model asks for its length, which nothing may depend on.
+
     Raises
     ------
     ValueError
@@ -222,7 +230,9 @@ class TransformersDecoder:
     records = False  # some models look at values on the way
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        self.pretended = 0
+        bound_rotary(model, ATTENTION)
         self.shape = model_shape(model)
         self.device = torch.device(model.device)
         self.dtype: torch.dtype = model.dtype
@@ -232,7 +242,7 @@ class TransformersDecoder:
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
         """Final hidden states [R, H] of the batch's rows, behind the last norm."""
         cache = self._cache_of(kv)
-        states: Tensor = self.model.base_model(**cache.inputs(batch)).last_hidden_state[0]
+        states: Tensor = body_of(self.model)(**cache.inputs(batch)).last_hidden_state[0]
         cache.check_layers(type(self.model).__name__)
         return states if rows is None else states.index_select(0, rows)
 
@@ -247,6 +257,7 @@ class TransformersDecoder:
     def _cache_of(self, kv: tk.KVCache) -> ForestCache:
         if self._cache is None or self._cache.kv is not kv:
             self._cache = ForestCache(kv)
+        self._cache.pretended = self.pretended
         return self._cache
 
 
@@ -267,26 +278,60 @@ def load_decoder(
         If the model cannot run over a forest, or the checkpoint lacks weights; the message says which.
     """
     register()
+    config = load_config(path_or_id)
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()  # a search shows its own
     if not causal_lm:
         transformers.logging.set_verbosity_error()  # it would warn of the head, which is read by itself
     try:
-        model, loading = auto.from_pretrained(
-            path_or_id,
-            dtype=dtype or "auto",
-            attn_implementation=ATTENTION,
-            output_loading_info=True,
-            key_mapping=_RENAMED,
-        )
+        with following(config):
+            model, loading = auto.from_pretrained(
+                path_or_id,
+                dtype=dtype or "auto",
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
+                key_mapping=_RENAMED,
+            )
     finally:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{path_or_id}: found no {', '.join(missing)} in the checkpoint")
-    return TransformersDecoder(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.requires_grad_(False)
+    with following(config):
+        return TransformersDecoder(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+@contextmanager
+def following(config: Any) -> Iterator[None]:
+    """What goes wrong in here with a model of this configuration says that it cannot run over a forest, and why.
+
+    Raises
+    ------
+    ValueError
+        With the model's type and the reason. Errors of files, of memory and of Ctrl-C are none of the model's.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError) and error.args == (ATTENTION,):
+            reason = NOT_PLUGGABLE
+        elif isinstance(error, (ValueError, RuntimeError)):
+            reason = str(error).partition(". ")[0]
+        raise ValueError(f"models of type {config.model_type!r} do not run over a forest: {reason}") from error
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that gives hidden states, whatever its causal language model calls it."""
+    base = model.base_model
+    if base is not model or model.get_output_embeddings() is None:
+        return base
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
 def model_shape(model: PreTrainedModel) -> DecoderShape:
@@ -297,13 +342,14 @@ def model_shape(model: PreTrainedModel) -> DecoderShape:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = head is not None and head.weight is embedding.weight
     total = _active_parameters(model, config)
+    bound = rotary_bound(model)
     head_parameters = 0 if head is None else head.weight.numel()
     return DecoderShape(
         num_layers=config.num_hidden_layers,
         num_q_heads=num_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        max_length=getattr(config, "max_position_embeddings", None) or _NO_LIMIT,
+        max_length=context_of(config) if bound is None else bound,
         body_parameters=total - embedding.weight.numel() - (0 if shared else head_parameters),
         head_parameters=head_parameters,
     )
@@ -322,7 +368,7 @@ def _active_parameters(model: PreTrainedModel, config: Any) -> int:
 def _check_supported(model: PreTrainedModel, config: Any) -> None:
     name = type(model).__name__
     if not model._supports_attention_backend:
-        raise ValueError(f"{name}: its attention does not go through transformers' AttentionInterface")
+        raise ValueError(f"{name}: {NOT_PLUGGABLE}")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: expected a decoder-only model, got an encoder-decoder")
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

@@ -61,13 +61,16 @@ class HFPolicy:
         modules in transformers with attention over the forest. The other two values insist on one.
     chat : bool
         False: a problem is a whole prompt, rendered by the caller, and is read as it is.
+    self_test : bool
+        Whether a few tokens go through the decoder and through the model's own eager attention while it loads; a model
+        that comes out different is refused.
 
     Raises
     ------
     MissingExtraError
         Without transformers.
     ValueError
-        If the model's attention is not pluggable, ``kv_memory`` is no size, or ``"lean"`` is not possible.
+        If the model cannot be followed over a forest, ``kv_memory`` is no size, or ``"lean"`` is not possible.
 
     Examples
     --------
@@ -85,6 +88,7 @@ class HFPolicy:
         kv_memory: int | str | None = None,
         decoder: DecoderKind = "auto",
         chat: bool = True,
+        self_test: bool = True,
     ) -> None:
         require("transformers", "search")
         from tts_search.models import transformers as adapter
@@ -97,7 +101,9 @@ class HFPolicy:
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         self.system_prompt = system_prompt
         self.chat = chat
-        self.decoder: Decoder = load_decoder(path_or_id, dtype=dtype, device=device, decoder=decoder)
+        self.decoder: Decoder = load_decoder(
+            path_or_id, dtype=dtype, device=device, decoder=decoder, self_test=self_test
+        )
         self._eos = adapter.eos_tokens(path_or_id, self.tokenizer)
         pool = pool_for(self.decoder, kv_memory)
         self._pool = BranchPool(pool, graphs=decode_graphs(self.decoder, pool))

@@ -58,7 +58,7 @@ class HFVerifier:
         and the tensors of its head.
     head : ScoreHead or None
         Use this head instead of the format's.
-    dtype, device, kv_memory, decoder
+    dtype, device, kv_memory, decoder, self_test
         As in :class:`~tts_search.HFPolicy`. (``kv_memory`` is for each of two models with a ``log_ratio`` format.)
     reference : str or None
         Folder or hub id of the reference model of a ``log_ratio`` format; by default the one that the format names.
@@ -70,7 +70,8 @@ class HFVerifier:
     MissingExtraError
         Without transformers.
     ValueError
-        If nothing says the format, a label is not one token, or a tensor of the head is not in the checkpoint.
+        If nothing says the format, a label is not one token, a tensor of the head is not in the checkpoint, or the
+        model cannot be followed over a forest.
 
     Examples
     --------
@@ -90,6 +91,7 @@ class HFVerifier:
         decoder: DecoderKind = "auto",
         reference: str | None = None,
         batch_tokens: int = MAX_FORWARD_TOKENS,
+        self_test: bool = True,
     ) -> None:
         require("transformers", "search")
         from tts_search.models import transformers as adapter
@@ -101,7 +103,13 @@ class HFVerifier:
         self.format = entry = format_of(format, config, path_or_id, checkpoint.names)
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         self._reader = Reader(self.tokenizer, entry)
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory, "decoder": decoder}
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "kv_memory": kv_memory,
+            "decoder": decoder,
+            "self_test": self_test,
+        }
         self._lane = _lane(path_or_id, entry.judge is not None, batch_tokens, **options)
         self.head: tk.ScoreHead | None = None
         self._scorer: HeadScorer | LogRatioScorer

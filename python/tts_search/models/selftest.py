@@ -1,0 +1,165 @@
+"""Whether a decoder gives what its model gives by itself: a few tokens over a small tree, while it loads.
+
+What a model does with positions, masks and caches is code of its own, and much of it cannot be known from a
+configuration. So before a decoder is used, two texts that part behind a common beginning go through it as the branches
+of a search do (a beginning, a part of each branch, one more token of each; beside a stranger at the end of the context)
+and through the model with its own eager attention, whole and alone. A decoder that differs by more than rounding is
+refused.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tts_search.models.decoder import Batch, Decoder, KVPool
+from tts_search.models.transformers import TransformersDecoder, body_of
+
+__all__ = ["Answers", "check_decoder", "eager_answers"]
+
+_TOKENS: Final = 24  # of the longer text: a page and a half
+_LONGEST: Final = 160  # of the longer text, if that is what it takes to leave a sliding window
+_PAST: Final = 20  # tokens of it behind the first window
+# The most that a hidden state may be off, by its norm: rounding is 1e-6 in float32. Fewer bits say less, and in a
+# mixture of experts a token may be sent to another one; so there half of the rows must be near.
+_EXACT: Final = 1e-4
+_COARSE: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Two texts with a common beginning, and what a model says of them.
+
+    Attributes
+    ----------
+    texts : tuple of list of int
+        The shorter text, the longer one.
+    common : int
+        Tokens of the beginning.
+    hidden : tuple of Tensor
+        Final hidden states [n, H] of each text, float32.
+    logits : Tensor or None
+        Logits [1, V] of the longer text's last token, if the model has a head.
+    """
+
+    texts: tuple[list[int], list[int]]
+    common: int
+    hidden: tuple[Tensor, Tensor]
+    logits: Tensor | None
+
+
+@torch.inference_mode()
+def eager_answers(model: Any, max_length: int) -> Answers:
+    """What a model of transformers says of two texts with its own eager attention.
+
+    Raises
+    ------
+    ValueError
+        If it says nothing of a text alone.
+    """
+    common, texts = _texts(model, max_length)
+    with _eager(model):
+        ids = [torch.tensor([text], device=model.device) for text in texts]
+        short, long = (body_of(model)(input_ids=each, use_cache=False).last_hidden_state[0].float() for each in ids)
+        has_head = model.get_output_embeddings() is not None
+        logits = model(input_ids=ids[1], use_cache=False).logits[0, -1:].float() if has_head else None
+    return Answers((texts[0], texts[1]), common, (short, long), logits)
+
+
+@torch.inference_mode()
+def check_decoder(decoder: Decoder, expected: Answers) -> None:
+    """Compare a decoder with what its model says by itself.
+
+    It costs the forwards of some 50 tokens.
+
+    Raises
+    ------
+    ValueError
+        If it differs by more than rounding; the message says by how much.
+    """
+    if isinstance(decoder, TransformersDecoder):
+        decoder.pretended = max(0, decoder.shape.max_length - _LONGEST)
+        try:
+            _walk(decoder, expected)
+        finally:
+            decoder.pretended = 0
+    else:
+        _walk(decoder, expected)
+
+
+def _walk(decoder: Decoder, expected: Answers) -> None:
+    pool = KVPool(decoder.shape, 64, dtype=decoder.dtype, device=decoder.device)
+    short, long = expected.texts
+    start, ends = expected.common, (len(expected.texts[0]), len(expected.texts[1]))
+    root = pool.forest.add_root()
+    first = decoder.hidden(pool.pack([root], [short[:start]]), pool.kv)
+    branches = pool.forest.fork([root, root])
+    middle = decoder.hidden(_with_stranger(pool, branches, [short[start:-1], long[start:-1]]), pool.kv)
+    last = decoder.hidden(pool.pack(branches, [short[-1:], long[-1:]]), pool.kv)
+    cut = ends[0] - 1 - start
+    parts = [
+        torch.cat([first, middle[:cut], last[:1]]),
+        torch.cat([first, middle[cut : cut + ends[1] - 1 - start], last[1:]]),
+    ]
+    for got, want in zip(parts, expected.hidden, strict=True):
+        _compare("hidden states", got, want, decoder.dtype)
+    if expected.logits is None:
+        return
+    for branch in branches:
+        pool.forest.truncate(branch, pool.forest.length(branch) - 1)
+    batch = pool.pack(branches, [short[-1:], long[-1:]])
+    got = decoder.logits(batch, pool.kv, torch.tensor([1], device=decoder.device))
+    _compare("logits", got, expected.logits, decoder.dtype)
+
+
+def _texts(model: Any, max_length: int) -> tuple[int, list[list[int]]]:
+    """Tokens of the common beginning, and two texts: longer than a sliding window, where that is cheap."""
+    config = model.config.get_text_config(decoder=True)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_window")]
+    lengths = [window + _PAST for window in windows if isinstance(window, int)]
+    wanted = max([_TOKENS, *(length for length in lengths if length <= _LONGEST)])
+    total = max(4, min(wanted, max_length))
+    special = {value for name, value in config.to_dict().items() if "token" in name and isinstance(value, int)}
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    words = [word for word in range(rows) if word not in special] if rows < 10_000 else range(1000, rows - 1000)
+    rng = random.Random(0)
+    common, shorter = total // 2, max(2, (total - total // 2) // 2)
+    long, other = ([rng.choice(words) for _ in range(length)] for length in (total, shorter))
+    return common, [[*long[:common], *other], long]
+
+
+def _with_stranger(pool: KVPool, branches: list[int], tokens: list[list[int]]) -> Batch:
+    """A packed forward beside two tokens that stand at the end of the longest text that the model takes."""
+    stranger = pool.forest.add_root()
+    counts = [*map(len, tokens), 2]
+    slots = pool.append([*branches, stranger], counts)
+    ends = [*map(pool.forest.length, branches), pool.shape.max_length]
+    positions = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
+    ids = [*tokens[0], *tokens[1], *tokens[0][:1], *tokens[1][:1]]
+    return pool.batch([*branches, stranger], counts, ids, positions, slots)
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _compare(what: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    if got.shape != want.shape:
+        raise ValueError(f"expected {what} {list(want.shape)}, as with its own eager attention, got {list(got.shape)}")
+    off = (got.float() - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    exact = dtype in (torch.float32, torch.float64)
+    error = float(off.max() if exact else off.median())
+    if not error <= (_EXACT if exact else _COARSE):  # NaN too
+        raise ValueError(f"its {what} differ from those with its own eager attention by {error:.1%} of their norm")
