@@ -365,7 +365,7 @@ def test_prompts(checkpoint: str, tmp_path: Path) -> None:
     assert policy._prompt("2+2?") == "<|bos|><|system|>Think.\n<|user|>2+2?\n<|assistant|>"
     assert HFPolicy(checkpoint)._prompt("2+2?") == "<|bos|><|user|>2+2?\n<|assistant|>"
     base = HFPolicy(save_checkpoint(tmp_path, tiny_model(), chat=False), system_prompt="Think.")
-    assert base._prompt("2+2?") == "<|bos|>Think.\n\n2+2?\n\n"
+    assert base._prompt("2+2?") == "Think.\n\n2+2?\n\n"
 
 
 def test_the_pool_is_sized_from_memory_or_from_the_configuration(checkpoint: str) -> None:

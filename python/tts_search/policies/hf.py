@@ -16,7 +16,7 @@ from tts_search.models.device import read_tokens, upload
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
-from tts_search.policies.prompt import prompt_of
+from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
 from tts_search.search.protocol import Expand, Usage
 from tts_search.search.types import Step
 
@@ -152,9 +152,12 @@ class HFPolicy:
     def _prompt(self, text: str) -> str:
         return prompt_of(text, self.system_prompt, self.tokenizer) if self.chat else text
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    def _encode(self, prompt: str) -> list[int]:
+        """The tokens of a whole prompt: with special tokens in front, unless whoever rendered it wrote them."""
+        return text_ids(prompt, self.tokenizer, special=self.chat and self.tokenizer.chat_template is None)
+
+    def _plain(self, text: str) -> list[int]:
+        return text_ids(text, self.tokenizer, special=False)
 
     def _job(self, request: Expand) -> _Job:
         """The children that a request asks for, or why it cannot have them."""
@@ -184,7 +187,7 @@ class HFPolicy:
             base = max(begun, key=lambda each: len(each.text), default=_Node(state.root, ""))
             if base.text == text:
                 return base.branch
-            tokens = self._encode(text[len(base.text) :])
+            tokens = continuation_ids(base.branch.path(), text[len(base.text) :], self._plain, self._decode_all)
             node = _Node(Branch(state.root.meter, base.branch, base.branch.length, tokens, given=len(tokens)), text)
             state.nodes[request.branch] = node
         return node.branch
@@ -264,6 +267,11 @@ class HFPolicy:
         text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
+    def _decode_all(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones too."""
+        text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
+
     def _whole_characters(self, job: _Job, own: Sequence[int]) -> int:
         """How many tokens of a step to keep so that its text does not end within a character (of 4 bytes at most)."""
         for count in range(len(own), max(0, len(own) - 4), -1):
@@ -273,7 +281,7 @@ class HFPolicy:
 
     def _delimiter(self, text: str | None) -> _Delimiter:
         if text not in self._delimiters:
-            self._delimiters[text] = _Delimiter(text, self._decode, self._encode("a"))
+            self._delimiters[text] = _Delimiter(text, self._decode, self._plain("a"))
         return self._delimiters[text]
 
     def _finish(self, job: _Job) -> list[Step] | Exception:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tts_search.errors import require
-from tts_search.policies.prompt import prompt_of
+from tts_search.policies.prompt import continuation_ids, prompt_ids, prompt_of, text_ids
 from tts_search.search.protocol import Expand, Usage
 from tts_search.search.types import Step
 
@@ -72,7 +72,7 @@ class VLLMPolicy:
         """
         if problem in self._problems:
             raise ValueError(f"problem {problem} is in flight: a VLLMPolicy serves one search at a time")
-        self._problems[problem] = _Problem(self._encode(self._prompt(text)))
+        self._problems[problem] = _Problem(prompt_ids(self._prompt(text), self.tokenizer))
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
         """Answer requests of any number of problems by one call of the engine.
@@ -117,7 +117,11 @@ class VLLMPolicy:
         return prompt_of(text, self.system_prompt, self.tokenizer)
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return text_ids(text, self.tokenizer, special=False)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
 
     def _tokens(self, request: Expand) -> list[int]:
         """The tokens to continue: those that this policy generated, or the steps' text read anew."""
@@ -125,7 +129,8 @@ class VLLMPolicy:
         text = "".join(request.steps)
         node = state.nodes.get(request.branch)
         if node is None or node.text != text:
-            node = state.nodes[request.branch] = _Node(text, self._encode(text) if text else [])
+            tokens = continuation_ids(state.prompt, text, self._encode, self._decode) if text else []
+            node = state.nodes[request.branch] = _Node(text, tokens)
         return state.prompt + node.tokens
 
     def _params(self, request: Expand, length: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Reader:
         self.format = entry
         if missing := [token for token in entry.tokens if token not in tokenizer.get_vocab()]:
             tokenizer.add_special_tokens({"additional_special_tokens": missing})
-        self._bos = _beginning(tokenizer, entry)
+        self._front = _beginning(tokenizer, entry)
         *prompt, closing = self._template()
         self.boundary, self.separator = self._turn() if entry.reply else (entry.boundary, entry.separator)
         if entry.score_at == "closing" and not self._closing(closing, "", 1):
@@ -68,12 +69,12 @@ class Reader:
         problem = self._harmless(problem)
         if self.format.encoding == "pieces":
             before, between, closing = self._template()
-            parts = [self._bos + before, problem, between]
+            parts = [before, problem, between]
         else:
             before, between, closing = self._template(problem)
-            parts = [self._bos + before + between]
-        _, tokens, tail = self._extend(Tail("", 0, [], closing), parts)
-        return tokens, tail
+            parts = [before + between]
+        _, tokens, tail = self._extend(Tail("", len(self._front), [], closing), parts)
+        return [*self._front, *tokens], tail
 
     def step(self, tail: Tail, step: str, number: int) -> tuple[int, list[int], Tail]:
         """Add a step: how many tokens before step ``number`` (from 1) stay, those from there on, the new end.
@@ -195,14 +196,15 @@ class Reader:
         return text.removesuffix("\n").removesuffix(end) if text.removesuffix("\n").endswith(end) else text
 
 
-def _beginning(tokenizer: Any, entry: VerifierFormat) -> str:
-    """The beginning-of-text token if it stands before the prompt, else nothing."""
-    token: str | None = tokenizer.bos_token
-    if entry.chat or entry.bos is False or token is None:
-        return ""
-    if entry.bos is None and tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
-        return ""
-    return token
+def _beginning(tokenizer: Any, entry: VerifierFormat) -> list[int]:
+    """The special tokens that stand before the prompt: as ids, since text changes what is written next to it."""
+    if entry.chat or entry.bos is False:
+        return []
+    if entry.bos:
+        return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
 
 
 def _broken(found: re.Match[str]) -> str:
