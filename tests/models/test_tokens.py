@@ -18,11 +18,11 @@ from tts_search.search.protocol import Expand, Score
 from tts_search.verifiers import FORMATS, VerifierFormat
 from tts_search.verifiers.reader import Reader
 
-PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(chr(c) for c in range(33, 127)), "▁", "к", "и",
-          "th", "the", "▁the", "▁+", "▁-", "ки", "▁ки", "▁W", "▁a", "▁i", "▁▁", "Wait"]  # fmt: skip
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(chr(c) for c in range(33, 127)), "▁", "к",
+          "и", "th", "the", "▁the", "▁+", "▁-", "ки", "▁ки", "▁W", "▁a", "▁i", "▁▁", "Wait"]  # fmt: skip
 VOCAB = {piece: i for i, piece in enumerate(dict.fromkeys(PIECES))}
-MERGES = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "+"), ("▁", "-"), ("к", "и"), ("▁", "ки"), ("▁", "W"), ("▁", "a"),
-          ("▁", "i"), ("▁", "▁")]  # fmt: skip
+MERGES = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "+"), ("▁", "-"), ("к", "и"), ("▁", "ки"), ("▁", "W"),
+          ("▁", "a"), ("▁", "i"), ("▁", "▁")]  # fmt: skip
 
 
 def metaspace(scheme: str) -> Tokenizer:
@@ -179,7 +179,7 @@ def test_a_branch_reads_prompt_and_steps(name: str, others: tuple[str, ...], tmp
 
 
 def test_scores_are_those_of_the_tokenizers_ids(tmp_path: Path) -> None:
-    """math_shepherd on a tokenizer of today's Llama kind, which cuts the first word otherwise behind a text of "<s>"."""
+    """math_shepherd on a tokenizer of today's Llama kind, which cuts the first word otherwise behind a text "<s>"."""
     tokenizer = TOKENIZERS["llama"]
     config = AutoConfig.for_model(
         "mistral", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,

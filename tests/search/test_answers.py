@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -9,10 +10,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tts_search import VOTES, Completion, boxed, equivalent, vote
 from tts_search.domains import mathematics
 from tts_search.domains.mathematics import MathVerify, work
-from tts_search.search.answers import Equivalence
+from tts_search.search.answers import Equivalence, canonical_form, same
 from tts_search.search.voting import aggregate
 
 
@@ -33,6 +36,13 @@ from tts_search.search.voting import aggregate
         ("", ""),
         (r"\boxed{}", ""),
         (r"\boxedx{1}", ""),
+        (r"\boxed{\begin{pmatrix} 1 \\{2} \end{pmatrix}}", r"\begin{pmatrix} 1 \\{2} \end{pmatrix}"),
+        (r"\boxed{x=1 \\{} y=2 \\}", r"x=1 \\{} y=2 \\"),
+        (r"\boxed{x=1 \\ y=2 \\} and {", r"x=1 \\ y=2 \\"),
+        (r"\boxed{1 \\\{2\} \\{3}}", r"1 \\\{2\} \\{3}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{1\right.} }", r"\left\{1\right."),
+        ("\\boxed{1\\", ""),
     ],
 )
 def test_boxed(text, answer):
@@ -57,6 +67,14 @@ def test_boxed_takes_linear_time():
         (r"(1,2)", r"\left( 1, 2 \right)"),
         ("90", r"90^\circ"),
         ("-7", "-07"),
+        ("1000", r"1\,000"),
+        ("1000", "1{,}000"),
+        ("1234567", "1 234 567"),
+        ("5", r"\$5"),
+        (r"75\%", "75%"),
+        ("12 cm", r"12\text{ cm}"),
+        (r"2\pi r", r"2 \pi r"),
+        (r"a \\ b", r"a\\b"),
     ],
 )
 def test_equivalent_by_text_and_number(gold, answer, monkeypatch):
@@ -147,7 +165,7 @@ def test_spellings_of_a_known_answer_are_not_judged(monkeypatch):
     assert not judged
     found = [same.first(answer) for answer in texts]
     assert found == ["x", texts[1], texts[2], "x", texts[1], texts[5], texts[5], "x"]
-    assert len(judged) == 4 * 40 + 1 + 2 + 3  # four forms, each once with every class before it
+    assert len(judged) == 2 * (4 * 40 + 1 + 2 + 3)  # four forms, each with every form before it, in either order
 
 
 def test_an_answer_is_parsed_once(monkeypatch, capsys):
@@ -270,3 +288,146 @@ def test_without_scores_only_majority():
     assert vote(unscored, "majority") == "b"
     with pytest.raises(ValueError, match=r"majority"):
         vote(unscored, "prm_min_max")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("75", r"75\%"),
+        ("12", "1 2"),
+        ("11/2", "1 1/2"),
+        (r"x \in f", r"x \inf"),
+        (r"1 \\ 2", "1 2"),
+        (r"1 \\, 2", r"1 \, 2"),
+        (r"\{1\}", "{1}"),
+        (r"1\\{2}", "12"),
+    ],
+)
+def test_what_carries_a_meaning_stays(one, other):
+    """A normalized text is compared as it is: what it lost would make different answers the same."""
+    assert canonical_form(one) != canonical_form(other)
+    assert not same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("0.75", r"75\%"), (r"75\%", "0.75"), ("0.1", r"10\%"), ("0.005", r"0.5\%"), (r"\frac{3}{4}", r"75\%"),
+        ("75", r"75\%"), ("0.75", r"0.75\%"), (r"75\%", r"0.75\%"), (r"\frac{1}{2}\%", "0.005"), ("12", "1 2"),
+        ("7.5", r"75\%"), (r"12\text{ cm}", "12"), ("x=5", "5"), ("90", r"90^\circ"), ("(1,2)", r"\{1,2\}"),
+        ("[1,2)", "(1,2]"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"),
+    ],
+)  # fmt: skip
+def test_percentages_and_the_like_are_judged_as_math_verify_does(gold, answer):
+    math_verify = pytest.importorskip("math_verify")
+    one, other = (math_verify.parse(f"\\boxed{{{each}}}", parsing_timeout=None) for each in (gold, answer))
+    assert equivalent(gold, answer) == math_verify.verify(one, other, timeout_seconds=None)
+
+
+MIXED = [
+    "0.75", r"75\%", r"\frac{3}{4}", "75", "0.5", r"\frac12", r"50\%", "12", r"12\text{ cm}", "1 2", "x=5", "5",
+    r"\{1,2\}",
+    "(1,2)", "[1,2]", "1,2", r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\{2}\end{pmatrix}", "no solution",
+    r"\text{no solution}", r"\frac{\sqrt{8}}{2}", r"\sqrt{2}", "0.3333333", r"\frac13", "0.33333333",
+]  # fmt: skip
+
+
+def classes_of(answers):
+    """Who is in whose class: a set of sets of texts."""
+    found = {}
+    for answer, first in zip(answers, Equivalence(equivalent).firsts(answers), strict=True):
+        found.setdefault(first, set()).add(answer)
+    return {frozenset(members) for members in found.values()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(answers=st.lists(st.sampled_from(MIXED), min_size=2, max_size=7), data=st.data())
+def test_no_order_of_answers_changes_a_vote(answers, data):
+    pytest.importorskip("math_verify")
+    other = data.draw(st.permutations(range(len(answers))))
+    weights = [0.1 * (1 + number) for number in range(len(answers))]  # whose sums depend on their order
+    wanted = classes_of(answers)
+    assert classes_of([answers[i] for i in other]) == wanted
+
+    def completion(number):
+        return Completion("", (), (weights[number],), weights[number], True, 0, answers[number])
+
+    for how in ("majority", "prm_vote"):
+        votes = [1.0 if how == "majority" else weight for weight in weights]
+        totals = sorted(math.fsum(v for a, v in zip(answers, votes, strict=True) if a in each) for each in wanted)
+        if len(totals) > 1 and totals[-1] == totals[-2]:
+            continue  # a tie goes to the one that comes first
+        winners = [vote([completion(i) for i in order], how) for order in (range(len(answers)), other)]
+        assert any({*winners} <= each for each in wanted), winners
+
+
+def test_classes_join_when_a_third_answer_says_so():
+    def near(one, other):
+        return int(one) - int(other) == 1  # neither symmetric nor transitive
+
+    for order in itertools.permutations(["1", "2", "3", "5"]):
+        firsts = Equivalence(near).firsts(order)
+        assert len(set(firsts)) == 2
+        assert {firsts[order.index(each)] for each in "123"} == {next(each for each in order if each != "5")}
+
+
+def test_the_sum_of_a_vote_does_not_depend_on_the_order():
+    scores = {"a": (0.1, 0.2, 0.3), "b": (0.6,)}  # 0.1 + 0.2 + 0.3 is above or at 0.6, by its order
+    votes = [Completion("", (), (score,), score, True, 0, name) for name, each in scores.items() for score in each]
+    assert len({vote(order, "prm_vote") for order in itertools.permutations(votes)} & {"a", "b"}) >= 1
+    assert {vote([*order, votes[3]], "prm_vote") for order in itertools.permutations(votes[:3])} == {"a"}
+
+
+class Slow(MathVerify):
+    """Without a worker: an answer of "h" takes too long by itself, two of "s" when they are compared."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.asked = []
+
+    def _reply(self, question):
+        self.asked.append(question)
+        slow = "h" in "".join(question) or (all("s" in each for each in question[-2:]) and len(question) == 2)
+        return None if slow else question[0][-1] == question[-1][-1]
+
+
+def test_an_answer_that_takes_too_long_is_asked_about_once():
+    pytest.importorskip("math_verify")
+    judge = Slow()
+    answers = [f"h{number}" for number in range(64)] + ["x1", "y1", "z2"]
+    firsts = Equivalence(judge.equal).firsts(answers)
+    assert firsts == [*answers[:64], "x1", "x1", "z2"]
+    assert sum("h" in each for question in judge.asked for each in question) == 64
+
+
+def test_comparisons_that_take_too_long_are_few():
+    pytest.importorskip("math_verify")
+    judge = Slow()
+    Equivalence(judge.equal).firsts([f"s{number}" for number in range(64)])
+    timeouts = [question for question in judge.asked if len(question) == 2]
+    assert len(timeouts) <= 64
+    assert judge.equal("a1", "b1") is True
+
+
+def test_hostile_answers_cost_their_own_time_only(monkeypatch):
+    pytest.importorskip("math_verify")
+    judge = MathVerify(limit_s=0.5)
+    deaths = []
+    end = judge._end
+    monkeypatch.setattr(judge, "_end", lambda worker: (deaths.append(worker), end(worker)))
+    hostile = [rf"{a}^{{{a}^{{{b}^{{9}}}}}}" for a, b in ((7, 9), (9, 9), (7, 8), (9, 8))]
+    answers = [*hostile, "0.5", r"\frac{1}{2}", "y"]
+    assert Equivalence(judge.equal).firsts(answers) == [*hostile, "0.5", "0.5", "y"]
+    assert len(deaths) == 4
+
+
+def test_who_needs_no_judge_waits_for_none():
+    judge = mathematics._MATH_VERIFY
+    with judge._lock:  # as if it were busy
+        assert equivalent("1", "1.0")
+        assert not equivalent("1", "2")
+        assert equivalent(r"\dfrac{1}{2}", r"\frac{1}{2}")
+        numbers = [Completion("", (), (1.0,), 1.0, True, 0, answer) for answer in ("1", "2", "1.0", "x", "$x$")]
+        assert vote(numbers[:3], "majority") == "1"
+        assert vote(numbers[3:], "majority") == "x"
+        assert vote(numbers, "prm_max") == "1"

@@ -28,15 +28,19 @@ from tts_search.search.answers import canonical_form
 __all__ = ["MathVerify", "equivalent", "work"]
 
 _MAX_CHARS = 500  # longer answers are compared as text
+_CHANCES = 2
 
 
 class MathVerify:
     """math-verify: asks a worker, which is started on use, and again after it ran out of time.
 
+    An answer is looked at by itself first. One that takes too long then is equal to nothing, and is not asked about
+    again; so are two that take too long only when they are compared, and whoever is among those twice.
+
     Parameters
     ----------
     limit_s : float
-        Seconds of CPU time for one answer.
+        Seconds of CPU time for one answer, and for one comparison.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -44,24 +48,41 @@ class MathVerify:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._chances: dict[str, int] = {}  # of each answer, how often it may still take too long
 
     def equal(self, gold: str, answer: str) -> bool | None:
         """Whether two LaTeX texts mean the same; None without math-verify, or if it could not tell within the limit."""
-        if importlib.util.find_spec("math_verify") is None:
+        if importlib.util.find_spec("math_verify") is None or not self._may_ask(gold, answer):
             return None
         with self._lock:
-            reply, status = self._ask(gold, answer)
-            if not reply and status != -signal.SIGPROF:  # not out of time: it was killed, perhaps before it was asked
-                reply, _ = self._ask(gold, answer)
-            return bool(json.loads(reply)) if reply else None
+            for each in (gold, answer):
+                if each not in self._chances:
+                    self._chances[each] = _CHANCES if self._reply([each]) is not None else 0
+            if not self._may_ask(gold, answer):
+                return None
+            verdict = self._reply([gold, answer])
+            if verdict is None:
+                for each in (gold, answer):
+                    self._chances[each] -= 1
+            return verdict
 
-    def _ask(self, gold: str, answer: str) -> tuple[bytes, int | None]:
+    def _may_ask(self, *answers: str) -> bool:
+        return all(self._chances.get(answer, 1) for answer in answers)
+
+    def _reply(self, question: list[str]) -> bool | None:
+        """The worker's reply to one or two answers; None if it ran out of time."""
+        reply, status = self._ask(question)
+        if not reply and status != -signal.SIGPROF:  # not out of time: it was killed, perhaps before it was asked
+            reply, _ = self._ask(question)
+        return bool(json.loads(reply)) if reply else None
+
+    def _ask(self, question: list[str]) -> tuple[bytes, int | None]:
         """The worker's reply; if it ended instead, no reply and its exit status."""
         worker = self._started()
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            worker.stdin.write(json.dumps(question).encode() + b"\n")
             worker.stdin.flush()
             reply = worker.stdout.readline()
         except BrokenPipeError:
@@ -107,8 +128,9 @@ def equivalent(gold: str, answer: str) -> bool:
 
     Notes
     -----
-    math-verify works in a process of its own, under a limit of 5 seconds of CPU time; what takes longer is not
-    equivalent.
+    math-verify works in a process of its own, under a limit of 5 seconds of CPU time for an answer; what takes longer
+    is equivalent to nothing. It is asked only where texts and numbers do not tell. A percentage is what it stands for,
+    and its number as well, as math-verify has it: 75% is 0.75 and 75.
     """
     return bool(answer.strip()) and _equivalent(gold, answer)
 
@@ -128,6 +150,8 @@ def _equivalent(gold: str, answer: str) -> bool:
 def work(limit_s: float) -> None:
     """Judge until standard input ends: lines of JSON [right answer, answer] in, lines of JSON true or false out.
 
+    A line of one answer asks for nothing but that it can be compared at all: with 1, which takes its value.
+
     An answer is parsed once, however many others it is compared with: that is most of the work.
     """
     from math_verify import parse, verify
@@ -141,7 +165,7 @@ def work(limit_s: float) -> None:
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may get among the replies
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
-        equal = _equal(parsed, verify, *json.loads(line))
+        equal = _equal(parsed, verify, *["1", *json.loads(line)][-2:])
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(equal), file=replies, flush=True)
 

@@ -7,7 +7,7 @@ answers mean the same beyond that is for whoever searches to say: see :mod:`tts_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 __all__ = ["Equality", "Equivalence", "boxed", "canonical_form", "normalize", "same"]
@@ -16,16 +16,15 @@ Equality = Callable[[str, str], bool]
 """Whether two answers, of which the first is known, mean the same."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BRACE = re.compile(r"(?<!\\)[{}]")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # "\\\\" is a line break: the brace behind it is none of its own
 _WORD = re.compile(r"[^\s${}]{1,500}")
-_NUMBER = re.compile(r"[+-]?(\d{1,40}|\d{1,3}(,\d{3}){1,12})(\.\d{1,40})?", re.ASCII)
-_REWRITES = (
-    (re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;: ]|~"), ""),
-    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(text|mathrm|mbox)\{([^{}]*)\}"), r"\2"),
-    (re.compile(r"\^\{?\\circ\}?|\\%|\\\$"), ""),
-    (re.compile(r"\s+"), ""),
+_NUMBER = re.compile(r"[+-]?(\d{1,40}|\d{1,3}(,\d{3}){1,12}|\d{1,3}( \d{3}){1,12})(\.\d{1,40})?", re.ASCII)
+# The parts of LaTeX that change nothing, and first of all line breaks, whose second backslash begins no command.
+_PARTS = re.compile(
+    r"(?P<kept>\\\\)|\\(?:left|right)(?![a-zA-Z])|\\!|\\\$|\^\{?\\circ\}?|\\[dt](?P<frac>frac)(?![a-zA-Z])"
+    r"|\\(?:text|mathrm|mbox)\{(?P<text>[^{}]*)\}|\{(?P<comma>,)\}|\\(?P<percent>%)|(?P<space>\\[,;: ]|~|\s)"
 )
+_SPACE = re.compile(r"(?P<digits>(?<=\d) +(?=\d))|(?P<command>\\[a-zA-Z]+) +(?=[a-zA-Z])| +")
 
 
 def boxed(text: str) -> str:
@@ -44,7 +43,7 @@ def boxed(text: str) -> str:
     for brace in _BRACE.finditer(text):
         if brace[0] == "{":
             open_braces.append(brace.start())
-        elif open_braces:
+        elif brace[0] == "}" and open_braces:
             start = open_braces.pop()
             if start in boxes:
                 groups[start] = text[start + 1 : brace.start()]
@@ -58,17 +57,32 @@ def _word(text: str, start: int) -> str:
 
 
 def normalize(answer: str) -> str:
-    """Return an answer's text without what carries no meaning: white space, dollars, sizes of brackets, degrees."""
-    answer = answer.strip().strip("$").rstrip(".")
-    for pattern, replacement in _REWRITES:
-        answer = pattern.sub(replacement, answer)
-    return answer
+    """Return an answer's text without what carries no meaning: white space, dollars, sizes of brackets, degrees.
+
+    White space that keeps two digits apart, or a command from a letter, carries some.
+    """
+    text = _PARTS.sub(_part, answer).strip().strip("$").rstrip(".")
+    return _SPACE.sub(_space, text)
+
+
+def _part(found: re.Match[str]) -> str:
+    if found["frac"]:
+        return "\\frac"
+    if found["space"]:
+        return " "
+    return found["kept"] or found["text"] or found["comma"] or found["percent"] or ""
+
+
+def _space(found: re.Match[str]) -> str:
+    if found["digits"]:
+        return " "
+    return f"{found['command']} " if found["command"] else ""
 
 
 def canonical_form(answer: str) -> str | Fraction:
     """Return what all answers of one number, or of one normalized text, have in common."""
     text = normalize(answer)
-    return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) else text
+    return Fraction(text.replace(",", "").replace(" ", "")) if _NUMBER.fullmatch(text) else text
 
 
 def same(gold: str, answer: str) -> bool:
@@ -79,18 +93,44 @@ def same(gold: str, answer: str) -> bool:
 class Equivalence:
     """Classes of answers that mean the same, each known by the spelling that came first.
 
-    Spellings of one number, or of one normalized text, are one answer. Another one is compared with the first spelling
-    of each class: at most classes x answers comparisons by `equal`.
+    Spellings of one number, or of one normalized text, are one answer. Others are of one class if `equal` says so in
+    either order, or of both a third one: so the classes are those of the answers, in whatever order they come. At most
+    (distinct answers)^2 comparisons by `equal`.
     """
 
     def __init__(self, equal: Equality = same) -> None:
         self._equal = equal
-        self._first: dict[str | Fraction, str] = {}  # of every form seen so far, the first spelling of its class
+        self._spelling: dict[str | Fraction, str] = {}  # of every form seen so far, its first spelling
+        self._known_by: dict[str | Fraction, str | Fraction] = {}  # of a form, another one that came first
 
     def first(self, answer: str) -> str:
         """Return the first spelling of the answer's class; a new class begins with `answer` itself."""
+        return self.firsts([answer])[0]
+
+    def firsts(self, answers: Iterable[str]) -> list[str]:
+        """Return the first spelling of each answer's class, when all of them are known."""
+        forms = [self._form(answer) for answer in answers]
+        return [self._spelling[self._class(form)] for form in forms]
+
+    def _form(self, answer: str) -> str | Fraction:
         form = canonical_form(answer)
-        if form not in self._first:
-            classes = dict.fromkeys(self._first.values())
-            self._first[form] = next((known for known in classes if self._equal(known, answer)), answer)
-        return self._first[form]
+        if form not in self._spelling:
+            others = list(self._spelling.items())
+            self._spelling[form] = answer
+            for other, spelling in others:
+                if self._class(other) != self._class(form) and (
+                    self._equal(spelling, answer) or self._equal(answer, spelling)
+                ):
+                    self._join(other, form)
+        return form
+
+    def _class(self, form: str | Fraction) -> str | Fraction:
+        while form in self._known_by:
+            form = self._known_by[form]
+        return form
+
+    def _join(self, one: str | Fraction, other: str | Fraction) -> None:
+        """Make two classes one, known by the form that came first."""
+        heads = {self._class(one), self._class(other)}
+        first, second = [form for form in self._spelling if form in heads]
+        self._known_by[second] = first

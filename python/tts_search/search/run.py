@@ -156,7 +156,7 @@ class Run:
         if config.agree_margin is None or len(finished) < config.agree_margin:
             return False
         answers = (self._extract_answer("".join(branch.texts)) for branch in finished)
-        counts = Counter(self._same.first(answer) for answer in answers if answer)
+        counts = Counter(self._same.firsts(answer for answer in answers if answer))
         first, second = [*sorted(counts.values(), reverse=True), 0, 0][:2]
         return first - second >= config.agree_margin
 

@@ -145,12 +145,16 @@ def vote(
         weights = [aggregate(completion.step_scores, how_aggregated) for completion in voters]
     if rule == "max":
         return voters[max(range(len(voters)), key=weights.__getitem__)].answer
+    answers = [completion.answer for completion in voters]
     weights_of: dict[str, list[float]] = {}
-    classes = Equivalence(equal)
-    for completion, weight in zip(voters, weights, strict=True):
-        spelling = completion.answer if exact else classes.first(completion.answer)
+    for spelling, weight in zip(answers if exact else Equivalence(equal).firsts(answers), weights, strict=True):
         weights_of.setdefault(spelling, []).append(weight)
-    return max(weights_of, key=lambda answer: aggregate(weights_of[answer], "sum"))
+    return max(weights_of, key=lambda answer: _total(weights_of[answer]))
+
+
+def _total(weights: Sequence[float]) -> float:
+    """The sum of weights, which does not depend on their order."""
+    return math.fsum(weights) if all(map(math.isfinite, weights)) else aggregate(weights, "sum")
 
 
 def _parse(how: str, default: str) -> tuple[str, str | None]:
