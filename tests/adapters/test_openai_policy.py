@@ -200,6 +200,93 @@ def test_chat_continues_the_assistant(serve: Callable[..., Server]) -> None:
     assert (second["continue_final_message"], second["add_generation_prompt"]) == (True, False)
 
 
+SOLUTION = "Add the numbers.\n\nThe sum is 4.\n\nSo it is \\boxed{4}."
+TEMPLATES = {
+    "keeps": "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}",
+    "trims": "{{ '<|' + m['role'] + '|>' + m['content'] | trim + '<|end|>' }}",
+}
+
+
+def assistant(template: str, *, tokenizes: bool, streams: bool) -> Handler:
+    """A chat server that renders as transformers does, and goes on with `SOLUTION`."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (
+        f"{{% for m in messages %}}{template}{{% endfor %}}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
+    )
+
+    def answer(body: dict[str, Any], to: Request) -> None:
+        (prompt,), _ = render_jinja_template(
+            conversations=[body["messages"]],
+            chat_template=template,
+            continue_final_message=body.get("continue_final_message", False),
+            add_generation_prompt=body.get("add_generation_prompt", True),
+        )
+        if to.handler.path.endswith("/tokenize"):
+            to.send({"count": len(prompt), "tokens": [*prompt.encode()]} if tokenizes else {"detail": "not found"})
+            return
+        rest, reason = SOLUTION[len(prompt.rpartition("<|assistant|>")[2]) :], None
+        stop = (body.get("stop") or [None])[0]
+        if stop is not None and stop in rest:
+            rest, reason = rest[: rest.index(stop)], stop
+        start = {"id": "1", "created": 0, "model": "m"}
+        if body.get("stream") and streams:
+            parts = [rest[i : i + 5] for i in range(0, len(rest), 5)]
+            to.stream([
+                {**start, "object": "chat.completion.chunk", "choices": [{
+                    "index": 0, "delta": {"content": part}, "logprobs": None,
+                    "finish_reason": "stop" if part is parts[-1] else None}]}
+                for part in parts
+            ])  # fmt: skip
+            return
+        choices = [
+            {"index": i, "finish_reason": "stop", "stop_reason": reason, "logprobs": None,
+             "message": {"role": "assistant", "content": rest}}
+            for i in range(body.get("n", 1))
+        ]  # fmt: skip
+        to.send({**start, "object": "chat.completion", "choices": choices})
+
+    return answer
+
+
+@pytest.mark.parametrize("method", ["beam_search", "dvts"])
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("tokenizes", [True, False])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_delimiter_that_is_trimmed_is_not_written_twice(
+    serve: Callable[..., Server], template: str, tokenizes: bool, streams: bool, method: Any
+) -> None:
+    server = serve(assistant(TEMPLATES[template], tokenizes=tokenizes, streams=streams))
+    policy = policy_of(server, endpoint="chat", max_retries=0)
+    verifier = TextVerifier(lambda branches: [[0.5] * len(steps) for _, steps in branches])
+    (result,) = search(
+        ["2+2?"], policy, verifier, SearchConfig(method=method, n=4, expand=2, max_steps=6), progress=False
+    )
+    assert result.best.steps == ("Add the numbers.\n\n", "The sum is 4.\n\n", "So it is \\boxed{4}.")
+    assert {completion.text for completion in result.completions} == {SOLUTION}
+    asked = [body for body in server.bodies if body["path"] == "/tokenize"]
+    assert len(asked) == (0 if template == "keeps" else 2)
+
+
+def test_a_server_that_keeps_delimiters_may_write_blank_lines(serve: Callable[..., Server]) -> None:
+    """It says that it does not trim, so what the model wrote stays."""
+    server = serve(
+        lambda _, to: to.send(
+            {"tokens": [len(json.dumps(_["messages"]))]}
+            if to.handler.path == "/tokenize"
+            else {
+                "id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                "choices": [{"index": 0, "finish_reason": "stop", "stop_reason": "\n\n", "logprobs": None,
+                             "message": {"role": "assistant", "content": ""}}],
+            }
+        )
+    )  # fmt: skip
+    policy = policy_of(server, endpoint="chat")
+    for _ in range(2):
+        assert [step.text for step in expand(policy, 1, ("a\n\n",))] == ["\n\n"]
+    assert len([body for body in server.bodies if body["path"] == "/tokenize"]) == 2
+
+
 @pytest.mark.parametrize(
     ("answer", "step"),
     [

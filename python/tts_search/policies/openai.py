@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
@@ -33,6 +33,11 @@ class OpenAIPolicy(TextPolicy):
     server finds their common prefix in its cache. A step ends at the delimiter (``stop``). Where a server does not say
     whether it stopped there or at the end of the answer, and only then, the policy reads the text as it is generated,
     one request a child, and hangs up at the delimiter.
+
+    Chat templates such as Llama 3's trim a message, so the delimiter at the end of the steps so far never reaches the
+    model, which writes it again. At the first step that begins with it the policy asks the server (``/tokenize``; one
+    that cannot say is taken to trim), and from then on reads each child's text as it is generated, without the
+    delimiter that is there already. `template` with ``endpoint="completions"`` avoids that, and is faster.
 
     Requests that fail for reasons that may pass (no connection, a timeout, status 408, 409, 429 or 5xx, an answer that
     is cut or garbled) are sent again, with exponential backoff or when the server says. What fails for good fails its
@@ -128,6 +133,9 @@ class OpenAIPolicy(TextPolicy):
         )
         self._slots = asyncio.Semaphore(concurrency)
         self._says_where: bool | None = None  # whether the server says what it stopped at; None: not known yet
+        self._trims: bool | None = None  # whether the server takes a delimiter off the end of a message; likewise
+        self._streams = True  # whether the server sends text as it is generated
+        self._asking = asyncio.Lock()
 
     async def _answer(self, requests: list[StepRequest]) -> list[Any]:
         """The function of a `TextPolicy`: a list of steps for each request, or why there is none."""
@@ -144,13 +152,45 @@ class OpenAIPolicy(TextPolicy):
 
     async def _samples(self, request: StepRequest, seeds: tuple[int, ...]) -> list[Step]:
         """A step for each seed."""
-        if request.params.delimiter is None or self._says_where is not False:
+        trimmed = bool(self._trims) and self._may_be_trimmed(request)
+        if not trimmed and (request.params.delimiter is None or self._says_where is not False):
             steps = await self._tried(partial(self._at_once, request, seeds))
-            if steps is not None:
+            if steps is not None and not await self._were_trimmed(request, steps):
                 missing = seeds[len(steps) :]  # of a server that does not know n
                 rest = await asyncio.gather(*(self._samples(request, (seed,)) for seed in missing))
                 return [*steps, *(step for part in rest for step in part)]
         return list(await asyncio.gather(*(self._tried(partial(self._read, request, seed)) for seed in seeds)))
+
+    def _may_be_trimmed(self, request: StepRequest) -> bool:
+        so_far = "".join(request.steps)
+        return self.endpoint == "chat" and so_far != so_far.rstrip()
+
+    async def _ask_whether_it_trims(self) -> bool | None:
+        """Whether "a" and "a" with a blank line behind it are the same message; None if the server cannot say."""
+        url = f"{str(self._client.base_url).rstrip('/').removesuffix('/v1')}/tokenize"
+        tokens: list[Any] = []
+        for content in ("a", "a\n\n"):
+            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+            body = {"model": self.model, "messages": messages, **self.continue_body}
+            try:
+                answer = await self._client.post(url, cast_to=object, body=body, options={"max_retries": 0})
+            except self._openai.OpenAIError:
+                return None
+            tokens.append(answer.get("tokens") if isinstance(answer, Mapping) else None)
+        return None if None in tokens else tokens[0] == tokens[1]
+
+    async def _were_trimmed(self, request: StepRequest, steps: Sequence[Step]) -> bool:
+        """Whether steps begin with the delimiter that stands before them because the server trims; it is asked once."""
+        if not self._may_be_trimmed(request) or self._trims is False:
+            return False
+        so_far = "".join(request.steps)
+        if not any(step.text.startswith(so_far[len(so_far.rstrip()) :]) for step in steps):
+            return False
+        async with self._asking:
+            if self._trims is None:
+                answer = await self._ask_whether_it_trims()
+                self._trims = True if answer is None else answer
+        return self._trims
 
     async def _at_once(self, request: StepRequest, seeds: tuple[int, ...]) -> list[Step] | None:
         """The steps of one request; None if the server does not say where they stopped."""
@@ -176,27 +216,42 @@ class OpenAIPolicy(TextPolicy):
 
     async def _read_stream(self, request: StepRequest, seed: int) -> Step:
         text, reason, tokens, logprob = "", None, 0, 0.0
-        delimiter = request.params.delimiter or ""
-        stream = await self._create(request, seed, n=1, stop=None, stream=True)
+        delimiter = request.params.delimiter
         try:
-            async with stream:
-                async for chunk in stream:
-                    if not chunk.choices:
-                        continue
-                    choice = chunk.choices[0]
-                    text += self._text(choice)
-                    reason = choice.finish_reason or reason
-                    count, own = _counted(choice, 1 if self._text(choice) else 0)
-                    tokens, logprob = tokens + count, logprob + (own or 0.0)
-                    at = text.find(delimiter, len(text) - len(text.lstrip()) + 1)
-                    if at >= 0:
-                        known = logprob if self.logprobs else None
-                        return Step(text[: at + len(delimiter)], False, tokens, known, "stop")
+            async for choice in self._parts(request, seed):
+                text += self._text(choice)
+                reason = choice.finish_reason or reason
+                count, own = _counted(choice, 1 if self._text(choice) else 0)
+                tokens, logprob = tokens + count, logprob + (own or 0.0)
+                at = -1 if delimiter is None else text.find(delimiter, len(text) - len(text.lstrip()) + 1)
+                if delimiter is not None and at >= 0:
+                    known = logprob if self.logprobs else None
+                    return Step(self._own(request, text[: at + len(delimiter)]), False, tokens, known, "stop")
         except self._openai.APIConnectionError as error:  # which the client does not try again any more
             raise ConnectionError(f"the stream broke off: {error}") from error
         if reason is None:
             raise ConnectionError("the stream ended without a finish_reason")
-        return _step(text, False, reason, tokens, logprob if self.logprobs else None, None)
+        return _step(self._own(request, text), False, reason, tokens, logprob if self.logprobs else None, None)
+
+    async def _parts(self, request: StepRequest, seed: int) -> AsyncIterator[Any]:
+        """What is generated, as it is generated; at once from a server that does not stream."""
+        if self._streams:
+            stream = await self._create(request, seed, n=1, stop=None, stream=True)
+            received = False
+            async with stream:
+                async for chunk in stream:
+                    received = True
+                    if chunk.choices:
+                        yield chunk.choices[0]
+            if received or self._trims is not True:
+                return
+            self._streams = False
+        response = await self._create(request, seed, n=1, stop=None)
+        yield response.choices[0]
+
+    def _own(self, request: StepRequest, text: str) -> str:
+        """A step's text without the delimiter in front that the server had taken off the steps so far."""
+        return text.lstrip() if self._trims and self._may_be_trimmed(request) else text
 
     async def _create(self, request: StepRequest, seed: int, *, stop: str | None, **options: Any) -> Any:
         """Send one request, in the form of the endpoint."""
