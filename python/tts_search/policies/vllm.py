@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tts_search.errors import require
-from tts_search.policies.prompt import continuation_ids, prompt_ids, prompt_of, text_ids
+from tts_search.policies.prompt import continuation_ids, prompt_ids, prompt_of
 from tts_search.search.protocol import Expand, Usage
 from tts_search.search.types import Step
 
@@ -72,7 +72,7 @@ class VLLMPolicy:
         """
         if problem in self._problems:
             raise ValueError(f"problem {problem} is in flight: a VLLMPolicy serves one search at a time")
-        self._problems[problem] = _Problem(prompt_ids(self._prompt(text), self.tokenizer))
+        self._problems[problem] = _Problem(self._read(self._prompt(text)))
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
         """Answer requests of any number of problems by one call of the engine.
@@ -116,8 +116,20 @@ class VLLMPolicy:
     def _prompt(self, text: str) -> str:
         return prompt_of(text, self.system_prompt, self.tokenizer)
 
+    def _read(self, prompt: str) -> list[int]:
+        """The tokens of a prompt; a tokenizer that is not transformers' does not say which special ones it adds."""
+        if callable(self.tokenizer):
+            return prompt_ids(prompt, self.tokenizer)
+        begin = "" if self.tokenizer.chat_template else self.tokenizer.bos_token or ""
+        return self._encode(begin + prompt)
+
     def _encode(self, text: str) -> list[int]:
-        return text_ids(text, self.tokenizer, special=False)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _continued(self, path: Sequence[int], text: str) -> list[int]:
+        if callable(self.tokenizer):
+            return continuation_ids(path, text, self._encode, self._decode)
+        return self._encode(text)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -129,7 +141,7 @@ class VLLMPolicy:
         text = "".join(request.steps)
         node = state.nodes.get(request.branch)
         if node is None or node.text != text:
-            tokens = continuation_ids(state.prompt, text, self._encode, self._decode) if text else []
+            tokens = self._continued(state.prompt, text) if text else []
             node = state.nodes[request.branch] = _Node(text, tokens)
         return state.prompt + node.tokens
 
