@@ -10,4 +10,4 @@ from pathlib import Path
 __all__ = ["MODELS_DIR"]
 
 MODELS_DIR = Path(__file__).parent / "models"
-"""The folder of the demo checkpoints, one Hugging Face checkpoint a sub-folder."""
+"""The folder of the demo checkpoints, one Hugging Face checkpoint in each sub-folder."""

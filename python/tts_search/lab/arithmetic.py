@@ -4,7 +4,7 @@ A problem is a chain of additions, subtractions and multiplications modulo 100::
 
     Start with 47, add 38, multiply by 6. What is the result modulo 100?
 
-and its solution makes one operation a step (equality is meant modulo 100)::
+and its solution makes one operation in each step (equality is meant modulo 100)::
 
     47 + 38 = 85
 
@@ -93,7 +93,7 @@ def split_of(problem: str) -> Split:
 
 
 def solve(problem: str) -> tuple[str, ...]:
-    """Return the reference solution of a problem text, one string a step.
+    """Return the reference solution of a problem text, one string for each step.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def check_steps(problem: str, steps: Sequence[str]) -> list[bool]:
     Returns
     -------
     list of bool
-        One label a step: some number of ``True``, then ``False`` to the end.
+        One label for each step: some number of ``True``, then ``False`` to the end.
 
     Raises
     ------
