@@ -43,7 +43,6 @@ MORE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "roberta": {"max_position_embeddings": 258},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "llama4_text": {"layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 0], "moe_layers": []},
 }  # fmt: skip
 
 

@@ -57,8 +57,8 @@ class GenerationCache(ForestCache):
     page_size : int
         Token slots of a page.
     self_test : bool
-        Whether a few tokens go through the model over a forest and with its own eager attention, once for each model:
-        what differs is refused.
+        Whether a few tokens go through the model over a forest and with its own eager attention, once for each model
+        that is not in training: what differs is refused.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class GenerationCache(ForestCache):
         _check_attention(model)
         with following(model.config):
             decoder = TransformersDecoder(model)
-            if self_test and not hasattr(model, _TESTED):
+            if self_test and not model.training and not hasattr(model, _TESTED):
                 check_decoder(decoder, eager_answers(model, decoder.shape.max_length))
                 setattr(model, _TESTED, True)
         self.pool: KVPool = pool_for(decoder, kv_memory, page_size)
