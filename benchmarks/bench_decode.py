@@ -91,15 +91,15 @@ class Stopwatch:
 
 def run_ours(policy: HFPolicy, case: Case, num_tokens: int, times: Times) -> None:
     """Sample ``num_tokens`` in each branch; the last of its steps count, when all branches decode together."""
-    policy._pool = BranchPool(KVPool(policy.decoder.shape, pages_for(case, num_tokens), 16, policy.decoder.dtype))
+    policy._lane.pool = BranchPool(KVPool(policy.decoder.shape, pages_for(case, num_tokens), 16, policy.decoder.dtype))
     root = Branch(Meter(), tokens=prompt(case), given=case.prefix)
     policy._problems[0] = hf._Problem(root, {0: hf._Node(root, "")})
     watch = Stopwatch(policy.decoder)
-    policy.decoder = watch
+    policy._lane.decoder = watch
     params = StepParams(temperature=0.8, top_p=0.95, max_tokens=num_tokens, delimiter="\n\n\n\n\n\n")
     children = tuple(range(1, case.branches + 1))
     policy.expand([Expand(0, 0, children, (), tuple(range(case.branches)), params)])
-    policy.decoder = watch.decoder
+    policy._lane.decoder = watch.decoder
     policy.end(0)
     # The first forward reads the prompt; the second one copies the prompt's last page for each branch.
     times.step += [1000 * (after - before) for before, after in itertools.pairwise(watch.begins[-num_tokens + 2 :])]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from tts_search.models.decoder import Batch, DecoderShape, parse_bytes
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
+from tts_search.models.reading import Reading
+from tts_search.models.streams import Lane
 from tts_search.models.transformers import ATTENTION, TransformersDecoder, register
 
 
@@ -44,23 +48,25 @@ class Recorder:
 
 
 def run(pool: BranchPool, branches: list[Branch], model) -> dict[Branch, Tensor]:
-    """Forward branches to their ends, in waves where there is no room."""
+    """Read branches to their ends, as far as there is room at a time; the output of each one's last token."""
+    reading = Reading(Lane(Wrapped(model), pool))
+    reads = [reading.submit(branch) for branch in branches]
     outputs: dict[Branch, Tensor] = {}
-    while branches:
-        later = []
-        while branches:
-            result = pool.forward(branches, model, head=False)
-            outputs |= {
-                branch: output
-                for (branch, position), output in zip(result.rows, result.outputs, strict=True)
-                if position == branch.length - 1
-            }
-            assert result.done == [branch for branch in branches if branch in outputs]
-            later += result.postponed
-            gone = {*result.done, *result.postponed}
-            branches = [branch for branch in branches if branch not in gone]
-        branches = later
+    while reading.busy:
+        for read in reading.step():
+            assert read.error is None
+            assert read.places[-1] == (read.branch, read.branch.length - 1)
+            outputs[read.branch] = read.outputs[-1][-1]
+    assert outputs.keys() == {read.branch for read in reads}
+    assert not pool.workers
     return outputs
+
+
+@dataclass
+class Wrapped:
+    """A decoder whose ``hidden`` is this."""
+
+    hidden: Any
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -111,11 +117,14 @@ def test_a_pool_that_is_too_small_did_make_branches_wait(decoder: TransformersDe
     meter = Meter()
     root = Branch(meter, tokens=tokens(rng, 10), given=10)
     children = [Branch(meter, root, 10, tokens(rng, 8)) for _ in range(5)]
-    first = pool.forward(children, decoder.hidden, head=False)
-    assert first.done == children[:2]
-    assert first.postponed == children[2:]
-    assert pool.forward(children[2:], decoder.hidden, head=False).done == children[2:4]
+    reading = Reading(Lane(decoder, pool))
+    reads = [reading.submit(child) for child in children]
+    assert reading.step() == reads[:2]
+    assert [child.kv is None for child in children] == [False, False, True, True, True]
+    assert reading.step() == reads[2:4]
     assert [child.kv is None for child in children] == [True, True, False, False, True]
+    assert reading.step() == reads[4:]
+    assert meter.waves > 0
     assert meter.recomputed == 0
     run(pool, [Branch(meter, children[0], 18, tokens(rng, 1))], decoder.hidden)
     assert meter.recomputed == 8
@@ -144,7 +153,7 @@ def test_outputs_of_marked_positions(decoder: TransformersDecoder, plain) -> Non
     rows, outputs = [], []
     while root.pending or child.pending:
         result = pool.forward([branch for branch in (root, child) if branch.pending], decoder.hidden, head=False)
-        rows += result.rows
+        rows += result.places
         outputs += result.outputs
     assert rows == [(root, 1), (root, 4), (root, 5), (child, 6), (child, 7)]
     for (branch, position), output in zip(rows, outputs, strict=True):
@@ -170,10 +179,14 @@ def test_a_branch_larger_than_the_pool_is_an_error_and_others_go_on(decoder: Tra
     rng = random.Random(0)
     pool = small_pool(decoder, 5)
     small, large = (Branch(Meter(), tokens=tokens(rng, count)) for count in (6, 21))
-    with pytest.raises(PoolTooSmallError, match=r"KV pool of 20 tokens .* branch of 21 tokens"):
-        pool.forward([large, small], decoder.hidden, head=False)
+    reading = Reading(Lane(decoder, pool))
+    first, second = reading.submit(large), reading.submit(small)
+    assert [*reading.step(), *reading.step()] == [first, second]
+    assert isinstance(first.error, PoolTooSmallError)
+    assert "KV pool of 20 tokens is too small for one branch of 21 tokens" in str(first.error)
     assert large.kv is None
-    assert pool.forward([small], decoder.hidden, head=False).done == [small]
+    assert second.error is None
+    assert small.pending == 0
 
 
 def test_a_forward_that_fails_leaves_no_half_written_branch(decoder: TransformersDecoder, plain) -> None:

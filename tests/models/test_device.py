@@ -10,11 +10,11 @@ import torch
 from pretend_gpu import CUDA, GpuTensor, HostWaitError, PretendGpu
 from test_local_search import PROBLEMS, READING, assert_same
 from tiny import save_checkpoint, talkative, tiny_model
-from torch import Tensor
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, search
 from tts_search.models.device import read_scores, read_tokens, upload
-from tts_search.verifiers.lane import HeadScorer
+from tts_search.models.generation import Generation
 from tts_search.verifiers.log_ratio import LogRatioScorer
+from tts_search.verifiers.tasks import HeadScorer
 
 import tts_kernels as tk
 
@@ -57,7 +57,7 @@ def run(folder: Path, models: tuple[str, str, dict[str, Any], str | None], devic
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_search_on_a_gpu_waits_once_a_token_and_once_a_round(name: str, tmp_path: Path) -> None:
+def test_a_search_on_a_gpu_waits_once_a_token_and_at_most_once_a_round(name: str, tmp_path: Path) -> None:
     options = {"decoder": "transformers"} if name == "transformers" else {}
     *_, wanted = run(tmp_path, MODELS[name], "cpu", **options)
     calls: dict[str, int] = {"sample": 0, "score": 0}
@@ -78,7 +78,8 @@ def test_a_search_on_a_gpu_waits_once_a_token_and_once_a_round(name: str, tmp_pa
     assert {tensor.device for pool in (policy._pool, verifier._pool) for tensor in pool.pool.kv.k} == {CUDA}
     assert gpu.waits == {"read_tokens": calls["sample"], "read_scores": calls["score"]}
     assert calls["sample"] > 20
-    assert calls["score"] == max(result.stats.rounds for result in found)
+    rounds = [result.stats.rounds for result in found]
+    assert max(rounds) <= calls["score"] <= sum(rounds)
     assert gpu.uploads > 5 * calls["sample"]
 
 
@@ -86,7 +87,8 @@ def test_a_round_in_many_forwards_waits_once(tmp_path: Path) -> None:
     """However few tokens fit a forward of the verifier."""
     with PretendGpu(watches=False) as gpu:
         *_, found = run(tmp_path, MODELS["lean decoders"], "cuda", gpu=gpu, batch_tokens=16)
-    assert gpu.waits["read_scores"] == max(result.stats.rounds for result in found)
+    rounds = [result.stats.rounds for result in found]
+    assert max(rounds) <= gpu.waits["read_scores"] <= sum(rounds)
 
 
 PLANTED = {
@@ -118,13 +120,13 @@ def test_a_planted_wait_is_found(name: str) -> None:
 
 
 def test_a_planted_wait_fails_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = HFPolicy._sample
+    plain = Generation._draw
 
-    def curious(policy: HFPolicy, runs: Any, logits: Tensor) -> Any:
-        assert bool(torch.isfinite(logits).all())
-        return plain(policy, runs, logits)
+    def curious(generation: Generation, forwarded: Any) -> Any:
+        assert bool(torch.isfinite(forwarded.outputs).all())
+        return plain(generation, forwarded)
 
-    monkeypatch.setattr(HFPolicy, "_sample", curious)
+    monkeypatch.setattr(Generation, "_draw", curious)
     with PretendGpu(watches=False) as gpu, pytest.raises(SearchError, match=r"HostWaitError: Tensor\.__bool__"):
         run(tmp_path, MODELS["lean decoders"], "cuda", gpu=gpu)
 
@@ -142,7 +144,8 @@ def test_tensors_of_two_devices_do_not_meet() -> None:
 def test_reads_give_values_and_wait_once() -> None:
     with PretendGpu() as gpu:
         tokens, logprobs = (upload(t, CUDA) for t in (torch.tensor([4, 2**40]), torch.tensor([-0.5, -1.5])))
-        assert read_tokens(tk.Sampled(tokens, logprobs)) == ([4, 2**40], [-0.5, -1.5])
+        drawn = read_tokens(tk.Sampled(tokens, logprobs))
+        assert [column.tolist() for column in drawn] == [[4, 2**40], [-0.5, -1.5]]
         assert read_scores(logprobs, tokens, tokens > 4) == [[-0.5, -1.5], [4, 2**40], [False, True]]
     assert gpu.waits == {"read_tokens": 1, "read_scores": 1}
     assert upload(torch.ones(1), torch.device("cpu")).device.type == "cpu"

@@ -56,7 +56,7 @@ class Counter:
         self.shape, self.decoder = policy.decoder.shape, policy.decoder
         self.sizes: list[int] = []
         self.logit_rows: list[int] = []
-        policy.decoder = self
+        policy._lane.decoder = self
 
     def logits(self, batch: Batch, kv, rows: Tensor | None = None) -> Tensor:
         out = self.decoder.logits(batch, kv, rows)
@@ -85,8 +85,8 @@ def scripted(policy: HFPolicy, pieces: list[str | int]) -> list[int]:
     """Let the policy's model say these tokens: byte-level vocabulary entries, or ids."""
     ids = [piece if isinstance(piece, int) else TOKENIZER.convert_tokens_to_ids(piece) for piece in pieces]
     policy.begin(0, PROBLEM)
-    policy.decoder = Scripted(len(policy._problems[0].root.tokens), ids)
-    policy._pool = small_pool(policy.decoder, 100)
+    policy._lane.decoder = Scripted(len(policy._problems[0].root.tokens), ids)
+    policy._lane.pool = small_pool(policy.decoder, 100)
     return ids
 
 
@@ -246,7 +246,7 @@ def test_steps_are_those_of_eager_attention_on_the_whole_text(policy: HFPolicy, 
 def test_a_small_pool_gives_the_same_steps(checkpoint: str, policy: HFPolicy) -> None:
     large = tree(policy)
     small = HFPolicy(checkpoint)
-    small._pool = small_pool(small.decoder, 40)
+    small._lane.pool = small_pool(small.decoder, 40)
     assert [grown.step for grown in tree(small).values()] == [
         replace(grown.step, logprob=pytest.approx(grown.step.logprob, abs=1e-4)) for grown in large.values()
     ]
@@ -311,7 +311,7 @@ def test_long_prompts_are_read_in_chunks(policy: HFPolicy, plain) -> None:
 
 def test_one_problem_that_does_not_fit_fails_alone(checkpoint: str) -> None:
     policy = HFPolicy(checkpoint)
-    policy._pool = small_pool(policy.decoder, 40)  # 160 tokens
+    policy._lane.pool = small_pool(policy.decoder, 40)  # 160 tokens
     policy.begin(0, "x" * 600)
     policy.begin(1, "y" * 200)
     policy.begin(2, PROBLEM)

@@ -11,7 +11,7 @@ from test_local_search import CONFIGS, PROBLEMS, READING
 from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, SearchTree, search
 from tts_search.engine import sharing
-from tts_search.search.protocol import Score, ScoreAndPrune, Scored
+from tts_search.search.protocol import Score, ScoreAndPrune
 
 
 class Recorder(HFVerifier):
@@ -21,13 +21,11 @@ class Recorder(HFVerifier):
         super().__init__(path, kv_memory="4MiB")
         self.asked: list[Score] = []
 
-    def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
-        self.asked += requests
-        return super().score(requests)
-
-    def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
-        self.asked += [each for request in requests for each in request.candidates if isinstance(each, Score)]
-        return super().score_and_prune(requests)
+    def submit(self, requests: Sequence[Score | ScoreAndPrune]) -> None:
+        for request in requests:
+            candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
+            self.asked += [each for each in candidates if isinstance(each, Score)]
+        super().submit(requests)
 
     def tokens_of(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])

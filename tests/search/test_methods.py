@@ -397,6 +397,6 @@ def test_a_branch_at_the_end_of_the_context_stops_without_finishing(method):
     ],
 )
 def test_where_a_local_step_ends(delimiter, text, closes):
-    from tts_search.policies.hf import _Delimiter
+    from tts_search.models import endings
 
-    assert _Delimiter(delimiter, lambda _: "", []).closes(text) is closes
+    assert endings.closes(text, delimiter) is closes

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-import tts_search.engine.engine
+import tts_search.engine.scheduler
 from hypothesis import given, settings
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from test_engine import CONFIGS, PROBLEMS, TREES, Pruner, outcome
@@ -28,7 +28,7 @@ class Apart:
         return self.verifier.score(requests)
 
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
-        return [Scored.of(self.score([c for c in r.candidates if isinstance(c, Score)])) for r in requests]
+        return [Scored(self.score([c for c in r.candidates if isinstance(c, Score)])) for r in requests]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         own = {(problem, branch) for branch in branches} & self.scored
@@ -69,7 +69,7 @@ def outcomes(tree: RandomTree, verifier: Verifier, config: SearchConfig) -> dict
 @given(tree=TREES, config=CONFIGS)
 def test_a_search_decides_as_without_sharing(kind, tree, config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tts_search.engine.engine, "SharedVerifier", Apart)
+        patch.setattr(tts_search.engine.scheduler, "SharedVerifier", Apart)
         apart = ScriptedVerifier(tree.scores)
         expected = outcomes(tree, apart, config)
     verifier = kind(tree.scores)

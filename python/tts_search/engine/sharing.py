@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, starmap, zip_longest
-from typing import Final, TypeVar
+from itertools import starmap, zip_longest
+from typing import Any, Final
 
-from tts_search.search.protocol import PruningVerifier, Score, ScoreAndPrune, Scored, Usage, Verifier
+from tts_search.engine.drivers import lift
+from tts_search.search.protocol import PruningVerifier, Score, ScoreAndPrune, Scored, Usage, Verifier, answers_of
 from tts_search.search.voting import aggregate
 
 __all__ = ["SharedVerifier"]
-
-Asked = TypeVar("Asked", Score, ScoreAndPrune)
-Answer = TypeVar("Answer")
 
 _UNREAD: Final = LookupError("the verifier has not read this text")
 _NOBODY: Final = -1  # a survivor that is not of its group: the search refuses the answer
@@ -36,8 +35,11 @@ class SharedVerifier:
     """
 
     def __init__(self, verifier: Verifier) -> None:
-        self.verifier = verifier
+        self.verifier = lift(verifier)
+        self._prunes = isinstance(verifier, PruningVerifier)
         self._problems: dict[int, _Problem] = {}
+        self._asked: list[_Asked] = []
+        self._on_the_way: dict[int, _Asked | _Reading] = {}  # by the identity of what the verifier was asked
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem."""
@@ -45,33 +47,56 @@ class SharedVerifier:
         self._problems[problem] = _Problem()
 
     def score(self, requests: Sequence[Score]) -> list[Sequence[float] | Exception]:
-        """Answer requests of any number of problems by one call of the verifier, or none if it knows all texts.
-
-        Raises
-        ------
-        ValueError
-            If the verifier does not answer each of its requests.
-        """
-        readings = [self._reading(request) for request in requests]
-        fresh = list(dict.fromkeys(reading for reading in readings if reading.answer is _UNREAD))
-        for reading, answer in zip(fresh, _ask(self.verifier.score, [each.request for each in fresh]), strict=True):
-            reading.answer = answer
-        return [reading.answer for reading in readings]
+        """Answer requests of any number of problems, without asking the verifier for a text that it knows."""
+        return answers_of(self, requests)
 
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
-        """Answer requests of any number of problems likewise; of a verifier that cannot prune, with the scores alone.
+        """Answer requests of any number of problems likewise; for a verifier that cannot prune by scores alone."""
+        return answers_of(self, requests)
 
-        Raises
-        ------
-        ValueError
-            If the verifier does not answer each of its requests.
-        """
-        if not isinstance(self.verifier, PruningVerifier):
-            scores = iter(self.score([each for request in requests for each in _scores(request)]))
-            return [Scored.of(list(islice(scores, len(_scores(request))))) for request in requests]
-        rounds = [_Round(request, [self._entry(each) for each in request.candidates]) for request in requests]
-        answers = iter(_ask(self.verifier.score_and_prune, [each.folded() for each in rounds if each.fresh]))
-        return [each.answer(next(answers) if each.fresh else Scored([])) for each in rounds]
+    def submit(self, requests: Sequence[Score | ScoreAndPrune]) -> None:
+        """Take requests in. A text that is on its way for another is not asked for again."""
+        for request in requests:
+            candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
+            self._asked.append(_Asked(request, [self._entry(each) for each in candidates]))
+        self._ask()
+
+    def step(self) -> list[tuple[Score | ScoreAndPrune, Any]]:
+        """Let the verifier take a step; the requests that are answered now."""
+        for request, answer in self.verifier.step():
+            self._on_the_way.pop(id(request)).take(answer)
+        answered = [asked for asked in self._asked if asked.is_answered]
+        self._asked = [asked for asked in self._asked if not asked.is_answered]
+        self._ask()
+        return [(asked.request, asked.answer()) for asked in answered]
+
+    def cancel(self, problem: int) -> None:
+        """Forget the requests of a problem that are not answered yet."""
+        self.verifier.cancel(problem)
+        self._asked = [asked for asked in self._asked if asked.request.problem != problem]
+        on_the_way = self._on_the_way.items()
+        self._on_the_way = {key: taker for key, taker in on_the_way if taker.request.problem != problem}
+        self._problems[problem].forget_questions()
+
+    def _ask(self) -> None:
+        """Ask the verifier for the texts that requests need and nobody has asked for."""
+        for asked in self._asked:
+            if asked.is_sent or asked.waits:
+                continue
+            asked.is_sent = True
+            fresh = asked.fresh
+            for reading in fresh:
+                reading.is_sent = True
+            if fresh and self._prunes and isinstance(asked.request, ScoreAndPrune):
+                self._send(asked.folded(asked.request), asked)
+            else:
+                for reading in fresh:
+                    self._send(reading.request, reading)
+
+    def _send(self, request: Score | ScoreAndPrune, taker: _Asked | _Reading) -> None:
+        taker.sent = request
+        self._on_the_way[id(request)] = taker
+        self.verifier.submit([request])
 
     def release(self, problem: int, branches: Iterable[int]) -> None:
         """Forget branches, as many of them as were scored; the verifier forgets a text with the last branch of it."""
@@ -83,11 +108,8 @@ class SharedVerifier:
         del self._problems[problem]
         return self.verifier.end(problem)
 
-    def _reading(self, request: Score) -> _Reading:
-        return self._problems[request.problem].reading(request)
-
     def _entry(self, candidate: Score | float) -> _Reading | float:
-        return self._reading(candidate) if isinstance(candidate, Score) else candidate
+        return self._problems[candidate.problem].reading(candidate) if isinstance(candidate, Score) else candidate
 
 
 @dataclass(slots=True, eq=False)
@@ -102,18 +124,27 @@ class _Reading:
         What it said.
     branches : set of int
         Who has the text and is not released.
+    is_sent : bool
+        The verifier has been asked for it.
+    sent : Score or ScoreAndPrune or None
+        Kept, since requests are known by their identity.
     """
 
     request: Score
     answer: Sequence[float] | Exception = _UNREAD
     branches: set[int] = field(default_factory=set)
+    is_sent: bool = False
+    sent: Score | ScoreAndPrune | None = None
+
+    def take(self, answer: Sequence[float] | Exception) -> None:
+        """The verifier has answered."""
+        self.answer = answer
 
     def candidate(self, how: str) -> Score | float:
         """What stands for it in a round."""
         if self.answer is _UNREAD:
             return self.request
-        assert not isinstance(self.answer, Exception), "a search ends when the verifier fails it"
-        return aggregate(self.answer, how)
+        return -math.inf if isinstance(self.answer, Exception) else aggregate(self.answer, how)
 
 
 @dataclass(slots=True)
@@ -132,6 +163,11 @@ class _Problem:
         self.by_branch[request.branch] = reading
         return reading
 
+    def forget_questions(self) -> None:
+        """What was asked and not answered was not asked."""
+        for reading in self.by_text.values():
+            reading.is_sent = reading.answer is not _UNREAD
+
     def drop(self, branches: Iterable[int]) -> Iterator[int]:
         """Take branches out; yield what the verifier calls the texts that nobody has any more."""
         for branch in branches:
@@ -144,49 +180,88 @@ class _Problem:
                 yield reading.request.branch
 
 
-class _Round:
-    """A round in which equal candidates are one, which competes with copies of itself.
-
-    Parameters
-    ----------
-    request : ScoreAndPrune
-        What the search asks for.
-    entries : list of _Reading or float
-        Its candidates: what is read for them, or their scores.
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request on its way. In a round, equal candidates are one, which competes with copies of itself.
 
     Attributes
     ----------
-    fresh : list of _Reading
-        What the verifier is to read, in order.
+    request : Score or ScoreAndPrune
+        What the search asks for.
+    entries : list of _Reading or float
+        Its candidates: what is read for them, or their scores.
+    is_sent : bool
+        The verifier has been asked for what nobody had asked for.
+    sent : Score or ScoreAndPrune or None
+        What it was asked for as one, if it was.
     """
 
-    def __init__(self, request: ScoreAndPrune, entries: list[_Reading | float]) -> None:
-        self.request = request
-        self._readings = [entry for entry in entries if isinstance(entry, _Reading)]
-        self.fresh = list(dict.fromkeys(each for each in self._readings if each.answer is _UNREAD))
-        self._distinct = list(dict.fromkeys(entries))
+    request: Score | ScoreAndPrune
+    entries: list[_Reading | float]
+    is_sent: bool = False
+    sent: Score | ScoreAndPrune | None = None
+    _taken: Scored | Exception | None = None
+    _fresh: list[_Reading] = field(default_factory=list)
+    _distinct: list[_Reading | float] = field(init=False)
+    _places: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._distinct = list(dict.fromkeys(self.entries))
         place_of = {entry: place for place, entry in enumerate(self._distinct)}
-        self._places = [place_of[entry] for entry in entries]
+        self._places = [place_of[entry] for entry in self.entries]
 
-    def folded(self) -> ScoreAndPrune:
+    @property
+    def readings(self) -> list[_Reading]:
+        """The texts among its candidates, one for each of these."""
+        return [entry for entry in self.entries if isinstance(entry, _Reading)]
+
+    @property
+    def fresh(self) -> list[_Reading]:
+        """The texts that the verifier has not been asked for, each once."""
+        return [each for each in self._distinct if isinstance(each, _Reading) and not each.is_sent]
+
+    @property
+    def waits(self) -> bool:
+        """Whether others have asked for one of its texts, and it is not there yet."""
+        return any(reading.is_sent and reading.answer is _UNREAD for reading in self.readings)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all that it needs is there."""
+        if self.sent is not None:
+            return self._taken is not None
+        return self.is_sent and not self.waits
+
+    def folded(self, request: ScoreAndPrune) -> ScoreAndPrune:
         """What the verifier is asked for: each candidate once, and groups that name it as often as it competes."""
-        how = self.request.how
+        self._fresh = [each for each in self._distinct if isinstance(each, _Reading) and each.answer is _UNREAD]
+        how = request.how
         candidates = (entry.candidate(how) if isinstance(entry, _Reading) else entry for entry in self._distinct)
-        groups = (tuple(self._places[number] for number in group) for group in self.request.groups)
-        return replace(self.request, candidates=tuple(candidates), groups=tuple(groups))
+        groups = (tuple(self._places[number] for number in group) for group in request.groups)
+        return replace(request, candidates=tuple(candidates), groups=tuple(groups))
 
-    def answer(self, folded: Scored | Exception) -> Scored | Exception:
-        """The answer to the search, from that of the verifier."""
-        if isinstance(folded, Exception):
-            return folded
-        if len(folded.scores) != len(self.fresh):
-            return ValueError(f"expected scores of {len(self.fresh)} candidates, got {len(folded.scores)}")
-        for reading, scores in zip(self.fresh, folded.scores, strict=True):
+    def take(self, answer: Scored | Exception) -> None:
+        """The verifier has answered what it was asked for as one."""
+        if not isinstance(answer, Exception) and len(answer.scores) != len(self._fresh):
+            answer = ValueError(f"expected scores of {len(self._fresh)} candidates, got {len(answer.scores)}")
+        each = [answer] * len(self._fresh) if isinstance(answer, Exception) else answer.scores
+        for reading, scores in zip(self._fresh, each, strict=True):
             reading.answer = scores
-        survivors = folded.survivors
+        self._taken = answer
+
+    def answer(self) -> Any:
+        """The answer to the search."""
+        answers = [reading.answer for reading in self.readings]
+        if not isinstance(self.request, ScoreAndPrune):
+            return answers[0]
+        if self._taken is None:
+            return Scored(answers)
+        if isinstance(self._taken, Exception):
+            return self._taken
+        survivors = self._taken.survivors
         if survivors is not None:
             survivors = list(starmap(self._unfolded, zip_longest(survivors, self.request.groups, fillvalue=())))
-        return Scored.of([reading.answer for reading in self._readings], survivors)
+        return Scored(answers, survivors)
 
     def _unfolded(self, best: Sequence[int], group: Sequence[int]) -> list[int]:
         """The survivors of a group by their own numbers: of equal ones, those that it names first."""
@@ -199,15 +274,3 @@ class _Round:
 def _text(request: Score) -> Hashable:
     """What requests that get the same answer have in common."""
     return request.steps, request.lookahead
-
-
-def _scores(request: ScoreAndPrune) -> list[Score]:
-    return [candidate for candidate in request.candidates if isinstance(candidate, Score)]
-
-
-def _ask(call: Callable[[Sequence[Asked]], Sequence[Answer]], requests: Sequence[Asked]) -> Sequence[Answer]:
-    """The answers to requests, if there are any."""
-    answers = call(requests) if requests else []
-    if len(answers) != len(requests):
-        raise ValueError(f"expected {len(requests)} answers, one a request, got {len(answers)}")
-    return answers

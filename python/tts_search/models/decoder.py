@@ -152,7 +152,7 @@ class KVPool:
         )
         return self.batch(branches, counts, list(itertools.chain.from_iterable(tokens)), list(positions), slots)
 
-    def append(self, branches: Sequence[int], counts: Sequence[int]) -> Tensor:
+    def append(self, branches: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> Tensor:
         """Reserve slots [sum(counts)] for new tokens and copy the shared pages that they would write to."""
         new = self.forest.append(branches, counts)
         if new.copy_src.numel():
@@ -161,14 +161,14 @@ class KVPool:
 
     def batch(
         self,
-        branches: Sequence[int],
-        counts: Sequence[int],
-        tokens: Sequence[int],
-        positions: Sequence[int],
+        branches: Sequence[int] | Tensor,
+        counts: Sequence[int] | Tensor | None,
+        tokens: Sequence[int] | Tensor,
+        positions: Sequence[int] | Tensor,
         slots: Tensor,
         out: Batch | None = None,
     ) -> Batch:
-        """The packed forward of the last ``counts`` tokens of each branch.
+        """The packed forward of the last ``counts`` tokens of each branch (1 each if None).
 
         With ``out``, an earlier batch of as many tokens, that one's tensors are filled again; ValueError, with nothing
         written, if the plan does not fit.
@@ -182,7 +182,7 @@ class KVPool:
             device=self.device,
             out=None if out is None else out.plan,
         )
-        ids, places = torch.tensor(tokens, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        ids, places = torch.as_tensor(tokens, dtype=torch.int64), torch.as_tensor(positions, dtype=torch.int64)
         if out is None:
             return Batch(upload(ids, self.device), upload(places, self.device), upload(slots, self.device), plan)
         refill(out.tokens, ids)

@@ -29,19 +29,19 @@ def refill(buffer: Tensor, host: Tensor) -> None:
     buffer.copy_(host if buffer.device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
-def read_tokens(sampled: tk.Sampled) -> tuple[list[int], list[float]]:
-    """The tokens of a decode step [B] and their log-probabilities [B]. Waits for the device once."""
+def read_tokens(sampled: tk.Sampled) -> tuple[Tensor, Tensor]:
+    """The tokens of a decode step [B] and their log-probabilities [B], on the host. Waits for the device once."""
     tokens, logprobs = _read(*sampled)
     return tokens, logprobs
 
 
 def read_scores(*columns: Tensor) -> list[list[Any]]:
     """What a round of scoring found, [S] each: scores, indices, flags. Waits for the device once."""
-    return _read(*columns)
+    return [tensor.tolist() for tensor in _read(*columns)]
 
 
-def _read(*tensors: Tensor) -> list[list[Any]]:
-    """Values of tensors of one device: the last copy waits for itself, and so for those before it in the stream."""
+def _read(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the host: the last copy waits for itself, and so for those before it in the stream."""
     *before, last = tensors
     host = [tensor.to(_CPU, non_blocking=True) for tensor in before]
-    return [tensor.tolist() for tensor in (*host, last.cpu())]
+    return [*host, last.cpu()]

@@ -93,7 +93,11 @@ class DecodeGraphs:
         pool.append([self._spare], [1])
 
     def logits(
-        self, branches: Sequence[int], tokens: Sequence[int], positions: Sequence[int], slots: Tensor
+        self,
+        branches: Sequence[int] | Tensor,
+        tokens: Sequence[int] | Tensor,
+        positions: Sequence[int] | Tensor,
+        slots: Tensor,
     ) -> Tensor | None:
         """Logits [B, V] of the newest token of each forest branch, until the next call; None if there are too many.
 
@@ -103,12 +107,15 @@ class DecodeGraphs:
         size = self._size(rows)
         if size > MAX_ROWS:
             return None
-        counts = [1] * rows
+        branches, tokens, positions = map(torch.as_tensor, (branches, tokens, positions))
+        counts = torch.ones(rows, dtype=torch.int64)
         if spare := size - rows:
             self.pool.forest.truncate(self._spare, 0)  # its page is free for the next line
             slots = torch.cat([slots, self.pool.append([self._spare], [spare])])
-            branches, counts = [*branches, self._spare], [*counts, spare]
-            tokens, positions = [*tokens, *[0] * spare], [*positions, *range(spare)]
+            branches = torch.cat([branches, torch.tensor([self._spare])])
+            counts = torch.cat([counts, torch.tensor([spare])])
+            tokens = torch.cat([tokens, torch.zeros(spare, dtype=torch.int64)])
+            positions = torch.cat([positions, torch.arange(spare)])
         fill = partial(self.pool.batch, branches, counts, tokens, positions, slots)
         step = self._refilled(self._steps.get(size), fill)
         if step is None:

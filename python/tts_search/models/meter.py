@@ -22,6 +22,10 @@ class Meter:
         Pairs of a token forwarded and a key that it sees; rows that got logits.
     waves : int
         As in :class:`~tts_search.Usage`.
+    running, running_cached : int
+        Branches that grow by a token in each forward, and the tokens that these have in the KV cache together.
+    ticks : int
+        Forwards of running branches up to which everything here is entered.
     unique, logical, peak_unique, peak_logical : int
         KV tokens that it holds, and the most that it held: each token once, and the sum of its branches' lengths.
     """
@@ -32,10 +36,35 @@ class Meter:
     keys: int = 0
     logit_rows: int = 0
     waves: int = 0
+    running: int = 0
+    running_cached: int = 0
+    ticks: int = 0
     unique: int = 0
     logical: int = 0
     peak_unique: int = 0
     peak_logical: int = 0
+
+    def settle(self, ticks: int) -> None:
+        """Enter what running branches did since the last time.
+
+        While who runs stays the same, that is a sum in closed form: so a token that ends nothing costs no bookkeeping.
+        """
+        steps, self.ticks = ticks - self.ticks, ticks
+        grown = steps * self.running
+        if not grown:
+            return
+        self.read += grown
+        self.logit_rows += grown
+        self.keys += steps * self.running_cached + self.running * steps * (steps + 1) // 2
+        self.running_cached += grown
+        self.unique += grown
+        self.logical += grown
+        self.note_peaks()
+
+    def note_peaks(self) -> None:
+        """See whether more KV is held than ever before."""
+        self.peak_unique = max(self.peak_unique, self.unique)
+        self.peak_logical = max(self.peak_logical, self.logical)
 
     def usage(self, shape: DecoderShape, tokens: int | None = None) -> Usage:
         """The public form, for a decoder; ``tokens`` are those read unless given."""

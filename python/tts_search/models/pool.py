@@ -2,7 +2,7 @@
 
 A `Branch` is the tokens that it adds to a part of its parent's path. Its KV may be released at any time and comes back
 by forwarding those tokens again, together with what its ancestors lack, in the same packed forward. So a search that
-does not fit the pool runs in smaller waves and returns what it would have returned.
+does not fit the pool does its work bit by bit and returns what it would have returned.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -107,6 +107,46 @@ class PoolTooSmallError(RuntimeError):
         self.branch = branch
 
 
+class Worker(Protocol):
+    """Whoever has work on a branch: the branch's KV is not idle.
+
+    ``age`` counts up: the youngest gives way where there is no room for all.
+    """
+
+    @property
+    def branch(self) -> Branch:
+        """What it works on."""
+
+    @property
+    def age(self) -> int:
+        """Its place in the order in which workers get on."""
+
+    def give_up(self) -> None:
+        """Let go of the branch's KV and wait until there is room again."""
+
+    def fail(self, error: Exception) -> None:
+        """End, for this reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Branches that grow by one token in each forward, as columns [N] int64 on the CPU.
+
+    What `BranchPool.run` has taken in: while they run, the pool's books of them are kept by the meters.
+
+    Attributes
+    ----------
+    kv : Tensor
+        Their forest branches.
+    tokens, positions : Tensor
+        The token that each forwards, and where it stands.
+    """
+
+    kv: Tensor
+    tokens: Tensor
+    positions: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Forwarded:
     """What one forward got done.
@@ -114,28 +154,24 @@ class Forwarded:
     Attributes
     ----------
     outputs : Tensor
-        [len(rows), ...]: what the model gave.
-    rows : list of (Branch, int)
-        The branch and the position in its path that each output is of: branch after branch in the order they were asked
-        for, the marked positions that were reached and, for those that are done, the last one.
+        [N + len(places), ...]: what the model gave for the N rows, then for the places.
+    places : list of (Branch, int)
+        A branch and a position in its path: branch after branch in the order they were asked for, the marked positions
+        that were reached and, for those that are done, the last one.
     done : list of Branch
         Branches without pending tokens now, in the order they were asked for.
-    postponed : list of Branch
-        Branches that found no room and hold no KV now: they wait until others have finished.
     """
 
     outputs: Tensor
-    rows: list[tuple[Branch, int]]
+    places: list[tuple[Branch, int]]
     done: list[Branch]
-    postponed: list[Branch]
+
+
+NO_ROWS: Final = Rows(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
 
 
 class BranchPool:
     """Keeps the KV of as many branches as fit a pool; those used longest ago make room.
-
-    `forward` packs the branches that it is given, the first ones first. When pages run out it takes the KV of idle
-    branches, then puts the last of the given ones off. So the first one always gets on, and a caller who comes back
-    with those put off after the others have finished is done in a finite number of waves.
 
     Parameters
     ----------
@@ -145,20 +181,34 @@ class BranchPool:
         The most tokens of one forward; longer prompts are read in chunks.
     graphs : DecodeGraphs or None
         Runs the forwards that want logits of one new token of each branch.
+
+    Attributes
+    ----------
+    workers : dict of Worker to None
+        Those whose branches have work; nobody takes the KV of these.
+    full : bool
+        Set by who found no room; unset as soon as any KV is given back.
     """
 
     def __init__(self, pool: KVPool, max_tokens: int = MAX_FORWARD_TOKENS, graphs: DecodeGraphs | None = None) -> None:
         self.pool = pool
         self.max_tokens = max_tokens
         self.graphs = graphs
+        self.workers: dict[Worker, None] = {}
+        self.full = False
         self._resident: dict[Branch, None] = {}
         self._guests: set[Branch] = set()  # released ones that are back so that descendants can be forked from them
         self._clock = 0
+        self._ticks = 0  # forwards with rows
 
     def forward(
-        self, branches: Sequence[Branch], model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool
+        self,
+        branches: Sequence[Branch],
+        model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor],
+        head: bool,
+        rows: Rows = NO_ROWS,
     ) -> Forwarded:
-        """Run the pending tokens of as many branches as fit into a forward and into the pool, the first ones first.
+        """Run one token of each row, and the pending tokens of as many branches as fit a forward, the first ones first.
 
         Parameters
         ----------
@@ -168,43 +218,93 @@ class BranchPool:
             The decoder's ``hidden`` or ``logits``.
         head : bool
             Whether it is the latter.
+        rows : Rows
+            Branches that run.
 
         Raises
         ------
-        PoolTooSmallError
-            If not even the first branch fits with everything else released.
+        tts_kernels.OutOfPages
+            If there is no room for them, and no idle branch left that could make some. Nothing has changed but that
+            idle ones have lost their KV.
         """
         self._clock += 1
-        active, postponed = list(branches), []
         while True:
-            takes = self._choose(active)
+            takes = self._choose(branches, max(1, self.max_tokens - len(rows.kv)))
             try:
-                slots = self._place(takes)
+                slots = self._place(takes, rows)
                 break
             except tk.OutOfPages:
-                if self._evict(active, takes):
-                    continue
-                if len(active) == 1:
-                    raise PoolTooSmallError(active[0], self.pool_tokens) from None
-                postponed.append(active.pop())
-                self._drop_kv(postponed[-1])
+                if not self._evict(branches, takes):
+                    raise
         try:
-            done = [branch for branch in active if not branch.pending]
-            rows = [(branch, position) for branch in active for position in _reached(branch, takes.get(branch, 0))]
-            outputs = self._run(takes, slots, rows, model, self.graphs if head else None)
+            done = [branch for branch in branches if not branch.pending]
+            places = [(branch, place) for branch in branches for place in _reached(branch, takes.get(branch, 0))]
+            outputs = self._run(takes, slots, rows, places, model, self.graphs if head else None)
         except BaseException:
             for branch in takes:  # their slots were reserved but never written
                 self._drop_kv(branch)
+            for kv, position in zip(rows.kv.tolist(), rows.positions.tolist(), strict=True):
+                self.pool.forest.truncate(kv, position)
             raise
-        self._count(takes, rows if head else [])
-        self._dismiss_guests([branch for branch in active if branch.pending])
-        return Forwarded(outputs, rows, done, postponed[::-1])
+        self._ticks += len(rows.kv) > 0
+        self._count(takes, places if head else [])
+        self._dismiss_guests([branch for branch in branches if branch.pending])
+        return Forwarded(outputs, places, done)
+
+    def run(self, branches: Sequence[Branch]) -> list[int]:
+        """Let branches with one pending token grow by a row's token a forward from now on; their forest branches.
+
+        Those that have no KV yet are forked from their parents. The tokens that they forward are the caller's affair
+        until they `rest`.
+        """
+        born = [branch for branch in branches if branch.kv is None]
+        self._give_kv(born, [branch.parent for branch in born])
+        for branch in branches:
+            branch.meter.settle(self._ticks)
+            branch.meter.running += 1
+            branch.meter.running_cached += branch.cached
+        return [_kv(branch) for branch in branches]
+
+    def rest(self, branch: Branch, cached: int) -> None:
+        """A branch that ran has its tokens now, ``cached`` of its path forwarded: its books are its own again."""
+        meter = branch.meter
+        meter.settle(self._ticks)
+        meter.running -= 1
+        meter.running_cached -= cached
+        branch.cached, branch.held = cached, cached - branch.start
+        branch.reached = max(branch.reached, cached)
+        branch.used = self._clock
+
+    def is_ready(self, branch: Branch) -> bool:
+        """Whether a branch can `run` at once."""
+        return branch.pending == 1 and (branch.kv is not None or _is_ready(branch))
 
     def release(self, branches: Iterable[Branch]) -> None:
         """Nobody asks for these branches any more; descendants keep what they read."""
         for branch in branches:
             branch.released = True
             self._drop_kv(branch)
+
+    def leave(self, worker: Worker, *, keep: bool = True) -> None:
+        """A worker is done, or gives its branch up; the KV stays unless somebody wants its room, or not at all."""
+        del self.workers[worker]
+        self.full = False
+        if not keep:
+            self._drop_kv(worker.branch)
+
+    def make_room(self) -> None:
+        """Have the youngest worker give up its branch, or, if it is the only one, fail.
+
+        Of those that have no KV yet, because they all came at once, half do so: they would only be in the way.
+        """
+        workers = sorted(self.workers, key=lambda worker: worker.age)
+        if len(workers) == 1:
+            workers[0].fail(PoolTooSmallError(workers[0].branch, self.pool_tokens))
+            return
+        fresh = list(itertools.takewhile(lambda worker: worker.branch.kv is None, reversed(workers[1:])))
+        for worker in fresh[: -(-len(fresh) // 2)] or workers[-1:]:
+            worker.give_up()
+        self.full = True
 
     def hold(self, branch: Branch) -> None:
         """Keep the parent's KV for a branch that has none of its own yet, whatever becomes of the parent."""
@@ -229,6 +329,7 @@ class BranchPool:
         if branch.kv is not None and branch.cached > length:
             self.pool.forest.truncate(branch.kv, length)
             self._resize(branch, length)
+            self.full = False
 
     @property
     def pool_tokens(self) -> int:
@@ -244,11 +345,10 @@ class BranchPool:
         for guest in [guest for guest in self._guests if guest.holders and guest not in needed]:
             self._drop_kv(guest)
 
-    def _choose(self, active: Sequence[Branch]) -> dict[Branch, int]:
-        """How many tokens each branch forwards now, ancestors before descendants, within the token budget."""
+    def _choose(self, branches: Sequence[Branch], budget: int) -> dict[Branch, int]:
+        """How many tokens each branch forwards now, ancestors before descendants, within a budget of tokens."""
         takes: dict[Branch, int] = {}
-        budget = self.max_tokens
-        for branch in active:
+        for branch in branches:
             for node in self._incomplete(branch):
                 if node not in takes and budget > 0 and not self._reads_unwritten_page(node, takes):
                     takes[node] = min(node.pending, budget)
@@ -281,8 +381,8 @@ class BranchPool:
             donor = max(donor.holders, key=lambda child: child.start)
         self._give_kv([node], [donor], node.start + node.held)
 
-    def _place(self, takes: dict[Branch, int]) -> Tensor:
-        """Give each branch its forest branch and slots [sum(takes)], in the order that ``takes`` has then.
+    def _place(self, takes: dict[Branch, int], rows: Rows) -> Tensor:
+        """Give each row and branch its slots [N + sum(takes)], branches in the order that ``takes`` has then.
 
         All or nothing: after `tts_kernels.OutOfPages` everything is as before.
         """
@@ -302,6 +402,8 @@ class BranchPool:
                 grown += ready
                 placed = set(ready)
                 todo = [node for node in todo if node not in placed]
+            if len(rows.kv):
+                slots.insert(0, self.pool.append(rows.kv, torch.ones_like(rows.kv)))
         except tk.OutOfPages:
             for node in reversed(grown):
                 self.pool.forest.truncate(_kv(node), node.cached - takes[node])
@@ -309,47 +411,48 @@ class BranchPool:
             for node in reversed(born):
                 self._drop_kv(node)
             raise
-        if len(slots) == 1:
-            return slots[0]
         for node in grown:
             takes[node] = takes.pop(node)
-        return torch.cat(slots)
+        return slots[0] if len(slots) == 1 else torch.cat(slots)
 
     def _run(
         self,
         takes: dict[Branch, int],
         slots: Tensor,
-        rows: list[tuple[Branch, int]],
+        rows: Rows,
+        places: list[tuple[Branch, int]],
         model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor],
         graphs: DecodeGraphs | None,
     ) -> Tensor:
-        """Forward ``takes``; the outputs of ``rows``."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        offset: dict[Branch, int] = {}  # row of a branch's token, less the token's position
-        for node, take in takes.items():
-            offset[node] = len(tokens) - (node.cached - take)
-            if take == 1:  # decode
-                tokens.append(node.tokens[node.cached - node.start - 1])
-                positions.append(node.cached - 1)
-            else:
+        """Forward ``rows`` and ``takes``; the outputs of the rows and of ``places``."""
+        branches, tokens, positions, counts = rows.kv, rows.tokens, rows.positions, None
+        wanted = None
+        if takes:
+            ids: list[int] = []
+            at: list[int] = []
+            offset: dict[Branch, int] = {}  # row of a branch's token, less the token's position
+            for node, take in takes.items():
                 begin = node.cached - take
-                tokens += node.tokens[begin - node.start : node.cached - node.start]
-                positions += range(begin, node.cached)
-        branches = [_kv(node) for node in takes]
-        wanted = [offset[branch] + position for branch, position in rows]
-        all_in_order = wanted == list(range(len(tokens)))
-        if graphs is not None and all_in_order and len(tokens) == len(branches):
+                offset[node] = len(rows.kv) + len(ids) - begin
+                ids += node.tokens[begin - node.start : node.cached - node.start]
+                at += range(begin, node.cached)
+            chosen = [*range(len(rows.kv)), *(offset[branch] + position for branch, position in places)]
+            tokens, positions = torch.cat([tokens, torch.tensor(ids)]), torch.cat([positions, torch.tensor(at)])
+            branches = torch.cat([branches, torch.tensor([_kv(node) for node in takes])])
+            if len(tokens) > len(branches):
+                counts = torch.cat([torch.ones_like(rows.kv), torch.tensor(list(takes.values()))])
+            if chosen != list(range(len(tokens))):
+                wanted = upload(torch.tensor(chosen, dtype=torch.int64), self.pool.device)
+        if graphs is not None and wanted is None and counts is None:
             logits = graphs.logits(branches, tokens, positions, slots)
             if logits is not None:
                 return logits
-        batch = self.pool.batch(branches, list(takes.values()), tokens, positions, slots)
-        chosen = None if all_in_order else upload(torch.tensor(wanted, dtype=torch.int64), self.pool.device)
-        return model(batch, self.pool.kv, chosen)
+        return model(self.pool.batch(branches, counts, tokens, positions, slots), self.pool.kv, wanted)
 
     def _count(self, takes: dict[Branch, int], logit_rows: Sequence[tuple[Branch, int]]) -> None:
-        """Enter a forward that was run in the books."""
+        """Enter a forward in the books; what the rows did is entered when their meters are settled."""
         for node, take in takes.items():
+            node.meter.settle(self._ticks)
             meter, begin, end = node.meter, node.cached - take, node.cached
             again = max(0, min(end, node.reached) - begin)
             prompt = max(0, min(end, node.start + node.given) - begin - again)
@@ -359,18 +462,18 @@ class BranchPool:
             meter.prompt += prompt
             meter.read += take - again - prompt
             meter.keys += take * begin + take * (take + 1) // 2
-            meter.peak_unique = max(meter.peak_unique, meter.unique)
-            meter.peak_logical = max(meter.peak_logical, meter.logical)
+            meter.note_peaks()
         for node, _ in logit_rows:
             node.meter.logit_rows += 1
 
-    def _evict(self, active: Sequence[Branch], takes: dict[Branch, int]) -> bool:
+    def _evict(self, branches: Sequence[Branch], takes: dict[Branch, int]) -> bool:
         """Take the KV of an idle branch; False if there is none.
 
         First those that nobody builds on, the one used longest ago; then ancestors, whose KV descendants share but for
         pages that were not full.
         """
-        busy = {*active, *takes, *(node.parent for node in takes if node.kv is None)}
+        busy = {*branches, *takes, *(node.parent for node in takes if node.kv is None)}
+        busy |= {worker.branch for worker in self.workers}
         idle = [node for node in self._resident if node not in busy]
         if not idle:
             return False
@@ -384,7 +487,7 @@ class BranchPool:
         for node, source in zip(nodes, sources, strict=True):
             node.kv = forest.add_root() if source is None else next(forks)
             size = node.start if length is None else length
-            if source is not None and source.cached > size:
+            if source is not None and forest.length(node.kv) > size:  # the books of a source that runs are behind
                 forest.truncate(node.kv, size)
             self._resident[node] = None
             if node.released:
@@ -402,9 +505,11 @@ class BranchPool:
         self._guests.discard(node)
         node.kv = None
         self._resize(node, 0)
+        self.full = False
 
     def _resize(self, node: Branch, cached: int) -> None:
         """Set the tokens that have KV through ``node``, and what that changes in the books of its lineage."""
+        node.meter.settle(self._ticks)
         node.meter.logical += cached - node.cached
         node.cached = cached
         lower: Branch | None = node

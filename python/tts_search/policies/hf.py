@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor
 
-import tts_kernels as tk
 from tts_search.errors import require
 from tts_search.models.decoder import pool_for
-from tts_search.models.device import read_tokens, upload
+from tts_search.models.endings import Endings, closes
+from tts_search.models.generation import Generation, Sampled, Sampling
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
+from tts_search.models.pool import Branch, BranchPool
+from tts_search.models.streams import Lane
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
-from tts_search.search.protocol import Expand, Usage
+from tts_search.search.protocol import Expand, Usage, answers_of
 from tts_search.search.types import Step
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class HFPolicy:
     r"""Samples steps from a causal language model of transformers.
 
     The prompt of a problem is read once; branches share it, and each other's steps, in a :class:`tts_kernels.KVForest`.
-    All branches of all problems in flight decode in one packed batch, and a branch leaves it when its step ends.
+    All branches of all problems in flight decode in one packed batch; a branch joins it at any token, and leaves it
+    when its step ends.
 
     A step ends at the first token after which the step's text holds the delimiter; if that is white space, with
     something else before it. Its text is what was generated, all of the last token included: a token ``".\n\n"`` ends a
@@ -54,8 +55,8 @@ class HFPolicy:
         By default a GPU if there is one, else the CPU.
     kv_memory : int or str or None
         Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
-        a quarter of the free memory. A search that needs more runs in waves: idle branches give their KV up and read
-        their tokens again when it is their turn.
+        a quarter of the free memory. In a search that needs more, branches give their KV up, idle ones and then the
+        youngest, and read their tokens again when it is their turn.
     decoder : {"auto", "lean", "transformers"}
         What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
         modules in transformers with attention over the forest. The other two values insist on one.
@@ -101,14 +102,24 @@ class HFPolicy:
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         self.system_prompt = system_prompt
         self.chat = chat
-        self.decoder: Decoder = load_decoder(
-            path_or_id, dtype=dtype, device=device, decoder=decoder, self_test=self_test
-        )
         self._eos = adapter.eos_tokens(path_or_id, self.tokenizer)
-        pool = pool_for(self.decoder, kv_memory)
-        self._pool = BranchPool(pool, graphs=decode_graphs(self.decoder, pool))
+        model = load_decoder(path_or_id, dtype=dtype, device=device, decoder=decoder, self_test=self_test)
+        pool = pool_for(model, kv_memory)
+        self._lane = Lane(model, BranchPool(pool, graphs=decode_graphs(model, pool)))
+        self._generation = Generation(self._lane)
         self._problems: dict[int, _Problem] = {}
-        self._delimiters: dict[str | None, _Delimiter] = {}
+        self._endings: dict[str | None, Endings] = {}
+        self._jobs: dict[_Job, None] = {}
+        self._answered: list[_Job] = []
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model that samples."""
+        return self._lane.decoder
+
+    @property
+    def _pool(self) -> BranchPool:
+        return self._lane.pool
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem. Its prompt is read with the first step.
@@ -130,13 +141,36 @@ class HFPolicy:
         The answer to a request is an exception if its prompt or its branch does not fit the model's context or the KV
         pool, or if the model gives no finite logits for it.
         """
-        jobs = [self._job(request) for request in requests]
-        runs: list[_Source | _Child] = self._sources(jobs)
-        while runs:
-            runs = self._wave(runs)
-            for meter in {id(run.branch.meter): run.branch.meter for run in runs}.values():
-                meter.waves += 1
-        return [self._finish(job) for job in jobs]
+        return answers_of(self, requests)
+
+    def submit(self, requests: Sequence[Expand]) -> None:
+        """Take requests in: their children join the branches that decode at the next token."""
+        for request in requests:
+            job = self._job(request)
+            self._jobs[job] = None
+            if job.error is None and job.children and job.children[0].limit > 0:
+                job.running = set(job.children)
+                self._generation.submit(job.parent, job.children)
+            else:
+                self._answered.append(job)
+
+    def step(self) -> list[tuple[Expand, list[Step] | Exception]]:
+        """Decode one token of each branch that is in; the requests that are answered now, as `expand` answers them."""
+        for child in self._generation.step():
+            assert isinstance(child, _Child)
+            self._end(child)
+        answered, self._answered = self._answered, []
+        for job in answered:
+            del self._jobs[job]
+        return [(job.request, self._finish(job)) for job in answered]
+
+    def cancel(self, problem: int) -> None:
+        """Forget the requests of a problem that are not answered yet."""
+        for job in [job for job in self._jobs if job.request.problem == problem]:
+            self._stop(job)
+            self._pool.release(child.branch for child in job.children)
+            del self._jobs[job]
+        self._answered = [job for job in self._answered if job in self._jobs]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""
@@ -145,6 +179,7 @@ class HFPolicy:
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem; what it cost."""
+        self.cancel(problem)
         state = self._problems.pop(problem)
         self._pool.close(state.root.meter)
         return state.root.meter.usage(self.decoder.shape, state.sampled)
@@ -173,7 +208,13 @@ class HFPolicy:
                 f"{self.decoder.shape.max_length} tokens"
             )
         limit = min(request.params.max_tokens, room)
-        job.children = [_Child(job, seed, limit, Branch(parent.meter, parent, parent.length)) for seed in request.seeds]
+        params = request.params
+        sampling = Sampling(params.temperature, params.top_p, params.top_k)
+        ending = self._ending(params.delimiter)
+        job.children = [
+            _Child(Branch(parent.meter, parent, parent.length), seed, limit, sampling, ending, self, job)
+            for seed in request.seeds
+        ]
         return job
 
     def _parent(self, state: _Problem, request: Expand) -> Branch:
@@ -192,68 +233,37 @@ class HFPolicy:
             state.nodes[request.branch] = node
         return node.branch
 
-    def _sources(self, jobs: Sequence[_Job]) -> list[_Source | _Child]:
-        """The branches to expand, each once, with the children that wait for its logits."""
-        sources: dict[Branch, _Source] = {}
-        for job in jobs:
-            if job.error is None and job.children and job.children[0].limit > 0:
-                sources.setdefault(job.parent, _Source(job.parent, [])).waiting += job.children
-        for branch in sources:
-            self._pool.rewind(branch)
-        return list(sources.values())
-
-    def _wave(self, runs: list[_Source | _Child]) -> list[_Source | _Child]:
-        """Run branches until their steps end; those that found no room are returned, to come in another wave."""
-        later: list[_Source | _Child] = []
-        while runs:
-            by_branch = {run.branch: run for run in runs}
-            try:
-                forwarded = self._pool.forward(list(by_branch), self.decoder.logits, head=True)
-            except PoolTooSmallError as error:
-                for child in by_branch[error.branch].waiting:
-                    child.job.error = error
-                runs = [run for run in runs if run.branch is not error.branch]
-                continue
-            later = [by_branch[branch] for branch in forwarded.postponed] + later
-            follow = self._sample([by_branch[branch] for branch in forwarded.done], forwarded.outputs)
-            follow |= {branch: [] for branch in forwarded.postponed}
-            runs = [run for branch in by_branch for run in follow.get(branch, [by_branch[branch]])]
-        return later
-
-    def _sample(self, runs: Sequence[_Source | _Child], logits: Tensor) -> dict[Branch, list[_Source | _Child]]:
-        """Draw a token for each child that got its logits; for each run, the children that go on."""
-        if not runs:  # a chunk of a prompt
-            return {}
-        children = [child for run in runs for child in run.waiting]
-        if len(children) != len(runs):
-            rows = [row for row, run in enumerate(runs) for _ in run.waiting]
-            logits = logits.index_select(0, upload(torch.tensor(rows), logits.device))
-        tokens, logprobs = read_tokens(tk.sample(logits, **_sampling(children, logits.device)))
-        for child, token, logprob in zip(children, tokens, logprobs, strict=True):
-            self._push(child, token, logprob)
-        self._pool.release(child.branch for child in children if child.step is not None and child.step.finished)
-        return {run.branch: [child for child in run.waiting if child.goes_on] for run in runs}
-
-    def _push(self, child: _Child, token: int, logprob: float) -> None:
-        """Give a child its next token and see whether its step ends there."""
-        if token < 0:
-            child.job.error = FloatingPointError("the model gave no finite logits")
+    def _end(self, child: _Child) -> None:
+        """A child has ended, or failed; with the last one, or the first that failed, its request is answered."""
+        job = child.job
+        if child not in job.running:  # it failed beside another that did
             return
+        job.running.remove(child)
+        job.state.sampled += child.num_tokens
+        if child.error is not None and job.error is None:
+            job.error = child.error
+            self._stop(job)
+        if not job.running:
+            self._answered.append(job)
+
+    def _stop(self, job: _Job) -> None:
+        """Sample no more for a request."""
+        self._generation.cancel(job.running)
+        job.state.sampled += sum(child.num_tokens for child in job.running)
+        job.running = set()
+
+    def _ends(self, child: _Child) -> bool:
+        """Whether a child's step ends with its newest token."""
         own, job = child.branch.tokens, child.job
-        child.num_tokens += 1
-        child.logprob += logprob
-        job.state.sampled += 1
-        if token in self._eos:
+        if own[-1] in self._eos:
+            own.pop()
             child.end(self._text(job, own), "eos")
-            return
-        own.append(token)
-        delimiter = self._delimiter(job.request.params.delimiter)
-        if delimiter.may_close(token) and delimiter.closes(text := self._text(job, own)):
+        elif closes(text := self._text(job, own), job.request.params.delimiter):
             child.end(text, "stop")
         elif child.num_tokens == child.limit:
-            whole = self._whole_characters(job, own)
-            self._pool.trim(child.branch, whole)
-            child.end(self._text(job, own), "length")
+            child.whole = self._whole_characters(job, own)
+            child.end(self._text(job, own[: child.whole]), "length")
+        return child.step is not None
 
     def _text(self, job: _Job, own: Sequence[int]) -> str:
         """The text of a step's tokens in the context of those before them."""
@@ -279,10 +289,11 @@ class HFPolicy:
                 return count
         return len(own)
 
-    def _delimiter(self, text: str | None) -> _Delimiter:
-        if text not in self._delimiters:
-            self._delimiters[text] = _Delimiter(text, self._decode, self._plain("a"))
-        return self._delimiters[text]
+    def _ending(self, delimiter: str | None) -> Endings:
+        if delimiter not in self._endings:
+            texts = [delimiter] if delimiter else []
+            self._endings[delimiter] = Endings(texts, self._eos, self._decode, self._plain("a"))
+        return self._endings[delimiter]
 
     def _finish(self, job: _Job) -> list[Step] | Exception:
         """The answer to a request; branches that go on become nodes of the tree."""
@@ -293,6 +304,8 @@ class HFPolicy:
         for number, child in zip(job.request.children, job.children, strict=True):
             step = child.step or Step("", True, reason="length")  # no room in the context for a single token
             steps.append(step)
+            if child.whole is not None:
+                self._pool.trim(child.branch, child.whole)
             if step.finished:
                 self._pool.release([child.branch])
             else:
@@ -306,34 +319,6 @@ def _begins(start: str, text: str) -> bool:
     if not text.startswith(start):
         return False
     return not start or len(start) == len(text) or start[-1].isspace() or text[len(start)].isspace()
-
-
-class _Delimiter:
-    """Finds the end of a step without decoding at every token."""
-
-    def __init__(self, text: str | None, decode: Callable[[Sequence[int]], str], before: Sequence[int]) -> None:
-        self.text = text
-        self._decode = decode
-        self._before = list(before)
-        self._before_text = decode(before)
-        self._closing: dict[int, bool] = {}
-
-    def may_close(self, token: int) -> bool:
-        """Whether a token can complete the delimiter: if it adds its last character, or a part of a character."""
-        if not self.text:
-            return False
-        if token not in self._closing:
-            piece = self._decode([*self._before, token])
-            clean = piece.startswith(self._before_text) and "\ufffd" not in piece
-            self._closing[token] = not clean or self.text[-1] in piece[len(self._before_text) :]
-        return self._closing[token]
-
-    def closes(self, text: str) -> bool:
-        """Whether a step's text holds the delimiter: a blank one after something other than white space."""
-        if self.text is None:
-            return False
-        blank = len(text) - len(text.lstrip())
-        return text.find(self.text, 0 if self.text.strip() else blank + 1) >= 0
 
 
 @dataclass(slots=True)
@@ -361,56 +346,27 @@ class _Job:
     state: _Problem
     parent: Branch
     children: list[_Child] = field(default_factory=list)
+    running: set[_Child] = field(default_factory=set)
     error: Exception | None = None
     context: list[int] = field(default_factory=list)
     context_text: str = ""
 
 
 @dataclass(slots=True, eq=False)
-class _Child:
-    """A step on its way; ``step`` is there when it has ended."""
+class _Child(Sampled):
+    """A step on its way; ``step`` is there when it has ended, ``whole`` if it is cut to that number of tokens then."""
 
-    job: _Job
-    seed: int
-    limit: int
-    branch: Branch
-    num_tokens: int = 0
-    logprob: float = 0.0
-    step: Step | None = None
+    policy: HFPolicy = field(repr=False)
+    job: _Job = field(repr=False)
+    step: Step | None = field(init=False, default=None)
+    whole: int | None = field(init=False, default=None)
 
-    @property
-    def waiting(self) -> list[_Child]:
-        """Those that sample from this branch's logits."""
-        return [self]
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next token is wanted."""
-        return self.step is None and self.job.error is None
+    def ends(self) -> bool:
+        """Whether it ends with its newest token."""
+        return self.policy._ends(self)
 
     def end(self, text: str, reason: str) -> None:
         """The step is complete. A branch ends with its answer, when its context is full, or if a step had no text."""
         full = self.limit < self.job.request.params.max_tokens and self.num_tokens == self.limit
         finished = reason == "eos" or (reason == "length" and (full or not text))
         self.step = Step(text, finished, self.num_tokens, self.logprob, reason)
-
-
-@dataclass(slots=True, eq=False)
-class _Source:
-    """A branch to expand: the first tokens of its children are drawn from its logits."""
-
-    branch: Branch
-    waiting: list[_Child]
-
-
-def _sampling(children: Sequence[_Child], device: torch.device) -> dict[str, Any]:
-    """Options of `tts_kernels.sample` for the next token of each child: numbers where all agree, else a tensor."""
-    params = [child.job.request.params for child in children]
-    options: dict[str, Any] = {}
-    for name, dtype in (("temperature", torch.float32), ("top_p", torch.float32), ("top_k", torch.int64)):
-        values = [getattr(each, name) for each in params]
-        same = values.count(values[0]) == len(values)
-        options[name] = values[0] if same else upload(torch.tensor(values, dtype=dtype), device)
-    options["seeds"] = upload(torch.tensor([child.seed for child in children], dtype=torch.int64), device)
-    options["offsets"] = upload(torch.tensor([child.num_tokens for child in children], dtype=torch.int64), device)
-    return options

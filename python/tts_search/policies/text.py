@@ -66,8 +66,9 @@ class TextPolicy(_TextDriver):
     ----------
     fn : callable
         ``fn(requests: list[StepRequest]) -> list[list[Step]]``, one list a request, ``num_samples`` steps in it; sync
-        or async. It is called once a round for all problems in flight. If it raises, it is called once more for each
-        problem, and those whose call raises again fail.
+        or async. It is called with all requests that wait then, those of a problem in candidate order, in the thread of
+        the search and never twice at once. If it raises, it is called once more for each problem, and those whose call
+        raises again fail.
 
     Raises
     ------

@@ -183,8 +183,15 @@ def _to_score(
     return fresh
 
 
-def _take_scores(run: Run, fresh: dict[Branch, Score], answers: Sequence[Sequence[float]]) -> None:
+def _take_scores(run: Run, fresh: dict[Branch, Score], answers: Sequence[Sequence[float] | Exception]) -> None:
+    failed = [answer for answer in answers if isinstance(answer, Exception)]
+    broken = [error for error in failed if isinstance(error, FloatingPointError)]  # no score of such a model counts
+    if broken or (failed and len(failed) == len(fresh)):
+        raise (broken or failed)[0]
     for (branch, request), scores in zip(fresh.items(), answers, strict=True):
+        if isinstance(scores, Exception):
+            branch.fail(f"not scored: {type(scores).__name__}: {scores}", run.round)
+            continue
         branch.scores = _checked(run, request, scores)
         branch.score = aggregate(branch.scores, run.config.aggregate)
         branch.scored_id = branch.id

@@ -5,13 +5,14 @@ answers; it does no I/O, knows no model and no other problem::
 
     requests -> answers
     [Expand, ...] -> [list of Step, one a child]
-    [Score, ...] -> [list of float, one a step]
+    [Score, ...] -> [list of float, one a step, or an exception]
     [ScoreAndPrune, ...] -> [Scored, ...]
     [Release, ...] -> [None, ...]
 
 An engine merges what the algorithms of many problems want into one call of a :class:`Policy` or a :class:`Verifier`. A
-driver that can serve all but one problem (its text is too long, say) puts an exception *instance* in the place of that
-request's answer; the engine fails that problem and goes on with the others.
+driver that can serve all but one request (its text is too long, say) puts an exception *instance* in the place of that
+request's answer, or of one candidate's scores. A candidate that has no scores for such a reason ranks last and is not
+continued; a problem fails if its policy does, or if none of the candidates of a round has scores.
 
 Branches are nodes of a problem's search tree and are named by numbers unique within the problem; node 0 is the root,
 the problem itself without any step.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tts_search.search.types import Step, StepParams
 
@@ -36,7 +37,10 @@ __all__ = [
     "Scored",
     "Usage",
     "Verifier",
+    "answers_of",
 ]
+
+Asked = TypeVar("Asked", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,24 +128,15 @@ class Scored:
 
     Attributes
     ----------
-    scores : sequence of sequence of float
+    scores : sequence of (sequence of float or Exception)
         The answer to each :class:`Score` among the candidates, in order.
     survivors : sequence of sequence of int or None
         The best of each group, best first, as indices in the candidates; ties go to whom the group names first. None:
         whoever asks has to find them.
     """
 
-    scores: Sequence[Sequence[float]]
+    scores: Sequence[Sequence[float] | Exception]
     survivors: Sequence[Sequence[int]] | None = None
-
-    @classmethod
-    def of(
-        cls, answers: Sequence[Sequence[float] | Exception], survivors: Sequence[Sequence[int]] | None = None
-    ) -> Scored | Exception:
-        """The answer to a round: its scores, or what is wrong with one of its candidates."""
-        scores = [answer for answer in answers if not isinstance(answer, Exception)]
-        failed = [answer for answer in answers if isinstance(answer, Exception)]
-        return failed[0] if failed else cls(scores, survivors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +169,7 @@ class Usage:
     recomputed_tokens : int
         Tokens forwarded again because their KV cache had to be given up for lack of memory.
     waves : int
-        Additional passes because a batch did not fit into memory.
+        Times that a step gave its KV cache up because memory was full, and waited.
     """
 
     tokens: int = 0
@@ -236,3 +231,30 @@ class PruningVerifier(Verifier, Protocol):
 
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> Sequence[Scored | Exception]:
         """Answer requests of any number of problems, in order."""
+
+
+class Stepwise(Protocol[Asked]):
+    """A driver that answers requests one by one, as they come to their ends."""
+
+    def submit(self, requests: Sequence[Asked]) -> None:
+        """Take requests in."""
+
+    def step(self) -> Sequence[tuple[Any, Any]]:
+        """Get on with what was submitted; pairs of a request, the very object, and its answer or exception."""
+
+    def cancel(self, problem: int) -> None:
+        """Forget the requests of a problem that are not answered yet."""
+
+
+def answers_of(driver: Stepwise[Any], requests: Sequence[Any]) -> list[Any]:
+    """Submit requests and step until all of them are answered; the answers, in order."""
+    answers: dict[int, Any] = {}
+    try:
+        driver.submit(requests)
+        while len(answers) < len(requests):
+            answers |= {id(request): answer for request, answer in driver.step()}
+    except BaseException:
+        for problem in {request.problem for request in requests}:
+            driver.cancel(problem)
+        raise
+    return [answers[id(request)] for request in requests]

@@ -157,6 +157,6 @@ def _node(branch: Branch) -> TreeNode:
         branch.score,
         branch.state,
         branch.num_tokens,
-        branch.why if branch.state == "pruned" else "",
+        branch.why if branch.state == "pruned" or branch.unscored else "",
         branch.pruned_in if branch.state == "pruned" else None,
     )

@@ -48,10 +48,18 @@ class Branch:
     scores: tuple[float, ...] = ()
     score: float = math.nan
     scored_id: int = 0  # the nearest branch up from here that the verifier has read; the root needs no reading
+    unscored: bool = False  # the verifier failed for it
     num_children: int = 0
     state: State = "open"
-    why: str = ""  # it was pruned
+    why: str = ""  # it was pruned, or has no scores
     pruned_in: int = 0  # the round that did it
+
+    def fail(self, why: str, round_: int) -> None:
+        """Rank last and go no further: the verifier has no scores for it."""
+        self.stop()
+        self.unscored, self.score, self.why = True, -math.inf, why
+        if not self.finished:
+            self.state, self.pruned_in = "pruned", round_
 
     def stop(self) -> None:
         """End the branch, whatever the policy says."""

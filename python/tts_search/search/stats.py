@@ -38,7 +38,7 @@ class SearchStats:
     recomputed_tokens : int
         Tokens that either model forwarded again because memory had run out.
     waves : int
-        Additional passes of either model because a batch did not fit into memory.
+        Times that a step of either model gave its KV cache up because memory was full, and waited.
     """
 
     wall_s: float = 0.0

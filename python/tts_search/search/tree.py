@@ -42,7 +42,7 @@ class TreeNode:
     num_tokens : int
         Tokens sampled for `text`.
     why : str
-        Why it was pruned; empty otherwise.
+        Why it was pruned, or has no scores; empty otherwise.
     pruned_in : int or None
         The round that pruned it, which need not be the one that made it; None otherwise.
     """

@@ -147,14 +147,18 @@ def vote(
         return voters[max(range(len(voters)), key=weights.__getitem__)].answer
     answers = [completion.answer for completion in voters]
     weights_of: dict[str, list[float]] = {}
-    for spelling, weight in zip(answers if exact else Equivalence(equal).firsts(answers), weights, strict=True):
-        weights_of.setdefault(spelling, []).append(weight)
+    for completion, spelling, weight in zip(
+        voters, answers if exact else Equivalence(equal).firsts(answers), weights, strict=True
+    ):
+        own = weights_of.setdefault(spelling, [])
+        if how_aggregated is None or completion.step_scores:  # a voter without scores takes nothing from others
+            own.append(weight)
     return max(weights_of, key=lambda answer: _total(weights_of[answer]))
 
 
 def _total(weights: Sequence[float]) -> float:
-    """The sum of weights, which does not depend on their order."""
-    return math.fsum(weights) if all(map(math.isfinite, weights)) else aggregate(weights, "sum")
+    """The sum of weights, which does not depend on their order; -inf without any."""
+    return math.fsum(weights) if weights and all(map(math.isfinite, weights)) else aggregate(weights, "sum")
 
 
 def _parse(how: str, default: str) -> tuple[str, str | None]:

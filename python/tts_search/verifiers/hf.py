@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,14 +16,15 @@ from tts_search.models.decoder import pool_for
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
-from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage
+from tts_search.models.streams import Lane, Stream
+from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate
 from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
 from tts_search.verifiers.heads import lm_head, load_head
 from tts_search.verifiers.judge import JudgeScorer
-from tts_search.verifiers.lane import Contest, HeadScorer, Lane, Task, branch_at
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.reader import Reader, Tail
+from tts_search.verifiers.tasks import Contest, HeadScorer, Stages, Task, branch_at
 
 if TYPE_CHECKING:
     from tts_search.models.checkpoint import Checkpoint
@@ -124,6 +126,8 @@ class HFVerifier:
                 eos = adapter.eos_tokens(path_or_id, self.tokenizer)
                 self._scorer = JudgeScorer(self._lane, self.head, self._reader, entry.judge, eos)
         self._problems: dict[int, dict[int, _Node]] = {}
+        self._asked: dict[_Asked, None] = {}
+        self._owners: dict[Stream, list[_Job]] = {}  # who waits for a stream
 
     @property
     def decoder(self) -> Decoder:
@@ -154,9 +158,7 @@ class HFVerifier:
 
         The answer to a request is an exception if its text does not fit the model's context or the KV pool.
         """
-        jobs = [self._job(request) for request in requests]
-        self._scorer.score({branch: job for job in jobs if job.error is None for branch in job.asked})
-        return [self._finish(job) for job in jobs]
+        return answers_of(self, requests)
 
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
         """Score candidates as `score` does, and find the best of each group in the same call of the head.
@@ -164,34 +166,92 @@ class HFVerifier:
         A head's scores with an aggregate that can be continued to the bit ("last", "min", "max") are pruned by
         :func:`tts_kernels.score_and_prune`; with others, the survivors are left to whoever asks.
         """
-        rounds = [
-            {number: self._job(each) for number, each in enumerate(request.candidates) if isinstance(each, Score)}
-            for request in requests
-        ]
-        jobs = [job for jobs in rounds for job in jobs.values()]
-        waiting: dict[Branch, Task] = {branch: job for job in jobs if job.error is None for branch in job.asked}
-        hows = {request.how for request in requests}
-        survivors: list[list[list[int]] | None] = [None] * len(requests)
-        if type(self._scorer) is HeadScorer and len(hows) == 1 and hows <= _CONTINUED:
-            survivors = self._prune(self._scorer, waiting, requests, rounds)
-        else:
-            self._scorer.score(waiting)
-        return [
-            Scored.of([self._finish(job) for job in jobs.values()], best)
-            for jobs, best in zip(rounds, survivors, strict=True)
-        ]
+        return answers_of(self, requests)
+
+    def submit(self, requests: Sequence[Score | ScoreAndPrune]) -> None:
+        """Take requests in: what they ask for is read from the next forward on."""
+        for request in requests:
+            candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
+            jobs = {number: self._job(each) for number, each in enumerate(candidates) if isinstance(each, Score)}
+            self._asked[_Asked(request, jobs)] = None
+            for job in jobs.values():
+                if job.error is None:
+                    job.stages = self._scorer.stages(job)
+                    self._proceed(job)
+
+    def step(self) -> list[tuple[Score | ScoreAndPrune, Any]]:
+        """Run one forward; the requests that are answered now, as `score` and `score_and_prune` answer them."""
+        for stream in self._scorer.step():
+            for job in self._owners.pop(stream):
+                job.waiting.discard(stream)
+                if stream.error is not None:
+                    job.error = job.error or stream.error
+                    self._stop(job)
+                elif not job.waiting:
+                    self._proceed(job)
+        ripe = [asked for asked in self._asked if not any(job.waiting for job in asked.jobs.values())]
+        for asked in ripe:
+            del self._asked[asked]
+        return self._answered(ripe)
+
+    def cancel(self, problem: int) -> None:
+        """Forget the requests of a problem that are not answered yet."""
+        for asked in [asked for asked in self._asked if asked.request.problem == problem]:
+            for job in asked.jobs.values():
+                self._stop(job)
+                self._release([*job.questions, *job.chain])
+            del self._asked[asked]
+
+    def _proceed(self, job: _Job) -> None:
+        """Let a job go on to the next stage that it has to wait for."""
+        assert job.stages is not None
+        for streams in job.stages:
+            job.waiting = set(streams)
+            for stream in streams:
+                self._owners.setdefault(stream, []).append(job)
+            if streams:
+                return
+
+    def _stop(self, job: _Job) -> None:
+        """Read nothing more for a job."""
+        gone = []
+        for stream in job.waiting:
+            self._owners[stream].remove(job)
+            if not self._owners[stream]:
+                del self._owners[stream]
+                gone.append(stream)
+        self._scorer.cancel(gone)
+        job.waiting = set()
+        if job.stages is not None:
+            job.stages.close()
+
+    def _answered(self, ripe: Sequence[_Asked]) -> list[tuple[Score | ScoreAndPrune, Any]]:
+        """The answers to requests for which everything has been read."""
+        contests: dict[str, list[_Asked]] = {}
+        for asked in ripe:
+            if isinstance(asked.request, ScoreAndPrune) and asked.request.how in _CONTINUED:
+                contests.setdefault(asked.request.how, []).append(asked)
+        survivors: dict[_Asked, list[list[int]]] = {}
+        if type(self._scorer) is HeadScorer:
+            for rounds in contests.values():
+                survivors |= zip(rounds, self._prune(self._scorer, rounds), strict=True)
+        rest = [job for asked in ripe if asked not in survivors for job in asked.jobs.values()]
+        if rest:
+            self._scorer.score(rest)
+        answers = []
+        for asked in ripe:
+            found = [self._finish(job) for job in asked.jobs.values()]
+            is_round = isinstance(asked.request, ScoreAndPrune)
+            answers.append((asked.request, Scored(found, survivors.get(asked)) if is_round else found[0]))
+        return answers
 
     @staticmethod
-    def _prune(
-        scorer: HeadScorer,
-        waiting: Mapping[Branch, Task],
-        requests: Sequence[ScoreAndPrune],
-        rounds: Sequence[Mapping[int, _Job]],
-    ) -> list[list[list[int]] | None]:
-        """Score what waits; the survivors of each request's groups, as indices of its candidates."""
-        contest = Contest(requests[0].how)
+    def _prune(scorer: HeadScorer, rounds: Sequence[_Asked]) -> list[list[list[int]]]:
+        """Score what was read for rounds; the survivors of each one's groups, as indices of its candidates."""
+        contest = Contest(rounds[0].round.how)
         numbers: list[int] = []  # of each candidate in the contest, its index in its request
-        for request, jobs in zip(requests, rounds, strict=True):
+        for asked in rounds:
+            request = asked.round
             rest = set(range(len(request.candidates))).difference(*request.groups)
             for group, keep in zip((*request.groups, sorted(rest)), (*request.keep, 0), strict=True):
                 contest.sizes.append(len(group))
@@ -200,13 +260,14 @@ class HFVerifier:
                     numbers.append(number)
                     candidate = request.candidates[number]
                     if isinstance(candidate, Score):
-                        contest.places.append(jobs[number].places)
-                        contest.prior.append(aggregate(jobs[number].base.scores, request.how))
+                        job = asked.jobs[number]
+                        contest.places.append(job.places)
+                        contest.prior.append(-math.inf if job.error else aggregate(job.base.scores, request.how))
                     else:
                         contest.places.append([])
                         contest.prior.append(candidate)
-        best = iter(scorer.score_and_prune(waiting, contest))
-        groups = [list(islice(best, len(request.groups) + 1))[:-1] for request in requests]
+        best = iter(scorer.score_and_prune([job for asked in rounds for job in asked.jobs.values()], contest))
+        groups = [list(islice(best, len(asked.round.groups) + 1))[:-1] for asked in rounds]
         return [[[numbers[entry] for entry in group] for group in own] for own in groups]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
@@ -219,6 +280,7 @@ class HFVerifier:
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem; what it cost."""
+        self.cancel(problem)
         root = self._problems.pop(problem)[0].branch
         self._pool.close(root.meter)
         return root.meter.usage(self.decoder.shape) + self._scorer.end(root)
@@ -344,12 +406,30 @@ class _Job(Task):
         What it builds on, and what stays in the tree for the request's branch.
     tail : Tail
         The end of the text so far.
+    stages, waiting : iterator, set of Stream
+        What it goes through, and what it waits for now.
     """
 
     request: Score
     base: _Node
     node: _Node
     tail: Tail = field(init=False)
+    stages: Stages | None = field(init=False, default=None)
+    waiting: set[Stream] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.tail = self.base.tail
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request on its way, and the jobs of its candidates by their numbers."""
+
+    request: Score | ScoreAndPrune
+    jobs: dict[int, _Job]
+
+    @property
+    def round(self) -> ScoreAndPrune:
+        """The request, which is one of a round."""
+        assert isinstance(self.request, ScoreAndPrune)
+        return self.request

@@ -8,7 +8,7 @@ states through `tts_kernels.linear_logprob`: there is no [tokens, vocabulary] te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -18,9 +18,11 @@ from torch import Tensor
 import tts_kernels as tk
 from tts_search.models.device import read_scores, upload
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch, Forwarded
+from tts_search.models.pool import Branch
+from tts_search.models.reading import Place, Read, Reading
+from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Usage
-from tts_search.verifiers.lane import Lane, Task
+from tts_search.verifiers.tasks import Stages, Task
 
 __all__ = ["Likelihood", "LogRatioScorer"]
 
@@ -57,15 +59,33 @@ class LogRatioScorer:
         """A problem begins; the reference reads it, too."""
         self._trees[root] = _Tree(twins={root: Branch(Meter(), None, 0, root.tokens, root.given)})
 
-    def score(self, waiting: Mapping[Branch, Task]) -> None:
-        """Fill in what the tasks of these branches are to find."""
-        read, values = self.models[0].read(waiting)
-        twins = {self._twin(branch): branch for branch in read}
-        read_too, other_values = self.models[1].read({twin: waiting[branch] for twin, branch in twins.items()})
-        columns = read_scores(values, other_values)
-        own, other = (_by_branch(*each) for each in zip((read, read_too), columns, strict=True))
-        for twin, theirs in other.items():
-            self._sum(twins[twin], waiting[twins[twin]], own[twins[twin]], theirs)
+    def stages(self, task: Task) -> Stages:
+        """Both models read what the first tokens of a task's branches are predicted from, then the branches."""
+        branches = task.asked
+        sides = list(zip(self.models, (branches, [self._twin(branch) for branch in branches]), strict=True))
+        yield list(dict.fromkeys(read for model, own in sides for read in model.read_before(own)))
+        yield [read for model, own in sides for read in model.read(own)]
+
+    def step(self) -> Sequence[Stream]:
+        """Get on with all that was submitted; the streams that are over."""
+        return [read for model in self.models for read in model.step()]
+
+    def cancel(self, gone: Collection[Stream]) -> None:
+        """Streams are not wanted any more."""
+        for model in self.models:
+            model.cancel([stream for stream in gone if isinstance(stream, Read)])
+
+    def score(self, tasks: Iterable[Task]) -> None:
+        """Fill in what tasks whose stages are over are to find."""
+        owners = {branch: task for task in tasks if task.error is None for branch in task.asked}
+        if not owners:
+            return
+        read = list(owners)
+        twins = [self._twin(branch) for branch in read]
+        columns = read_scores(self.models[0].logprobs(read), self.models[1].logprobs(twins))
+        mine, theirs = (_by_branch(read, column) for column in columns)
+        for branch, task in owners.items():
+            self._sum(branch, task, mine[branch], theirs[branch])
 
     def release(self, branches: Iterable[Branch]) -> None:
         """Nobody asks for these branches any more."""
@@ -125,56 +145,76 @@ class Likelihood:
 
     def __init__(self, lane: Lane, weight: Tensor) -> None:
         self.lane = lane
+        self.reading = Reading(lane)
         self.weight = weight.to(lane.decoder.device)
         self._states: dict[Branch, dict[int, Tensor]] = {}  # hidden states by position
+        self._before: dict[Place, Read] = {}  # reads of one place that are on their way
 
-    def read(self, waiting: Mapping[Branch, Task]) -> tuple[list[Branch], Tensor]:
-        """Read branches; those whose tasks have no error, and the log-probabilities of all their own tokens."""
-        for branch in waiting:
+    def read_before(self, branches: Sequence[Branch]) -> list[Read]:
+        """Have the hidden states read that the first tokens of branches are predicted from, and are not known."""
+        reads = []
+        for branch in branches:
+            position = branch.start - 1
+            holder = _holder(branch, position)
+            if holder in branches or position in self._states.get(holder, {}):
+                continue
+            if (holder, position) not in self._before:
+                source = holder
+                if not holder.pending or holder.length != branch.start:  # it was read when nobody wanted to know
+                    token = holder.tokens[position - holder.start]
+                    source = Branch(holder.meter, holder, position, [token])
+                self._before[holder, position] = self.reading.submit(source)
+            reads.append(self._before[holder, position])
+        return reads
+
+    def read(self, branches: Sequence[Branch]) -> list[Read]:
+        """Have the hidden states of all own tokens of branches read."""
+        for branch in branches:
             branch.marks = list(range(branch.start, branch.length))
-        self._read_before(waiting)
-        self.lane.read(waiting, self._take)
-        done = [branch for branch, task in waiting.items() if task.error is None]
-        places = [(branch, position) for branch in done for position in range(branch.start, branch.length)]
-        if not places:
-            return [], torch.empty(0)
+        return [self.reading.submit(branch) for branch in branches]
+
+    def step(self) -> list[Read]:
+        """Run one forward, and keep the hidden states of the reads that are over."""
+        reads = self.reading.step()
+        for read in reads:
+            holder = self._forget_before(read)
+            if read.error is None:
+                states = zip(read.places, torch.cat(read.outputs), strict=True)
+                self._states.setdefault(holder, {}).update((position, state) for (_, position), state in states)
+        return reads
+
+    def cancel(self, gone: Collection[Read]) -> None:
+        """Reads are not wanted any more."""
+        self.reading.cancel(gone)
+        for read in gone:
+            self._forget_before(read)
+
+    def logprobs(self, branches: Sequence[Branch]) -> Tensor:
+        """The log-probabilities of all own tokens of branches that were read, branch after branch."""
+        places = [(branch, position) for branch in branches for position in range(branch.start, branch.length)]
         states = torch.stack([self._state(branch, position - 1) for branch, position in places])
         targets = torch.tensor([branch.tokens[position - branch.start] for branch, position in places])
         logprobs = tk.linear_logprob(states, self.weight, upload(targets, states.device))
-        for branch in done:
+        for branch in branches:
             states_of = self._states[branch]
             for position in range(branch.start, branch.length - _KEPT):
                 states_of.pop(position, None)
-        return done, logprobs
+        return logprobs
 
     def forget(self, branches: Iterable[Branch]) -> None:
         """Drop what is kept of branches."""
         for branch in branches:
             self._states.pop(branch, None)
 
-    def _read_before(self, waiting: Mapping[Branch, Task]) -> None:
-        """Have the hidden states that the first tokens of branches are predicted from."""
-        missing: dict[Branch, Task] = {}
-        copies: dict[tuple[Branch, int], Branch] = {}
-        for branch, task in waiting.items():
-            position = branch.start - 1
-            holder = _holder(branch, position)
-            if task.error is not None or holder in waiting or position in self._states.get(holder, {}):
-                continue
-            if holder.pending and holder.length == branch.start:
-                missing[holder] = task
-            elif (holder, position) not in copies:  # it was read when nobody wanted to know
-                token = holder.tokens[position - holder.start]
-                copies[holder, position] = copy = Branch(holder.meter, holder, position, [token])
-                missing[copy] = task
-        self.lane.read(missing, self._take)
-        for (holder, _), copy in copies.items():
-            self._states.setdefault(holder, {}).update(self._states.pop(copy, {}))
-        self.lane.pool.release(copies.values())
-
-    def _take(self, forwarded: Forwarded) -> None:
-        for (branch, position), state in zip(forwarded.rows, forwarded.outputs, strict=True):
-            self._states.setdefault(branch, {})[position] = state
+    def _forget_before(self, read: Read) -> Branch:
+        """A read is over; whose states it has. If it was of a copy, that is not needed any more."""
+        place = next((place for place, other in self._before.items() if other is read), None)
+        if place is None:
+            return read.branch
+        del self._before[place]
+        if read.branch is not place[0]:
+            self.lane.pool.release([read.branch])
+        return place[0]
 
     def _state(self, branch: Branch, position: int) -> Tensor:
         return self._states[branch if position >= branch.start else _holder(branch, position)][position]

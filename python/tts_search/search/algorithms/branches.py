@@ -41,7 +41,8 @@ def mark_pruned(run: Run, before: Sequence[Branch], after: Iterable[Branch], why
     for branch in before:
         if branch.id not in kept:
             branch.state, branch.pruned_in = "pruned", run.round
-            branch.why = why.format(rank=ranked[branch.id], count=len(ranked))
+            if not branch.unscored:
+                branch.why = why.format(rank=ranked[branch.id], count=len(ranked))
 
 
 def _descending(branch: Branch) -> float:

@@ -1,26 +1,24 @@
-"""A model that verifiers read with: its decoder and its KV pool, and how batches of branches go through them."""
+"""How tasks of a verifier go through its model: what they wait for, and what is made of what was read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.models.device import read_scores, upload
-from tts_search.models.pool import Branch, BranchPool, Forwarded, PoolTooSmallError
+from tts_search.models.pool import Branch
+from tts_search.models.reading import Place, Read, Reading
+from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Usage
 from tts_search.verifiers.reader import Tail
 
-if TYPE_CHECKING:
-    from tts_search.models.decoder import Decoder
-
-__all__ = ["Contest", "HeadScorer", "Lane", "Task", "branch_at"]
+__all__ = ["Contest", "HeadScorer", "Task", "branch_at"]
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +35,8 @@ class Task:
         Where each new step is scored: a branch and a position in its path.
     tails : dict
         Of each question, the end of its text and the number of the step that is judged.
+    reads : list of Read
+        What was read for it.
     found : dict
         What came out, by place.
     error : Exception or None
@@ -45,9 +45,10 @@ class Task:
 
     chain: list[Branch] = field(default_factory=list)
     questions: list[Branch] = field(default_factory=list)
-    places: list[tuple[Branch, int]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     tails: dict[Branch, tuple[Tail, int]] = field(default_factory=dict)
-    found: dict[tuple[Branch, int], float] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    found: dict[Place, float] = field(default_factory=dict)
     error: Exception | None = None
 
     @property
@@ -56,56 +57,8 @@ class Task:
         return self.questions or self.chain
 
 
-@dataclass(slots=True)
-class Lane:
-    """A decoder and the pool of the branches that it has read."""
-
-    decoder: Decoder
-    pool: BranchPool
-
-    def read(
-        self,
-        waiting: Mapping[Branch, Task],
-        take: Callable[[Forwarded], None],
-        model: Callable[..., Tensor] | None = None,
-    ) -> None:
-        """Forward what branches have pending, in as many waves as the pool needs.
-
-        Parameters
-        ----------
-        waiting : mapping of Branch to Task
-            What to read, and for whom. A task whose branch the pool cannot hold gets the error, and is left out.
-        take : callable
-            Gets what each forward gave.
-        model : callable or None
-            The decoder's ``hidden`` (by default) or ``logits``.
-        """
-        while waiting := {branch: task for branch, task in waiting.items() if task.error is None}:
-            waiting = self._wave(waiting, take, model)
-            for meter in {id(branch.meter): branch.meter for branch in waiting}.values():
-                meter.waves += 1
-
-    def _wave(
-        self,
-        waiting: dict[Branch, Task],
-        take: Callable[[Forwarded], None],
-        model: Callable[..., Tensor] | None,
-    ) -> dict[Branch, Task]:
-        """Read branches; those that found no room are returned, to come in another wave."""
-        later: dict[Branch, Task] = {}
-        while waiting:
-            try:
-                forwarded = self.pool.forward(list(waiting), model or self.decoder.hidden, head=model is not None)
-            except PoolTooSmallError as error:
-                failed = waiting[error.branch]
-                failed.error = error
-                waiting = {branch: task for branch, task in waiting.items() if task is not failed}
-                continue
-            later = {branch: waiting.pop(branch) for branch in forwarded.postponed} | later
-            take(forwarded)
-            for branch in forwarded.done:
-                waiting.pop(branch)
-        return later
+Stages = Generator[list[Stream], None, None]
+"""What a task waits for, one stage after another: streams that have been submitted."""
 
 
 @dataclass(slots=True)
@@ -125,7 +78,7 @@ class Contest:
     """
 
     how: str
-    places: list[list[tuple[Branch, int]]] = field(default_factory=list)
+    places: list[list[Place]] = field(default_factory=list)
     prior: list[float] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     keep: list[int] = field(default_factory=list)
@@ -137,6 +90,7 @@ class HeadScorer:
     def __init__(self, lane: Lane, head: tk.ScoreHead) -> None:
         self.lane = lane
         self.head = head
+        self.reading = Reading(lane)
 
     def begin(self, _root: Branch) -> None:
         """A problem begins."""
@@ -148,17 +102,33 @@ class HeadScorer:
         """A problem is over; what it cost besides what was read through the verifier's own branches."""
         return Usage()
 
-    def score(self, waiting: Mapping[Branch, Task]) -> None:
-        """Fill in what the tasks of these branches are to find.
+    def stages(self, task: Task) -> Stages:
+        """Submit what a task needs, stage by stage. It is over when this is, or when it has an error."""
+        try:
+            task.reads = [self.reading.submit(branch) for branch in task.asked]
+            yield list(task.reads)
+        finally:
+            self.lane.pool.release(task.questions)
+
+    def step(self) -> Sequence[Stream]:
+        """Get on with all that was submitted; the streams that are over."""
+        return self.reading.step()
+
+    def cancel(self, gone: Collection[Stream]) -> None:
+        """Streams are not wanted any more."""
+        self.reading.cancel([stream for stream in gone if isinstance(stream, Read)])
+
+    def score(self, tasks: Iterable[Task]) -> None:
+        """Fill in what tasks whose stages are over are to find.
 
         A hidden state that is not finite is an error of its task: no score can be trusted then.
         """
-        places, hidden = self._hidden(waiting)
+        owners, places, hidden = _collected(tasks)
         if places:
             values = tk.step_scores(hidden, torch.arange(len(hidden), device=hidden.device), self.head)
-            self._note(waiting, places, *read_scores(values, torch.isfinite(hidden).all(dim=-1)))
+            _note(owners, places, *read_scores(values, torch.isfinite(hidden).all(dim=-1)))
 
-    def score_and_prune(self, waiting: Mapping[Branch, Task], contest: Contest) -> list[list[int]]:
+    def score_and_prune(self, tasks: Iterable[Task], contest: Contest) -> list[list[int]]:
         """Do what `score` does, and find the best of each group: one op over all that was read.
 
         Returns
@@ -166,7 +136,7 @@ class HeadScorer:
         list of list of int
             Of each group its survivors, best first, by their numbers among all candidates.
         """
-        places, hidden = self._hidden(waiting)
+        owners, places, hidden = _collected(tasks)
         if not places:  # nothing could be read
             return [[] for _ in contest.keep]
         row_of = {place: row for row, place in enumerate(places)}
@@ -189,35 +159,25 @@ class HeadScorer:
             prior_counts=index(prior > -math.inf for prior in contest.prior),
         )
         best, values, finite = read_scores(pruned.indices, pruned.step_scores, torch.isfinite(hidden).all(dim=-1))
-        self._note(waiting, [places[row] for row in scored], values, [finite[row] for row in scored])
+        chosen = [owners[row] for row in scored], [places[row] for row in scored]
+        _note(*chosen, values, [finite[row] for row in scored])
         return [[number for number in line if number >= 0] for line in best]
 
-    def _hidden(self, waiting: Mapping[Branch, Task]) -> tuple[list[tuple[Branch, int]], Tensor]:
-        """Read branches; the places that got a hidden state, and those [places, H]."""
-        places: list[tuple[Branch, int]] = []
-        parts: list[Tensor] = []
 
-        def take(forwarded: Forwarded) -> None:
-            if forwarded.rows:
-                places.extend(forwarded.rows)
-                parts.append(forwarded.outputs)
-            self.lane.pool.release([branch for branch in forwarded.done if branch in waiting[branch].questions])
+def _collected(tasks: Iterable[Task]) -> tuple[list[Task], list[Place], Tensor]:
+    """What was read for tasks: row by row the task, the place, and its hidden state [rows, H]."""
+    reads = [(task, read) for task in tasks if task.error is None for read in task.reads]
+    owners = [task for task, read in reads for _ in read.places]
+    places = [place for _, read in reads for place in read.places]
+    parts = [part for _, read in reads for part in read.outputs]
+    return owners, places, torch.cat(parts) if parts else torch.empty(0, 0)
 
-        self.lane.read(waiting, take)
-        return places, torch.cat(parts) if parts else torch.empty(0, 0)
 
-    def _note(
-        self,
-        waiting: Mapping[Branch, Task],
-        places: Sequence[tuple[Branch, int]],
-        values: Sequence[float],
-        finite: Sequence[bool],
-    ) -> None:
-        for place, value, is_finite in zip(places, values, finite, strict=True):
-            task = waiting[place[0]]
-            task.found[place] = value
-            if not is_finite:
-                task.error = FloatingPointError("the verifier gave a hidden state that is not finite")
+def _note(owners: Sequence[Task], places: Sequence[Place], values: Sequence[float], finite: Sequence[bool]) -> None:
+    for task, place, value, is_finite in zip(owners, places, values, finite, strict=True):
+        task.found[place] = value
+        if not is_finite:
+            task.error = FloatingPointError("the verifier gave a hidden state that is not finite")
 
 
 def branch_at(parent: Branch, start: int, tokens: list[int]) -> Branch:

@@ -1,0 +1,226 @@
+"""What the engine costs on the host, and what it saves by letting no problem wait for another.
+
+    python benchmarks/bench_engine.py host          # Python of a decode step: what is left of it without the kernels
+    python benchmarks/bench_engine.py simulated     # problems on a device whose step costs the same for up to 256 rows
+
+``host``: N streams of the smallest demo policy decode on one thread. The time of the kernels (forward, planning,
+appending to the forest, sampling) is taken off each step; what is left is the host's. Steps at which nothing ends give
+the cost of a stream and token, those at which steps end the cost of an end.
+
+``simulated``: beam search of n = 16 on a policy that samples nothing: a step's length in tokens is drawn from a
+lognormal distribution with the median, mean and 99th percentile of Qwen2.5-1.5B-Instruct on MATH-500 (35, 45 and 179
+tokens, 800 at most; 11 steps a solution), and time is counted in device steps of at most 256 rows. The baseline is the
+same search in lock-step, where a round lasts as long as its longest step, 16 problems at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import operator
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from tts_search import HFPolicy, SearchConfig, Step, StepParams, Usage
+from tts_search.engine.scheduler import Scheduler
+from tts_search.search.protocol import Expand, Score
+
+import tts_kernels as tk
+
+ROWS = 256
+
+
+class Clock:
+    """Adds up the time of some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, on the clock."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **options)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return run
+
+
+def host_cost(streams: int, tokens: int) -> dict[str, float]:
+    """Microseconds of the host for N streams that sample so many tokens each."""
+    policy = HFPolicy(str(files("tts_search.lab") / "models" / "policy-0.1m"), kv_memory="2GiB")
+    endless = HFPolicy(str(files("tts_search.lab") / "models" / "policy-0.1m"), kv_memory="2GiB")
+    endless._eos = frozenset()
+    quiet = [1e6 * host / running for host, running, ended in steps_of(endless, streams, tokens) if not ended]
+    plain = statistics.median(quiet)
+    busy = [
+        step for step in steps_of(policy, streams, tokens) if 0 < step[2] <= step[1] // 8 and step[1] > streams // 4
+    ]
+    ends = [(1e6 * host - plain * running) / ended for host, running, ended in busy]
+    return {
+        "streams": streams,
+        "us_per_stream_and_token": round(plain, 3),
+        "us_per_end": round(statistics.median(ends), 1) if ends else math.nan,
+        "steps": len(quiet),
+        "steps_with_ends": len(ends),
+    }
+
+
+def steps_of(policy: HFPolicy, streams: int, tokens: int) -> list[tuple[float, int, int]]:
+    """Of each step but the first two: seconds of the host, streams that ran, streams that ended."""
+    clock, forest = Clock(), policy._lane.pool.pool.forest
+    policy.decoder.logits = clock.timed(policy.decoder.logits)  # type: ignore[method-assign]
+    forest.plan, forest.append = clock.timed(forest.plan), clock.timed(forest.append)  # type: ignore[method-assign]
+    sample, tk.sample = tk.sample, clock.timed(tk.sample)
+    policy.begin(0, "12+34=")
+    params = StepParams(temperature=1.0, max_tokens=tokens, delimiter=None)
+    policy.submit([Expand(0, 0, (i,), (), (i,), params) for i in range(1, streams + 1)])
+    steps, left = [], streams
+    while left:
+        clock.seconds = 0.0
+        begin, running = time.perf_counter(), left
+        left -= len(policy.step())
+        steps.append((time.perf_counter() - begin - clock.seconds, running, running - left))
+    tk.sample = sample
+    policy.end(0)
+    return steps[2:]
+
+
+class Device:
+    """A policy whose step samples a token of at most ``ROWS`` streams and costs the same for any number of them."""
+
+    def __init__(self) -> None:
+        self.steps = self.rows = 0
+        self._running: list[list[Any]] = []  # tokens left, job, child
+        self._waiting: deque[list[Any]] = deque()
+
+    def begin(self, problem: int, text: str) -> None:
+        """Nothing is read."""
+
+    def submit(self, requests: Sequence[Expand]) -> None:
+        """Take requests in."""
+        for request in requests:
+            job = [request, [step_of(request, seed) for seed in request.seeds], len(request.seeds)]
+            self._waiting.extend([step.num_tokens, job] for step in job[1])
+
+    def step(self) -> list[tuple[Expand, list[Step]]]:
+        """Sample a token in each stream that has a row."""
+        while self._waiting and len(self._running) < ROWS:
+            self._running.append(self._waiting.popleft())
+        if not self._running:
+            return []
+        self.steps += 1
+        self.rows += len(self._running)
+        answered = []
+        for stream in self._running:
+            stream[0] -= 1
+            if not stream[0]:
+                stream[1][2] -= 1
+                if not stream[1][2]:
+                    answered.append((stream[1][0], stream[1][1]))
+        self._running = [stream for stream in self._running if stream[0]]
+        return answered
+
+    def cancel(self, problem: int) -> None:
+        """Nothing is cancelled here."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def end(self, _problem: int) -> Usage:
+        """Nothing is counted."""
+        return Usage()
+
+
+class LockStep(Device):
+    """The same, but what is submitted waits until all that runs has ended."""
+
+    def expand(self, requests: Sequence[Expand]) -> list[list[Step]]:
+        """Run all requests to their ends."""
+        super().submit(requests)
+        answers: dict[int, list[Step]] = {}
+        while len(answers) < len(requests):
+            answers |= {id(request): steps for request, steps in super().step()}
+        return [answers[id(request)] for request in requests]
+
+
+@dataclass
+class Batches:
+    """The lock-step device as a driver of batches alone."""
+
+    device: LockStep
+
+    def __post_init__(self) -> None:
+        self.begin, self.expand = self.device.begin, self.device.expand
+        self.release, self.end = self.device.release, self.device.end
+
+
+class Scorer:
+    """Random scores; a verifier that costs nothing."""
+
+    begin = Device.begin
+    release = Device.release
+    end = Device.end
+
+    def score(self, requests: Sequence[Score]) -> list[list[float]]:
+        """A score for each step, by its text."""
+        return [[random.Random(step).random() for step in request.steps] for request in requests]
+
+
+def step_of(request: Expand, seed: int) -> Step:
+    """A step of random length; the answer ends after 11 of them on average."""
+    rng = random.Random(seed)
+    mu, sigma = math.log(35), 0.7  # mean 45, 99th percentile 178
+    length = max(1, min(800, round(rng.lognormvariate(mu, sigma))))
+    finished = rng.random() < 1 / 11 or request.params.delimiter is None
+    return Step(f"{seed}\n\n", finished, length)
+
+
+def simulate(policy: Any, problems: int, in_flight: int) -> None:
+    """Search so many problems, so many of them at a time."""
+    config = SearchConfig(n=16, max_steps=40)
+    scheduler = Scheduler(policy, Scorer(), lambda _: None, operator.eq)
+    texts: Iterator[tuple[int, str]] = iter([(number, f"problem {number}") for number in range(problems)])
+    while True:
+        while scheduler.num_problems < in_flight and (entry := next(texts, None)) is not None:
+            list(scheduler.start(*entry, config))
+        if not scheduler.num_problems:
+            return
+        list(scheduler.step())
+
+
+def main() -> None:
+    """Run one of the two and print JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["host", "simulated"])
+    parser.add_argument("--streams", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--problems", type=int, default=40)
+    options = parser.parse_args()
+    if options.what == "host":
+        torch.set_num_threads(1)
+        for streams in options.streams:
+            print(json.dumps(host_cost(streams, options.tokens)))
+        return
+    ours, theirs = Device(), LockStep()
+    simulate(ours, options.problems, options.problems)
+    simulate(Batches(theirs), options.problems, 16)
+    for name, device in (("continuous", ours), ("lock-step, 16 problems", theirs)):
+        use = device.rows / device.steps / ROWS
+        print(json.dumps({"engine": name, "steps": device.steps, "slot_use": round(use, 3)}))
+    print(json.dumps({"times_fewer_steps": round(theirs.steps / ours.steps, 2)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The scheduler: gets the algorithms of many problems on, each at its own pace, over one policy and one verifier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from tts_search.engine.drivers import Driver, Lifted, lift
+from tts_search.engine.sharing import SharedVerifier
+from tts_search.errors import SearchError
+from tts_search.search.algorithms import algorithm_of
+from tts_search.search.answers import Equality
+from tts_search.search.config import SearchConfig
+from tts_search.search.moves import Moves
+from tts_search.search.protocol import Expand, Policy, Release, Request, Score, Usage, Verifier
+from tts_search.search.result import SearchResult, build_result
+from tts_search.search.run import Branch, Run
+from tts_search.search.stats import SearchStats
+
+__all__ = ["Outcome", "Scheduler"]
+
+Outcome = tuple[int, "SearchResult | SearchError"]
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A problem in flight: its algorithm, and what that waits for."""
+
+    run: Run
+    text: str
+    moves: Moves[list[Branch]]
+    started: float
+    begun: list[Driver] = field(default_factory=list)  # the drivers that know of it
+    requests: Sequence[Request] = ()
+    answers: dict[int, Any] = field(default_factory=dict)  # by the identity of the request
+
+    @property
+    def unanswered(self) -> list[Request]:
+        """The requests that it waits for."""
+        return [request for request in self.requests if id(request) not in self.answers]
+
+
+class Scheduler:
+    """Searches problems side by side; none waits for another.
+
+    A problem gets on as soon as its own requests are answered. Which model goes next: each in turn takes a step, which
+    is a forward of a local model. A policy that answers batches is called until no problem waits for it before the
+    verifier is, so that calls are as large as they can be; equal texts of a problem are shown to a verifier once.
+
+    A failure that belongs to one problem ends that one. If a driver raises, all problems that wait for it fail.
+
+    Parameters
+    ----------
+    policy : Policy
+        Generates steps.
+    verifier : Verifier or None
+        Scores them.
+    extract_answer : callable
+        Takes the answer out of a completion's text.
+    equal : callable
+        Whether two answers mean the same.
+
+    Attributes
+    ----------
+    num_streams : int
+        Steps that run or wait at the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        verifier: Verifier | None,
+        extract_answer: Callable[[str], str | None],
+        equal: Equality,
+    ) -> None:
+        self.policy = lift(policy)
+        self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
+        self.extract_answer = extract_answer
+        self.equal = equal
+        self.num_streams = 0
+        self._flights: dict[int, _Flight] = {}
+
+    @property
+    def num_problems(self) -> int:
+        """Problems in flight."""
+        return len(self._flights)
+
+    def start(self, number: int, text: str, config: SearchConfig, seed_text: str | None = None) -> Iterator[Outcome]:
+        """Take a problem in, under a number that no other one in flight has; yield its outcome if that is there.
+
+        `seed_text` takes the text's place in the draws' hash.
+        """
+        if not isinstance(text, str) or not text.strip():
+            yield number, SearchError(f"expected a problem that is not empty, got {text!r:.200}", number, 0)
+            return
+        run = Run(
+            number,
+            text if seed_text is None else seed_text,
+            config,
+            scored=self.verifier is not None,
+            extract_answer=self.extract_answer,
+            equal=self.equal,
+        )
+        moves = algorithm_of(config)(run)
+        if not isinstance(moves, Generator):
+            name, kind = config.method_name, type(moves).__name__
+            message = f"method: expected a generator function of a Run, got {name}, which returned a {kind}"
+            yield number, SearchError(message, number, 0)
+            return
+        flight = self._flights[number] = _Flight(run, text, moves, time.perf_counter())
+        yield from self._guarded(flight, partial(self._begin, flight))
+
+    def step(self) -> Iterator[Outcome]:
+        """Let each model take a step; yield the outcomes of problems that end by what it answers."""
+        yield from self._serve(self.policy)
+        while isinstance(self.policy, Lifted) and self.num_streams:
+            yield from self._serve(self.policy)
+        if self.verifier is not None:
+            yield from self._serve(self.verifier)
+
+    def cancel(self, number: int) -> None:
+        """End a problem, if it is in flight; what it holds is freed at once."""
+        if number in self._flights:
+            self._close(self._flights[number])
+
+    def close(self) -> None:
+        """End all problems in flight."""
+        for number in list(self._flights):
+            self.cancel(number)
+
+    def _serve(self, driver: Driver) -> Iterator[Outcome]:
+        """Let a driver take a step, and algorithms that have all their answers go on."""
+        try:
+            answered = driver.step()
+        except Exception as error:
+            waiting = [request for flight in self._flights.values() for request in flight.unanswered]
+            mine = driver is self.policy
+            answered = [(request, error) for request in waiting if isinstance(request, Expand) == mine]
+            for number in {request.problem for request, _ in answered}:
+                driver.cancel(number)
+        ripe = []
+        for request, answer in answered:
+            flight = self._flights[request.problem]
+            flight.answers[id(request)] = answer
+            self.num_streams -= _streams(request)
+            if len(flight.answers) == len(flight.requests):
+                ripe.append(flight)
+        for flight in ripe:
+            if self._flights.get(flight.run.problem) is flight:  # it was not cancelled meanwhile
+                yield from self._guarded(flight, partial(self._answer, flight))
+
+    def _begin(self, flight: _Flight) -> SearchResult | None:
+        for driver in (self.policy, self.verifier):
+            if driver is not None:
+                driver.begin(flight.run.problem, flight.text)
+                flight.begun.append(driver)
+        return self._advance(flight, None)
+
+    def _answer(self, flight: _Flight) -> SearchResult | None:
+        answers = [flight.answers[id(request)] for request in flight.requests]
+        for request, answer in zip(flight.requests, answers, strict=True):
+            if isinstance(answer, Exception) and not isinstance(request, Score):  # a candidate's is the algorithm's
+                raise answer
+        return self._advance(flight, answers)
+
+    def _advance(self, flight: _Flight, answers: Sequence[Any] | None) -> SearchResult | None:
+        """Send answers to an algorithm and carry out its releases, until it wants a model or returns."""
+        try:
+            flight.requests, flight.answers = flight.moves.send(answers), {}  # type: ignore[arg-type]  # None starts it
+            while isinstance(flight.requests[0], Release):
+                for request in flight.requests:
+                    if isinstance(request, Release):
+                        self._release(flight, request.branches)
+                flight.requests = flight.moves.send([None] * len(flight.requests))
+        except StopIteration as stop:
+            return self._finish(flight, stop.value)
+        driver = self.policy if isinstance(flight.requests[0], Expand) else self.verifier
+        assert driver is not None, "an algorithm asked for scores without a verifier"
+        driver.submit(flight.requests)
+        self.num_streams += sum(map(_streams, flight.requests))
+        return None
+
+    def _release(self, flight: _Flight, branches: Sequence[int]) -> None:
+        problem = flight.run.problem
+        self.policy.release(problem, branches)
+        if self.verifier is not None:
+            self.verifier.release(problem, branches)
+
+    def _finish(self, flight: _Flight, branches: list[Branch]) -> SearchResult:
+        usages = [flight.begun.pop(0).end(flight.run.problem) for _ in range(len(flight.begun))]
+        policy_usage, verifier_usage = (*usages, Usage())[:2]
+        stats = SearchStats.of(
+            policy_usage,
+            verifier_usage,
+            wall_s=time.perf_counter() - flight.started,
+            rounds=flight.run.round,
+            branches=len(flight.run.branches) - 1,
+            path_tokens=sum(branch.path_tokens for branch in flight.run.branches),
+        )
+        return build_result(flight.run, flight.text, branches, self.extract_answer, stats)
+
+    def _guarded(self, flight: _Flight, action: Callable[[], SearchResult | None]) -> Iterator[Outcome]:
+        """Do something for a problem; yield its result if that ended it, or the error if it failed."""
+        outcome: SearchResult | SearchError | None
+        try:
+            outcome = action()
+        except SearchError as error:
+            outcome = error
+        except Exception as error:
+            run = flight.run
+            outcome = SearchError(f"{type(error).__name__}: {error}", run.problem, run.round)
+            outcome.__cause__ = error
+        if outcome is not None:
+            self._close(flight)
+            yield flight.run.problem, outcome
+
+    def _close(self, flight: _Flight) -> None:
+        number = flight.run.problem
+        del self._flights[number]
+        self.num_streams -= sum(map(_streams, flight.unanswered))
+        flight.moves.close()
+        for driver in flight.begun:
+            with suppress(Exception):  # the problem has its result or its error already
+                driver.cancel(number)
+                driver.end(number)
+
+
+def _streams(request: Request) -> int:
+    """How many steps a request has sampled."""
+    return len(request.children) if isinstance(request, Expand) else 0

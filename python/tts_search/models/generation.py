@@ -1,0 +1,366 @@
+"""Streams that sample: each grows by a token in every forward, until its step ends.
+
+What a stream needs from token to token stands in columns over all of them, so a token that ends nothing costs no
+Python: a table says of each token whether a step may end there, and only then a stream is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.models.device import read_tokens, upload
+from tts_search.models.pool import Branch, Forwarded, Rows
+from tts_search.models.streams import Lane, Stream, Streams
+
+__all__ = ["Ending", "Generation", "Sampled", "Sampling"]
+
+MAX_ROWS: Final = 1024
+
+# What is kept of each stream. Its newest token, `_TOKEN`, stands at `_POSITION` of its branch. `_OFFSET` tokens were
+# drawn; `_FILL` of them stand in line `_SLOT` of the buffer and not in the branch yet. `_LEFT` more, and it is looked
+# at in any case.
+_POSITION, _OFFSET, _FILL, _LEFT, _TOKEN, _KV, _SEED, _ENDING, _SAMPLING, _SLOT = range(10)
+_COUNTERS: Final = torch.tensor([[1], [1], [1], [-1]])  # what a token does to the first four of them
+_BUFFER: Final = 64
+_NO_KV: Final = -1  # of a stream that has just drawn its first token here
+_PLAIN, _LOOK = 1, 2  # what is known of a token: no step ends at it, or one may; 0: nothing
+
+
+class Ending(Hashable, Protocol):
+    """Says at which tokens steps may end; what it says is remembered by it."""
+
+    def may_end(self, token: int) -> bool:
+        """Whether a stream has to be looked at when this token comes. Asked once a token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; see `tts_kernels.sample`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Sampled(Stream):
+    """A branch that grows by sampled tokens.
+
+    Attributes
+    ----------
+    seed : int
+        Its stream of draws.
+    limit : int
+        The most tokens.
+    sampling : Sampling
+        How they are drawn.
+    ending : Ending
+        Where it may end, besides the limit.
+    num_tokens, logprob : int, float
+        Tokens drawn, the one that ended it included, and the sum of their log-probabilities; up to date when it is
+        looked at, and when it has ended.
+    """
+
+    seed: int
+    limit: int
+    sampling: Sampling
+    ending: Ending
+    num_tokens: int = field(init=False, default=0)
+    logprob: float = field(init=False, default=0.0)
+
+    @property
+    def children(self) -> list[Sampled]:
+        """Those whose next token is drawn from this branch's logits."""
+        return [self]
+
+    def ends(self) -> bool:
+        """Whether it ends with the newest token of its branch, which may be taken off again."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True, eq=False)
+class _Source(Stream):
+    """A branch whose logits the first tokens of others are drawn from."""
+
+    children: list[Sampled]
+
+    def without(self, gone: Collection[Stream]) -> bool:
+        self.children = [child for child in self.children if child not in gone]
+        return bool(self.children)
+
+
+class Generation(Streams[Any]):
+    """Samples streams.
+
+    Parameters
+    ----------
+    lane : Lane
+        A model with its LM head.
+    max_rows : int or None
+        The most streams that run at a time; others wait.
+    """
+
+    def __init__(self, lane: Lane, max_rows: int | None = None) -> None:
+        super().__init__(lane, max_rows or MAX_ROWS)
+        self._streams: list[Sampled] = []  # by row
+        self._columns = torch.empty(10, 0, dtype=torch.int64)
+        self._logprobs = torch.empty(0, dtype=torch.float64)
+        self._new_tokens = torch.empty(0, _BUFFER, dtype=torch.int32)  # by slot
+        self._free_slots: list[int] = []
+        self._sources: dict[Branch, _Source] = {}  # those that have not been read yet
+        self._endings: _Table[Ending] = _Table(torch.uint8)
+        self._samplings: _Table[Sampling] = _Table(torch.float64)
+        self._options: dict[str, Any] = {}  # of `tts_kernels.sample`, as long as who runs stays the same
+
+    def submit(self, source: Branch, children: Sequence[Sampled]) -> None:
+        """Grow children of a branch, whose first tokens are drawn from its logits: its last token is read again."""
+        if source in self._sources:
+            self._sources[source].children += children
+        else:
+            self.lane.pool.rewind(source)
+            self._sources[source] = stream = _Source(source, list(children))
+            self._join(stream)
+        for child in children:
+            child.streams, child.age = self, next(self.lane.ages)
+
+    def step(self) -> list[Sampled]:
+        """Run one forward and draw; the streams that have ended, or failed, since the last step."""
+        forwarded = self._forward(self.lane.decoder.logits, head=True)
+        if forwarded is not None:
+            self._draw(forwarded)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def give_up(self, stream: Any) -> None:
+        """A stream's KV goes; it waits."""
+        if stream in self._reading:
+            super().give_up(stream)
+        else:
+            self._take_out([self._streams.index(stream)])
+            self._put_off(stream)
+
+    def fail(self, stream: Any) -> None:
+        """A stream that has an error now is over, and so are those that wait for its logits."""
+        if stream in self._reading:
+            del self._reading[stream]
+        else:
+            self._take_out([self._streams.index(stream)])
+        self.lane.pool.leave(stream)
+        self._sources.pop(stream.branch, None)
+        for child in stream.children:
+            child.error = stream.error
+        self._ended += stream.children
+
+    def cancel(self, gone: Collection[Any]) -> None:
+        """Streams are not wanted any more, whether they wait or run. Their branches' KV is left to the caller."""
+        super().cancel(gone)
+        self._sources = {branch: source for branch, source in self._sources.items() if source.children}
+        rows = [row for row, stream in enumerate(self._streams) if stream in gone]
+        streams = [self._streams[row] for row in rows]
+        self._take_out(rows)
+        for stream in streams:
+            self.lane.pool.leave(stream)
+
+    @property
+    def _num_running(self) -> int:
+        return len(self._reading) + len(self._streams)
+
+    def _begin(self, stream: Any) -> None:
+        if isinstance(stream, Sampled) and self.lane.pool.is_ready(stream.branch):
+            self._put_in([stream])
+            self._run([len(self._streams) - 1])
+        else:
+            self._reading[stream] = None
+
+    def _rows(self) -> Rows:
+        return Rows(self._columns[_KV], self._columns[_TOKEN], self._columns[_POSITION])
+
+    def _draw(self, forwarded: Forwarded) -> None:
+        """Draw a token for each row, and for each child of a branch that was read; look at those that may end."""
+        pool, old = self.lane.pool, len(self._streams)
+        row_of = {branch: old + row for row, (branch, _) in enumerate(forwarded.places)}
+        read = [stream for stream in self._reading if stream.branch in row_of]
+        rows = [row_of[stream.branch] for stream in read for _ in stream.children]
+        for stream in read:
+            del self._reading[stream]
+            self._sources.pop(stream.branch, None)
+            pool.leave(stream)
+        logits = forwarded.outputs
+        self._endings.widen(logits.shape[1] + 1)
+        if rows:
+            self._put_in([child for stream in read for child in stream.children])
+            wanted = [*range(old), *rows]
+            if wanted != list(range(len(logits))):
+                logits = logits.index_select(0, upload(torch.tensor(wanted), logits.device))
+        if self._streams:
+            ended = self._push(*read_tokens(tk.sample(logits, **self._sample_options(logits.device))))
+            self._settle(old, ended)
+
+    def _push(self, tokens: Tensor, logprobs: Tensor) -> list[int]:
+        """Give each stream its next token; the rows of those that end with it."""
+        columns = self._columns
+        self._new_tokens[columns[_SLOT], columns[_FILL]] = tokens.to(torch.int32)
+        columns[: len(_COUNTERS)] += _COUNTERS
+        columns[_TOKEN] = tokens
+        self._logprobs += logprobs
+        marks = self._endings.values[columns[_ENDING], tokens + 1]
+        looked = torch.nonzero((marks != _PLAIN) | (columns[_LEFT] == 0) | (columns[_KV] == _NO_KV))
+        return [row for row in looked.flatten().tolist() if self._ends(row)]
+
+    def _settle(self, old: int, ended: Sequence[int]) -> None:
+        """Let streams that drew their first token here run, as far as there are rows for them; ended ones leave."""
+        gone = set(ended)
+        fresh = [row for row in range(old, len(self._streams)) if row not in gone]
+        room = max(0, self.most - len(self._reading) - (old - sum(row < old for row in ended)))
+        self._run(fresh[:room])
+        over = [self._streams[row] for row in ended]
+        later = [self._streams[row] for row in fresh[room:]]
+        self._take_out([*ended, *fresh[room:]])
+        for stream in over:
+            if stream in self.lane.pool.workers:
+                self.lane.pool.leave(stream)
+        for stream in later:
+            self._wait(stream)
+        self._ended += over
+
+    def _ends(self, row: int) -> bool:
+        """Look at a stream: whether it ends with its newest token."""
+        stream, token = self._streams[row], int(self._columns[_TOKEN, row])
+        self._sync(row)
+        if token < 0:
+            stream.branch.tokens.pop()
+            stream.error = FloatingPointError("the model gave no finite logits")
+            return True
+        mark = self._endings.values[self._columns[_ENDING, row], token + 1]
+        if not mark:
+            mark.fill_(_LOOK if stream.ending.may_end(token) else _PLAIN)
+        return stream.ends()
+
+    def _sync(self, row: int) -> None:
+        """Give a stream's branch the tokens that it does not have yet."""
+        stream = self._streams[row]
+        _, offset, fill, *_, slot = self._columns[:, row].tolist()
+        stream.branch.tokens += self._new_tokens[slot, :fill].tolist()
+        stream.num_tokens, stream.logprob = offset, float(self._logprobs[row])
+        self._columns[_FILL, row] = 0
+        self._columns[_LEFT, row] = min(stream.limit - offset, _BUFFER)
+
+    def _put_in(self, streams: Sequence[Sampled]) -> None:
+        """Give streams rows behind the others'. Their branches are read up to the last token."""
+        if len(self._free_slots) < len(streams):
+            more = max(len(streams), len(self._new_tokens))
+            self._free_slots += range(len(self._new_tokens), len(self._new_tokens) + more)
+            self._new_tokens = torch.cat([self._new_tokens, self._new_tokens.new_zeros(more, _BUFFER)])
+        lines = [
+            (
+                stream.branch.length - 1,
+                stream.num_tokens,
+                0,
+                min(stream.limit - stream.num_tokens, _BUFFER),
+                stream.branch.tokens[-1] if stream.branch.tokens else 0,
+                _NO_KV,
+                stream.seed,
+                self._endings.hold(stream.ending),
+                self._samplings.hold(stream.sampling, astuple(stream.sampling)),
+                self._free_slots.pop(),
+            )
+            for stream in streams
+        ]
+        self._columns = torch.cat([self._columns, torch.tensor(lines).T], dim=1)
+        self._logprobs = torch.cat([self._logprobs, self._logprobs.new_tensor([each.logprob for each in streams])])
+        self._streams += streams
+        self._options = {}
+
+    def _run(self, rows: Sequence[int]) -> None:
+        """Have the pool grow the branches of these rows from now on."""
+        streams = [self._streams[row] for row in rows]
+        kv = self.lane.pool.run([stream.branch for stream in streams])
+        self._columns[_KV, rows] = torch.tensor(kv, dtype=torch.int64)
+        self.lane.pool.workers |= dict.fromkeys(streams)
+
+    def _take_out(self, rows: Sequence[int]) -> None:
+        """Take streams out; the last ones get their rows."""
+        for row in sorted(rows, reverse=True):
+            stream = self._streams[row]
+            self._sync(row)
+            position, *_, kv, _, _, _, slot = self._columns[:, row].tolist()
+            if kv != _NO_KV:
+                self.lane.pool.rest(stream.branch, position)
+            self._free_slots.append(slot)
+            self._endings.drop(stream.ending)
+            self._samplings.drop(stream.sampling)
+            self._columns[:, row] = self._columns[:, -1]
+            self._logprobs[row] = self._logprobs[-1]
+            self._columns, self._logprobs = self._columns[:, :-1], self._logprobs[:-1]
+            self._streams[row] = self._streams[-1]
+            self._streams.pop()
+            self._options = {}
+
+    def _sample_options(self, device: torch.device) -> dict[str, Any]:
+        """Options of `tts_kernels.sample` for the next token of each row: numbers where all agree, else tensors."""
+        if not self._options:
+            self._options["seeds"] = upload(self._columns[_SEED].clone(), device)
+            if len(self._samplings.held) == 1:
+                (only,) = self._samplings.held
+                self._options |= asdict(only)
+            else:
+                values = self._samplings.values[self._columns[_SAMPLING]].T
+                for field_, value in zip(fields(Sampling), values, strict=True):
+                    dtype = torch.int64 if field_.name == "top_k" else torch.float32
+                    self._options[field_.name] = upload(value.to(dtype).contiguous(), device)
+        return {**self._options, "offsets": upload(self._columns[_OFFSET], device)}
+
+
+Key = TypeVar("Key", bound=Hashable)
+_KEYS: Final = 64
+
+
+class _Table(Generic[Key]):
+    """A line of values for each key.
+
+    When there are many keys, a new one gets the line of one that nobody holds.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.values = torch.zeros(0, 0, dtype=dtype)
+        self.held: Counter[Key] = Counter()
+        self._lines: dict[Key, int] = {}
+
+    def widen(self, width: int) -> None:
+        """Have lines of so many values, which are 0 if they had another width before."""
+        if self.values.shape[1] != width:
+            self.values = self.values.new_zeros(len(self.values), width)
+
+    def hold(self, key: Key, values: Sequence[float] = ()) -> int:
+        """The line of a key, filled with these values if it is new, until it was dropped as often."""
+        if key not in self._lines:
+            if values:
+                self.widen(len(values))
+            self._lines[key] = self._free_line()
+            self.values[self._lines[key]] = torch.tensor(values or 0.0)
+        self.held[key] += 1
+        return self._lines[key]
+
+    def drop(self, key: Key) -> None:
+        """Somebody has no use for the key any more."""
+        self.held[key] -= 1
+        if not self.held[key]:
+            del self.held[key]
+
+    def _free_line(self) -> int:
+        idle = next((key for key in self._lines if key not in self.held), None) if len(self._lines) >= _KEYS else None
+        if idle is not None:
+            return self._lines.pop(idle)
+        if len(self._lines) == len(self.values):
+            more = self.values.new_zeros(max(1, len(self.values)), self.values.shape[1])
+            self.values = torch.cat([self.values, more])
+        return len(self._lines)

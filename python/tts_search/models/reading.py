@@ -1,0 +1,67 @@
+"""Streams that are read: the model's hidden states at the places of a branch that somebody wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tts_search.models.pool import Branch
+from tts_search.models.streams import Stream, Streams
+
+__all__ = ["Read", "Reading"]
+
+Place = tuple[Branch, int]
+
+
+@dataclass(slots=True, eq=False)
+class Read(Stream):
+    """A branch to be read.
+
+    Attributes
+    ----------
+    places : list of (Branch, int)
+        The branch and the marked positions of its path, and its last one, as far as they have been read.
+    outputs : list of Tensor
+        [..., H]: their hidden states, part by part.
+    """
+
+    places: list[Place] = field(init=False, default_factory=list)
+    outputs: list[Tensor] = field(init=False, default_factory=list)
+
+    def give_up(self) -> None:
+        """Let go of the branch's KV and wait until there is room to read it from its start."""
+        self.places, self.outputs = [], []
+        Stream.give_up(self)
+
+
+class Reading(Streams[Read]):
+    """Reads the pending tokens of branches, in as many forwards as these need."""
+
+    def submit(self, branch: Branch) -> Read:
+        """Have a branch read. It has pending tokens, and nobody else has it read at the time."""
+        stream = Read(branch)
+        self._join(stream)
+        return stream
+
+    def step(self) -> list[Read]:
+        """Run one forward; the streams that are done, or failed, since the last step."""
+        forwarded = self._forward(self.lane.decoder.hidden, head=False)
+        if forwarded is not None:
+            reading = {stream.branch: stream for stream in self._reading}
+            begin = 0
+            while begin < len(forwarded.places):  # branch after branch
+                branch = forwarded.places[begin][0]
+                stream, end = reading[branch], begin
+                while end < len(forwarded.places) and forwarded.places[end][0] is branch:
+                    end += 1
+                stream.places += forwarded.places[begin:end]
+                stream.outputs.append(forwarded.outputs[begin:end])
+                begin = end
+            for branch in forwarded.done:
+                stream = reading[branch]
+                del self._reading[stream]
+                self.lane.pool.leave(stream)
+                self._ended.append(stream)
+        ended, self._ended = self._ended, []
+        return ended

@@ -1,0 +1,165 @@
+"""Streams: steps on their way through a model, token by token.
+
+They share a decoder and its pool, join and leave between any two forwards, and get on in the order of their age. When
+the pool is full the youngest gives its pages up and waits; the oldest always gets on, so nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.models.decoder import Batch
+from tts_search.models.pool import NO_ROWS, Branch, BranchPool, Forwarded, Rows
+
+if TYPE_CHECKING:
+    from tts_search.models.decoder import Decoder
+
+__all__ = ["Lane", "Stream", "Streams"]
+
+_MANY = 1 << 30
+
+
+@dataclass(slots=True)
+class Lane:
+    """A model: its decoder, the pool of what it has read, and the ages of the streams on it."""
+
+    decoder: Decoder
+    pool: BranchPool
+    ages: Iterator[int] = field(default_factory=itertools.count)
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """Work on a branch.
+
+    Attributes
+    ----------
+    branch : Branch
+        What is read or grown.
+    streams : Streams
+        Where it runs.
+    age : int
+        Its place in the order in which streams get on.
+    error : Exception or None
+        Why it ended without being done.
+    """
+
+    branch: Branch
+    streams: Streams[Stream] = field(init=False, repr=False)
+    age: int = field(init=False, default=-1)
+    error: Exception | None = field(init=False, default=None)
+
+    def give_up(self) -> None:
+        """Let go of the branch's KV and wait until there is room again."""
+        self.streams.give_up(self)
+
+    def fail(self, error: Exception) -> None:
+        """End, for this reason."""
+        self.error = error
+        self.streams.fail(self)
+
+    def without(self, gone: Collection[Stream]) -> bool:
+        """Whether anything is left of it when these are gone."""
+        return self not in gone
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class Streams(Generic[S]):
+    """Streams of one kind on a lane.
+
+    Parameters
+    ----------
+    lane : Lane
+        The model.
+    most : int or None
+        The most streams that run at a time.
+    """
+
+    def __init__(self, lane: Lane, most: int | None = None) -> None:
+        self.lane = lane
+        self.most = most or _MANY
+        self._waiting: list[tuple[int, S]] = []
+        self._reading: dict[S, None] = {}  # those with tokens that the model has not read
+        self._ended: list[S] = []
+        self._quota = _MANY  # how many may join now: after a shortage 1, then 2, 4, ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._ended or self._num_running)
+
+    @property
+    def _num_running(self) -> int:
+        return len(self._reading)
+
+    def _join(self, stream: S, age: int | None = None) -> None:
+        stream.streams = self  # type: ignore[assignment]  # a stream knows no more of it than `Streams` has
+        stream.age = next(self.lane.ages) if age is None else age
+        self._wait(stream)
+
+    def _wait(self, stream: S) -> None:
+        heapq.heappush(self._waiting, (stream.age, stream))
+
+    def give_up(self, stream: S) -> None:
+        """A stream's KV goes; it waits."""
+        del self._reading[stream]
+        self._put_off(stream)
+
+    def _put_off(self, stream: S) -> None:
+        stream.branch.meter.waves += 1
+        self.lane.pool.leave(stream, keep=False)
+        self._wait(stream)
+        self._quota = 1
+
+    def fail(self, stream: S) -> None:
+        """A stream that has an error now is over."""
+        del self._reading[stream]
+        self.lane.pool.leave(stream)
+        self._ended.append(stream)
+
+    def cancel(self, gone: Collection[S]) -> None:
+        """Streams are not wanted any more, whether they wait or run. Their branches' KV is left to the caller."""
+        self._waiting = [entry for entry in self._waiting if entry[1].without(gone)]
+        heapq.heapify(self._waiting)
+        self._ended = [stream for stream in self._ended if stream not in gone]
+        for stream in [stream for stream in self._reading if not stream.without(gone)]:
+            del self._reading[stream]
+            self.lane.pool.leave(stream)
+
+    def _admit(self) -> None:
+        """Let streams in, the oldest first, unless the pool is full."""
+        pool = self.lane.pool
+        self._quota = min(2 * self._quota, _MANY)
+        for _ in range(self._quota):
+            if not self._waiting or self._num_running >= self.most or (pool.full and pool.workers):
+                return
+            _, stream = heapq.heappop(self._waiting)
+            pool.workers[stream] = None
+            self._begin(stream)
+
+    def _begin(self, stream: S) -> None:
+        self._reading[stream] = None
+
+    def _rows(self) -> Rows:
+        """The branches that grow by a token each."""
+        return NO_ROWS
+
+    def _forward(self, model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool) -> Forwarded | None:
+        """One forward of all streams that are in, as far as there is room; None if there are none."""
+        self._admit()
+        while self._num_running:
+            branches = [stream.branch for stream in sorted(self._reading, key=lambda stream: stream.age)]
+            try:
+                return self.lane.pool.forward(branches, model, head, self._rows())
+            except tk.OutOfPages:
+                self.lane.pool.make_room()
+        return None
