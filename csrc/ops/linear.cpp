@@ -70,7 +70,8 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, int64_t in_features, int
     const int64_t work = out_features * depth * (count < 4 ? 4 : count);
     const int64_t threads = threads_for(args.cut.units, work >> 20);
     args.ahead = args.cut.group * threads;
-    for_units(args.cut.units, threads, [&](int64_t unit) { kernels().linear(args, unit, unit + 1); });
+    for_units(args.cut.units, threads,
+              [&](int64_t unit, int64_t) { kernels().linear(args, unit, unit + 1); });
     return out;
 }
 

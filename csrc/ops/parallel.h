@@ -1,44 +1,16 @@
-// Threads: torch's own, by ranges or by units of uneven cost.
+// Loops over threads, as many as torch may use. What an item computes must not depend on who runs it or on
+// the cut, must not allocate and must not throw.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
-#if defined(__SANITIZE_THREAD__)
-#include <thread>
-#include <vector>
-#endif
-
 #include "integers.h"
+#include "thread_pool.h"
 
 namespace tts::ops {
-
-#if defined(__SANITIZE_THREAD__)
-
-// ThreadSanitizer cannot see the barriers of torch's OpenMP, so its build starts and joins threads of its
-// own.
-template <class F>
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-    const int64_t most = divide_up(end - begin, std::max<int64_t>(grain, 1));
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
-    if (threads <= 1) {
-        if (begin < end) f(begin, end);
-        return;
-    }
-    const int64_t each = divide_up(end - begin, threads);
-    std::vector<std::thread> team;
-    for (int64_t at = begin; at < end; at += each) team.emplace_back(f, at, std::min(at + each, end));
-    for (std::thread& thread : team) thread.join();
-}
-
-#else
-
-using torch::stable::parallel_for;
-
-#endif
 
 // How many threads for_units takes if it may take `threads`.
 inline int64_t threads_for(int64_t units, int64_t threads) {
@@ -46,18 +18,28 @@ inline int64_t threads_for(int64_t units, int64_t threads) {
         1, std::min({threads, units, static_cast<int64_t>(torch::stable::get_num_threads())}));
 }
 
-// f(unit) for every unit in [0, units), on at most `threads` threads, which take the units as they come. A
-// unit computes its outputs alone, so who takes it changes nothing but the time.
+// f(unit, who) for every unit in [0, units), on at most `threads` threads, which take the units as they come;
+// `who` in [0, threads_for(units, threads)) is the thread, for memory of its own.
 template <class F>
-void for_units(int64_t units, int64_t threads, F f) {
-    threads = threads_for(units, threads);
-    if (threads <= 1) {
-        for (int64_t unit = 0; unit < units; ++unit) f(unit);
-        return;
-    }
-    std::atomic<int64_t> next{0};
-    parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-        for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) f(unit);
+void for_units(int64_t units, int64_t threads, const F& f) {
+    ThreadPool::instance().run(
+        units, threads_for(units, threads),
+        [](const void* context, int64_t unit, int64_t who) noexcept {
+            (*static_cast<const F*>(context))(unit, who);
+        },
+        &f);
+}
+
+// f(begin, end) for ranges that cover [begin, end), none but the last shorter than `grain`: a few for each
+// thread, so that one that is held up leaves its share to the others.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+    constexpr int64_t kRangesPerThread = 4;
+    if (begin >= end) return;
+    const int64_t threads = threads_for(divide_up(end - begin, std::max<int64_t>(grain, 1)), INT64_MAX);
+    const int64_t each = std::max(grain, divide_up(end - begin, threads * kRangesPerThread));
+    for_units(divide_up(end - begin, each), threads, [&](int64_t range, int64_t) {
+        f(begin + range * each, std::min(begin + (range + 1) * each, end));
     });
 }
 

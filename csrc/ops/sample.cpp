@@ -78,12 +78,11 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, con
         }
         return {sampling.tokens, sampling.logprobs};
     }
-    parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-        Workspace workspace(logits, vocab);
-        SampleWorkspace& space = workspace.space;
-        for (int64_t r = begin; r < end; ++r) {
-            one_row(r, space, [&](auto step, const SampleRow& row) { step(row, space, 0, blocks); });
-        }
+    std::vector<Workspace> workspaces;  // one a thread
+    for (int64_t who = 0; who < threads_for(rows, rows); ++who) workspaces.emplace_back(logits, vocab);
+    for_units(rows, rows, [&](int64_t r, int64_t who) {
+        SampleWorkspace& space = workspaces[static_cast<size_t>(who)].space;
+        one_row(r, space, [&](auto step, const SampleRow& row) { step(row, space, 0, blocks); });
     });
     return {sampling.tokens, sampling.logprobs};
 }

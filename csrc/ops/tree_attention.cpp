@@ -1,6 +1,5 @@
 // torch.ops.tts_kernels.tree_attention
 #include <algorithm>
-#include <atomic>
 
 #include "attention.h"
 #include "decoder.h"
@@ -134,24 +133,22 @@ std::vector<WorkItem> work_items(const TreeAttentionArgs& args, int64_t num_task
 void run_items(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t lanes,
                const Tensor& like) {
     const auto count = static_cast<int64_t>(items.size());
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+    const int64_t threads = threads_for(count, count);
     const int64_t size = kernels().tree_attention_scratch(lanes, args.num_kv_heads, args.head_dim);
     Tensor scratch = empty(like, {threads * size + kAlign}, ScalarType::Float);
     float* base = aligned(data<float>(scratch));
-    std::atomic<int64_t> next{0};
-    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-                kernels().tree_attention(args, items[static_cast<size_t>(i)], base + t * size);
-            }
-        }
+    for_units(count, threads, [&](int64_t i, int64_t who) {
+        kernels().tree_attention(args, items[static_cast<size_t>(i)], base + who * size);
     });
 }
 
-void run_merge(const TreeAttentionArgs& args) {
-    parallel_for(0, args.num_rows, kMergeRows, [&](int64_t begin, int64_t end) {
-        std::vector<float> sum(static_cast<size_t>(args.padded_dim));
-        kernels().tree_attention_merge(args, begin, end, sum.data());
+void run_merge(const TreeAttentionArgs& args, const Tensor& like) {
+    const int64_t batches = divide_up(args.num_rows, kMergeRows), threads = threads_for(batches, batches);
+    Tensor scratch = empty(like, {threads * args.padded_dim}, ScalarType::Float);
+    float* sums = data<float>(scratch);
+    for_units(batches, threads, [&](int64_t batch, int64_t who) {
+        const int64_t begin = batch * kMergeRows, end = std::min(begin + kMergeRows, args.num_rows);
+        kernels().tree_attention_merge(args, begin, end, sums + who * args.padded_dim);
     });
 }
 
@@ -206,7 +203,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
     args.partial_states = args.partial_rows + partials * args.padded_dim;
     const int64_t lanes = plan.max_hull * (args.num_q_heads / num_kv_heads);
     if (plan.num_tasks > 0) run_items(args, work_items(args, plan.num_tasks), lanes, q);
-    run_merge(args);
+    run_merge(args, q);
     return {out, lse};
 }
 

@@ -1,0 +1,156 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <system_error>
+
+namespace tts {
+namespace {
+
+// How long a thread looks for a change before it sleeps: longer than the serial code between two ops of a
+// decoder layer (some microseconds), so that a worker is awake when the next one comes; shorter than what a
+// neighbour would feel.
+constexpr std::chrono::microseconds kSpin{50};
+
+void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Returns when `word` is no longer `old`.
+void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
+    const auto limit = std::chrono::steady_clock::now() + kSpin;
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (word.load(std::memory_order_acquire) != old) return;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < limit);
+    word.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+ThreadPool::~ThreadPool() {
+    stop_.store(true);
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(int64_t count, int64_t threads, Item item, const void* context) {
+    threads = std::min(threads, count);
+    if (threads <= 1 || taken_.exchange(true, std::memory_order_acquire)) {
+        for (int64_t i = 0; i < count; ++i) item(context, i, 0);
+        return;
+    }
+    start_workers(threads - 1);
+    constexpr auto kMost = static_cast<int64_t>(kClosed);
+    for (int64_t begin = 0; begin < count; begin += kMost) {
+        run_part(begin, std::min(count - begin, kMost), threads, item, context);
+    }
+    taken_.store(false, std::memory_order_release);
+}
+
+void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, Item item, const void* context) {
+    const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+    // Closed first: a late worker that reads a new field can then no longer claim what the old job left. Its
+    // loads of the fields acquire what these stores release.
+    claim_.store(claim_of(epoch, kClosed));
+    item_.store(item, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    begin_.store(begin, std::memory_order_release);
+    count_.store(static_cast<uint64_t>(count), std::memory_order_release);
+    threads_.store(threads, std::memory_order_release);
+    done_.store(0, std::memory_order_relaxed);
+    claim_.store(claim_of(epoch, 0), std::memory_order_release);
+    epoch_.store(epoch);
+    epoch_.notify_all();
+
+    const auto others = static_cast<uint32_t>(count - help(0));
+    for (uint32_t done; (done = done_.load(std::memory_order_acquire)) != others;)
+        wait_for_change(done_, done);
+}
+
+// Works on the job of the moment until every item is claimed; how many were.
+int64_t ThreadPool::help(int64_t who) {
+    uint64_t claim = claim_.load(std::memory_order_acquire);
+    const uint64_t epoch = claim >> kEpochShift;
+    const Item item = item_.load(std::memory_order_acquire);
+    const void* context = context_.load(std::memory_order_acquire);
+    const int64_t begin = begin_.load(std::memory_order_acquire);
+    const uint64_t count = count_.load(std::memory_order_acquire);
+    if (who >= threads_.load(std::memory_order_acquire)) return 0;
+    int64_t helped = 0;
+    while (claim >> kEpochShift == epoch && (claim & kClosed) < count) {
+        if (!claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel,
+                                          std::memory_order_acquire)) {
+            continue;
+        }
+        item(context, begin + static_cast<int64_t>(claim & kClosed), who);
+        ++helped;
+        if (who != 0) {
+            done_.fetch_add(1, std::memory_order_acq_rel);
+            done_.notify_one();
+        }
+        claim = claim_.load(std::memory_order_acquire);
+    }
+    return helped;
+}
+
+void ThreadPool::start_workers(int64_t number) {
+    if (static_cast<int64_t>(workers_.size()) >= number) return;
+    // Signals are for the program's own threads.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+        while (static_cast<int64_t>(workers_.size()) < number) {
+            const auto who = static_cast<int64_t>(workers_.size()) + 1;
+            workers_.emplace_back([this, who] { work(who); });
+        }
+    } catch (const std::system_error&) {  // no more threads to be had: those that are there do the work
+    } catch (const std::bad_alloc&) {
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void ThreadPool::work(int64_t who) {
+    for (uint32_t seen = 0; !stop_.load();) {
+        wait_for_change(epoch_, seen);
+        seen = epoch_.load(std::memory_order_acquire);
+        help(who);
+    }
+}
+
+namespace {
+
+ThreadPool* pool = nullptr;
+
+void forget_pool() {
+    pool = new ThreadPool;
+}  // the parent's is left as it is: its threads can't be joined here
+
+struct Owner {
+    Owner() {
+        pool = new ThreadPool;
+        pthread_atfork(nullptr, nullptr, forget_pool);
+    }
+    ~Owner() { delete pool; }
+};
+
+}  // namespace
+
+ThreadPool& ThreadPool::instance() {
+    static Owner owner;
+    return *pool;
+}
+
+}  // namespace tts
