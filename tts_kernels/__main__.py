@@ -16,6 +16,7 @@ def main() -> None:
     print(f"torch            {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"python           {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"instruction sets {', '.join(info.cpu_isas)}; in use: {info.cpu_isa}")
+    print(f"  because        {info.cpu_isa_reason}")
     print(f"CUDA kernels     {info.cuda or 'there'}")
     print(f"backend          {info.in_use}")
     for name, missing in info.available.items():

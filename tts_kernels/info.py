@@ -26,8 +26,10 @@ class BackendInfo:
         Backend name -> empty if it is there, else why not.
     cpu_isa
         Instruction set that the CPU kernels use.
+    cpu_isa_reason
+        Why that one: the measurement on this kind of processor, or that ``TTS_KERNELS_CPU_ISA`` asks for it.
     cpu_isas
-        Those that this build has and this processor runs, from slow to fast.
+        Those that this build has and this processor runs, from the shortest list of instructions to the longest.
     cuda
         Empty if the C++ backend has its CUDA kernels, else why not.
     gpu
@@ -41,6 +43,7 @@ class BackendInfo:
     in_use: str
     available: dict[str, str]
     cpu_isa: str
+    cpu_isa_reason: str
     cpu_isas: tuple[str, ...]
     cuda: str
     gpu: str
@@ -61,6 +64,7 @@ def backend_info() -> BackendInfo:
         in_use=state.backend,
         available={name: missing(name) for name in BACKENDS[1:]},
         cpu_isa=ops.cpu_isa(),
+        cpu_isa_reason=ops.cpu_isa_reason(),
         cpu_isas=tuple(ops.cpu_isas().split(",")),
         cuda=_library.CUDA_MISSING,
         gpu=_gpu(),

@@ -1,4 +1,4 @@
-// torch.ops.tts_kernels.cpu_isa: which instruction sets the CPU kernels can use, and which is in use.
+// torch.ops.tts_kernels.cpu_isa: which instruction sets the CPU kernels can use, which is in use, and why.
 #include "common.h"
 
 namespace tts::ops {
@@ -6,17 +6,20 @@ namespace {
 
 std::string cpu_isa() { return isa_in_use(); }
 std::string cpu_isas() { return isa_supported(); }
+std::string cpu_isa_reason() { return isa_reason(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def("cpu_isa() -> str");
     m.def("cpu_isas() -> str");
+    m.def("cpu_isa_reason() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa", TTS_BOX(&cpu_isa));
     m.impl("cpu_isas", TTS_BOX(&cpu_isas));
+    m.impl("cpu_isa_reason", TTS_BOX(&cpu_isa_reason));
 }
 
 }  // namespace tts::ops

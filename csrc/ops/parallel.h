@@ -30,15 +30,19 @@ void for_units(int64_t units, int64_t threads, const F& f) {
         &f);
 }
 
-// f(begin, end) for ranges that cover [begin, end), none but the last shorter than `grain`: a few for each
-// thread, so that one that is held up leaves its share to the others.
+// f(begin, end) for ranges of one size that cover [begin, end). A thread is worth starting for `grain`
+// elements; each takes a few ranges where there is enough, so that one that is held up leaves its share to
+// the others.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     constexpr int64_t kRangesPerThread = 4;
     if (begin >= end) return;
-    const int64_t threads = threads_for(divide_up(end - begin, std::max<int64_t>(grain, 1)), INT64_MAX);
-    const int64_t each = std::max(grain, divide_up(end - begin, threads * kRangesPerThread));
-    for_units(divide_up(end - begin, each), threads, [&](int64_t range, int64_t) {
+    const int64_t count = end - begin,
+                  threads = threads_for(divide_up(count, std::max<int64_t>(grain, 1)), INT64_MAX);
+    const int64_t ranges =
+        std::clamp(count / std::max<int64_t>(grain, 1), threads, threads * kRangesPerThread);
+    const int64_t each = divide_up(count, ranges);
+    for_units(divide_up(count, each), threads, [&](int64_t range, int64_t) {
         f(begin + range * each, std::min(begin + (range + 1) * each, end));
     });
 }

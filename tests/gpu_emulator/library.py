@@ -23,7 +23,7 @@ from .translate import Parameter
 
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-INCLUDES = (CSRC / "include", CSRC / "cpu")
+INCLUDES = (CSRC / "include", CSRC / "cpu", CSRC / "host")
 # Blocks as small as ThreadSanitizer needs them to tell a few apart, thread by thread.
 _DEFINES = {None: (), "address": (), "thread": ("-DTTS_CUDA_MOST_THREADS=64",)}
 _TIMEOUT = 600.0  # seconds for one launch: of thousands of blocks, on a busy machine

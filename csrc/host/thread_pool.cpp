@@ -14,7 +14,7 @@ namespace {
 // How long a thread looks for a change before it sleeps: longer than the serial code between two ops of a
 // decoder layer (some microseconds), so that a worker is awake when the next one comes; shorter than what a
 // neighbour would feel.
-constexpr std::chrono::microseconds kSpin{50};
+constexpr std::chrono::microseconds kSpin{200};
 
 void relax() {
 #if defined(__x86_64__)
@@ -96,10 +96,6 @@ int64_t ThreadPool::help(int64_t who) {
         }
         item(context, begin + static_cast<int64_t>(claim & kClosed), who);
         ++helped;
-        if (who != 0) {
-            done_.fetch_add(1, std::memory_order_acq_rel);
-            done_.notify_one();
-        }
         claim = claim_.load(std::memory_order_acquire);
     }
     return helped;
@@ -126,7 +122,10 @@ void ThreadPool::work(int64_t who) {
     for (uint32_t seen = 0; !stop_.load();) {
         wait_for_change(epoch_, seen);
         seen = epoch_.load(std::memory_order_acquire);
-        help(who);
+        if (const int64_t helped = help(who); helped > 0) {
+            done_.fetch_add(static_cast<uint32_t>(helped), std::memory_order_acq_rel);
+            done_.notify_one();
+        }
     }
 }
 
