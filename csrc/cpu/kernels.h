@@ -53,8 +53,8 @@ struct Kernels {
 // The table of the instruction set in use. The first call reads the processor and TTS_KERNELS_CPU_ISA.
 const Kernels& kernels();
 
-// "generic", "avx2", "avx512" or "avx512_bf16": the set in use, a comma-separated list of those that this build has and
-// this processor runs, and why the one in use was chosen.
+// "generic", "avx2", "avx512" or "avx512_bf16": the set in use, a comma-separated list of those that this
+// build has and this processor runs, and why the one in use was chosen.
 const char* isa_in_use();
 const char* isa_supported();
 const char* isa_reason();
