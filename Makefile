@@ -72,6 +72,7 @@ lint: $(VENV)/.built  ## ruff, mypy --strict, import-linter, clang-format
 	$(BIN)/ruff format --check .
 	@echo "== mypy"
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	@echo "== imports (contracts in pyproject.toml)"
 	$(BIN)/lint-imports --no-cache
 	@echo "== clang-format"

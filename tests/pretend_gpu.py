@@ -139,7 +139,7 @@ class PretendGpu(TorchDispatchMode):
         given = dict(zip(_argument_names(func), args, strict=False)) | (kwargs or {})
         packet = func.overloadpacket
         if packet is aten.pin_memory:
-            self._pinned[id(pinned)] = (pinned := args[0].clone())
+            self._pinned[id(pinned)] = (pinned := args[0].clone())  # type: ignore[has-type]
             return pinned
         if packet in MOVES:
             return self._moved(given)

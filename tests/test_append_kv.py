@@ -42,7 +42,7 @@ def test_strided_caches_and_tokens() -> None:
     for view, cache in zip(views, (k_cache, v_cache), strict=True):
         view.copy_(cache)
     fused = torch.cat([k, v, k], 1)
-    tk.append_kv_(*views, fused[:, :3], v.transpose(0, 2).contiguous().transpose(0, 2), slots)
+    tk.append_kv_(*views, fused[:, :3], v.transpose(0, 2).contiguous().transpose(0, 2), slots)  # type: ignore[call-arg]
     assert torch.equal(views[0], expected[0])
     assert torch.equal(views[1], expected[1])
     assert (pool[..., 20:] == 0).all()

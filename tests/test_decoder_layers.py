@@ -208,7 +208,7 @@ def test_bad_input_names_the_argument() -> None:
         (TypeError, "rows", {"rows": torch.tensor([1.0])}),
         (ValueError, "plan.rows", {"x": case.x[:3], "positions": case.positions[:3], "slots": case.slots[:3]}),
     ]:
-        layers = change.get("layers")
+        layers = change.get("layers")  # type: ignore[attr-defined]
         changed = {**change, "layers": tk.DecoderLayers(layers)} if isinstance(layers, list) else change
         assert_names(kind, name, replace(case.copy(), **changed).run)
     other = replace(case.plan, num_q_heads=2)

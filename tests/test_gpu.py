@@ -73,7 +73,7 @@ class Step:
         self.ends = torch.arange(5, device=GPU)
 
     def run(self) -> tuple[Tensor, ...]:
-        tk.append_kv_(self.k, self.v, *self.new, self.slots)
+        tk.append_kv_(self.k, self.v, *self.new, self.slots)  # type: ignore[call-arg]
         states = tk.tree_attention(self.q, self.k, self.v, self.plan).flatten(1)
         pruned = tk.score_and_prune(states, self.rows, self.ends, self.head, self.groups, 1)
         drawn = tk.sample(states.float(), temperature=0.7, top_p=0.9, seeds=self.rows, offsets=self.rows)

@@ -18,7 +18,7 @@ costs, gpu_model, gpu_static = map(importlib.import_module, ("costs", "gpu_model
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 
-def kernel(**changes: int) -> gpu_static.Kernel:
+def kernel(**changes: int) -> gpu_static.Kernel:  # type: ignore[name-defined]
     numbers = {"architecture": 80, "threads": 128, "registers": 64, "spilled": 0, "stack": 0, "shared": 0, **changes}
     return gpu_static.Kernel("file", "kernel", **numbers)
 
@@ -95,7 +95,7 @@ def test_the_page_has_every_kernel_of_the_model_and_no_spills() -> None:
 
 
 @pytest.mark.parametrize("gpu", gpu_model.GPUS.values(), ids=gpu_model.GPUS)
-def test_nothing_is_predicted_below_the_roofline(gpu: gpu_model.GPU) -> None:
+def test_nothing_is_predicted_below_the_roofline(gpu: gpu_model.GPU) -> None:  # type: ignore[name-defined]
     cases = gpu_model.cases()
     assert {case.op.strip("_") for case in cases} == {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
     for case in cases:

@@ -402,7 +402,7 @@ def test_strided_logits() -> None:
         for options in ({}, {"top_p": 0.5}):
             assert torch.equal(draw(view, **options).tokens, draw(view.contiguous(), **options).tokens)
     options = {"temperature": torch.tensor([0.5, 9.0] * 8)[::2], "seeds": torch.arange(16)[::2]}
-    dense = {name: value.contiguous() for name, value in options.items()}
+    dense = {name: value.contiguous() for name, value in options.items()}  # type: ignore[attr-defined]
     assert torch.equal(draw(wide, **options).tokens, draw(wide, **dense).tokens)
 
 

@@ -36,6 +36,7 @@ def search_iter(
     config: SearchConfig | Strategy = _DEFAULT,
     *,
     extract_answer: Callable[[str], str | None] = boxed,
+    equal: Equality | None = None,
     progress: bool = True,
     max_in_flight: int | None = None,
 ) -> Iterator[tuple[int, SearchResult | SearchError]]:
@@ -57,6 +58,8 @@ def search_iter(
         problems are then read at once, and what its estimate cost is part of their results' stats.
     extract_answer : callable
         Takes the answer out of a completion's text.
+    equal : callable or None
+        Whether two answers, of which the first is known, mean the same; by default :func:`tts_search.equivalent`.
     progress : bool
         Show a progress bar on stderr, if that is a terminal and rich is installed.
     max_in_flight : int or None
@@ -73,11 +76,16 @@ def search_iter(
     if not isinstance(config, SearchConfig):
         for own in _configs_of(config):
             _check(verifier, own, max_in_flight)
-        options = {"extract_answer": extract_answer, "progress": progress, "max_in_flight": max_in_flight}
+        options = {
+            "extract_answer": extract_answer,
+            "equal": equal,
+            "progress": progress,
+            "max_in_flight": max_in_flight,
+        }
         return _by_strategy(list(problems), policy, verifier, config, options)
     _check(verifier, config, max_in_flight)
     in_flight = max_in_flight or max(1, BRANCHES_IN_FLIGHT // config.n)
-    engine = Engine(policy, verifier, config, extract_answer, in_flight, _same_answer())
+    engine = Engine(policy, verifier, config, extract_answer, in_flight, equal or _same_answer())
     return _with_progress(engine, problems, enabled=progress)
 
 
@@ -149,6 +157,7 @@ def search(
     config: SearchConfig | Strategy = _DEFAULT,
     *,
     extract_answer: Callable[[str], str | None] = boxed,
+    equal: Equality | None = None,
     progress: bool = True,
     max_in_flight: int | None = None,
 ) -> list[SearchResult]:
@@ -174,6 +183,7 @@ def search(
         verifier,
         config,
         extract_answer=extract_answer,
+        equal=equal,
         progress=progress,
         max_in_flight=max_in_flight,
     )
@@ -228,6 +238,7 @@ def best_of_n(
     *,
     config: SearchConfig = _DEFAULT,
     extract_answer: Callable[[str], str | None] = boxed,
+    equal: Equality | None = None,
     progress: bool = True,
     max_in_flight: int | None = None,
     **options: Unpack[BestOfNOptions],
@@ -251,6 +262,7 @@ def best_of_n(
         verifier,
         config,
         extract_answer=extract_answer,
+        equal=equal,
         progress=progress,
         max_in_flight=max_in_flight,
     )
@@ -263,6 +275,7 @@ def beam_search(
     *,
     config: SearchConfig = _DEFAULT,
     extract_answer: Callable[[str], str | None] = boxed,
+    equal: Equality | None = None,
     progress: bool = True,
     max_in_flight: int | None = None,
     **options: Unpack[BeamOptions],
@@ -281,6 +294,7 @@ def beam_search(
         verifier,
         config,
         extract_answer=extract_answer,
+        equal=equal,
         progress=progress,
         max_in_flight=max_in_flight,
     )
@@ -293,6 +307,7 @@ def dvts(
     *,
     config: SearchConfig = _DEFAULT,
     extract_answer: Callable[[str], str | None] = boxed,
+    equal: Equality | None = None,
     progress: bool = True,
     max_in_flight: int | None = None,
     **options: Unpack[BeamOptions],
@@ -311,6 +326,7 @@ def dvts(
         verifier,
         config,
         extract_answer=extract_answer,
+        equal=equal,
         progress=progress,
         max_in_flight=max_in_flight,
     )

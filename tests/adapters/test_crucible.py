@@ -69,7 +69,7 @@ def test_steps_are_sampled_behind_their_prefix():
     assert len(second) == 2
     assert all(DELIMITER not in step.text for step in (*first, *second))
     assert {step.token_count for step in first} <= {3, 4}
-    request = policy.policy.calls[-1][0]
+    request = policy.policy.calls[-1][0]  # type: ignore[attr-defined]
     assert request.steps == (going_on[0].text + DELIMITER,)
     assert (request.params.temperature, request.params.max_tokens) == (0.5, 7)
 
@@ -81,7 +81,7 @@ def test_whole_traces():
     assert [[step.text for step in trace.steps] for trace in traces] == [["a", "b \\boxed{4}"]] * 2
     assert [trace.compute.policy_gen_tokens for trace in traces] == [9, 9]
     assert sum(step.token_count for step in traces[0].steps) == 9
-    assert [each.text for each in policy.policy.problems.values()] == ["Solve: p"]
+    assert [each.text for each in policy.policy.problems.values()] == ["Solve: p"]  # type: ignore[attr-defined]
 
 
 def test_scores_are_one_a_step():

@@ -105,8 +105,8 @@ def test_rounds_forward_what_is_new(checkpoints):
         scores = asyncio.run(prm.ascore(PROBLEM, [STEP.join(path) for path in paths]))
         assert len(scores) == 6
     assert all(0 <= score <= 1 for score in scores)
-    tokenizer = lm.policy.tokenizer
-    prompt = len(tokenizer(lm.policy._prompt(PROBLEM), add_special_tokens=False)["input_ids"])
+    tokenizer = lm.policy.tokenizer  # type: ignore[attr-defined]
+    prompt = len(tokenizer(lm.policy._prompt(PROBLEM), add_special_tokens=False)["input_ids"])  # type: ignore[attr-defined]
     text = sum(len(tokenizer("".join(path), add_special_tokens=False)["input_ids"]) for path in paths)
     spent = lm.close()
     # Ends of answers are not told, so that steps behind them are asked for; these are read, and nothing else twice.
@@ -133,7 +133,7 @@ def test_the_content_is_what_was_asked_for():
 
 def test_any_conversation_with_whole_prompts():
     policy = ScriptedPolicy(step_of)
-    policy.chat, policy.tokenizer = False, tiny_tokenizer()
+    policy.chat, policy.tokenizer = False, tiny_tokenizer()  # type: ignore[attr-defined]
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "x"}]},
@@ -157,7 +157,7 @@ def test_prompts_of_every_kind():
     prm = ProcessRewardModel(ScriptedVerifier(lambda *_: [0.5]), aggregate="min")
     for prompt in ("a", [Message("user", "b")], [Message("system", "c"), {"role": "user", "content": "d"}]):
         assert prm.score(prompt, ["one"]) == [0.5]
-    assert [each.text for each in prm.verifier.problems.values()] == ["a", "b", "system: c\nuser: d"]
+    assert [each.text for each in prm.verifier.problems.values()] == ["a", "b", "system: c\nuser: d"]  # type: ignore[attr-defined]
     assert prm.score("a", "one") == 0.5
     assert prm.score("a", ["", "one"]) == [0.0, 0.5]
     orm = OutcomeRewardModel(prm)

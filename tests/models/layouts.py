@@ -311,7 +311,7 @@ def label_text(before: str, tag: str, after: str, good: str, bad: str, newlines:
         def score(problem: str, steps: Sequence[str]) -> list[float]:
             text = problem + before + "".join(step.strip() + tag + after for step in steps)
             assert not newlines or "\n" * newlines not in "".join(map(str.strip, steps))
-            return plain.pair_at(plain.ids(text), *labels, mark[0])
+            return plain.pair_at(plain.ids(text), *labels, mark[0])  # type: ignore[call-arg]
 
         return score
 

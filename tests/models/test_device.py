@@ -161,6 +161,6 @@ def test_plans_are_refilled_from_pinned_memory() -> None:
         address = plan.pages.data_ptr()
         forest.append([root], [1])
         assert forest.plan([root], **heads, out=plan) is plan
-        assert plan.positions.values_.tolist() == [40]
+        assert plan.positions.values_.tolist() == [40]  # type: ignore[attr-defined]
         assert plan.pages.data_ptr() == address
     assert gpu.uploads == 2

@@ -150,7 +150,7 @@ def check_options(arguments: list[str], where: str) -> None:
     import typer
     from tts_search.cli.commands import app
 
-    command = typer.main.get_command(app).commands[arguments[0]]
+    command = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in parameter.opts}
     assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= known, where
 

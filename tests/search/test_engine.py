@@ -309,7 +309,7 @@ class TestInterrupt:
         policy, verifier = drivers(RandomTree(1, end=0.5))
         outcomes = search_iter(PROBLEMS, policy, verifier, SearchConfig(max_steps=5), progress=False)
         next(outcomes)
-        outcomes.close()
+        outcomes.close()  # type: ignore[attr-defined]
         assert len(policy.ended) == len(verifier.ended) == 7
 
 
