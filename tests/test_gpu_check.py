@@ -22,7 +22,7 @@ sys.modules["gpu_check"] = gpu_check
 spec.loader.exec_module(gpu_check)
 
 
-def python(name: str, code: str, limit: float = 60, **more: object) -> gpu_check.Part:
+def python(name: str, code: str, limit: float = 60, **more: object) -> gpu_check.Part:  # type: ignore[name-defined]
     return gpu_check.Part(name, [sys.executable, "-c", code], limit, **more)
 
 

@@ -216,7 +216,7 @@ def assistant(template: str, *, tokenizes: bool, streams: bool) -> Handler:
     )
 
     def answer(body: dict[str, Any], to: Request) -> None:
-        (prompt,), _ = render_jinja_template(
+        (prompt,), _ = render_jinja_template(  # type: ignore[str-unpack]
             conversations=[body["messages"]],
             chat_template=template,
             continue_final_message=body.get("continue_final_message", False),

@@ -268,7 +268,7 @@ def test_every_command_has_an_example_that_its_options_allow(run, command):
     assert status == 0
     example = " ".join(out.partition("Example: ")[2].split())
     assert example.startswith(f"tts-search {command}")
-    known = {name for one in typer.main.get_command(app).commands[command].params for name in one.opts}
+    known = {name for one in typer.main.get_command(app).commands[command].params for name in one.opts}  # type: ignore[attr-defined]
     assert {word for word in example.split() if word.startswith("--")} <= known
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import tts_kernels as tk
 from tts_search.search.config import SearchConfig
 from tts_search.search.protocol import Policy, Verifier
 
@@ -97,4 +96,6 @@ def config_of(settings: Mapping[str, Any]) -> SearchConfig:
 
 def instruction_set() -> str:
     """Return the instruction-set level of the CPU's kernels: results of two levels differ by rounding."""
+    import tts_kernels as tk
+
     return tk.backend_info().cpu_isa
