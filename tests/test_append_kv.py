@@ -85,6 +85,15 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
     assert torch.equal(k_cache, before)
 
 
+def test_a_slot_that_is_there_twice_is_refused_under_debug_checks() -> None:
+    k_cache, v_cache, k, v, slots = inputs(torch.float32, 9)
+    slots[7] = slots[2]
+    before = k_cache.clone()
+    with tk.debug_checks(True):
+        assert_names(ValueError, "slots: expected all different, got", tk.append_kv_, k_cache, v_cache, k, v, slots)
+    assert torch.equal(k_cache, before)
+
+
 def test_a_cache_whose_pages_are_one_memory_is_refused() -> None:
     k_cache, v_cache, k, v, slots = inputs(torch.float32, 9)
     before = k_cache.clone()

@@ -219,5 +219,7 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
     ]
     for kind, name, change in bad:
         assert_names(kind, name, replace(case, **change).run)
+    with tk.debug_checks(True):
+        assert_names(ValueError, "slots", replace(case, slots=torch.tensor([0, 1, 2, 1])).run)
     assert torch.equal(case.k_cache, before.k_cache)
     assert torch.equal(case.v_cache, before.v_cache)

@@ -124,6 +124,18 @@ def index_range(name: str, values: Tensor, low: int, high: int) -> None:
         _fail(IndexError, name, f"values in [{low}, {high})", f"{int(values[where])} at index {where}")
 
 
+def distinct(name: str, values: Tensor) -> None:
+    """No value twice; under `debug_checks` only. ValueError."""
+    if not state.debug_checks or not readable(values):
+        return
+    ordered = values.sort().values
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if repeated.numel():
+        twice = int(repeated[0])
+        first, second, *_ = (values == twice).nonzero()[:, 0].tolist()
+        _fail(ValueError, name, "all different", f"{twice} at index {first} and at {second}")
+
+
 def indptr(name: str, value: Any, total: int, device: torch.device | None = None) -> None:
     """Offsets [n + 1] that rise from 0 to `total`. TypeError, ValueError."""
     tensor(name, value, INDEX, ["n + 1"], device)

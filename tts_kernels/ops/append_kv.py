@@ -28,7 +28,7 @@ def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Te
     TypeError
         For a wrong dtype.
     ValueError
-        For a wrong shape or device, or an expanded cache.
+        For a wrong shape or device, or an expanded cache; under `debug_checks` for a slot that is there twice.
     IndexError
         For a slot outside [0, P * page_size).
 
@@ -55,6 +55,7 @@ def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor
     checks.tensor("k", k, (k_cache.dtype,), shape, k_cache.device)
     checks.tensor("v", v, (k_cache.dtype,), shape, k_cache.device)
     checks.index_range("slots", slots, 0, k_cache.shape[0] * k_cache.shape[1])
+    checks.distinct("slots", slots)
 
 
 def _fake(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:  # noqa: ARG001

@@ -57,7 +57,7 @@ def rope_append_(
     TypeError
         For a wrong dtype.
     ValueError
-        For a wrong shape, stride, device or number.
+        For a wrong shape, stride, device or number; under `debug_checks` for a slot that is there twice.
     IndexError
         For a position outside [0, max_position) or a slot outside [0, P * page_size).
 
@@ -116,6 +116,7 @@ def _check(
     checks.tensor("slots", slots, checks.INDEX, [tokens], device)
     checks.index_range("positions", positions, 0, cos_sin.shape[0])
     checks.index_range("slots", slots, 0, k_cache.shape[0] * k_cache.shape[1])
+    checks.distinct("slots", slots)
 
 
 def _fake(qkv: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:
