@@ -12,7 +12,7 @@ namespace tts::cuda {
 namespace {
 
 template <class T>
-__global__ __launch_bounds__(kPruneThreads) void prune_kernel(PruneArgs args) {
+__global__ __launch_bounds__(kPruneThreads, 4) void prune_kernel(PruneArgs args) {
     __shared__ PruneShared shared;
     prune_group<T>(args, blockIdx.x, shared);
 }

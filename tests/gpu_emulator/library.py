@@ -166,7 +166,7 @@ class _Build:
 
     @property
     def includes(self) -> tuple[Path, ...]:
-        return (self.csrc / "include", self.csrc / "cpu")
+        return (self.csrc / "include", self.csrc / "cpu", self.csrc / "host")
 
     def kernel_sources(self, names: Iterable[str]) -> list[Path]:
         """The .cu files behind the headers of csrc/cuda that the operators include."""
