@@ -7,7 +7,7 @@ oneDNN on weights that were reordered for that very number of rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import costs
 import pytest
@@ -72,6 +72,42 @@ def test_decode_step(benchmark: Any, rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", [*BODY, "lm_head"])
 def test_projection(benchmark: Any, name: str, rows: int) -> None:
     run(benchmark, name, [name], rows, torch.bfloat16, rounds=7)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize(("quantize", "group_size"), [("int8", None), ("int4", 64), ("int4", 32)])
+def test_quantised_decode_step(
+    benchmark: Any, rows: int, quantize: Literal["int8", "int4"], group_size: int | None
+) -> None:
+    """Beside our own bfloat16 and torch's: as it is, and by whole numbers (rows quantised in advance, no scales)."""
+    dense = weights([*BODY, "lm_head"], torch.bfloat16)
+    plain = [tk.pack_linear(weight) for weight in dense]
+    packed = [tk.pack_linear(weight, quantize=quantize, group_size=group_size) for weight in dense]
+    inputs = {depth: torch.randn(rows, depth).to(torch.bfloat16) for depth in (HIDDEN, INNER)}
+    whole_rows = {depth: (32 * x).to(torch.int8) for depth, x in inputs.items()}
+    whole = [(100 * weight).to(torch.int8).T for weight in dense]
+
+    def ours() -> None:
+        for weight in packed:
+            tk.linear(inputs[weight.in_features], weight)
+
+    def ours_plain() -> None:
+        for weight in plain:
+            tk.linear(inputs[weight.in_features], weight)
+
+    def theirs() -> None:
+        for weight in dense:
+            functional.linear(inputs[weight.shape[1]], weight)
+
+    def theirs_whole() -> None:
+        for weight in whole:
+            torch._int_mm(whole_rows[weight.shape[0]], weight)
+
+    name = quantize if group_size is None else f"{quantize} g{group_size}"
+    benchmark.group = f"linear decode step, {name}"
+    bound = costs.linear_quantized(sum(w.numel() for w in dense), 8 if quantize == "int8" else 4, group_size, HIDDEN)
+    baselines = {"our bfloat16": ours_plain, "torch bfloat16": theirs, "torch int8 without scales": theirs_whole}
+    compare(benchmark, ours, baselines, rounds=7, bound=bound)
 
 
 def test_prefill(benchmark: Any) -> None:

@@ -61,6 +61,11 @@ def linear(rows: int, weights: int, dtype: torch.dtype) -> Bound:
     return Bound(weights * dtype.itemsize, 2 * rows * weights, dtype)
 
 
+def linear_quantized(weights: int, bits: int, group_size: int | None, depth: int) -> Bound:
+    """The weights once, and a float32 scale for each group of them."""
+    return Bound(weights * bits / 8 + 4 * weights / (group_size or depth))
+
+
 def linear_logprob(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> Bound:
     """The weight once; no logits."""
     return linear(rows, width * vocabulary, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+ISAS = ("generic", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 FEW_DRAWS = 200  # instead of test_sample.DRAWS
 
 

@@ -31,7 +31,15 @@ class Case:
     rows: torch.Tensor | None = None
 
     @classmethod
-    def random(cls, dtype: torch.dtype, depth: int = 2, *, full: bool = True, rows: list[int] | None = None) -> Case:
+    def random(
+        cls,
+        dtype: torch.dtype,
+        depth: int = 2,
+        *,
+        full: bool = True,
+        rows: list[int] | None = None,
+        quantize: str | None = None,
+    ) -> Case:
         torch.manual_seed(depth)
         forest = tk.KVForest(PAGES, page_size=PAGE_SIZE)
         root = forest.add_root()
@@ -45,7 +53,7 @@ class Case:
         caches = torch.randn(2, depth, PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM).to(dtype)
         return cls(
             torch.randn(4, HIDDEN).to(dtype),
-            tk.DecoderLayers([layer(dtype, full, window=[None, 5][i % 2]) for i in range(depth)]),
+            tk.DecoderLayers([layer(dtype, full, [None, 5][i % 2], quantize) for i in range(depth)]),
             list(caches[0]),
             list(caches[1]),
             plan,
@@ -87,11 +95,15 @@ class Case:
         )
 
 
-def layer(dtype: torch.dtype, full: bool, window: int | None) -> tk.DecoderLayer:
-    """Random weights; with biases and norms of heads if `full`."""
+def layer(dtype: torch.dtype, full: bool, window: int | None, quantize: str | None = None) -> tk.DecoderLayer:
+    """Random weights; with biases and norms of heads if `full`. "zeros": one projection has zero points."""
 
     def packed(rows: int, columns: int) -> tk.PackedLinear:
-        return tk.pack_linear((torch.randn(rows, columns) / columns**0.5).to(dtype))
+        weight = torch.randn(rows, columns) / columns**0.5
+        if quantize == "zeros":
+            q, zero = (weight * 50).to(torch.int8), torch.randint(-9, 9, (rows, 1))
+            return tk.PackedLinear.from_quantized(q, torch.full((rows, 1), 0.02), zero)
+        return tk.pack_linear(weight.to(dtype), quantize=quantize, group_size=32 if quantize == "int4" else None)
 
     def vector(size: int) -> torch.Tensor:
         return (torch.rand(size) + 0.5).to(dtype)
@@ -154,6 +166,20 @@ def test_is_its_operators_to_the_bit(dtype: torch.dtype, full: bool, rows: list[
     assert torch.equal(out, one_by_one(theirs))
     for mine, other in zip(ours.k_caches + ours.v_caches, theirs.k_caches + theirs.v_caches, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "zeros"])
+@pytest.mark.parametrize("full", [True, False])
+def test_quantised_projections_to_the_bit(quantize: str, full: bool) -> None:
+    ours = Case.random(torch.bfloat16, full=full, quantize=quantize)
+    theirs = ours.copy()
+    assert torch.equal(ours.run(), one_by_one(theirs))
+    args = Case.random(torch.float32, full=full, quantize=quantize).args()
+    opcheck(torch.ops.tts_kernels.decoder_layers_.default, args)
+    exact = reference.decoder_layers_(*args)
+    out = Case.random(torch.float32, full=full, quantize=quantize).run()
+    # A difference in the last bits may move a rounding to whole numbers.
+    torch.testing.assert_close(out, exact, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

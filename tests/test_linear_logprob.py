@@ -118,3 +118,55 @@ def test_bad_input_names_the_argument() -> None:
     assert_names(TypeError, "temperature", tk.linear_logprob, hidden, weight, targets, temperature="1")
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         assert_names(ValueError, "temperature", tk.linear_logprob, hidden, weight, targets, temperature=wrong)
+
+
+FORMATS = [("int8", None), ("int8", 64), ("int4", 32), ("int4", None)]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_weights(size: tuple[int, int, int], dtype: torch.dtype, form: tuple[str, int | None]) -> None:
+    """Of the logits of `linear`, whose whole numbers are the definition's."""
+    hidden, weight, targets = problem(*size, dtype, torch.float32)
+    packed = tk.pack_linear(weight, quantize=form[0], group_size=form[1])
+    logits = tk.linear(hidden.float(), packed)
+    for temperature in (1.0, 0.7):
+        out = tk.linear_logprob(hidden, packed, targets, temperature=temperature)
+        exact = (logits.double() / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        assert_rule(out, exact, (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+        parts = (packed.weight, targets, temperature, size[1], size[2], packed.scale, packed.zero)
+        torch.testing.assert_close(
+            reference.linear_logprob_quantized(hidden, *parts).double(), exact, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantised_weights_whoever_the_other_rows_are(form: tuple[str, int | None]) -> None:
+    hidden, weight, targets = problem(70, 100, 1030, torch.bfloat16, torch.float32)
+    packed = tk.pack_linear(weight, quantize=form[0], group_size=form[1])
+    together = tk.linear_logprob(hidden, packed, targets)
+    for rows in ([0], [5, 6], [69], list(range(3, 20)), list(range(40))):
+        assert torch.equal(tk.linear_logprob(hidden[rows], packed, targets[rows]), together[rows])
+    hidden[3, 5] = torch.nan
+    out = tk.linear_logprob(hidden, packed, targets)
+    assert out[3].isnan()
+    assert torch.equal(out[4:], together[4:])
+
+
+def test_quantised_weights_opcheck_compile_and_bad_input() -> None:
+    hidden, weight, targets = problem(4, 64, 50, torch.float32, torch.float32)
+    q, scale, zero = (weight * 9).to(torch.int8), torch.full((50, 2), 0.1), torch.randint(-3, 3, (50, 2))
+    packed = tk.PackedLinear.from_quantized(q, scale, zero, 32)
+    parts = (packed.weight, targets, 1.0, 64, 50, packed.scale, packed.zero)
+    opcheck(torch.ops.tts_kernels.linear_logprob_quantized.default, (hidden, *parts))
+    compiled = torch.compile(lambda h: tk.linear_logprob(h, packed, targets), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden), tk.linear_logprob(hidden, packed, targets))
+    with tk.use_backend("reference"):
+        torch.testing.assert_close(tk.linear_logprob(hidden, packed, targets), compiled(hidden))
+    assert_names(TypeError, "weight", tk.linear_logprob, hidden, tk.pack_linear(weight), targets)
+    assert_names(ValueError, "hidden", tk.linear_logprob, hidden.repeat(1, 2), packed, targets)
+    assert_names(TypeError, "hidden", tk.linear_logprob, hidden.double(), packed, targets)
+    assert_names(IndexError, "targets", tk.linear_logprob, hidden, packed, targets + 50)
+    assert_names(ValueError, "targets", tk.linear_logprob, hidden, packed, targets[:3])
+    assert_names(ValueError, "temperature", tk.linear_logprob, hidden, packed, targets, temperature=0.0)

@@ -8,10 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rules import ISAS
 
 from tts_kernels import _library
-
-SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def symbols(*flags: str) -> list[tuple[str, str]]:
@@ -36,7 +35,7 @@ def test_kernels_carry_their_instruction_set() -> None:
     if not everything:
         pytest.skip("the library is stripped")
     ours = [(kind, name) for kind, name in everything if "tts::" in name]
-    kernels = {s for s in SETS for _, name in ours if name.startswith(f"tts::{s}::")}
+    kernels = {s for s in ISAS for _, name in ours if name.startswith(f"tts::{s}::")}
     assert "generic" in kernels
 
 

@@ -55,6 +55,22 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     return logits.log_softmax(-1).gather(-1, targets.long()[:, None])[:, 0]
 
 
+def linear_logprob_quantized(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    in_features: int,
+    vocabulary: int,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> Tensor:
+    """`linear_logprob` of the logits that `linear` gives on quantised weights, unrounded; [N]."""
+    x = hidden.to(_wide(hidden))
+    logits = _linear_quantized(x, weight, in_features, vocabulary, scale, zero) / temperature
+    return logits.log_softmax(-1).gather(-1, targets.long()[:, None])[:, 0]
+
+
 def prune(scores: Tensor, indptr: Tensor, width: int, k: Tensor | None, keep_order: bool) -> tuple[Tensor, Tensor]:
     """The first of each group in the order: higher score, lower index, NaN last; [G, K] and [G]."""
     segments = _segments(indptr)
@@ -323,14 +339,140 @@ def unpack_linear(weight: Tensor, in_features: int, out_features: int) -> Tensor
 
 
 def linear(
-    x: Tensor, weight: Tensor, in_features: int, out_features: int, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """``x @ unpacked.T + bias + residual`` in the dtype of x."""
+    """``x @ unpacked.T + bias + residual`` in the dtype of x; with a scale by whole numbers."""
     wide = _wide(x, weight)
-    y = x.to(wide) @ unpack_linear(weight, in_features, out_features).to(wide).T
+    if scale is None:
+        y = x.to(wide) @ unpack_linear(weight, in_features, out_features).to(wide).T
+    else:
+        y = _linear_quantized(x.to(wide), weight, in_features, out_features, scale, zero)
     for added in (bias, residual):
         y = y if added is None else y + added.to(wide)
     return y.to(x.dtype)
+
+
+# ---- quantised weights ------------------------------------------------------------------------------------------
+
+INT_BLOCK = 64  # to which the depth of quantised weights is padded
+_SMALLEST = 2.0**-100
+
+
+def quantize_linear(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Whole numbers [N, K] uint8, 2**(bits - 1) above their values, and the scales [N, groups] float32.
+
+    A scale is the largest magnitude of its group over 127, in 4 bits the value of that magnitude over -8, so that it is
+    met and the 16th value is of use. A group with NaN or an infinity is NaN.
+    """
+    groups = _grouped(weight.float(), group_size)  # [N, groups, group]
+    if bits == 8:
+        scale = groups.abs().amax(-1) / 127
+    else:
+        scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+    scale = torch.where(groups.isfinite().all(-1), scale, torch.nan)
+    half = 1 << (bits - 1)
+    whole = (groups / scale[..., None]).nan_to_num(0, 0, 0).round().clamp(-half, half - 1) + half
+    return whole.flatten(1)[:, : weight.shape[1]].to(torch.uint8), scale
+
+
+def _grouped(x: Tensor, group_size: int | None) -> Tensor:
+    """[..., groups, group], zero beyond the end; at least one group."""
+    size = group_size or max(x.shape[-1], 1)
+    groups = max(-(-x.shape[-1] // size), 1)
+    return torch.nn.functional.pad(x, (0, groups * size - x.shape[-1])).reshape(*x.shape[:-1], groups, size)
+
+
+def pack_whole(whole: Tensor, bits: int) -> Tensor:
+    """Panels of 16 rows of [N, K] uint8, padded to 64 columns: [ceil(N / 16), K / 4, 16, 4], in 4 bits K / 8.
+
+    In 4 bits a byte holds a number and, in its high half, the one that is four columns on.
+    """
+    rows, depth = whole.shape
+    padded = torch.nn.functional.pad(whole, (0, -depth % INT_BLOCK, 0, -rows % 16), value=1 << (bits - 1))
+    panels = padded.reshape(padded.shape[0] // 16, 16, padded.shape[1] // 4, 4).transpose(1, 2)
+    return (panels if bits == 8 else panels[:, 0::2] | panels[:, 1::2] << 4).contiguous()
+
+
+def unpack_whole(weight: Tensor, in_features: int, out_features: int) -> Tensor:
+    """The inverse of `pack_whole`, less what the numbers are above their values; [N, K] int16."""
+    bits = quantized_bits(weight, in_features)
+    if bits == 4:
+        weight = torch.stack([weight & 15, weight >> 4], 2).flatten(1, 2)
+    whole = weight.transpose(1, 2).reshape(weight.shape[0] * 16, weight.shape[1] * 4)
+    return whole[:out_features, :in_features].short() - (1 << (bits - 1))
+
+
+def quantized_bits(weight: Tensor, in_features: int) -> int:
+    """8 or 4, by the shape of a packed weight."""
+    return 8 if weight.shape[1] * 4 == -(-in_features // INT_BLOCK) * INT_BLOCK else 4
+
+
+def quantized_group(scale: Tensor, in_features: int) -> int | None:
+    """32, 64 or 128 columns with one scale, or None for all of them, by the number of groups."""
+    groups, depth = scale.shape[-2], -(-in_features // INT_BLOCK) * INT_BLOCK
+    return None if groups == 1 else next(size for size in (32, 64, 128) if groups == -(-depth // size))
+
+
+def pack_groups(values: Tensor, in_features: int, group_size: int | None) -> Tensor:
+    """Scales or zeros [N, groups] as panels of 16 rows [ceil(N / 16), padded groups, 16]."""
+    depth = -(-in_features // INT_BLOCK) * INT_BLOCK
+    groups = -(-depth // group_size) if group_size else 1
+    padded = torch.nn.functional.pad(values.float(), (0, groups - values.shape[1], 0, -values.shape[0] % 16))
+    return padded.reshape(padded.shape[0] // 16, 16, groups).transpose(1, 2).contiguous()
+
+
+def unpack_groups(panels: Tensor, out_features: int) -> Tensor:
+    """[N, padded groups]."""
+    return panels.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def dequantize_linear(
+    weight: Tensor, in_features: int, out_features: int, scale: Tensor, zero: Tensor | None
+) -> Tensor:
+    """``(whole - zero) * scale``; [N, K] float32."""
+    size = quantized_group(scale, in_features)
+    whole = _grouped(unpack_whole(weight, in_features, out_features).to(scale.dtype), size)
+    scales, zeros = (None if t is None else unpack_groups(t, out_features)[:, : whole.shape[1]] for t in (scale, zero))
+    assert scales is not None
+    whole = whole if zeros is None else whole - zeros[..., None]
+    return (whole * scales[..., None]).flatten(1)[:, :in_features]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers [T, K] within 127 and their scales [T], by the largest magnitude of each row.
+
+    A row with NaN or an infinity has the scale NaN.
+    """
+    finite = x.isfinite().all(-1)
+    top = torch.where(finite[:, None], x, 0).abs().amax(-1).clamp(min=_SMALLEST) if x.shape[1] else finite + _SMALLEST
+    inverse = torch.full_like(top, 127).div(top)  # `127 / top` would be 127 times a rounded reciprocal
+    whole = torch.where(finite[:, None], torch.round(x * inverse[:, None]), 0)
+    return whole, torch.where(finite, top / 127, torch.nan)
+
+
+def _linear_quantized(
+    x: Tensor, weight: Tensor, in_features: int, out_features: int, scale: Tensor, zero: Tensor | None
+) -> Tensor:
+    """Exact sums of whole numbers in each group, added in ascending order: multiply, then add, each rounded."""
+    rows, row_scale = quantize_rows(x)
+    size = quantized_group(scale, in_features)
+    rows, whole = (_grouped(t.double(), size) for t in (rows, unpack_whole(weight, in_features, out_features)))
+    scales = unpack_groups(scale, out_features).to(x.dtype)
+    zeros = None if zero is None else unpack_groups(zero, out_features).to(x.dtype)
+    total = x.new_zeros(x.shape[0], out_features)
+    for g in range(rows.shape[1]):
+        sums = (rows[:, g] @ whole[:, g].T).to(x.dtype)
+        if zeros is not None:
+            sums = sums - zeros[:, g] * rows[:, g].sum(-1, keepdim=True).to(x.dtype)
+        total = total + sums * scales[:, g]
+    return total * row_scale[:, None]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -379,6 +521,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
+# The order of a layer's tensors in `decoder_layers_`; an empty one stands for None.
+LAYER_PARTS = (
+    "input_norm", "qkv", "qkv_scale", "qkv_zero", "qkv_bias", "q_norm", "k_norm", "o", "o_scale", "o_zero", "o_bias",
+    "post_norm", "gate_up", "gate_up_scale", "gate_up_zero", "gate_up_bias", "down", "down_scale", "down_zero",
+    "down_bias",
+)  # fmt: skip
+
+
 def decoder_layers_(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -398,7 +548,7 @@ def decoder_layers_(
     eps: float,
     ops: Any = None,
 ) -> Tensor:
-    """The operators of each layer one after another; twelve weights a layer, an empty one is not there.
+    """The operators of each layer one after another; their weights are those of `LAYER_PARTS`, empty where not there.
 
     ``ops`` has the operators, which are otherwise those of this module.
     """
@@ -407,21 +557,22 @@ def decoder_layers_(
     inner, scale = num_q_heads * head_dim, float(head_dim) ** -0.5
     qkv_width = inner + 2 * num_kv_heads * head_dim
     for i, window in enumerate(windows):
-        norm, qkv, _, _, _, o, _, post_norm, gate_up, _, down, _ = layer = weights[12 * i : 12 * i + 12]
-        qkv_bias, q_norm, k_norm, o_bias, gate_up_bias, down_bias = (
-            layer[part] if layer[part].numel() else None for part in (2, 3, 4, 6, 9, 11)
-        )
-        projected = ops.linear(ops.rms_norm(x, norm, eps, None)[0], qkv, hidden, qkv_width, qkv_bias, None)
-        heads = (num_q_heads, num_kv_heads, q_norm, k_norm, eps)
+        given = weights[len(LAYER_PARTS) * i : len(LAYER_PARTS) * (i + 1)]
+        layer = {part: t if t.numel() else None for part, t in zip(LAYER_PARTS, given, strict=True)}
+
+        def project(part: str, x: Tensor, outputs: int, residual: Tensor | None, layer: Any = layer) -> Any:
+            scales = (layer[f"{part}_scale"], layer[f"{part}_zero"])
+            return ops.linear(x, layer[part], x.shape[1], outputs, layer[f"{part}_bias"], residual, *scales)
+
+        projected = project("qkv", ops.rms_norm(x, layer["input_norm"], eps, None)[0], qkv_width, None)
+        heads = (num_q_heads, num_kv_heads, layer["q_norm"], layer["k_norm"], eps)
         q = ops.rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads)
         tables = (plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7])
         sizes = (page_size, num_kv_heads, max_slots, scale, 0.0, window)
         attended = ops.tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes)[0].flatten(1)
         if rows is not None and i == len(windows) - 1:
             attended, x = attended[rows.long()], x[rows.long()]
-        x = ops.linear(attended, o, inner, hidden, o_bias, x)
-        units = ops.linear(
-            ops.rms_norm(x, post_norm, eps, None)[0], gate_up, hidden, 2 * intermediate, gate_up_bias, None
-        )
-        x = ops.linear(ops.swiglu(units), down, intermediate, hidden, down_bias, x)
+        x = project("o", attended, hidden, x)
+        units = project("gate_up", ops.rms_norm(x, layer["post_norm"], eps, None)[0], 2 * intermediate, None)
+        x = project("down", ops.swiglu(units), hidden, x)
     return x

@@ -12,6 +12,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tts {
 
@@ -25,13 +29,26 @@ extern const Kernels kTable;
 namespace avx512_bf16 {
 extern const Kernels kTable;
 }
+
+// Sets that have kernels of their own for few operators, and the others of a smaller set.
+#define TTS_DECLARE(name) extern decltype(TTS_ISA::name) name;
+namespace avx_vnni {
+TTS_QUANTIZED_KERNELS(TTS_DECLARE)
+}
+namespace avx512_vnni {
+TTS_QUANTIZED_KERNELS(TTS_DECLARE)
+}
+namespace amx {
+TTS_AMX_KERNELS(TTS_DECLARE)
+}
+#undef TTS_DECLARE
 #endif
 
 namespace {
 
 struct Level {
     const char* name;
-    const Kernels* table;
+    Kernels table;
     bool supported;
 };
 
@@ -51,8 +68,19 @@ uint32_t saved_state() {
     return low;
 }
 
+// Linux lets a process use tiles once it has asked for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 struct Features {
-    bool avx2 = false, avx512 = false, avx512_bf16 = false;
+    bool avx2 = false, avx_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false,
+         amx = false;
     Features() {
         const Cpuid basic(1, 0), extended(7, 0), more(7, 1);
         if (!bit(basic.ecx, 27)) return;  // no OSXSAVE: no xgetbv either
@@ -62,7 +90,12 @@ struct Features {
         avx2 = ymm && fma && f16c && bit(extended.ebx, 5);
         avx512 = avx2 && zmm && bit(extended.ebx, 16) && bit(extended.ebx, 17) && bit(extended.ebx, 30) &&
                  bit(extended.ebx, 31);  // F, DQ, BW, VL
-        avx512_bf16 = avx512 && bit(more.eax, 5);
+        avx_vnni = avx2 && bit(more.eax, 4);
+        avx512_vnni = avx512 && bit(extended.ecx, 11);
+        avx512_bf16 = avx512_vnni && bit(more.eax, 5);
+        const bool tiles = (state & 0x60000) == 0x60000;
+        amx = avx512_vnni && tiles && bit(extended.edx, 22) && bit(extended.edx, 24) &&
+              bit(extended.edx, 25) && may_use_tiles();  // BF16, TILE, INT8
     }
 };
 
@@ -94,17 +127,16 @@ struct Fastest {
 
 // A step is a decode step of SmolLM2-135M in bfloat16, 64 branches on 512 shared tokens, two threads.
 constexpr Fastest kFastest[] = {
-    {"GenuineIntel", 6, 207, "avx512",
+    {"GenuineIntel", 6, 207, "avx512_vnni",
      "Emerald Rapids: vdpbf16ps does 45 G multiply-adds a second and core, fp32 89 G; a step takes 80 ms at "
-     "avx512, "
-     "128 ms at avx512_bf16"},
-    {"GenuineIntel", 6, 167, "avx512",
+     "avx512, 128 ms at avx512_bf16; whole numbers by VNNI"},
+    {"GenuineIntel", 6, 167, "avx512_vnni",
      "a Xeon with AMX that names itself model 167: a step takes 91 ms at avx512, 125 ms at avx512_bf16"},
-    {"GenuineIntel", -1, -1, "avx512",
+    {"GenuineIntel", -1, -1, "avx512_vnni",
      "not measured; on the Intel cores that were, vdpbf16ps runs at half of fp32's rate"},
     {"AuthenticAMD", 25, -1, "avx512_bf16", "Zen 4: one vdpbf16ps a cycle, twice fp32's multiply-adds"},
     {"AuthenticAMD", 26, -1, "avx512_bf16", "Zen 5: bf16 products reach 433 GFLOP/s a core, fp32 235"},
-    {"", -1, -1, "", "not measured: the longest list of instructions"},
+    {"", -1, -1, "avx512_bf16", "not measured: the longest list of instructions but AMX's"},
 };
 
 class Levels {
@@ -112,9 +144,21 @@ class Levels {
     Levels() {
 #if defined(TTS_HAS_X86_ISAS)
         const Features cpu;
-        levels_[3] = {"avx512_bf16", &avx512_bf16::kTable, cpu.avx512_bf16};
-        levels_[2] = {"avx512", &avx512::kTable, cpu.avx512};
-        levels_[1] = {"avx2", &avx2::kTable, cpu.avx2};
+        levels_[1] = {"avx2", avx2::kTable, cpu.avx2};
+        levels_[2] = {"avx_vnni", avx2::kTable, cpu.avx_vnni};
+        levels_[3] = {"avx512", avx512::kTable, cpu.avx512};
+        levels_[4] = {"avx512_vnni", avx512::kTable, cpu.avx512_vnni};
+        levels_[5] = {"avx512_bf16", avx512_bf16::kTable, cpu.avx512_bf16};
+        levels_[6] = {"amx", avx512::kTable, cpu.amx};
+#define TTS_OWN(name) levels_[2].table.name = &avx_vnni::name;
+        TTS_QUANTIZED_KERNELS(TTS_OWN)
+#undef TTS_OWN
+#define TTS_OWN(name) levels_[4].table.name = &avx512_vnni::name;
+        TTS_QUANTIZED_KERNELS(TTS_OWN)
+#undef TTS_OWN
+#define TTS_OWN(name) levels_[6].table.name = &amx::name;
+        TTS_AMX_KERNELS(TTS_OWN)
+#undef TTS_OWN
 #endif
         for (const Level& level : levels_) {
             if (!level.supported) continue;
@@ -168,7 +212,7 @@ class Levels {
         error_ = "TTS_KERNELS_CPU_ISA: expected one of " + supported_ + ", got " + name;
     }
 
-    Level levels_[4] = {{"generic", &generic::kTable, true}, {}, {}, {}};
+    Level levels_[7] = {{"generic", generic::kTable, true}, {}, {}, {}, {}, {}, {}};
     const Level* chosen_ = nullptr;
     std::string supported_, reason_, error_;
 };
@@ -180,7 +224,7 @@ const Levels& levels() {
 
 }  // namespace
 
-const Kernels& kernels() { return *levels().chosen().table; }
+const Kernels& kernels() { return levels().chosen().table; }
 const char* isa_in_use() { return levels().chosen().name; }
 const char* isa_supported() { return levels().supported().c_str(); }
 const char* isa_reason() { return levels().reason().c_str(); }

@@ -6,6 +6,7 @@
 #include "copy_pages.h"
 #include "linear.h"
 #include "linear_logprob.h"
+#include "linear_quantized.h"
 #include "merge_states.h"
 #include "prune.h"
 #include "rms_norm.h"
@@ -16,31 +17,47 @@
 #include "tree_attention.h"
 
 // Every CPU kernel, by name.
-#define TTS_CPU_KERNELS(X)  \
-    X(aggregate_steps)      \
-    X(append_kv)            \
-    X(copy_page)            \
-    X(linear)               \
-    X(linear_cut)           \
-    X(linear_logprob)       \
-    X(linear_pack_weight)   \
-    X(linear_pack_x)        \
-    X(merge_states)         \
-    X(prune)                \
-    X(rms_norm)             \
-    X(rope_append)          \
-    X(sample_draw)          \
-    X(sample_plan)          \
-    X(sample_scan)          \
-    X(sample_weigh)         \
-    X(step_scores)          \
-    X(step_scores_finish)   \
-    X(step_scores_gather)   \
-    X(step_scores_hidden)   \
-    X(swiglu)               \
-    X(tree_attention)       \
-    X(tree_attention_merge) \
+#define TTS_CPU_KERNELS(X)      \
+    X(aggregate_steps)          \
+    X(append_kv)                \
+    X(copy_page)                \
+    X(linear)                   \
+    X(linear_cut)               \
+    X(linear_logprob)           \
+    X(linear_logprob_quantized) \
+    X(linear_pack_weight)       \
+    X(linear_pack_x)            \
+    X(linear_quantize_x)        \
+    X(linear_quantized)         \
+    X(linear_quantized_cut)     \
+    X(merge_states)             \
+    X(prune)                    \
+    X(rms_norm)                 \
+    X(rope_append)              \
+    X(sample_draw)              \
+    X(sample_plan)              \
+    X(sample_scan)              \
+    X(sample_weigh)             \
+    X(step_scores)              \
+    X(step_scores_finish)       \
+    X(step_scores_gather)       \
+    X(step_scores_hidden)       \
+    X(swiglu)                   \
+    X(tree_attention)           \
+    X(tree_attention_merge)     \
     X(tree_attention_scratch)
+
+// Those that some instruction sets have beside the others of a larger set's table.
+#define TTS_QUANTIZED_KERNELS(X) \
+    X(linear_logprob_quantized)  \
+    X(linear_quantize_x)         \
+    X(linear_quantized)          \
+    X(linear_quantized_cut)
+#define TTS_AMX_KERNELS(X) \
+    X(linear)              \
+    X(linear_cut)          \
+    X(linear_pack_x)       \
+    TTS_QUANTIZED_KERNELS(X)
 
 namespace tts {
 
@@ -53,8 +70,8 @@ struct Kernels {
 // The table of the instruction set in use. The first call reads the processor and TTS_KERNELS_CPU_ISA.
 const Kernels& kernels();
 
-// "generic", "avx2", "avx512" or "avx512_bf16": the set in use, a comma-separated list of those that this
-// build has and this processor runs, and why the one in use was chosen.
+// The set in use, such as "avx512", a comma-separated list of those that this build has and this processor
+// runs, and why the one in use was chosen.
 const char* isa_in_use();
 const char* isa_supported();
 const char* isa_reason();

@@ -12,7 +12,8 @@
 #include "linear.h"
 
 #include "integers.h"
-#include "vec_row.h"
+#include "linear_finish.h"
+#include "row_tiles.h"
 
 TTS_BEGIN_ISA
 
@@ -23,13 +24,6 @@ constexpr int64_t kFewRows = 4;      // so few wait for memory, which the hardwa
 constexpr int64_t kFewGroup = 4;     // with long streams: panels one after another
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Row tiles differ in height by at most one.
-struct RowTiles {
-    int64_t rows, count;
-    int64_t begin(int64_t tile) const { return tile * (rows / count) + min(tile, rows % count); }
-    int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
-};
 
 template <class T>
 void pack_panel(const PackLinearArgs& args, int64_t panel) {
@@ -46,24 +40,6 @@ void pack_panel(const PackLinearArgs& args, int64_t panel) {
                 out[(s * kPanel + c) * S + j] = inside ? weight[n * args.stride + k] : T{};
             }
         }
-    }
-}
-
-// out = sums + bias + residual for the first `width` of a tile's columns.
-template <class T, int P>
-void finish(const LinearArgs& args, const float* sums, int64_t row, int64_t height, int64_t column,
-            int64_t width) {
-    const auto* bias = static_cast<const T*>(args.bias.data);
-    const auto* residual = static_cast<const T*>(args.residual);
-    auto* out = static_cast<T*>(args.out);
-    width = min(width, args.columns - column);
-    for (int64_t i = row; i < row + height; ++i, sums += P * kPanel) {
-        for_vectors(width, [&](int64_t c, int n) {
-            Vec y = Vec::load(sums + c);
-            if (bias) y = y + load(bias + column + c, n);
-            if (residual) y = y + load(residual + i * args.residual_stride + column + c, n);
-            store(y, out + i * args.columns + column + c, n);
-        });
     }
 }
 
@@ -85,7 +61,8 @@ void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end, i
     for (int64_t width; begin < end; begin += width) {
         width = begin + P <= end ? P : 1;
         float_tile<T, R, P>(rows, weight + begin * panel, width == P ? panel : 0, steps, ahead, sums);
-        finish<T, P>(args, sums, row, R, begin * kPanel, width * kPanel);
+        finish_linear<T>(args, sums, P * kPanel, /* scales */ nullptr, row, R, begin * kPanel,
+                         width * kPanel);
     }
 }
 
@@ -117,7 +94,7 @@ LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype) 
     const int64_t row =
         dispatch(dtype, [&]<class T>(T*) { return packed_row<T>(divide_up(depth, kStep<T>)); });
     const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;
-    return {tiles, block, panels, group, at_once, units, row};
+    return {tiles, block, panels, group, at_once, units, row, rows * row};
 }
 
 void linear_pack_x(const LinearArgs& args, int64_t begin, int64_t end) {

@@ -8,8 +8,8 @@
 // chunks in order. Bytes: W once. Operations: 2 N H V.
 #include "linear_logprob.h"
 
+#include "logit_fold.h"
 #include "matmul_nt.h"
-#include "vec.h"
 
 TTS_BEGIN_ISA
 
@@ -22,35 +22,6 @@ constexpr int64_t kRowBytes = 1 << 18;  // they stay in L2, and the tile of W wi
 int64_t row_block(int64_t row_bytes) {
     const int64_t fit = kRowBytes / (row_bytes + 1) / kDotRows * kDotRows;
     return fit < kDotRows ? kDotRows : fit > kRowBlock ? kRowBlock : fit;
-}
-
-// Folds n <= kLogitBlock logits into the state (max, sum). A row of -inf alone leaves (-inf, 0); NaN and +inf
-// end as NaN.
-void fold(const float* logits, int n, float scale, float& max_state, float& sum_state) {
-    constexpr int W = Vec::width;
-    static_assert(kLogitBlock % W == 0);
-    float x[kLogitBlock];
-    Vec top = Vec::all(max_state);
-    for (int i = 0; i < n; i += W) {
-        const int rest = n - i;
-        Vec v = Vec::all(-kInfinity);
-        if (rest >= W) {
-            v = Vec::load(logits + i) * Vec::all(scale);
-        } else {
-            float lanes[W];
-            v.store(lanes);
-            for (int l = 0; l < rest; ++l) lanes[l] = logits[i + l] * scale;
-            v = Vec::load(lanes);
-        }
-        v.store(x + i);
-        top = max(v, top);
-    }
-    const float peak = reduce_max(top);
-    const float shift = peak == -kInfinity ? 0.0f : peak;
-    Vec sum = Vec::zero();
-    for (int i = 0; i < n; i += W) sum = sum + exp(Vec::load(x + i) - Vec::all(shift));
-    sum_state = sum_state * exp(max_state - shift) + reduce_add(sum);
-    max_state = peak;
 }
 
 template <class A, class B>
@@ -75,7 +46,8 @@ void chunk(const LinearLogprobArgs& args, const A* hidden, const B* weight, int6
                       kLogitBlock);
             for (int64_t r = 0; r < rows; ++r) {
                 const float* row = logits + r * kLogitBlock;
-                fold(row, cols, args.inv_temperature, max_state[first + r], sum_state[first + r]);
+                fold_logits<kLogitBlock>(row, cols, args.inv_temperature, max_state[first + r],
+                                         sum_state[first + r]);
                 const int64_t t = at(args.targets, first + r) - v;
                 if (t >= 0 && t < cols) args.target[first + r] = row[t] * args.inv_temperature;
             }

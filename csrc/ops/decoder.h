@@ -6,7 +6,8 @@
 namespace tts::ops {
 
 Tensor linear(const Tensor& x, const Tensor& weight, int64_t in_features, int64_t out_features,
-              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+              const std::optional<Tensor>& scale, const std::optional<Tensor>& zero);
 
 // Without a residual the second result is empty.
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps,

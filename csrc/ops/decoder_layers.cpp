@@ -16,8 +16,8 @@ namespace {
 // The tensors of a layer, in their order in the list; an empty one is not there.
 // clang-format off
 enum Part : size_t {
-    kInputNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostNorm, kGateUp, kGateUpBias, kDown, kDownBias,
-    kParts
+    kInputNorm, kQkv, kQkvScale, kQkvZero, kQkvBias, kQNorm, kKNorm, kO, kOScale, kOZero, kOBias,
+    kPostNorm, kGateUp, kGateUpScale, kGateUpZero, kGateUpBias, kDown, kDownScale, kDownZero, kDownBias, kParts
 };
 // clang-format on
 
@@ -26,6 +26,11 @@ struct Layer {
     const Tensor& operator[](Part part) const { return parts[part]; }
     std::optional<Tensor> maybe(Part part) const {
         return parts[part].numel() ? std::optional<Tensor>(parts[part]) : std::nullopt;
+    }
+    // The projection whose weight is `part`, with its scale, zero and bias behind it.
+    Tensor project(Part part, const Tensor& x, int64_t outputs, const std::optional<Tensor>& residual) const {
+        const auto at = [&](size_t behind) { return maybe(static_cast<Part>(part + behind)); };
+        return linear(x, parts[part], x.size(1), outputs, at(3), residual, at(1), at(2));
     }
 };
 
@@ -61,8 +66,7 @@ Tensor decoder_layers_(const Tensor& x_in, std::vector<Tensor> weights, std::vec
     for (size_t i = 0; i < depth; ++i) {
         const Layer layer{&weights[i * kParts]};
         const Tensor normed = std::get<0>(rms_norm(x, layer[kInputNorm], eps, std::nullopt));
-        const Tensor qkv =
-            linear(normed, layer[kQkv], hidden, qkv_width, layer.maybe(kQkvBias), std::nullopt);
+        const Tensor qkv = layer.project(kQkv, normed, qkv_width, std::nullopt);
         const Tensor q = rope_append_(qkv, k_caches[i], v_caches[i], positions, cos_sin, slots, num_q_heads,
                                       num_kv_heads, layer.maybe(kQNorm), layer.maybe(kKNorm), eps);
         Tensor attended = std::get<0>(tree_attention(q, k_caches[i], v_caches[i], plan[0], plan[1], plan[2],
@@ -73,11 +77,10 @@ Tensor decoder_layers_(const Tensor& x_in, std::vector<Tensor> weights, std::vec
             attended = select_rows(attended, *rows);
             x = select_rows(x, *rows);
         }
-        x = linear(attended, layer[kO], inner, hidden, layer.maybe(kOBias), x);
+        x = layer.project(kO, attended, hidden, x);
         const Tensor post = std::get<0>(rms_norm(x, layer[kPostNorm], eps, std::nullopt));
-        const Tensor gate_up =
-            linear(post, layer[kGateUp], hidden, 2 * intermediate, layer.maybe(kGateUpBias), std::nullopt);
-        x = linear(swiglu(gate_up), layer[kDown], intermediate, hidden, layer.maybe(kDownBias), x);
+        const Tensor gate_up = layer.project(kGateUp, post, 2 * intermediate, std::nullopt);
+        x = layer.project(kDown, swiglu(gate_up), hidden, x);
     }
     return x;
 }

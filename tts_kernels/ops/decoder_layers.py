@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import checks, reference
 from ..op import Op
 from ..plan import AttentionPlan
-from .linear import PackedLinear, linear_op, packed_shape
+from ..reference import LAYER_PARTS
+from .linear import PackedLinear, check_weight, linear_op
 from .rms_norm import rms_norm_op
 from .rope_append import rope_append_op
 from .swiglu import swiglu_op
@@ -23,7 +24,7 @@ from .tree_attention import tree_attention_op
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """The weights of one layer of the Llama family; all of one dtype.
+    """The weights of one layer of the Llama family; all of one dtype, but for projections that are quantised.
 
     Attributes
     ----------
@@ -81,14 +82,21 @@ class DecoderLayers:
         self.intermediate = layers[0].down.in_features
         self.windows = [layer.window or 0 for layer in layers]
         nothing = layers[0].input_norm.new_empty(0)
-        self.weights = [
-            nothing if part is None else part.weight if isinstance(part, PackedLinear) else part
-            for layer in layers
-            for part in (getattr(layer, name) for name in PARTS)
-        ]
+        self.weights = [nothing if part is None else part for layer in layers for part in _parts(layer)]
 
     def __len__(self) -> int:
         return len(self.layers)
+
+
+def _parts(layer: DecoderLayer) -> Iterator[Tensor | None]:
+    """A layer's tensors in the order of `LAYER_PARTS`."""
+    for name in LAYER_PARTS:
+        projection, _, part = name.rpartition("_")
+        if part in ("scale", "zero"):
+            yield getattr(getattr(layer, projection), part)
+        else:
+            value = getattr(layer, name)
+            yield value.weight if isinstance(value, PackedLinear) else value
 
 
 def _check_projections(name: str, layer: DecoderLayer, first: DecoderLayer) -> None:
@@ -112,13 +120,6 @@ def _check_projections(name: str, layer: DecoderLayer, first: DecoderLayer) -> N
             raise ValueError(f"{name}.{part}: expected a packed weight {list(features[::-1])}, got one of {got}")
     if layer.window is not None:
         checks.integer(f"{name}.window", layer.window, 1)
-
-
-# The order of a layer's tensors; an empty one stands for None.
-PARTS: Final = (
-    "input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "post_norm", "gate_up", "gate_up_bias", "down",
-    "down_bias",
-)  # fmt: skip
 
 
 def decoder_layers_(
@@ -247,7 +248,7 @@ def _check(
     head_dim, depth = cos_sin.shape[1], len(windows)
     checks.number("eps", eps, low=0.0)
     for i in range(depth):
-        parts = dict(zip(PARTS, weights[i * len(PARTS) : (i + 1) * len(PARTS)], strict=True))
+        parts = dict(zip(LAYER_PARTS, weights[i * len(LAYER_PARTS) : (i + 1) * len(LAYER_PARTS)], strict=True))
         _check_layer(f"layers[{i}]", parts, x, num_q_heads * head_dim, num_kv_heads * head_dim, head_dim, intermediate)
     for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
         if len(caches) != depth:
@@ -285,7 +286,10 @@ def _check_layer(
     norms = {"input_norm": hidden, "post_norm": hidden, "q_norm": head_dim, "k_norm": head_dim}
     for name, part in parts.items():
         if name in sizes:
-            checks.tensor(f"{layer}.{name}", part, (x.dtype,), packed_shape(*sizes[name], x.dtype, x.device), x.device)
+            scale, zero = (t if t.numel() else None for t in (parts[f"{name}_scale"], parts[f"{name}_zero"]))
+            check_weight(f"{layer}.{name}.", x, part, *sizes[name][::-1], scale, zero)
+        elif name.endswith(("_scale", "_zero")):
+            pass  # with its weight
         elif part.numel() or name in ("input_norm", "post_norm"):
             size = norms[name] if name in norms else sizes[name.removesuffix("_bias")][0]
             checks.tensor(f"{layer}.{name}", part, (x.dtype,), [size], x.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +16,15 @@ from ..op import Op
 PANEL = 16
 
 
+Quantize = Literal["int8", "int4"]
+BITS: Final[dict[str, int]] = {"int8": 8, "int4": 4}
+GROUP_SIZES: Final = (32, 64, 128)
+MAX_QUANTIZED_DEPTH: Final = 2**16
+
+
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """A weight matrix in the layout that `linear` reads; made by `pack_linear`. A pytree with one tensor.
+    """A weight matrix in the layout that `linear` reads; made by `pack_linear` or `from_quantized`. A pytree.
 
     Attributes
     ----------
@@ -24,69 +32,186 @@ class PackedLinear:
         [ceil(N / 16), ceil(K / s), 16, s]: panels of 16 rows of W, K outermost; s = 2 for bfloat16, else 1. The padding
         is zero. The layout is the same for every instruction set. On a GPU it is W itself, [N, K], as its libraries
         read it.
+
+        Quantised: whole numbers as uint8, 128 or 8 above their values, s = 4, K padded to a multiple of 64. In 4 bits
+        the second dimension is half as long: a byte holds a number of an even step, and one of the next in its high
+        half. On a GPU the same.
     in_features, out_features
         K and N.
+    scale, zero
+        Quantised: [ceil(N / 16), groups, 16] float32: a weight is ``(number - zero) * scale``. No zero: None.
     """
 
     weight: Tensor
     in_features: int
     out_features: int
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    @classmethod
+    def from_quantized(
+        cls, q: Tensor, scale: Tensor, zero: Tensor | None = None, group_size: int | None = None
+    ) -> PackedLinear:
+        """Pack weights that are quantised already, with their own scales.
+
+        Parameters
+        ----------
+        q
+            [N, K] int8; or [N, K / 2] uint8 for 4 bits: numbers 0 to 15, two a byte, the first one in the low half.
+        scale
+            [N, groups] float, kept in float32.
+        zero
+            [N, groups], what the number of a weight of 0 is, a whole one or not; None: 0, in 4 bits 8.
+        group_size
+            32, 64 or 128 columns that share a scale, the last group may be short; None: all of them.
+
+        Returns
+        -------
+        PackedLinear
+            Of the weights ``(q - zero) * scale``.
+
+        Raises
+        ------
+        TypeError
+            For a wrong dtype.
+        ValueError
+            For a wrong shape or group size, or more than 65,536 columns.
+
+        Examples
+        --------
+        >>> import torch, tts_kernels as tk
+        >>> q = torch.tensor([[3, -2], [100, 0]], dtype=torch.int8)
+        >>> tk.PackedLinear.from_quantized(q, torch.tensor([[0.5], [0.25]])).unpack()
+        tensor([[ 1.5000, -1.0000],
+                [25.0000,  0.0000]])
+        """
+        _check_group_size(group_size)
+        checks.tensor("q", q, (torch.int8, torch.uint8), ["N", "columns"])
+        bits = 8 if q.dtype == torch.int8 else 4
+        whole = (q.short() + 128).to(torch.uint8) if bits == 8 else torch.stack([q & 15, q >> 4], -1).flatten(1)
+        rows, depth = whole.shape
+        _check_depth("q", depth)
+        groups = max(-(-depth // group_size), 1) if group_size else 1
+        checks.tensor("scale", scale, shape=[rows, groups], device=q.device)
+        zeros = None
+        if zero is not None:
+            kinds = (*checks.FLOAT, torch.int8, torch.uint8, torch.int16, *checks.INDEX)
+            checks.tensor("zero", zero, kinds, [rows, groups], q.device)
+            zeros = reference.pack_groups(zero.float() - (8 if bits == 4 else 0), depth, group_size)
+        scales = reference.pack_groups(scale, depth, group_size)
+        return cls(reference.pack_whole(whole, bits), depth, rows, scales, zeros)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the weights, which the input of `linear` must share."""
+        """Element type of the weights, which the input of `linear` must share; uint8 if quantised, for any input."""
         return self.weight.dtype
 
+    @property
+    def quantize(self) -> Quantize | None:
+        """How the weights are quantised."""
+        if self.scale is None:
+            return None
+        return "int8" if reference.quantized_bits(self.weight, self.in_features) == 8 else "int4"
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns that share a scale; None: all of a row do, or there is none."""
+        return None if self.scale is None else reference.quantized_group(self.scale, self.in_features)
+
     def unpack(self) -> Tensor:
-        """The weight [N, K] that was packed."""
-        return reference.unpack_linear(self.weight, self.in_features, self.out_features)
+        """The weight [N, K]; in float32 what the quantised one stands for."""
+        if self.scale is None:
+            return reference.unpack_linear(self.weight, self.in_features, self.out_features)
+        return reference.dequantize_linear(self.weight, self.in_features, self.out_features, self.scale, self.zero)
 
 
-pytree.register_pytree_node(
-    PackedLinear,
-    lambda packed: ([packed.weight], (packed.in_features, packed.out_features)),
-    lambda values, context: PackedLinear(*values, *context),
-    serialized_type_name="tts_kernels.PackedLinear",
-)
+def _flatten(packed: PackedLinear) -> tuple[list[Tensor], tuple[int, int]]:
+    leaves = [t for t in (packed.weight, packed.scale, packed.zero) if t is not None]
+    return leaves, (packed.in_features, packed.out_features)
 
 
-def pack_linear(weight: Tensor) -> PackedLinear:
-    """Pack the weight of a linear layer for `linear`.
+def _unflatten(leaves: Iterable[Any], features: tuple[int, int]) -> PackedLinear:
+    weight, *scales = leaves
+    return PackedLinear(weight, *features, *scales)
+
+
+pytree.register_pytree_node(PackedLinear, _flatten, _unflatten, serialized_type_name="tts_kernels.PackedLinear")
+
+
+def pack_linear(weight: Tensor, *, quantize: Quantize | None = None, group_size: int | None = None) -> PackedLinear:
+    """Pack the weight of a linear layer for `linear`, as it is or in 8 or 4 bits.
 
     Parameters
     ----------
     weight
         [N, K] float, as ``torch.nn.Linear`` holds it.
+    quantize
+        None: keep the weight. "int8", "int4": whole numbers of 8 or 4 bits and scales, no zero points.
+    group_size
+        Of a quantised weight: 32, 64 or 128 columns that share a scale, the last group may be short; None: a whole row.
 
     Returns
     -------
     PackedLinear
         About the same number of bytes: on a CPU N is padded to a multiple of 16, K to an even number in bfloat16. On a
-        GPU it is the weight, uncopied if it is contiguous.
+        GPU it is the weight, uncopied if it is contiguous. Quantised, K is padded to a multiple of 64, and a scale
+        takes 4 bytes.
 
     Raises
     ------
     TypeError
         For a wrong dtype.
     ValueError
-        For a wrong shape.
+        For a wrong shape or option, or more than 65,536 columns to be quantised.
 
     Notes
     -----
-    Reads and writes the weight once; meant to be done once, when a model is loaded.
+    Reads and writes the weight once; meant to be done once, when a model is loaded. Quantised it takes a few float32
+    copies meanwhile. The scale of a group is its largest magnitude over 127; in 4 bits the value of that magnitude over
+    -8 (as GGUF's Q4_0 has it), so that all 16 numbers are of use. A group that holds NaN or an infinity is NaN.
 
     Examples
     --------
     >>> import torch, tts_kernels as tk
     >>> tk.pack_linear(torch.eye(3, 5)).unpack().shape
     torch.Size([3, 5])
+    >>> tk.pack_linear(torch.tensor([[1.0, -0.5, 0.25]]), quantize="int4").unpack()
+    tensor([[ 1.0000, -0.5000,  0.2500]])
     """
-    packed = _pack(weight)
-    return PackedLinear(packed, weight.shape[1], weight.shape[0])
+    if quantize is None:
+        if group_size is not None:
+            raise ValueError(f"group_size: expected None without quantize, got {group_size!r}")
+        packed = _pack(weight)
+        return PackedLinear(packed, weight.shape[1], weight.shape[0])
+    checks.choice("quantize", quantize, list(BITS))
+    _check_group_size(group_size)
+    checks.tensor("weight", weight, shape=["N", "K"])
+    rows, depth = weight.shape
+    _check_depth("weight", depth)
+    whole, scale = reference.quantize_linear(weight, BITS[quantize], group_size)
+    scale = reference.pack_groups(scale, depth, group_size)
+    return PackedLinear(reference.pack_whole(whole, BITS[quantize]), depth, rows, scale)
+
+
+def _check_group_size(group_size: int | None) -> None:
+    if group_size is not None:
+        checks.integer("group_size", group_size, 1)
+        if group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size: expected 32, 64, 128 or None, got {group_size}")
+
+
+def _check_depth(name: str, depth: int) -> None:
+    if depth > MAX_QUANTIZED_DEPTH:
+        raise ValueError(f"{name}: expected at most {MAX_QUANTIZED_DEPTH} columns to quantise, got {depth}")
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias + residual``, summed in float32 and rounded once.
+
+    On a weight of 8 or 4 bits each row of x becomes whole numbers of 8 bits, by the scale that its largest magnitude
+    gives it. Their products are summed exactly in each group of columns, groups are added in float32 in ascending
+    order: every instruction set gives the same bits. A row with NaN or an infinity is NaN. On a GPU the rows stay as
+    they are and meet dequantised weights.
 
     On a CPU a row's result does not depend on the other rows, on their number, or on the number of threads, to the bit.
     On a GPU torch's library multiplies, which may choose another order of summation for another number of rows.
@@ -96,7 +221,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual
     x
         [T, K] float; rows may be strided.
     packed
-        The weight [N, K], packed by `pack_linear`, of x's dtype.
+        The weight [N, K], packed by `pack_linear`: of x's dtype, or quantised.
     bias
         [N] of x's dtype, or None.
     residual
@@ -128,7 +253,8 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual
     """
     if not isinstance(packed, PackedLinear):
         raise TypeError(f"packed: expected a PackedLinear from pack_linear, got {checks.describe(packed)}")
-    out: Tensor = linear_op(x, packed.weight, packed.in_features, packed.out_features, bias, residual)
+    features = (packed.in_features, packed.out_features)
+    out: Tensor = linear_op(x, packed.weight, *features, bias, residual, packed.scale, packed.zero)
     return out
 
 
@@ -153,17 +279,57 @@ def _fake_pack(weight: Tensor) -> Tensor:
     return weight.new_empty(packed_shape(weight.shape[0], weight.shape[1], weight.dtype, weight.device))
 
 
+def check_weight(
+    prefix: str,
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    out_features: int,
+    scale: Tensor | None,
+    zero: Tensor | None,
+) -> None:
+    """A packed weight for x. Errors name its tensors with ``prefix`` before "weight", "scale" or "zero"."""
+    if scale is None:
+        shape = packed_shape(out_features, in_features, x.dtype, x.device)
+        checks.tensor(f"{prefix}weight", weight, (x.dtype,), shape, x.device)
+        if zero is not None:
+            raise ValueError(f"{prefix}zero: expected None without a scale, got {checks.describe(zero)}")
+        parts = {f"{prefix}weight": weight}
+    else:
+        depth = -(-in_features // reference.INT_BLOCK) * reference.INT_BLOCK
+        panels = -(-out_features // PANEL)
+        checks.tensor(f"{prefix}weight", weight, (torch.uint8,), [panels, "K / 4 or K / 8", PANEL, 4], x.device)
+        if weight.shape[1] not in (depth // 4, depth // 8):
+            raise ValueError(
+                f"{prefix}weight: expected {depth // 4} or {depth // 8} steps, got {checks.describe(weight)}"
+            )
+        groups = [1, *(-(-depth // size) for size in GROUP_SIZES if depth)]
+        checks.tensor(f"{prefix}scale", scale, (torch.float32,), [panels, "groups", PANEL], x.device)
+        if scale.shape[1] not in groups:
+            raise ValueError(f"{prefix}scale: expected one of {groups} groups, got {checks.describe(scale)}")
+        parts = {f"{prefix}weight": weight, f"{prefix}scale": scale}
+        if zero is not None:
+            checks.tensor(f"{prefix}zero", zero, (torch.float32,), list(scale.shape), x.device)
+            parts[f"{prefix}zero"] = zero
+    for part, tensor in parts.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{part}: expected a contiguous tensor, got a strided one")
+
+
 def _check(
-    x: Tensor, weight: Tensor, in_features: int, out_features: int, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> None:
     checks.tensor("x", x, shape=["T", "K"])
     if x.shape[1] != in_features:
         raise ValueError(f"x: expected shape [T, {in_features}], got {checks.describe(x)}")
-    checks.tensor(
-        "packed.weight", weight, (x.dtype,), packed_shape(out_features, in_features, x.dtype, x.device), x.device
-    )
-    if not weight.is_contiguous():
-        raise ValueError("packed.weight: expected a contiguous tensor, got a strided one")
+    check_weight("packed.", x, weight, in_features, out_features, scale, zero)
     if bias is not None:
         checks.tensor("bias", bias, (x.dtype,), [out_features], x.device)
     if residual is not None:
@@ -175,10 +341,20 @@ def _fake(x: Tensor, weight: Tensor, in_features: int, out_features: int, *added
 
 
 def _by_torch(
-    x: Tensor, weight: Tensor, in_features: int, out_features: int, bias: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    in_features: int,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """One product of torch's library, which adds a bias or a residual before it rounds."""
-    weight = reference.unpack_linear(weight, in_features, out_features)
+    if scale is None:
+        weight = reference.unpack_linear(weight, in_features, out_features)
+    else:
+        weight = reference.dequantize_linear(weight, in_features, out_features, scale, zero).to(x.dtype)
     if residual is not None and bias is None:
         return torch.addmm(residual, x, weight.T)
     y = torch.nn.functional.linear(x, weight, bias)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks, reference
 from ..op import Op
+from .linear import PackedLinear, check_weight
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+def linear_logprob(
+    hidden: Tensor, weight: Tensor | PackedLinear, targets: Tensor, *, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of one token a row under a language-model head, with no row of logits.
 
     ``out[n] = log softmax(hidden[n] @ weight.T / temperature)[targets[n]]``
@@ -19,7 +24,8 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     hidden
         [N, H] float: hidden states. Rows may be strided.
     weight
-        [V, H] float: the LM head, which may differ from ``hidden`` in dtype. Rows may be strided.
+        [V, H] float: the LM head, which may differ from ``hidden`` in dtype. Rows may be strided. Or one of 8 or 4 bits
+        (`pack_linear`), whose logits are those of `linear`, unrounded.
     targets
         [N] int: a token a row, in [0, V).
     temperature
@@ -55,7 +61,14 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     >>> tk.linear_logprob(hidden, weight, torch.tensor([1])).exp()
     tensor([0.5000])
     """
-    out: Tensor = _op(hidden, weight, targets, temperature)
+    out: Tensor
+    if not isinstance(weight, PackedLinear):
+        out = _op(hidden, weight, targets, temperature)
+    elif weight.scale is None:
+        raise TypeError("weight: expected a tensor or a quantised PackedLinear, got one that is not quantised")
+    else:
+        parts = (weight.in_features, weight.out_features, weight.scale, weight.zero)
+        out = _quantized_op(hidden, weight.weight, targets, temperature, *parts)
     return out
 
 
@@ -72,3 +85,48 @@ def _fake(hidden: Tensor, _weight: Tensor, _targets: Tensor, _temperature: float
 
 
 _op = Op("linear_logprob", reference=reference.linear_logprob, check=_check, fake=_fake)
+
+
+def _check_quantized(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    in_features: int,
+    vocabulary: int,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> None:
+    checks.tensor("hidden", hidden, shape=["N", in_features])
+    check_weight("weight.", hidden, weight, in_features, vocabulary, scale, zero)
+    checks.tensor("targets", targets, checks.INDEX, [hidden.shape[0]], hidden.device)
+    checks.number("temperature", temperature, low=0.0, open_low=True)
+    checks.index_range("targets", targets, 0, vocabulary)
+
+
+def _fake_quantized(hidden: Tensor, *_rest: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+def _dequantized(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    in_features: int,
+    vocabulary: int,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> Tensor:
+    dense = reference.dequantize_linear(weight, in_features, vocabulary, scale, zero)
+    out: Tensor = _op(hidden, dense.to(hidden.dtype), targets, temperature)
+    return out
+
+
+_quantized_op = Op(
+    "linear_logprob_quantized",
+    reference=reference.linear_logprob_quantized,
+    check=_check_quantized,
+    fake=_fake_quantized,
+    composed=_dequantized,
+)

@@ -21,7 +21,8 @@ struct LinearCut {
     int64_t panels, group;  // panels in all, and in a group
     int64_t at_once;        // panels that a tile is beside
     int64_t units;
-    int64_t row;  // floats of a packed row: the workspace is [T] of them
+    int64_t row;     // floats of a packed row
+    int64_t packed;  // floats of all of them
 };
 
 struct LinearArgs {

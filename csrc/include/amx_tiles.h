@@ -1,0 +1,108 @@
+// The tile registers of a thread: 0 to 3 hold sums, 4 and 5 rows of X, 6 and 7 weights.
+//
+// A tile is 16 lines of up to 64 bytes. The product of a tile of rows [16][64 bytes] and one of weights
+// [16 steps][16 outputs][4 bytes] is added to [16 rows][16 outputs] sums: panels of weights are such tiles as
+// they lie in memory. The intrinsics do not say that they read memory, so `fence` stands between them and
+// what was written for them.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+#if defined(__AMX_TILE__)
+#include <immintrin.h>
+
+TTS_BEGIN_ISA
+
+inline constexpr int64_t kTileLines = 16, kTileLine = 64, kTileBytes = kTileLines * kTileLine;
+
+struct BFloat16Product {};  // pairs of bfloat16, sums in float32
+struct IntProduct {};       // signed rows, unsigned weights of 8 bits
+
+inline void fence() { __asm__ volatile("" ::: "memory"); }
+
+// Gives the thread tiles for products of `steps` steps, and takes them back.
+class AmxTiles {
+  public:
+    explicit AmxTiles(int64_t steps) {
+        alignas(64) uint8_t config[64] = {/* palette */ 1};
+        for (int t = 0; t < 8; ++t) {
+            const bool is_rows = t == 4 || t == 5, is_weights = t > 5;
+            config[16 + 2 * t] = static_cast<uint8_t>(is_rows ? 4 * steps : kTileLine);
+            config[48 + t] = static_cast<uint8_t>(is_weights ? steps : kTileLines);
+        }
+        fence();
+        _tile_loadconfig(config);
+    }
+    ~AmxTiles() { _tile_release(); }
+    AmxTiles(const AmxTiles&) = delete;
+    AmxTiles& operator=(const AmxTiles&) = delete;
+};
+
+// Four tiles of sums: of 16 rows and 4 panels, or of 32 rows and 2.
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// They go to sums [R][P][16] of 32 bits.
+template <int R>
+inline void store_sums(void* sums) {
+    auto* out = static_cast<char*>(sums);
+    constexpr int64_t row = (R == 16 ? 4 : 2) * kTileLine;
+    _tile_stored(0, out, row);
+    _tile_stored(1, out + kTileLine, row);
+    _tile_stored(2, out + (R == 16 ? 2 * kTileLine : 16 * row), row);
+    _tile_stored(3, out + (R == 16 ? 3 * kTileLine : 16 * row + kTileLine), row);
+}
+
+// Sums S += rows A times the weights of their panel; an intrinsic takes its registers as literals.
+template <int S, int A>
+inline void add_product(BFloat16Product) {
+    if constexpr (S == 0) _tile_dpbf16ps(0, 4, 6);
+    if constexpr (S == 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (S == 2 && A == 4) _tile_dpbf16ps(2, 4, 6);
+    if constexpr (S == 3 && A == 4) _tile_dpbf16ps(3, 4, 7);
+    if constexpr (S == 2 && A == 5) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (S == 3 && A == 5) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int S, int A>
+inline void add_product(IntProduct) {
+    if constexpr (S == 0) _tile_dpbsud(0, 4, 6);
+    if constexpr (S == 1) _tile_dpbsud(1, 4, 7);
+    if constexpr (S == 2 && A == 4) _tile_dpbsud(2, 4, 6);
+    if constexpr (S == 3 && A == 4) _tile_dpbsud(3, 4, 7);
+    if constexpr (S == 2 && A == 5) _tile_dpbsud(2, 5, 6);
+    if constexpr (S == 3 && A == 5) _tile_dpbsud(3, 5, 7);
+}
+
+// Adds the products of R rows (a tile of 16, and the next one `apart` bytes behind) and the panels whose
+// weights `part(p)` points to.
+template <class Product, int R, class F>
+inline void add_products(const void* rows, int64_t apart, F part) {
+    _tile_loadd(4, rows, kTileLine);
+    _tile_loadd(6, part(0), kTileLine);
+    if constexpr (R == 16) {
+        add_product<0, 4>(Product{});
+        _tile_loadd(7, part(1), kTileLine);
+        add_product<1, 4>(Product{});
+        _tile_loadd(6, part(2), kTileLine);
+        add_product<2, 4>(Product{});
+        _tile_loadd(7, part(3), kTileLine);
+        add_product<3, 4>(Product{});
+    } else {
+        _tile_loadd(5, static_cast<const char*>(rows) + apart, kTileLine);
+        add_product<0, 4>(Product{});
+        add_product<2, 5>(Product{});
+        _tile_loadd(7, part(1), kTileLine);
+        add_product<1, 4>(Product{});
+        add_product<3, 5>(Product{});
+    }
+}
+
+TTS_END_ISA
+#endif

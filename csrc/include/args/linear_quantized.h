@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace tts {
+
+// A weight matrix of whole numbers (int_tile.h). A stored number is `2**(bits - 1)` above the value that it
+// stands for; zero points come off that value.
+struct QuantizedWeight {
+    const uint8_t* data;  // [panels, depth / 4 (8 for 4 bits), 16, 4]
+    const float* scale;   // [panels, groups, 16]
+    const float* zero;    // [panels, groups, 16] or null
+    int64_t bits;         // 8 or 4
+    int64_t depth;        // K, padded to whole blocks
+    int64_t group;        // of the depth with one scale; the last one may be short
+    int64_t groups;
+};
+
+// How the work is cut, by the instruction set: a unit is a block of row tiles through a group of panels.
+struct QuantizedCut {
+    int64_t tiles, block;   // row tiles in all, and in a block
+    int64_t panels, group;  // panels in all, and in a group
+    int64_t units;
+    int64_t row_bytes;    // of a row in a tile's order
+    int64_t packed_rows;  // all rows, the last tile filled up
+};
+
+struct LinearQuantizedArgs {
+    FloatArray x;  // [T, K]
+    int64_t x_stride;
+    QuantizedWeight weight;
+    int64_t rows;          // T
+    int64_t columns;       // N
+    int64_t depth;         // K
+    FloatArray bias;       // [N] or null
+    const void* residual;  // [T, N] of x's type, or null
+    int64_t residual_stride;
+    QuantizedCut cut;
+    int8_t* packed;   // workspace: rows of x in whole numbers, tile by tile
+    float* scales;    // workspace [T]: what a row's whole numbers are multiples of
+    int32_t* totals;  // workspace [T, groups]: their sum in each group
+    void* out;        // [T, N]
+};
+
+// linear_logprob on such weights: the rows and the weight are those of `linear`, the rest as in
+// LinearLogprobArgs.
+struct QuantizedLogprobArgs {
+    LinearQuantizedArgs linear;
+    IndexArray targets;     // [T]
+    float inv_temperature;  // 1 / temperature
+    float* max;             // [chunks, T]
+    float* sum;             // [chunks, T]
+    float* target;          // [T]
+};
+
+}  // namespace tts

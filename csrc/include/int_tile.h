@@ -1,0 +1,360 @@
+// Register tiles of the product X W^T of whole numbers: X of 8 bits, W of 8 or 4, exact sums of 32.
+//
+//   rows     R <= kIntRows rows of X, signed, in blocks of 64 along the depth, in the tile's own order
+//   weights  panels of 16 rows of W, unsigned: [steps][16][4], a step being 4 elements of the depth. In 4
+//            bits [steps / 2][16][4]: an even step is in the low halves of the bytes, an odd one in the high.
+//
+// The layout of the weights is the same for every instruction set, that of the rows is not. Sums are exact,
+// so every instruction set has the same ones, whatever their order.
+//
+// A vector of weights is one step of 16 outputs, which `vpdpbusd` multiplies by a broadcast word of a row:
+// unsigned times signed is what it takes. Before VNNI, `vpmaddwd` takes weights and rows of 16 bits, since
+// `vpmaddubsw` would saturate. AMX takes 16 steps of a panel as a tile as they lie there.
+#pragma once
+
+#include <cstdint>
+
+#include "amx_tiles.h"
+#include "isa.h"
+#include "vec.h"
+
+namespace tts {
+
+inline constexpr int64_t kIntPanel = 16;       // rows of W in a panel
+inline constexpr int64_t kIntStep = 4;         // elements of the depth in a step
+inline constexpr int64_t kIntBlock = 64;       // to which the depth is padded: the depth of an AMX tile
+inline constexpr int64_t kIntDepth = 1 << 16;  // no sum of 32 bits overflows up to here
+inline constexpr int64_t kIntGroup = 32;       // of the depth at least have a scale of their own
+
+}  // namespace tts
+
+TTS_BEGIN_ISA
+
+// Bytes of a panel's step.
+template <int Bits>
+inline constexpr int64_t kIntLine = kIntPanel * kIntStep * Bits / 8;
+
+#if defined(__AMX_TILE__)
+
+// ---- AMX --------------------------------------------------------------------------------------------------
+
+// Rows come in tiles of 16, the last one filled up with whatever is there.
+inline constexpr int kIntUnit = 16, kIntRows = 32;
+inline constexpr int int_panels(int rows) { return rows <= 16 ? 4 : 2; }
+
+// Bytes of a row in the tile's order.
+inline constexpr int64_t int_row_bytes(int64_t depth) { return depth; }
+
+// A block of row i of a tile goes to its place: [16 rows][depth / 64][16][64].
+inline void put_block(const int8_t* block, int64_t k, int64_t i, int64_t /*height*/, int64_t depth,
+                      int8_t* rows) {
+    int8_t* to = rows + i / 16 * 16 * depth + (k / kIntBlock * 16 + i % 16) * kIntBlock;
+    _mm512_storeu_si512(to, _mm512_loadu_si512(block));
+}
+
+// Asks for the tile's worth of weights that comes kAhead tiles behind.
+template <int Bits>
+inline void fetch_ahead(const uint8_t* packed) {
+    constexpr int64_t kAhead = 8, kBytes = kTileLines * kIntLine<Bits>;
+    for (int64_t at = 0; at < kBytes; at += kTileLine)
+        __builtin_prefetch(packed + kAhead * kBytes + at, 0, 2);
+}
+
+// The steps of a group that a tile takes.
+inline constexpr int64_t tile_steps(int64_t group) {
+    return (group % kIntBlock ? kIntGroup : kIntBlock) / kIntStep;
+}
+
+struct IntTiles : AmxTiles {
+    explicit IntTiles(int64_t group) : AmxTiles(tile_steps(group)) {}
+};
+
+// The `steps` steps of a panel from `step` on, one byte a weight.
+template <int Bits>
+inline const uint8_t* unpacked(const uint8_t* panel, int64_t step, int64_t steps, uint8_t* room) {
+    const uint8_t* packed = panel + step * kIntLine<Bits>;
+    if (step % kTileLines == 0) fetch_ahead<Bits>(packed);
+    if constexpr (Bits == 8) return packed;
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    fence();  // the last tile was read from there
+    for (int64_t s = 0; s < steps; s += 2) {
+        const __m512i both = _mm512_loadu_si512(packed + s * kIntLine<4>);
+        _mm512_store_si512(room + s * 64, _mm512_and_si512(both, low));
+        _mm512_store_si512(room + (s + 1) * 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    }
+    fence();
+    return room;
+}
+
+// sums [R][P][16] = rows . panels over the depth [begin, end); `panel` bytes lie between panels.
+template <int Bits, int R, int P>
+inline void int_tile(const int8_t* rows, int64_t depth, const uint8_t* weights, int64_t panel, int64_t begin,
+                     int64_t end, int32_t* sums) {
+    alignas(64) uint8_t room[kTileBytes];
+    const int64_t steps = end - begin < kIntBlock ? kIntGroup / kIntStep : kIntBlock / kIntStep;
+    zero_sums();
+    for (int64_t k = begin; k < end; k += steps * kIntStep) {
+        const int8_t* row = rows + k / kIntBlock * kTileBytes + k % kIntBlock;
+        add_products<IntProduct, R>(row, 16 * depth, [&](int p) {
+            return unpacked<Bits>(weights + p * panel, k / kIntStep, steps, room);
+        });
+    }
+    store_sums<R>(sums);
+}
+
+#else
+
+// ---- one step of 16 outputs, by instruction set -----------------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+
+inline constexpr int kIntRows = 14;
+inline constexpr int int_panels(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 4 : rows <= 9 ? 3 : 2; }
+
+struct IntStep {
+    using Word = int32_t;  // a row's 4 elements
+    using Weights = __m512i;
+    using Sums = __m512i;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        const __m512i bytes = _mm512_loadu_si512(line);
+        if constexpr (Bits == 8) return bytes;
+        return _mm512_and_si512(Half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(0x0f));
+    }
+    static Sums zero() { return _mm512_setzero_si512(); }
+    static Sums add(Word x, Weights w, Sums sums) {
+        return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x));
+    }
+    static void store(Sums sums, int32_t* out) { _mm512_storeu_si512(out, sums); }
+};
+
+#elif defined(__AVX512BW__)
+
+inline constexpr int kIntRows = 12;
+inline constexpr int int_panels(int) { return 1; }
+
+// Lanes hold the sums of the even and of the odd pairs of an output, side by side.
+struct IntStep {
+    using Word = int64_t;  // 4 elements of 16 bits
+    struct Weights {
+        __m512i v[2];
+    };
+    using Sums = Weights;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < 2; ++i) {
+            __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+            if constexpr (Bits == 4) {
+                bytes = _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(0x0f));
+            }
+            w.v[i] = _mm512_cvtepu8_epi16(bytes);
+        }
+        return w;
+    }
+    static Sums zero() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+    static Sums add(Word x, Weights w, Sums sums) {
+        const __m512i value = _mm512_set1_epi64(x);
+        for (int i = 0; i < 2; ++i) {
+            sums.v[i] = _mm512_add_epi32(sums.v[i], _mm512_madd_epi16(w.v[i], value));
+        }
+        return sums;
+    }
+    static void store(Sums sums, int32_t* out) {
+        const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        const __m512i a = _mm512_permutex2var_epi32(sums.v[0], even, sums.v[1]);
+        const __m512i b = _mm512_permutex2var_epi32(sums.v[0], odd, sums.v[1]);
+        _mm512_storeu_si512(out, _mm512_add_epi32(a, b));
+    }
+};
+
+#elif defined(__AVXVNNI__)
+
+inline constexpr int kIntRows = 6;
+inline constexpr int int_panels(int rows) { return rows <= 3 ? 2 : 1; }
+
+struct IntStep {
+    using Word = int32_t;
+    struct Weights {
+        __m256i v[2];
+    };
+    using Sums = Weights;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < 2; ++i) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+            w.v[i] = Bits == 8 ? bytes
+                               : _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes,
+                                                  _mm256_set1_epi8(0x0f));
+        }
+        return w;
+    }
+    static Sums zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+    static Sums add(Word x, Weights w, Sums sums) {
+        const __m256i value = _mm256_set1_epi32(x);
+        for (int i = 0; i < 2; ++i) sums.v[i] = _mm256_dpbusd_avx_epi32(sums.v[i], w.v[i], value);
+        return sums;
+    }
+    static void store(Sums sums, int32_t* out) {
+        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, sums.v[i]);
+    }
+};
+
+#elif defined(__AVX2__)
+
+inline constexpr int kIntRows = 3;
+inline constexpr int int_panels(int) { return 1; }
+
+// As with AVX-512; a vector is 4 outputs.
+struct IntStep {
+    using Word = int64_t;
+    struct Weights {
+        __m256i v[4];
+    };
+    using Sums = Weights;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < 4; ++i) {
+            __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + i);
+            if constexpr (Bits == 4) {
+                bytes = _mm_and_si128(Half ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(0x0f));
+            }
+            w.v[i] = _mm256_cvtepu8_epi16(bytes);
+        }
+        return w;
+    }
+    static Sums zero() {
+        const __m256i none = _mm256_setzero_si256();
+        return {{none, none, none, none}};
+    }
+    static Sums add(Word x, Weights w, Sums sums) {
+        const __m256i value = _mm256_set1_epi64x(x);
+        for (int i = 0; i < 4; ++i) {
+            sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(w.v[i], value));
+        }
+        return sums;
+    }
+    static void store(Sums sums, int32_t* out) {
+        for (int i = 0; i < 2; ++i) {  // outputs 0 1 4 5 | 2 3 6 7
+            const __m256i pairs = _mm256_hadd_epi32(sums.v[2 * i], sums.v[2 * i + 1]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, _mm256_permute4x64_epi64(pairs, 0xd8));
+        }
+    }
+};
+
+#else
+
+inline constexpr int kIntRows = 2;
+inline constexpr int int_panels(int) { return 1; }
+
+struct IntStep {
+    using Word = int64_t;
+    struct Weights {
+        int16_t v[kIntPanel * kIntStep];
+    };
+    struct Sums {
+        int32_t v[kIntPanel];
+    };
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < kIntPanel * kIntStep; ++i) {
+            w.v[i] = Bits == 8 ? line[i] : Half ? line[i] >> 4 : line[i] & 0x0f;
+        }
+        return w;
+    }
+    static Sums zero() { return {}; }
+    static Sums add(Word x, const Weights& w, Sums sums) {
+        int16_t value[kIntStep];
+        __builtin_memcpy(value, &x, sizeof x);
+        for (int c = 0; c < kIntPanel; ++c) {
+            const int16_t* at = w.v + c * kIntStep;
+            sums.v[c] += at[0] * value[0] + at[1] * value[1] + at[2] * value[2] + at[3] * value[3];
+        }
+        return sums;
+    }
+    static void store(const Sums& sums, int32_t* out) { __builtin_memcpy(out, sums.v, sizeof sums.v); }
+};
+
+#endif
+
+// ---- the tile ---------------------------------------------------------------------------------------------
+
+inline constexpr int kIntUnit = 1;
+
+inline constexpr int64_t int_row_bytes(int64_t depth) {
+    return depth / kIntStep * static_cast<int64_t>(sizeof(IntStep::Word));
+}
+
+// A block of row i of a tile goes to its place: [depth / 4][height] words.
+inline void put_block(const int8_t* block, int64_t k, int64_t i, int64_t height, int64_t /*depth*/,
+                      int8_t* rows) {
+    using Word = IntStep::Word;
+    auto* to = reinterpret_cast<Word*>(rows) + k / kIntStep * height + i;
+    for (int64_t s = 0; s < kIntBlock / kIntStep; ++s) {
+        Word word;
+        if constexpr (sizeof(Word) == kIntStep) {
+            __builtin_memcpy(&word, block + s * kIntStep, sizeof word);
+        } else {
+            int16_t wide[kIntStep];
+            for (int j = 0; j < kIntStep; ++j) wide[j] = block[s * kIntStep + j];
+            __builtin_memcpy(&word, wide, sizeof word);
+        }
+        to[s * height] = word;
+    }
+}
+
+// There is no state to set.
+struct IntTiles {
+    explicit IntTiles(int64_t /*group*/) {}
+};
+
+// sums [R][P][16] = rows . panels over the depth [begin, end); `panel` bytes lie between panels. Even and
+// odd steps have sums of their own where there are few, so that they do not wait for each other.
+template <int Bits, int R, int P>
+inline void int_tile(const int8_t* rows, int64_t /*depth*/, const uint8_t* weights, int64_t panel,
+                     int64_t begin, int64_t end, int32_t* sums) {
+    using Step = IntStep;
+    constexpr int C = R * P * sizeof(Step::Sums) <= 4 * 64 ? 2 : 1;
+    typename Step::Sums acc[C][R][P];
+    for (auto& chain : acc) {
+        for (auto& row : chain) {
+            for (auto& sum : row) sum = Step::zero();
+        }
+    }
+    const auto* words = reinterpret_cast<const Step::Word*>(rows);
+    const auto step = [&]<int Half>(int64_t s) {
+        typename Step::Weights w[P];
+        const uint8_t* line = weights + (Bits == 8 ? s : s / 2) * kIntLine<8>;
+#pragma GCC unroll 8
+        for (int v = 0; v < P; ++v) w[v] = Step::load<Bits, Half>(line + v * panel);
+        const Step::Word* word = words + s * R;
+#pragma GCC unroll 32
+        for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+            for (int v = 0; v < P; ++v) acc[Half % C][i][v] = Step::add(word[i], w[v], acc[Half % C][i][v]);
+        }
+    };
+    for (int64_t s = begin / kIntStep; s < end / kIntStep; s += 2) {
+        step.template operator()<0>(s);
+        step.template operator()<1>(s + 1);
+    }
+    for (int i = 0; i < R; ++i) {
+        for (int v = 0; v < P; ++v) {
+            int32_t* out = sums + (i * P + v) * kIntPanel;
+            Step::store(acc[0][i][v], out);
+            if constexpr (C == 2) {
+                int32_t other[kIntPanel];
+                Step::store(acc[1][i][v], other);
+                for (int c = 0; c < kIntPanel; ++c) out[c] += other[c];
+            }
+        }
+    }
+}
+
+#endif
+
+TTS_END_ISA

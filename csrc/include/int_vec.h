@@ -1,0 +1,41 @@
+// Between floats and whole numbers of 8 and 32 bits. All of it is exact, or rounds as IEEE 754 does.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "vec.h"
+
+TTS_BEGIN_ISA
+
+// Stores Vec::width floats, each within [-128, 127], rounded to the nearest even whole number.
+inline void store_rounded(Vec x, int8_t* out) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+#elif defined(__AVX2__)
+    const __m256i whole = _mm256_cvtps_epi32(x.v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+#else
+    const Vec whole = round(x);
+    for (int i = 0; i < Vec::width; ++i) out[i] = static_cast<int8_t>(whole.v[i]);
+#endif
+}
+
+// Vec::width whole numbers less `minus`, as floats.
+inline Vec load_less(const int32_t* x, int32_t minus) {
+#if defined(__AVX512F__)
+    const __m512i whole = _mm512_sub_epi32(_mm512_loadu_si512(x), _mm512_set1_epi32(minus));
+    return {_mm512_maskz_cvtepi32_ps(0xffff, whole)};
+#elif defined(__AVX2__)
+    const __m256i whole = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(whole, _mm256_set1_epi32(minus)))};
+#else
+    Vec out;
+    for (int i = 0; i < Vec::width; ++i) out.v[i] = static_cast<float>(x[i] - minus);
+    return out;
+#endif
+}
+
+TTS_END_ISA
