@@ -80,6 +80,7 @@ def check_line(status: object, text: str, named: str) -> None:
         ([*SOLVE, "--device", "meta"], "--device"),
         ([*EVAL, "--device", ""], "--device"),
         ([*SOLVE, "--kv-memory", "much"], "--kv-memory"),
+        ([*SOLVE, "--quantize", "int2"], "--quantize"),
         ([*SOLVE, "--kv-memory", "-1GiB"], "--kv-memory"),
         ([*EVAL, "--kv-memory", "0"], "--policy: kv_memory|--kv-memory"),
         ([*SOLVE, "--format", "nonsense"], "--format"),

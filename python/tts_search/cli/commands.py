@@ -129,6 +129,9 @@ Memory = Annotated[
     str | None,
     Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.", callback=_checked_by(_check_memory)),
 ]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None, Option("--quantize", help="Quantise the weights of both models while they load.")
+]
 Budgets = Annotated[str, Option(help="Sizes of the search, such as 1,4,16,64.")]
 Seed = Annotated[int, Option(help="Fixes every draw, and the problems where they are made.")]
 Problems = Annotated[int, Option(min=1, help="Problems of each level.")]
@@ -174,6 +177,7 @@ def solve(
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
+    quantize: Quantize = None,
 ) -> None:
     """Solve one problem."""
     config = make_config(method, n, seed, temperature, settings)
@@ -183,7 +187,7 @@ def solve(
         raise SearchError("PROBLEM: expected a text, got an empty one")
     elected = _elected(vote, verifier)
     _check_device_is_there(device)
-    models = load_checkpoints(policy, verifier, system_prompt, format, dtype, device, kv_memory)
+    models = load_checkpoints(policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
     result = search([text], *models, config)[0]
     print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
 
@@ -228,6 +232,7 @@ def evaluate_(
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
+    quantize: Quantize = None,
 ) -> None:
     """Run every method, budget and seed over a data set; an interrupted run goes on where it was."""
     configs = {
@@ -243,7 +248,7 @@ def evaluate_(
     with _option("DATA"):
         tasks = load_tasks(data, limit)
     _check_folder(out)
-    load = partial(load_checkpoints, policy, verifier, system_prompt, format, dtype, device, kv_memory)
+    load = partial(load_checkpoints, policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
     models: tuple[Policy | None, Verifier | None] = (None, None)
     if ray is None:
         _check_device_is_there(device)
@@ -253,7 +258,7 @@ def evaluate_(
         from tts_search.evaluation.ray import on_ray
 
         run = on_ray(load, address=ray or None, actors=actors, device=device, max_in_flight=in_flight)
-    names = (policy, verifier or "", system_prompt or "", format, dtype or "")
+    names = (policy, verifier or "", system_prompt or "", format, dtype or "", quantize or "")
     experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
     try:
         rows = run_experiments(tasks, experiments, out, data=data, vote=elected, run=run, emit=lambda _: None)
@@ -413,6 +418,7 @@ def load_checkpoints(
     dtype: str | None,
     device: str | None,
     kv_memory: str | None,
+    quantize: str | None,
 ) -> tuple[Policy, Verifier | None]:
     """Return the models of the options.
 
@@ -424,7 +430,7 @@ def load_checkpoints(
     from tts_search.policies.hf import HFPolicy
     from tts_search.verifiers.hf import HFVerifier
 
-    own: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory}
+    own: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory, "quantize": quantize}
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
     with _option(f"--policy: {policy}"):
         loaded = HFPolicy(policy, system_prompt=system_prompt, **own)

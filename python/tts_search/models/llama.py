@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ import tts_kernels as tk
 from tts_search.models.arena import Arena
 from tts_search.models.decoder import Batch, DecoderShape
 
-__all__ = ["LlamaConfig", "LlamaDecoder"]
+__all__ = ["INT4_GROUP", "LlamaConfig", "LlamaDecoder", "Quantize"]
+
+Quantize = Literal["int8", "int4"]
+INT4_GROUP: Final = 32  # columns that share a scale in 4 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,9 @@ class LlamaDecoder:
     state : dict
         The weights by their names in transformers, without the prefix ``"model."``. Taken out one by one as they are
         packed, so that memory holds the model once. With an ``"lm_head.weight"`` there are logits.
+    quantize : {"int8", "int4"} or None
+        Quantise the projections and the head: in 8 bits with one scale a row, in 4 bits with one for 32 columns. Norms
+        and the embedding stay as they are.
 
     Raises
     ------
@@ -75,11 +82,16 @@ class LlamaDecoder:
 
     records = True
 
-    def __init__(self, config: LlamaConfig, state: dict[str, Tensor]) -> None:
+    def __init__(self, config: LlamaConfig, state: dict[str, Tensor], quantize: Quantize | None = None) -> None:
         self.config = config
-        weights = _Weights(state)
-        # An embedding that is tied to the head is gathered from there: memory holds it once.
-        if "lm_head.weight" in state and state["lm_head.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr():
+        weights = _Weights(state, quantize)
+        # An embedding that is tied to the head is gathered from there: memory holds it once. One of few bits is not
+        # what embeds.
+        if (
+            quantize is None
+            and "lm_head.weight" in state
+            and state["lm_head.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
+        ):
             del state["embed_tokens.weight"]
         self._embedding = weights.find("embed_tokens.weight")
         self._head = weights.packed("lm_head") if "lm_head.weight" in state else None
@@ -155,8 +167,9 @@ def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
 class _Weights:
     """Takes tensors out of a state dict; on a CPU into memory of our own, as they may be views of a mapped file."""
 
-    def __init__(self, state: dict[str, Tensor]) -> None:
+    def __init__(self, state: dict[str, Tensor], quantize: Quantize | None) -> None:
         self.state = state
+        self.quantize = quantize
         self.arena = Arena()
 
     def take(self, name: str) -> Tensor:
@@ -167,8 +180,10 @@ class _Weights:
 
     def packed(self, *names: str) -> tk.PackedLinear:
         """The projections of these names, which read the same rows, as one."""
-        packed = tk.pack_linear(self._joined("weight", names))
-        return replace(packed, weight=self._kept(packed.weight))
+        group_size = INT4_GROUP if self.quantize == "int4" else None
+        packed = tk.pack_linear(self._joined("weight", names), quantize=self.quantize, group_size=group_size)
+        scale = None if packed.scale is None else self._kept(packed.scale)
+        return replace(packed, weight=self._kept(packed.weight), scale=scale)
 
     def bias(self, *names: str) -> Tensor | None:
         """Their biases; all of them have one, or none."""

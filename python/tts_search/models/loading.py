@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tts_search.models import transformers as adapter
 from tts_search.models.decoder import Decoder, DecoderKind
-from tts_search.models.llama import LlamaConfig, LlamaDecoder
+from tts_search.models.llama import LlamaConfig, LlamaDecoder, Quantize
 from tts_search.models.rotary import context_of
-from tts_search.models.selftest import check_decoder, eager_answers
+from tts_search.models.selftest import QUANTISED, check_decoder, eager_answers
 
 __all__ = ["lean_decoder", "llama_config", "load_decoder", "why_not_lean"]
 
@@ -51,6 +51,7 @@ def load_decoder(
     device: torch.device | str | None = None,
     decoder: DecoderKind = "auto",
     self_test: bool = True,
+    quantize: Quantize | None = None,
 ) -> Decoder:
     """Load a checkpoint (folder or hub id); ``causal_lm=False`` leaves its head out.
 
@@ -69,28 +70,36 @@ def load_decoder(
     self_test : bool
         Whether a few tokens go through the decoder and through the model's own eager attention, see
         :mod:`tts_search.models.selftest`: what differs is refused.
+    quantize : {"int8", "int4"} or None
+        Quantise the weights as `LlamaDecoder` does, one projection after another; modules of transformers are not.
 
     Raises
     ------
     ValueError
-        If the checkpoint lacks weights, the model can run over a forest in neither way, or ``"lean"`` was asked for
-        and is not possible; the message says why.
+        If the checkpoint lacks weights, the model can run over a forest in neither way, or ``"lean"`` or ``quantize``
+        was asked for and is not possible; the message says why.
     """
     if decoder not in ("auto", "lean", "transformers"):
         raise ValueError(f"decoder: expected 'auto', 'lean' or 'transformers', got {decoder!r}")
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize: expected 'int8', 'int4' or None, got {quantize!r}")
+    if quantize is not None and decoder == "transformers":
+        raise ValueError(f"quantize: expected None with decoder='transformers', got {quantize!r}")
     general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
     model = general.model
     reason = why_not_lean(model)
     if decoder == "lean" and reason is not None:
         raise ValueError(f"decoder: expected a model that the lean decoder can run, got one {reason}")
+    if quantize is not None and reason is not None:
+        raise ValueError(f"quantize: expected a model that the lean decoder can run, got one {reason}")
     with adapter.following(model.config):
         expected = eager_answers(model, general.shape.max_length) if self_test else None
         chosen: Decoder = general
         if decoder != "transformers" and reason is None:
             del general  # its weights go one by one
-            chosen = lean_decoder(model)
+            chosen = lean_decoder(model, quantize)
         if expected is not None:
-            check_decoder(chosen, expected)
+            check_decoder(chosen, expected, None if quantize is None else QUANTISED[quantize])
     return chosen
 
 
@@ -120,7 +129,7 @@ def why_not_lean(model: Any) -> str | None:
     return None
 
 
-def lean_decoder(model: Any) -> LlamaDecoder:
+def lean_decoder(model: Any, quantize: Quantize | None = None) -> LlamaDecoder:
     """A `LlamaDecoder` with the weights of a model that `why_not_lean` passes; they are taken out of it."""
     config = llama_config(model)
     state: dict[str, Tensor] = {}
@@ -128,7 +137,7 @@ def lean_decoder(model: Any) -> LlamaDecoder:
         for name in list(module._parameters):
             if (parameter := module._parameters.pop(name)) is not None:
                 state[f"{module_name}.{name}".removeprefix("model.")] = parameter.detach()
-    return LlamaDecoder(config, state)
+    return LlamaDecoder(config, state, quantize)
 
 
 def llama_config(model: Any) -> LlamaConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
@@ -60,6 +60,9 @@ class HFPolicy:
     decoder : {"auto", "lean", "transformers"}
         What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
         modules in transformers with attention over the forest. The other two values insist on one.
+    quantize : {"int8", "int4"} or None
+        Quantise the weights of a model of the lean decoder while it is loaded: to 8 bits with one scale a row, or to 4
+        bits with one for 32 columns. Other models are refused.
     chat : bool
         False: a problem is a whole prompt, rendered by the caller, and is read as it is.
     self_test : bool
@@ -71,7 +74,8 @@ class HFPolicy:
     MissingExtraError
         Without transformers.
     ValueError
-        If the model cannot be followed over a forest, ``kv_memory`` is no size, or ``"lean"`` is not possible.
+        If the model cannot be followed over a forest, ``kv_memory`` is no size, or ``"lean"`` or ``quantize`` is not
+        possible.
 
     Examples
     --------
@@ -88,6 +92,7 @@ class HFPolicy:
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
         decoder: DecoderKind = "auto",
+        quantize: Literal["int8", "int4"] | None = None,
         chat: bool = True,
         self_test: bool = True,
     ) -> None:
@@ -103,7 +108,9 @@ class HFPolicy:
         self.system_prompt = system_prompt
         self.chat = chat
         self._eos = adapter.eos_tokens(path_or_id, self.tokenizer)
-        model = load_decoder(path_or_id, dtype=dtype, device=device, decoder=decoder, self_test=self_test)
+        model = load_decoder(
+            path_or_id, dtype=dtype, device=device, decoder=decoder, self_test=self_test, quantize=quantize
+        )
         pool = pool_for(model, kv_memory)
         self._lane = Lane(model, BranchPool(pool, graphs=decode_graphs(model, pool)))
         self._generation = Generation(self._lane)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -60,7 +60,7 @@ class HFVerifier:
         and the tensors of its head.
     head : ScoreHead or None
         Use this head instead of the format's.
-    dtype, device, kv_memory, decoder, self_test
+    dtype, device, kv_memory, decoder, self_test, quantize
         As in :class:`~tts_search.HFPolicy`. (``kv_memory`` is for each of two models with a ``log_ratio`` format.)
     reference : str or None
         Folder or hub id of the reference model of a ``log_ratio`` format; by default the one that the format names.
@@ -91,6 +91,7 @@ class HFVerifier:
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
         decoder: DecoderKind = "auto",
+        quantize: Literal["int8", "int4"] | None = None,
         reference: str | None = None,
         batch_tokens: int = MAX_FORWARD_TOKENS,
         self_test: bool = True,
@@ -111,6 +112,7 @@ class HFVerifier:
             "kv_memory": kv_memory,
             "decoder": decoder,
             "self_test": self_test,
+            "quantize": quantize,
         }
         self._lane = _lane(path_or_id, entry.judge is not None, batch_tokens, **options)
         self.head: tk.ScoreHead | None = None
