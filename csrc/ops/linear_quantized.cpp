@@ -60,7 +60,8 @@ void run_quantized(const Tensor& x, LinearQuantizedArgs args) {
     // A thread is worth starting for 2**18 bytes of weights, or for 2**22 multiplications.
     const int64_t weights = args.columns * args.weight.depth;
     const int64_t worth = std::max(weights * args.weight.bits >> 21, weights * args.rows >> 22);
-    for_units(args.cut.units, worth, [&](int64_t unit) { kernels().linear_quantized(args, unit, unit + 1); });
+    for_units(args.cut.units, worth,
+              [&](int64_t unit, int64_t) { kernels().linear_quantized(args, unit, unit + 1); });
 }
 
 }  // namespace tts::ops
