@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -143,6 +143,8 @@ def decoder(tokenizer: Any) -> Any:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(texts=["é"] * 4 + ["\n", "é"])  # the last eight tokens begin within a character
+@example(texts=["é"] * 20 + ["\n", "é"])
 @given(texts=st.lists(st.one_of(st.sampled_from(TEXTS), st.text(alphabet="ath +-\n(1к</", min_size=1)), min_size=1))
 def test_what_follows_decodes_to_its_text(name: str, texts: list[str]) -> None:
     tokenizer = TOKENIZERS[name]

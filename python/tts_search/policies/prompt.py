@@ -74,12 +74,19 @@ def continuation_ids(
     list of int
         They decode to the text behind ``path``, if any tokens of these encodings do; else the text's by itself.
     """
-    context = list(path[-_CONTEXT:])
-    before = decode(context)
+    context, before = _whole_characters(path, decode)
     for ids in _encodings(before, text, encode):
         if decode([*context, *ids]) == before + text:
             return ids
     return encode(text)
+
+
+def _whole_characters(path: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[list[int], str]:
+    """The last tokens and their text: `_CONTEXT` of them, or more where those would begin within a character."""
+    size = _CONTEXT
+    while "\ufffd" in (before := decode(list(path[-size:]))) and size < len(path):
+        size *= 2
+    return list(path[-size:]), before
 
 
 def _encodings(before: str, text: str, encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
