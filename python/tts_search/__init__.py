@@ -9,7 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tts_search.api import beam_search, best_of_n, dvts, search, search_iter, vote
+from tts_search.api import asearch_iter, beam_search, best_of_n, dvts, search, search_iter, vote
+from tts_search.engine.engine import Engine, Search
+from tts_search.engine.events import SearchEvent
 from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.search.answers import boxed
 from tts_search.search.config import SearchConfig, Thinking
@@ -31,14 +33,17 @@ __all__ = [
     "VOTES",
     "Completion",
     "ConfigError",
+    "Engine",
     "FittedStrategy",
     "HFPolicy",
     "HFVerifier",
     "MissingExtraError",
     "Policy",
     "RuleStrategy",
+    "Search",
     "SearchConfig",
     "SearchError",
+    "SearchEvent",
     "SearchResult",
     "SearchStats",
     "SearchTree",
@@ -52,6 +57,7 @@ __all__ = [
     "TreeNode",
     "Usage",
     "Verifier",
+    "asearch_iter",
     "beam_search",
     "best_of_n",
     "boxed",

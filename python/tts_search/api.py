@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from tts_search.engine.engine import Engine
+from tts_search.engine.engine import default_equality
+from tts_search.engine.scheduler import Outcome, Scheduler
 from tts_search.errors import SearchError
 from tts_search.search import voting
 from tts_search.search.answers import Equality, boxed
@@ -22,9 +27,7 @@ if TYPE_CHECKING:
     from tts_search.strategy import Choice, Strategy
 from tts_search.terminal import progress_bar
 
-__all__ = ["beam_search", "best_of_n", "dvts", "search", "search_iter", "vote"]
-
-BRANCHES_IN_FLIGHT = 1024  # of all problems together
+__all__ = ["asearch_iter", "beam_search", "best_of_n", "dvts", "search", "search_iter", "vote"]
 
 _DEFAULT = SearchConfig()
 
@@ -39,7 +42,8 @@ def search_iter(
     equal: Equality | None = None,
     progress: bool = True,
     max_in_flight: int | None = None,
-) -> Iterator[tuple[int, SearchResult | SearchError]]:
+    max_rows: int | None = None,
+) -> Iterator[Outcome]:
     """Search many problems; yield (index, result) as they finish, in any order.
 
     A problem that fails yields (index, :class:`SearchError`), and the others go on. What was yielded is safe from
@@ -63,40 +67,98 @@ def search_iter(
     progress : bool
         Show a progress bar on stderr, if that is a terminal and rich is installed.
     max_in_flight : int or None
-        Problems that are searched side by side: more of them make larger batches and need more memory. By default as
-        many as have about 1000 branches together.
+        The most problems that are searched side by side; by default as many as there is room for.
+    max_rows : int or None
+        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default. More rows
+        make larger batches and need more memory.
 
     Raises
     ------
     SearchError
         At once, if the arguments do not go together.
     """
+    return _outcomes(
+        problems,
+        policy,
+        verifier,
+        config,
+        lambda: False,
+        extract_answer=extract_answer,
+        equal=equal,
+        progress=progress,
+        max_in_flight=max_in_flight,
+        max_rows=max_rows,
+    )
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of :func:`search_iter` besides what is searched by whom and how."""
+
+    extract_answer: Callable[[str], str | None]
+    equal: Equality | None
+    progress: bool
+    max_in_flight: int | None
+    max_rows: int | None
+
+
+def asearch_iter(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier | None = None,
+    config: SearchConfig | Strategy = _DEFAULT,
+    **options: Unpack[EngineOptions],
+) -> AsyncIterator[Outcome]:
+    """Search many problems as :func:`search_iter` does, for asyncio: the models run in a thread.
+
+    The problems are read in that thread. Closing the iterator, or cancelling the task that waits for it, ends the
+    problems in flight before their next token.
+
+    Raises
+    ------
+    SearchError
+        At once, if the arguments do not go together.
+    """
+    stop = threading.Event()
+    return _in_thread(_outcomes(problems, policy, verifier, config, stop.is_set, **options), stop)
+
+
+async def _in_thread(outcomes: Iterator[Outcome], stop: threading.Event) -> AsyncIterator[Outcome]:
+    """Advance an iterator, which ends soon after `stop` is set, in a thread of its own."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1, "tts_search.asearch_iter") as thread:
+        try:
+            while (outcome := await loop.run_in_executor(thread, next, outcomes, None)) is not None:
+                yield outcome
+        finally:
+            stop.set()
+            await asyncio.shield(loop.run_in_executor(thread, outcomes.close))  # type: ignore[attr-defined]
+
+
+def _outcomes(
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier | None,
+    config: SearchConfig | Strategy,
+    stopped: Callable[[], bool],
+    *,
+    extract_answer: Callable[[str], str | None] = boxed,
+    equal: Equality | None = None,
+    progress: bool = True,
+    **bounds: Any,
+) -> Iterator[Outcome]:
+    """The outcomes of `search_iter`, or of those problems that end before it is `stopped`."""
     if isinstance(problems, str):
         raise SearchError("problems: expected a list of texts, got one text")
-    if not isinstance(config, SearchConfig):
-        for own in _configs_of(config):
-            _check(verifier, own, max_in_flight)
-        options = {
-            "extract_answer": extract_answer,
-            "equal": equal,
-            "progress": progress,
-            "max_in_flight": max_in_flight,
-        }
-        return _by_strategy(list(problems), policy, verifier, config, options)
-    _check(verifier, config, max_in_flight)
-    in_flight = max_in_flight or max(1, BRANCHES_IN_FLIGHT // config.n)
-    engine = Engine(policy, verifier, config, extract_answer, in_flight, equal or _same_answer())
-    return _with_progress(engine, problems, enabled=progress)
+    for own in [config] if isinstance(config, SearchConfig) else _configs_of(config):
+        if verifier is None and own.needs_verifier:
+            raise SearchError(f"verifier: {own.method} needs one, got None; only best_of_n works without")
+    scheduler = Scheduler(policy, verifier, extract_answer, equal or default_equality(), **bounds)
 
+    def searched(problems: Iterable[str], config: SearchConfig) -> Iterator[Outcome]:
+        total = len(problems) if isinstance(problems, Sized) else None
+        return _with_progress(scheduler.run(problems, config, stopped), total, config.method_name, enabled=progress)
 
-def _check(verifier: Verifier | None, config: SearchConfig, max_in_flight: int | None) -> None:
-    """Raise the error of arguments that do not go together."""
-    if max_in_flight is not None and (
-        isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1
-    ):
-        raise SearchError(f"max_in_flight: expected an int >= 1, got {max_in_flight!r}")
-    if verifier is None and config.needs_verifier:
-        raise SearchError(f"verifier: {config.method} needs one, got None; only best_of_n works without")
+    return searched(problems, config) if isinstance(config, SearchConfig) else _by_strategy(problems, config, searched)
 
 
 def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:
@@ -110,13 +172,14 @@ def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:
 
 
 def _by_strategy(
-    problems: list[str], policy: Policy, verifier: Verifier | None, strategy: Strategy, options: dict[str, Any]
-) -> Iterator[tuple[int, SearchResult | SearchError]]:
+    problems: Iterable[str], strategy: Strategy, searched: Callable[[list[str], SearchConfig], Iterator[Outcome]]
+) -> Iterator[Outcome]:
     """Probe all problems if the strategy wants it, then search those that it treats alike together."""
+    problems = list(problems)
     rates: dict[int, float | None] = dict.fromkeys(range(len(problems)))
     spent = dict.fromkeys(range(len(problems)), SearchStats())
     if strategy.probe is not None:
-        for index, outcome in search_iter(problems, policy, verifier, strategy.probe, **options):
+        for index, outcome in searched(problems, strategy.probe):
             if isinstance(outcome, SearchError):
                 del rates[index]
                 yield index, outcome
@@ -127,7 +190,7 @@ def _by_strategy(
         groups.setdefault(strategy.choose(rate), []).append(index)
     for choice, indices in groups.items():
         own = [problems[index] for index in indices]
-        for number, outcome in search_iter(own, policy, verifier, choice.config, **options):
+        for number, outcome in searched(own, choice.config):
             index = indices[number]
             if isinstance(outcome, SearchError):
                 outcome.problem = index
@@ -136,18 +199,11 @@ def _by_strategy(
                 yield index, replace(outcome, vote=choice.vote, stats=spent[index] + outcome.stats)
 
 
-def _with_progress(
-    engine: Engine, problems: Iterable[str], *, enabled: bool
-) -> Iterator[tuple[int, SearchResult | SearchError]]:
-    total = len(problems) if isinstance(problems, Sized) else None
-    outcomes = engine.run(problems)
-    with progress_bar(total, enabled=enabled, label=engine.config.method_name) as advance:
-        try:
-            for outcome in outcomes:
-                advance()
-                yield outcome
-        finally:
-            outcomes.close()  # type: ignore[attr-defined]  # a generator: ends the problems in flight
+def _with_progress(outcomes: Iterator[Outcome], total: int | None, label: str, *, enabled: bool) -> Iterator[Outcome]:
+    with closing(outcomes), progress_bar(total, enabled=enabled, label=label) as advance:  # type: ignore[type-var]
+        for outcome in outcomes:
+            advance()
+            yield outcome
 
 
 def search(
@@ -155,11 +211,7 @@ def search(
     policy: Policy,
     verifier: Verifier | None = None,
     config: SearchConfig | Strategy = _DEFAULT,
-    *,
-    extract_answer: Callable[[str], str | None] = boxed,
-    equal: Equality | None = None,
-    progress: bool = True,
-    max_in_flight: int | None = None,
+    **options: Unpack[EngineOptions],
 ) -> list[SearchResult]:
     r"""Search problems and return their results in order; arguments as for :func:`search_iter`.
 
@@ -177,16 +229,7 @@ def search(
     '2'
     """
     results: dict[int, SearchResult] = {}
-    outcomes = search_iter(
-        problems,
-        policy,
-        verifier,
-        config,
-        extract_answer=extract_answer,
-        equal=equal,
-        progress=progress,
-        max_in_flight=max_in_flight,
-    )
+    outcomes = search_iter(problems, policy, verifier, config, **options)
     for index, outcome in outcomes:
         if isinstance(outcome, SearchError):
             outcomes.close()  # type: ignore[attr-defined]
@@ -195,8 +238,8 @@ def search(
     return [results[index] for index in sorted(results)]
 
 
-class SamplingOptions(TypedDict, total=False):
-    """Options of every method: fields of :class:`~tts_search.SearchConfig`."""
+class SamplingOptions(EngineOptions, total=False):
+    """Options of every method: fields of :class:`~tts_search.SearchConfig`, and of :func:`search`."""
 
     n: int
     temperature: float
@@ -237,10 +280,6 @@ def best_of_n(
     verifier: Verifier | None = None,
     *,
     config: SearchConfig = _DEFAULT,
-    extract_answer: Callable[[str], str | None] = boxed,
-    equal: Equality | None = None,
-    progress: bool = True,
-    max_in_flight: int | None = None,
     **options: Unpack[BestOfNOptions],
 ) -> list[SearchResult]:
     """Search by best-of-N: :func:`search` with ``SearchConfig("best_of_n", ...)``.
@@ -255,17 +294,7 @@ def best_of_n(
     ConfigError
         If an option has a value that it cannot have, or the method does not use it.
     """
-    config = config.with_method("best_of_n", **options)
-    return search(
-        problems,
-        policy,
-        verifier,
-        config,
-        extract_answer=extract_answer,
-        equal=equal,
-        progress=progress,
-        max_in_flight=max_in_flight,
-    )
+    return _search_by("best_of_n", config, problems, policy, verifier, options)
 
 
 def beam_search(
@@ -274,10 +303,6 @@ def beam_search(
     verifier: Verifier,
     *,
     config: SearchConfig = _DEFAULT,
-    extract_answer: Callable[[str], str | None] = boxed,
-    equal: Equality | None = None,
-    progress: bool = True,
-    max_in_flight: int | None = None,
     **options: Unpack[BeamOptions],
 ) -> list[SearchResult]:
     """Search by beam search; arguments as for :func:`best_of_n`.
@@ -287,17 +312,7 @@ def beam_search(
     SearchError, ConfigError
         As :func:`best_of_n` does.
     """
-    config = config.with_method("beam_search", **options)
-    return search(
-        problems,
-        policy,
-        verifier,
-        config,
-        extract_answer=extract_answer,
-        equal=equal,
-        progress=progress,
-        max_in_flight=max_in_flight,
-    )
+    return _search_by("beam_search", config, problems, policy, verifier, options)
 
 
 def dvts(
@@ -306,10 +321,6 @@ def dvts(
     verifier: Verifier,
     *,
     config: SearchConfig = _DEFAULT,
-    extract_answer: Callable[[str], str | None] = boxed,
-    equal: Equality | None = None,
-    progress: bool = True,
-    max_in_flight: int | None = None,
     **options: Unpack[BeamOptions],
 ) -> list[SearchResult]:
     """Search by diverse verifier tree search; arguments as for :func:`best_of_n`.
@@ -319,17 +330,20 @@ def dvts(
     SearchError, ConfigError
         As :func:`best_of_n` does.
     """
-    config = config.with_method("dvts", **options)
-    return search(
-        problems,
-        policy,
-        verifier,
-        config,
-        extract_answer=extract_answer,
-        equal=equal,
-        progress=progress,
-        max_in_flight=max_in_flight,
-    )
+    return _search_by("dvts", config, problems, policy, verifier, options)
+
+
+def _search_by(
+    method: str,
+    config: SearchConfig,
+    problems: Iterable[str],
+    policy: Policy,
+    verifier: Verifier | None,
+    options: Mapping[str, Any],
+) -> list[SearchResult]:
+    engine = {name: value for name, value in options.items() if name in EngineOptions.__annotations__}
+    fields = {name: value for name, value in options.items() if name not in engine}
+    return search(problems, policy, verifier, config.with_method(method, **fields), **engine)
 
 
 def vote(completions: Sequence[Completion], how: str, default: str = "last", *, exact: bool = False) -> str:
@@ -361,11 +375,4 @@ def vote(completions: Sequence[Completion], how: str, default: str = "last", *, 
     ValueError
         If there is no such vote, or it needs scores and there are none.
     """
-    return voting.vote(completions, how, default, exact=exact, equal=_same_answer())
-
-
-def _same_answer() -> Equality:
-    """Mathematics' equality of answers; imported on use, so that the package imports with nothing of a domain."""
-    from tts_search.domains.mathematics import equivalent
-
-    return equivalent
+    return voting.vote(completions, how, default, exact=exact, equal=default_equality())

@@ -16,8 +16,8 @@ class Driver(Protocol):
     `problem` is a number: the same from `begin` to `end`, unique among the problems in flight.
     """
 
-    def begin(self, problem: int, text: str) -> None:
-        """Announce a problem; its root is node 0."""
+    def begin(self, problem: int, text: Any) -> None:
+        """Announce a problem, a text or, to a policy, messages; its root is node 0."""
 
     def submit(self, requests: Sequence[Any]) -> None:
         """Take requests in."""

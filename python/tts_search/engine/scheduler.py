@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from tts_search.engine.drivers import Driver, Lifted, lift
 from tts_search.engine.sharing import SharedVerifier
@@ -20,8 +22,11 @@ from tts_search.search.protocol import Expand, Policy, Release, Request, Score, 
 from tts_search.search.result import SearchResult, build_result
 from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
+from tts_search.search.types import Messages
 
 __all__ = ["Outcome", "Scheduler"]
+
+MAX_ROWS: Final = 1024
 
 Outcome = tuple[int, "SearchResult | SearchError"]
 
@@ -32,8 +37,10 @@ class _Flight:
 
     run: Run
     text: str
+    prompt: str | Messages  # what the policy is told
     moves: Moves[list[Branch]]
     started: float
+    on_change: Callable[[Run], None]
     begun: list[Driver] = field(default_factory=list)  # the drivers that know of it
     requests: Sequence[Request] = ()
     answers: dict[int, Any] = field(default_factory=dict)  # by the identity of the request
@@ -63,6 +70,15 @@ class Scheduler:
         Takes the answer out of a completion's text.
     equal : callable
         Whether two answers mean the same.
+    max_rows : int or None
+        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default.
+    max_in_flight : int or None
+        And while fewer problems than that are in flight.
+
+    Raises
+    ------
+    SearchError
+        If a bound is no int of at least 1.
 
     Attributes
     ----------
@@ -76,7 +92,13 @@ class Scheduler:
         verifier: Verifier | None,
         extract_answer: Callable[[str], str | None],
         equal: Equality,
+        *,
+        max_rows: int | None = None,
+        max_in_flight: int | None = None,
     ) -> None:
+        _check(max_rows=max_rows, max_in_flight=max_in_flight)
+        self.max_rows = max_rows or MAX_ROWS
+        self.max_in_flight = max_in_flight
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
         self.extract_answer = extract_answer
@@ -89,17 +111,47 @@ class Scheduler:
         """Problems in flight."""
         return len(self._flights)
 
-    def start(self, number: int, text: str, config: SearchConfig, seed_text: str | None = None) -> Iterator[Outcome]:
+    @property
+    def has_room(self) -> bool:
+        """Whether another problem should be started."""
+        return self.num_streams < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
+
+    def run(self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]) -> Iterator[Outcome]:
+        """Search a series of problems, read as there is room; end those in flight when closed, or `stopped`."""
+        waiting = enumerate(problems)
+        try:
+            while not stopped():
+                while self.has_room and (entry := next(waiting, None)) is not None:
+                    yield from self.start(*entry, config)
+                if not self.num_problems:
+                    return
+                yield from self.step()
+        finally:
+            self.close()
+
+    def start(
+        self,
+        number: int,
+        problem: str | Messages,
+        config: SearchConfig,
+        *,
+        seed_text: str | None = None,
+        on_change: Callable[[Run], None] = lambda _: None,
+    ) -> Iterator[Outcome]:
         """Take a problem in, under a number that no other one in flight has; yield its outcome if that is there.
 
-        `seed_text` takes the text's place in the draws' hash.
+        `seed_text` takes the problem's place in the draws' hash; `on_change` is called whenever the search has got on.
         """
-        if not isinstance(text, str) or not text.strip():
-            yield number, SearchError(f"expected a problem that is not empty, got {text!r:.200}", number, 0)
+        try:
+            text = _text_of(problem)
+        except SearchError as error:
+            yield number, SearchError(error.message, number, 0)
             return
+        if seed_text is None:
+            seed_text = problem if isinstance(problem, str) else json.dumps(problem, ensure_ascii=False)
         run = Run(
             number,
-            text if seed_text is None else seed_text,
+            seed_text,
             config,
             scored=self.verifier is not None,
             extract_answer=self.extract_answer,
@@ -111,7 +163,8 @@ class Scheduler:
             message = f"method: expected a generator function of a Run, got {name}, which returned a {kind}"
             yield number, SearchError(message, number, 0)
             return
-        flight = self._flights[number] = _Flight(run, text, moves, time.perf_counter())
+        flight = _Flight(run, text, problem, moves, time.perf_counter(), on_change)
+        self._flights[number] = flight
         yield from self._guarded(flight, partial(self._begin, flight))
 
     def step(self) -> Iterator[Outcome]:
@@ -154,9 +207,9 @@ class Scheduler:
                 yield from self._guarded(flight, partial(self._answer, flight))
 
     def _begin(self, flight: _Flight) -> SearchResult | None:
-        for driver in (self.policy, self.verifier):
+        for driver, problem in ((self.policy, flight.prompt), (self.verifier, flight.text)):
             if driver is not None:
-                driver.begin(flight.run.problem, flight.text)
+                driver.begin(flight.run.problem, problem)
                 flight.begun.append(driver)
         return self._advance(flight, None)
 
@@ -208,6 +261,7 @@ class Scheduler:
         outcome: SearchResult | SearchError | None
         try:
             outcome = action()
+            flight.on_change(flight.run)
         except SearchError as error:
             outcome = error
         except Exception as error:
@@ -232,3 +286,23 @@ class Scheduler:
 def _streams(request: Request) -> int:
     """How many steps a request has sampled."""
     return len(request.children) if isinstance(request, Expand) else 0
+
+
+def _text_of(problem: str | Messages) -> str:
+    """What a problem is to a verifier: its text, or the last message of a conversation."""
+    text: object = problem
+    if isinstance(problem, Sequence) and not isinstance(problem, str):
+        whole = all(isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in problem)
+        if not problem or not whole or problem[-1].get("role") != "user":
+            raise SearchError(f"messages: expected texts with roles, a user's last, got {problem!r:.200}")
+        text = problem[-1]["content"]
+    if not isinstance(text, str) or not text.strip():
+        raise SearchError(f"expected a problem that is not empty, got {problem!r:.200}")
+    return text
+
+
+def _check(**bounds: int | None) -> None:
+    """Raise the error of a bound that is neither None nor an int of at least 1."""
+    for name, bound in bounds.items():
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
+            raise SearchError(f"{name}: expected an int >= 1, got {bound!r}")

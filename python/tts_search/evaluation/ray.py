@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from tts_search.api import BRANCHES_IN_FLIGHT
+from tts_search.engine.scheduler import MAX_ROWS
 from tts_search.errors import SearchError, require
 from tts_search.evaluation.evaluate import Runner, run_here
 from tts_search.evaluation.experiment import Experiment
@@ -91,7 +91,7 @@ def on_ray(
         available = ray.cluster_resources()
         gpus = 0 if device == "cpu" else int(available.get("GPU", 0))
         count = actors or gpus or int(available.get("CPU", 1))
-        in_flight = max_in_flight or max(1, BRANCHES_IN_FLIGHT // experiment.config.n)
+        in_flight = max_in_flight or max(1, MAX_ROWS // experiment.config.n)
         calls = math.ceil(len(tasks) / problems_per_call(len(tasks), count, in_flight))
         rows = [{"task": json.dumps(asdict(task))} for task in tasks]
         found = data.from_items(rows, override_num_blocks=calls).map_batches(

@@ -18,7 +18,7 @@ from tts_search.models.pool import Branch, BranchPool
 from tts_search.models.streams import Lane
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
 from tts_search.search.protocol import Expand, Usage, answers_of
-from tts_search.search.types import Step
+from tts_search.search.types import Messages, Step
 
 if TYPE_CHECKING:
     from tts_search.models.decoder import Decoder, DecoderKind
@@ -128,7 +128,7 @@ class HFPolicy:
     def _pool(self) -> BranchPool:
         return self._lane.pool
 
-    def begin(self, problem: int, text: str) -> None:
+    def begin(self, problem: int, text: str | Messages) -> None:
         """Announce a problem. Its prompt is read with the first step.
 
         Raises
@@ -191,8 +191,12 @@ class HFPolicy:
         self._pool.close(state.root.meter)
         return state.root.meter.usage(self.decoder.shape, state.sampled)
 
-    def _prompt(self, text: str) -> str:
-        return prompt_of(text, self.system_prompt, self.tokenizer) if self.chat else text
+    def _prompt(self, text: str | Messages) -> str:
+        if self.chat:
+            return prompt_of(text, self.system_prompt, self.tokenizer)
+        if not isinstance(text, str):
+            raise TypeError("problem: an HFPolicy with chat=False takes a whole prompt, got messages")
+        return text
 
     def _encode(self, prompt: str) -> list[int]:
         """The tokens of a whole prompt: with special tokens in front, unless whoever rendered it wrote them."""

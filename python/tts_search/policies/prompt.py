@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
+from tts_search.search.types import Messages
+
 __all__ = ["continuation_ids", "prompt_ids", "prompt_of", "text_ids"]
 
 # Texts that stand in front of another one while it is encoded, so that a tokenizer does not take it for a beginning.
@@ -12,15 +14,17 @@ _FRONTS: Final = ("a", "\n", ".", "a ", "1")
 _CONTEXT: Final = 8  # tokens before a continuation that are looked at
 
 
-def prompt_of(problem: str, system_prompt: str | None, tokenizer: Any) -> str:
+def prompt_of(problem: str | Messages, system_prompt: str | None, tokenizer: Any) -> str:
     """Return a problem as the tokenizer's chat template has it, up to where the answer begins.
 
-    Without a template it is the system prompt and the problem, each followed by a blank line.
+    Without a template it is the system prompt and the problem, each followed by a blank line. In a conversation the
+    system prompt stands in front, unless it has a system message of its own.
     """
+    messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else [dict(each) for each in problem]
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
     if tokenizer.chat_template is None:
-        return "".join(f"{part}\n\n" for part in (system_prompt, problem) if part)
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    messages.append({"role": "user", "content": problem})
+        return "".join(f"{each['content']}\n\n" for each in messages if each["content"])
     prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return prompt
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from tts_search.search.protocol import Expand, Score, Usage
-from tts_search.search.types import Step, StepRequest
+from tts_search.search.types import Messages, Step, StepRequest
 
 __all__ = ["TextPolicy", "TextVerifier"]
 
@@ -29,14 +29,18 @@ class _TextDriver:
         self._fn = fn
         self._texts: dict[int, str] = {}
 
-    def begin(self, problem: int, text: str) -> None:
+    def begin(self, problem: int, text: str | Messages) -> None:
         """Announce a problem.
 
         Raises
         ------
+        TypeError
+            If it is a conversation.
         ValueError
             If the number belongs to a problem in flight.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"problem: a {type(self).__name__} takes a text, got messages")
         if problem in self._texts:
             raise ValueError(f"problem {problem} is in flight: a {type(self).__name__} serves one search at a time")
         self._texts[problem] = text

@@ -9,7 +9,7 @@ from typing import Any
 from tts_search.errors import require
 from tts_search.policies.prompt import continuation_ids, prompt_ids, prompt_of
 from tts_search.search.protocol import Expand, Usage
-from tts_search.search.types import Step
+from tts_search.search.types import Messages, Step
 
 __all__ = ["VLLMPolicy"]
 
@@ -62,7 +62,7 @@ class VLLMPolicy:
         self.max_length: int = model.llm_engine.model_config.max_model_len
         self._problems: dict[int, _Problem] = {}
 
-    def begin(self, problem: int, text: str) -> None:
+    def begin(self, problem: int, text: str | Messages) -> None:
         """Announce a problem. Its prompt is read with the first step.
 
         Raises
@@ -113,7 +113,7 @@ class VLLMPolicy:
             recomputed_tokens=max(0, state.read - len(state.prompt)),
         )
 
-    def _prompt(self, text: str) -> str:
+    def _prompt(self, text: str | Messages) -> str:
         return prompt_of(text, self.system_prompt, self.tokenizer)
 
     def _read(self, prompt: str) -> list[int]:

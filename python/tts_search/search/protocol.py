@@ -196,7 +196,7 @@ class Policy(Protocol):
     """Generates steps. `problem` is a number: the same from `begin` to `end`, unique among the problems in flight."""
 
     def begin(self, problem: int, text: str) -> None:
-        """Announce a problem; its root is node 0."""
+        """Announce a problem; its root is node 0. Who can read conversations gets these as messages, too."""
 
     def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
         """Answer requests of any number of problems, in order."""

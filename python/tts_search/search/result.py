@@ -15,7 +15,7 @@ from tts_search.search.types import Completion
 from tts_search.search.voting import Ballot
 from tts_search.search.voting import vote as elect
 
-__all__ = ["SearchResult"]
+__all__ = ["SearchResult", "build_result", "node_of"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def build_result(
         raise run.error("the search ended without any completion")
     completions = [_completion(branch, extract_answer) for branch in branches]
     best = _best(run.ballot.voters(completions))
-    tree = SearchTree(tuple(_node(branch) for branch in run.branches))
+    tree = SearchTree(tuple(node_of(branch) for branch in run.branches))
     return SearchResult(problem, completions, best, tree, stats, run.config, ballot=run.ballot, equal=run.equal)
 
 
@@ -146,7 +146,8 @@ def _completion(branch: Branch, extract_answer: Callable[[str], str | None]) -> 
     return Completion(text, steps, branch.scores, branch.score, branch.finished, branch.path_tokens, answer)
 
 
-def _node(branch: Branch) -> TreeNode:
+def node_of(branch: Branch) -> TreeNode:
+    """Return a branch as it is now, as a node of the tree."""
     parent = None if branch.parent is None else branch.parent.id
     return TreeNode(
         branch.id,

@@ -40,6 +40,7 @@ class Branch:
     blank: str = ""
     text: str = ""  # of this node alone
     num_tokens: int = 0  # of this node alone
+    is_grown: bool = False  # what was sampled for it is there
     path_tokens: int = 0
     finished: bool = False  # the answer is complete
     stopped: bool = False  # the policy has nothing to add
@@ -110,7 +111,7 @@ class Run:
         self.config = config
         self.scored = scored
         self.round = 0
-        self.root = Branch(id=0, parent=None, path=(), round=0)
+        self.root = Branch(id=0, parent=None, path=(), round=0, is_grown=True)
         self.branches = [self.root]
         self.held: set[int] = {0}  # branches that the drivers still keep
         self._seeds = Seeds(config.seed, text)
@@ -188,7 +189,7 @@ class Run:
             raise self.error(f"policy: expected a Step with a text for each sample, got {step!r:.200}")
         parent, config = branch.parent, self.config
         assert parent is not None
-        branch.text, branch.num_tokens = step.text, step.num_tokens
+        branch.text, branch.num_tokens, branch.is_grown = step.text, step.num_tokens, True
         branch.path_tokens = parent.path_tokens + step.num_tokens
         branch.texts = (*parent.texts, step.text) if step.text else parent.texts
         uncut = delimiter != config.delimiter

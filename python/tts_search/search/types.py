@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Completion", "Step", "StepParams", "StepRequest"]
+__all__ = ["Completion", "Messages", "Step", "StepParams", "StepRequest"]
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: "role" and "content" of each message, the last one a user's."""
 
 
 @dataclass(frozen=True, slots=True)
