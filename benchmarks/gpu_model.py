@@ -19,6 +19,8 @@ import costs
 import torch
 from measure import Bound
 
+from tts_kernels.plan import SEGMENT_INTS, TASK_INTS
+
 BF16, F32 = torch.bfloat16, torch.float32
 
 ASSUMPTIONS = """\
@@ -250,12 +252,12 @@ def attention_case(name: str, fan_out: list[int], lengths: list[int]) -> Case:
     from bench_tree_attention import grow
 
     forest, leaves = grow(fan_out, lengths)
-    buffer = forest._forest.plan(leaves, None, 32, 8, True, None)
+    buffer = forest._forest.plan(leaves, None, 32, 8, 0, True, None)
     flat: torch.Tensor = torch.frombuffer(buffer, dtype=torch.int32)
     sizes, _, _, _, tasks, segments, *_ = torch.split_with_sizes(flat, buffer.lengths)
     num_segments, num_tasks, slots, _ = sizes.tolist()
-    length = segments.view(-1, 5)[:num_segments, 2].tolist()
-    plan = [Task(t[3] - t[2], length[t[0] : t[1]]) for t in tasks.view(-1, 5)[:num_tasks].tolist()]
+    length = segments.view(-1, SEGMENT_INTS)[:num_segments, 2].tolist()
+    plan = [Task(t[3] - t[2], length[t[0] : t[1]]) for t in tasks.view(-1, TASK_INTS)[:num_tasks].tolist()]
     rows, tokens = fan_out[-1], sum(n * length for n, length in zip(fan_out, lengths, strict=True))
     bound = costs.tree_attention(tokens, rows * sum(lengths), 32, 8, 128, BF16)
     return Case("tree_attention", name, bound, tree_attention(plan, slots, rows, 32, 8, 128, tokens))

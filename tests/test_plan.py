@@ -6,7 +6,8 @@ import copy
 import pickle
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from torch.utils import _pytree as pytree
 from tts_kernels import AttentionPlan, KVForest, plan_attention
 
 MAX_QUERY_ROWS = 512  # rows of a task times query heads of a group, on the CPU
-MIN_CHUNK = 256  # tokens of a segment that was cut
+CHUNK = 512  # positions whose keys are summed up before they join a row's result, on the CPU
+BLOCK = 64  # positions whose keys are summed up before they join a chunk
 NARROW = 8  # rows * group of a segment that is bound by reading its keys
 FIELDS = ("rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes")
 HEADS = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
@@ -46,31 +48,95 @@ def assert_sound(plan: AttentionPlan) -> None:
     assert num_slots <= plan.max_slots
     for name in ("pages", "segments", "tasks", "merge_slots"):
         assert not getattr(plan, name)[len(u[name]) :].any()  # zeros behind what is used
-    for page_begin, start, length, row_begin, row_end in u["segments"].tolist():
+    for page_begin, start, length, row_begin, row_end, slot, fresh in u["segments"].tolist():
         assert length > 0
-        assert start % plan.page_size == 0
-        assert 0 <= page_begin <= page_begin + (length - 1) // plan.page_size < num_pages
+        assert start % BLOCK == 0
+        assert start // CHUNK == (start + length - 1) // CHUNK
+        assert 0 <= page_begin <= page_begin + (start % plan.page_size + length - 1) // plan.page_size < num_pages
         assert 0 <= row_begin < row_end <= num_rows
+        assert slot == -1 or 0 <= slot <= num_slots - (row_end - row_begin)
+        assert fresh in (0, 1)
         positions = u["positions"][row_begin:row_end]
         assert positions.max() >= start + length - 1  # no keys behind every row
         assert positions[0] >= start  # no row at either end that is before every key
         assert positions[-1] >= start
 
-    # Tasks split the segments in order; each has the hull of its segments and the slots behind those of the one before.
-    merges: list[list[int]] = [[] for _ in range(num_rows)]
-    next_segment = next_slot = 0
+    next_segment = 0
     for seg_begin, seg_end, row_begin, row_end, slot in u["tasks"].tolist():
-        assert (seg_begin, slot) == (next_segment, next_slot)
+        assert seg_begin == next_segment < seg_end
         own = u["segments"][seg_begin:seg_end]
         assert (row_begin, row_end) == (own[:, 3].min(), own[:, 4].max())
         assert row_end - row_begin <= most
-        for row in sorted({r for s in own.tolist() for r in range(s[3], s[4])}):
-            merges[row].append(slot + row - row_begin)
-        next_segment, next_slot = seg_end, slot + row_end - row_begin
-    assert (next_segment, next_slot) == (num_segments, num_slots)
-    assert u["merge_indptr"].tolist() == np.cumsum([0, *map(len, merges)]).tolist()
-    assert u["merge_slots"].tolist() == [slot for row in merges for slot in row]
-    assert num_tasks == 0 or next_segment > 0
+        assert slot == -1 or 0 <= slot <= num_slots - (row_end - row_begin)
+        next_segment = seg_end
+    assert next_segment == num_segments
+    assert num_tasks > 0 or num_segments == 0
+    assert u["merge_indptr"][0] == 0
+    assert (np.diff(u["merge_indptr"]) >= 0).all()
+
+
+Block: TypeAlias = "tuple[int, int]"  # positions [begin, end) that a row sees of a block
+Chunk: TypeAlias = "list[Block]"
+
+
+def assemble(plan: AttentionPlan) -> list[list[Chunk]]:
+    """What a kernel would do, with the lists of what a state is made of in place of states: the chunks of each row."""
+    u = used(plan)
+    results: list[list[Chunk]] = [[] for _ in range(plan.num_rows)]
+    entries = [
+        u["merge_slots"][begin:end].tolist() for begin, end in pairwise(u["merge_indptr"].tolist())
+    ]  # of each row
+    slots: dict[int, list[Chunk]] = {}
+    for seg_begin, seg_end, row_begin, _, own_slot in u["tasks"].tolist():
+        own: dict[int, list[Chunk]] = {}
+        for _, start, length, first, last, slot, fresh in u["segments"][seg_begin:seg_end].tolist():
+            for row in range(first, last):
+                at = slot + row - first
+                if fresh and slot >= 0:
+                    assert at not in slots
+                state = own.setdefault(row, []) if slot < 0 else slots.setdefault(at, [])
+                if fresh:
+                    state.append([])
+                state[-1].extend(blocks_seen(plan, row, start, length))
+        for row, state in own.items():
+            if entries[row]:
+                slots[own_slot + row - row_begin] = state
+            else:
+                assert not results[row]
+                results[row] = state
+    used_slots = [entry // 2 for row in entries for entry in row]
+    assert len(used_slots) == len(set(used_slots))
+    assert set(used_slots) <= set(slots)
+    for row, found in enumerate(entries):
+        for entry in found:
+            state = slots[entry // 2]
+            if entry % 2:
+                results[row][-1:] = [[*(results[row] or [[]])[-1], *state[0]], *state[1:]]
+            else:
+                results[row].extend(state)
+    return [[chunk for chunk in row if chunk] for row in results]
+
+
+def blocks_seen(plan: AttentionPlan, row: int, start: int, length: int) -> Chunk:
+    """The blocks that a row sees of a stretch of keys, with the positions in each."""
+    position = int(plan.positions[row])
+    low, high = (max(0, position - plan.window + 1) if plan.window else 0), position + 1
+    found = []
+    for block in range(start // BLOCK, -(-(start + length) // BLOCK)):
+        begin = max(block * BLOCK, start, low)
+        end = min((block + 1) * BLOCK, start + length, high)
+        if begin < end:
+            found.append((begin, end))
+    return found
+
+
+def assert_one_way_of_summing(plan: AttentionPlan) -> None:
+    """Whatever the cut, a row's result is its chunks in ascending order, of its whole blocks, in ascending order."""
+    for row, chunks in enumerate(assemble(plan)):
+        expected: dict[int, Chunk] = {}
+        for begin, end in blocks_seen(plan, row, 0, int(plan.positions[row]) + 1):
+            expected.setdefault(begin // CHUNK, []).append((begin, end))
+        assert chunks == list(expected.values()), row
 
 
 def assert_reads(plan: AttentionPlan, table: Tensor, kv_lens: Sequence[int], q_lens: Sequence[int] | None) -> None:
@@ -84,19 +150,32 @@ def assert_reads(plan: AttentionPlan, table: Tensor, kv_lens: Sequence[int], q_l
 
     size, width = plan.page_size, max(kv_lens, default=0)
     times, slots = np.zeros((len(rows), width), int), np.full((len(rows), width), -1)
-    for page_begin, start, length, row_begin, row_end in used(plan)["segments"].tolist():
-        at = np.arange(length)
+    for page_begin, start, length, row_begin, row_end, *_ in used(plan)["segments"].tolist():
+        at = start % size + np.arange(length)
         times[row_begin:row_end, start : start + length] += 1
         slots[row_begin:row_end, start : start + length] = pages[page_begin + at // size] * size + at % size
-    seen = np.arange(width) <= positions[:, None]
-    assert (times[seen] == 1).all()
     at = np.arange(width)
+    seen = at <= positions[:, None]
+    if plan.window:
+        seen &= at > positions[:, None] - plan.window
+    assert (times[seen] == 1).all()
     expected = (table.numpy()[:, at // size] * size + at % size)[owner[rows]] if width else slots
     assert np.array_equal(slots[seen], expected[seen])
 
 
 def tokens_read(plan: AttentionPlan) -> int:
     return int(used(plan)["segments"][:, 2].sum())
+
+
+def tokens_of_blocks(pages: Sequence[Sequence[int]], kv_lens: Sequence[int], page_size: int) -> int:
+    """Tokens to read if branches share the blocks of keys in which they, and all that is before, agree."""
+    ends: dict[tuple[int, ...], int] = {}
+    for row, length in zip(pages, kv_lens, strict=True):
+        for begin in range(0, length, BLOCK):
+            end = min(begin + BLOCK, length)
+            block = (begin, *row[: -(-end // page_size)])
+            ends[block] = max(ends.get(block, 0), end)
+    return sum(end - begin for (begin, *_), end in ends.items())
 
 
 @dataclass
@@ -145,9 +224,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=cases())
-def test_plans_of_a_forest_read_every_key_once(case: Case) -> None:
-    plan = case.plan()
+@given(case=cases(), window=st.one_of(st.none(), st.integers(1, 1500)))
+def test_plans_of_a_forest_read_every_key_once(case: Case, window: int | None) -> None:
+    plan = case.plan(window=window)
     assert_sound(plan)
     table, kv_lens = case.forest.page_table(case.branches)
     assert_reads(plan, table, kv_lens.tolist(), case.q_lens)
@@ -163,10 +242,22 @@ def test_the_page_table_alone_gives_the_same_plan(case: Case) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@given(case=cases(), window=st.one_of(st.none(), st.integers(1, 1500)))
+def test_how_the_work_is_cut_never_changes_how_a_row_is_summed(case: Case, window: int | None) -> None:
+    assert_one_way_of_summing(case.plan(window=window))
+
+
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_a_shared_token_is_read_once(case: Case) -> None:
+    """But for at most 63 before a fork: a block of keys within which branches part is read for each of them."""
     case.branches, case.q_lens, case.heads = case.live, None, {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 8}
-    assert tokens_read(case.plan()) == case.forest.stats().unique_tokens
+    table, kv_lens = case.forest.page_table(case.live)
+    tokens = tokens_read(case.plan())
+    assert tokens == tokens_of_blocks(table.tolist(), kv_lens.tolist(), case.forest.page_size)
+    ends = len({tuple(row) for row in table.tolist()})
+    unique = case.forest.stats().unique_tokens
+    assert unique <= tokens <= unique + 63 * 2 * ends  # a tree with so many ends has fewer than twice as many pieces
 
 
 @settings(max_examples=30, deadline=None)
@@ -216,11 +307,9 @@ def test_plans_of_a_foreign_table(foreign: tuple[Tensor, list[int], int], data: 
     plan = plan_attention(table, kv_lens, q_lens, page_size=page_size, **heads)
     assert_sound(plan)
     assert_reads(plan, table, kv_lens, q_lens)
-    if q_lens is None and heads["num_q_heads"] == 1:
-        # One block of rows: a page is read once for all who have it in the same column behind the same prefix.
-        rows = [row[: -(-n // page_size)] for row, n in zip(table.tolist(), kv_lens, strict=True)]
-        reads = {(*row[: at // page_size + 1], at) for row, n in zip(rows, kv_lens, strict=True) for at in range(n)}
-        assert tokens_read(plan) == len(reads)
+    assert_one_way_of_summing(plan)
+    if q_lens is None and heads["num_q_heads"] == 1:  # one block of rows
+        assert tokens_read(plan) == tokens_of_blocks(table.tolist(), kv_lens, page_size)
 
 
 def star(trunk: int = 1000, own: int = 30, branches: int = 256) -> tuple[KVForest, list[int]]:
@@ -239,10 +328,35 @@ def test_a_causal_block_does_not_read_keys_behind_it() -> None:
     forest.append([root], [1000])
     plan = forest.plan([root], [1000], **HEADS)
     assert_sound(plan)
-    read = {row: start + length for _, start, length, row, _ in used(plan)["segments"].tolist()}
-    assert [read[row] for row in sorted(read) if row % 128 == 0] == [128, 256, 384, 512, 640, 768, 896, 1000]
     # 8 blocks of 128 rows read 128 + 256 + ... + 896 + 1000 keys.
     assert tokens_read(plan) == 128 * 28 + 1000
+
+
+@pytest.mark.parametrize("window", [1, 64, 100, 1024])
+def test_a_window_bounds_the_work(window: int) -> None:
+    forest = KVForest(16384 // 16 + 100)
+    root = forest.add_root()
+    forest.append([root], [16384])
+    plan = forest.plan([root], [4096], **HEADS, window=window)
+    assert_sound(plan)
+    assert_reads(plan, forest.page_table([root])[0], [16384], [4096])
+    assert tokens_read(plan) <= 32 * (window + 128 + 63)  # blocks of 128 rows
+    branches = forest.fork([root] * 8)
+    forest.append(branches, [40] * 8)
+    decode = forest.plan(branches, **HEADS, window=window)
+    assert tokens_read(decode) <= max(0, window - 40) + 63 + 8 * min(window + 63, 40)
+
+
+def test_a_long_prefill_needs_no_slots() -> None:
+    """A row that one task alone reads has no partial state."""
+    forest = KVForest(32768 // 16)
+    root = forest.add_root()
+    forest.append([root], [32768])
+    plan = forest.plan([root], [32768], **HEADS)
+    assert int(plan.sizes[2]) == 0
+    assert plan.max_slots <= 16
+    for device in ("meta",):  # as a GPU's
+        assert forest.plan([root], [32768], **HEADS, device=device).max_slots <= 16
 
 
 def test_a_chunk_can_start_behind_the_first_rows_of_its_block() -> None:
@@ -253,6 +367,7 @@ def test_a_chunk_can_start_behind_the_first_rows_of_its_block() -> None:
     assert_sound(plan)
     assert_reads(plan, forest.page_table([root])[0], [2000], [1500])
     assert (used(plan)["segments"][:, 3] % 512).any()
+    assert_one_way_of_summing(plan)
 
 
 def test_blocks_of_rows_end_where_trees_end() -> None:
@@ -273,7 +388,7 @@ def test_rows_are_in_depth_first_order_of_first_mention() -> None:
     plan = forest.plan([b1, a1, b2, empty, a2], **HEADS)
     assert plan.rows.tolist() == [3, 0, 2, 1, 4]
     assert plan.positions.tolist() == [-1, 8, 8, 8, 8]
-    assert plan.merge_indptr.tolist() == [0, 0, 1, 2, 3, 4]
+    assert plan.merge_indptr.tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
@@ -289,18 +404,18 @@ def test_work_items_are_of_about_equal_cost(num_kv_heads: int) -> None:
         assert narrow.all() or not narrow.any()  # tails, or the trunk
         whole = cost[begin:end].sum()  # one item for all heads together, or one for each
         costs += [whole * num_kv_heads] if narrow.all() else [whole] * num_kv_heads
-    assert 24 <= len(costs) <= 40
-    assert max(costs) < 2 * min(costs)
+    assert 24 <= len(costs) <= 48
+    assert max(costs) < 4 * min(costs)  # a chunk is not cut
 
 
 def test_little_work_is_cut_in_narrow_and_wide_only() -> None:
     forest, branches = star(trunk=200, own=10, branches=4)
     plan = forest.plan(branches, **HEADS)
     assert plan.sizes.tolist()[1:3] == [2, 8]
-    assert used(plan)["segments"][:, 1].tolist() == [192] * 4 + [0]
+    assert sorted(used(plan)["segments"][:, 1].tolist()) == [0] + [192] * 4
 
 
-def test_a_long_branch_is_cut_into_chunks_of_whole_pages() -> None:
+def test_a_long_branch_is_cut_into_chunks() -> None:
     for page_size in (1, 16, 64, 1000):
         forest = KVForest(40_000, page_size=page_size)
         root = forest.add_root()
@@ -308,8 +423,8 @@ def test_a_long_branch_is_cut_into_chunks_of_whole_pages() -> None:
         plan = forest.plan([root], num_q_heads=8, num_kv_heads=2, head_dim=64)
         assert_sound(plan)
         assert int(plan.sizes[1]) >= 8
-        assert plan.merge_indptr.tolist() == [0, int(plan.sizes[1])]
-        assert used(plan)["segments"][:, 2].min() >= MIN_CHUNK
+        assert (used(plan)["segments"][:, 1] % CHUNK == 0).all()
+        assert_one_way_of_summing(plan)
 
 
 # ---- Filling a plan again ----------------------------------------------------------------------------------
@@ -393,7 +508,7 @@ def test_a_plan_is_one_allocation_and_frozen() -> None:
     assert plan.num_rows == 3
     assert len({getattr(plan, name).untyped_storage().data_ptr() for name in FIELDS}) == 1
     assert all(getattr(plan, name).dtype == torch.int32 for name in FIELDS)
-    assert plan.segments.shape[1] == plan.tasks.shape[1] == 5
+    assert (plan.segments.shape[1], plan.tasks.shape[1]) == (7, 5)
     with pytest.raises(FrozenInstanceError):
         plan.page_size = 3  # type: ignore[misc]
     del forest, branches

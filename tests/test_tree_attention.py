@@ -121,6 +121,9 @@ def test_ragged_prefill(dtype: torch.dtype) -> None:
     assert_attends(tree, list(tree.kv_lens), (8, 4), 64, dtype)
 
 
+SINKS = torch.tensor([0.0, 5.0, -5.0, 100.0, -torch.inf, 1.5, -1.5, 0.3])  # one a query head
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options",
@@ -133,6 +136,8 @@ def test_ragged_prefill(dtype: torch.dtype) -> None:
         {"scale": 0.0},
         {"scale": -0.1},
         {"window": 33, "softcap": 5.0},
+        {"sinks": SINKS},
+        {"sinks": SINKS, "window": 20, "softcap": 30.0},
     ],
     ids=str,
 )
@@ -264,6 +269,10 @@ def test_rows_without_keys_are_empty() -> None:
     assert torch.equal(out[0], torch.zeros(4, 8))
     assert torch.equal(lse[0], torch.full((4,), -torch.inf))
     assert lse[1].isfinite().all()
+    sinks = torch.tensor([-1.0, 0.0, 2.0, -torch.inf])
+    out, lse = tk.tree_attention(torch.randn(2, 4, 8), k, v, plan, sinks=sinks, return_lse=True)
+    assert torch.equal(out[0], torch.zeros(4, 8))
+    assert torch.equal(lse[0], sinks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -318,11 +327,11 @@ def test_reference_is_the_definition(dtype: torch.dtype) -> None:
     q_lens = [min(n, 2) or 1 for n in tree.kv_lens]
     k, v = caches(tree, 2, 16, dtype)
     q = torch.randn(sum(q_lens), 4, 16).to(dtype)
-    for window, softcap in ((0, 0.0), (9, 2.0)):
-        args = operator_args(q, k, v, brute_plan(tree, q_lens, 4, 2, 16), softcap=softcap, window=window)
+    for window, softcap, sinks in ((0, 0.0, None), (9, 2.0, None), (0, 0.0, SINKS[:4])):
+        args = operator_args(q, k, v, brute_plan(tree, q_lens, 4, 2, 16), softcap, window, sinks)
         out, lse = reference.tree_attention(*args)
         exact, exact_lse = dense_attention(
-            q.double(), k.double(), v.double(), tree, q_lens, softcap=softcap, window=window or None
+            q.double(), k.double(), v.double(), tree, q_lens, softcap=softcap, window=window or None, sinks=sinks
         )
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
@@ -331,10 +340,10 @@ def test_reference_is_the_definition(dtype: torch.dtype) -> None:
 
 
 def operator_args(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float = 0.0, window: int = 0
-) -> tuple[Tensor | int | float, ...]:
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float = 0.0, window: int = 0, sinks: Tensor | None = None
+) -> tuple[Tensor | int | float | None, ...]:
     tensors = [getattr(plan, f.name) for f in dataclasses.fields(plan) if f.type == "Tensor"]
-    return (q, k, v, *tensors, plan.page_size, plan.num_kv_heads, plan.max_slots, 0.25, softcap, window)
+    return (q, k, v, *tensors, plan.page_size, plan.num_kv_heads, plan.max_slots, 0.25, softcap, window, sinks)
 
 
 def test_opcheck_and_compile() -> None:
@@ -407,6 +416,13 @@ def test_bad_input_names_the_argument() -> None:
     assert_names(ValueError, "window", attend, q, k, v, plan, window=0)
     assert_names(ValueError, "window", attend, q, k, v, plan, window=2**63)
     assert_names(TypeError, "window", attend, q, k, v, plan, window=1.5)
+    assert_names(TypeError, "sinks", attend, q, k, v, plan, sinks=torch.zeros(8, dtype=torch.double))
+    assert_names(ValueError, "sinks", attend, q, k, v, plan, sinks=torch.zeros(7))
+    assert_names(ValueError, "sinks", attend, q, k, v, plan, sinks=torch.zeros(16)[::2])
+    narrow = dataclasses.replace(plan, window=30)
+    assert_names(ValueError, "window", attend, q, k, v, narrow)
+    assert_names(ValueError, "window", attend, q, k, v, narrow, window=31)
+    attend(q, k, v, narrow, window=30)
 
 
 def spoiled(plan: Plan, field: str, index: Any, value: int) -> Plan:
@@ -429,6 +445,8 @@ def spoiled(plan: Plan, field: str, index: Any, value: int) -> Plan:
         (ValueError, "segments", (0, 2), 0),
         (ValueError, "segments", (0, 3), -1),
         (ValueError, "segments", (0, 4), 10),
+        (ValueError, "segments", (0, 5), -2),
+        (ValueError, "segments", (0, 5), 2**31 - 1),
         (ValueError, "tasks", (0, 0), -1),
         (ValueError, "tasks", (0, 1), 10**6),
         (ValueError, "tasks", (0, 2), 9),

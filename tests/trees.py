@@ -72,6 +72,7 @@ class Plan:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    window: int
     max_slots: int
 
 
@@ -103,25 +104,40 @@ def brute_plan(
                 tokens = min(length, c1 * tree.page_size) - c0 * tree.page_size
                 segments.append([len(pages), (column + c0) * tree.page_size, tokens, r0, r1])
                 pages += tree.pages[order[begin]][column + c0 : column + c1]
-    tasks, slots = [], 0
+    tasks, states, slots = [], [], 0
     partials: list[list[int]] = [[] for _ in rows]
+    owners: list[dict[int, int]] = [{} for _ in rows]  # task -> slot of its own state, for each row
     for s0, s1 in _pieces(rng, 0, len(segments), cuts):
         low, high = min(s[3] for s in segments[s0:s1]), max(s[4] for s in segments[s0:s1])
+        begun: set[int] = set()
+        for _, _, _, first, last in segments[s0:s1]:
+            readers = range(first, last)
+            if rng.random() < 0.5:
+                states.append([-1, int(not begun.issuperset(readers) or rng.random() < 0.5)])
+                begun.update(readers)
+                continue
+            states.append([slots, 1])
+            for r in readers:
+                partials[r].append(2 * (slots + r - first) + rng.randint(0, 1))
+            slots += last - first
         tasks.append([s0, s1, low, high, slots])
-        for r in range(low, high):
-            if any(s[3] <= r < s[4] for s in segments[s0:s1]):
-                partials[r].append(slots + r - low)
+        for r in begun:
+            owners[r][len(tasks) - 1] = slots + r - low
         slots += high - low
+    for own, partial in zip(owners, partials, strict=True):
+        if partial or len(own) > 1:
+            partial += [2 * slot for slot in own.values()]
+            rng.shuffle(partial)
+    segments = [segment + state for segment, state in zip(segments, states, strict=True)]
     indptr = [0]
     for p in partials:
         indptr.append(indptr[-1] + len(p))
-    spare = [[-7] * 5] * 2  # buffers may be larger than what is used
     return Plan(
         rows=_int32(rows),
         positions=_int32(positions),
         pages=_int32([*pages, -7]),
-        segments=_int32(segments + spare),
-        tasks=_int32(tasks + spare),
+        segments=_int32(segments + [[-7] * 7] * 2),  # buffers may be larger than what is used
+        tasks=_int32(tasks + [[-7] * 5] * 2),
         merge_indptr=_int32(indptr),
         merge_slots=_int32([s for p in partials for s in p] + [-7]),
         sizes=_int32([len(segments), len(tasks), slots, len(pages)]),
@@ -129,6 +145,7 @@ def brute_plan(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        window=0,
         max_slots=slots + 1,
     )
 
@@ -184,6 +201,7 @@ def dense_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Branch by branch from the page table, every product in q's dtype: (out, lse)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -192,6 +210,8 @@ def dense_attention(
         torch.zeros_like(q),
         torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)),
     )
+    if sinks is not None:
+        lse[:] = sinks
     at = 0
     for pages, length, rows in zip(tree.pages, tree.kv_lens, q_lens, strict=True):
         if length and rows:
@@ -205,8 +225,10 @@ def dense_attention(
             if window:
                 hidden |= key <= position - window
             scores = scores.masked_fill(hidden, -torch.inf)
+            if sinks is not None:  # one more key, without a value
+                scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None].expand(rows, -1, 1)], -1)
             lse[at : at + rows] = scores.to(lse.dtype).logsumexp(-1)
-            weights = scores.softmax(-1)
+            weights = scores.softmax(-1)[..., :length]
             for r in range(rows):  # hidden values are not even multiplied by 0
                 seen = ~hidden[r, 0]
                 out[at + r] = torch.einsum("hn,nhd->hd", weights[r][:, seen], v[seen])

@@ -3,7 +3,8 @@ from typing import Any, TypeAlias
 
 _Ints: TypeAlias = Any
 
-PLAN_RECORD: int
+SEGMENT_INTS: int
+TASK_INTS: int
 
 class OutOfPages(RuntimeError):  # noqa: N818
     needed: int
@@ -35,6 +36,7 @@ class Forest:
         q_lens: _Ints | None,
         num_q_heads: int,
         num_kv_heads: int,
+        window: int,
         gpu: bool,
         out: PlanBuffer | None,
     ) -> PlanBuffer: ...
@@ -50,6 +52,7 @@ def plan_table(
     page_size: int,
     num_q_heads: int,
     num_kv_heads: int,
+    window: int,
     gpu: bool,
     out: PlanBuffer | None,
 ) -> PlanBuffer: ...

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _host
 from ._host import OutOfPages as OutOfPages
-from .plan import AttentionPlan, HeadShape, host_ints, make_plan
+from .plan import AttentionPlan, PlanShape, host_ints, make_plan
 
 Ints: TypeAlias = "Sequence[int] | Tensor"
 
@@ -240,6 +240,7 @@ class KVForest:
         num_q_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        window: int | None = None,
         device: torch.device | str | None = None,
         out: AttentionPlan | None = None,
     ) -> AttentionPlan:
@@ -254,6 +255,9 @@ class KVForest:
             (an empty branch's row has no keys).
         num_q_heads, num_kv_heads, head_dim
             Hq, a multiple of Hkv; Hkv; D.
+        window
+            w: a row at position i sees positions i - w + 1 to i; no other keys are planned. The plan serves attention
+            with that window or a narrower one.
         device
             Where the plan's tensors go, and for which the work is cut; by default torch's default
             device, or that of ``out``.
@@ -271,8 +275,8 @@ class KVForest:
         TypeError
             For anything but ints.
         ValueError
-            For row counts outside [0, length], head numbers that do not fit, or an ``out`` that does not fit (nothing
-            is written then).
+            For row counts outside [0, length], head numbers or a window that do not fit, or an ``out`` that does not
+            fit (nothing is written then).
         IndexError
             For a branch that does not live.
 
@@ -287,16 +291,15 @@ class KVForest:
         >>> root = forest.add_root()
         >>> _ = forest.append([root], [100])
         >>> plan = forest.plan(forest.fork([root] * 4), num_q_heads=8, num_kv_heads=2, head_dim=64)
-        >>> plan.segments[: plan.sizes[0]].tolist()  # one segment of 100 tokens, read by rows 0 to 4
-        [[0, 0, 100, 0, 4]]
+        >>> plan.segments[: plan.sizes[0], 1:5].tolist()  # start, length, row_begin, row_end
+        [[0, 100, 0, 4]]
         """
-        shape = HeadShape(self.page_size, num_q_heads, num_kv_heads, head_dim)
-        shape.check()
+        shape = PlanShape.checked(self.page_size, num_q_heads, num_kv_heads, head_dim, window)
         host_branches = _ints("branches", branches)
         host_q_lens = None if q_lens is None else _ints("q_lens", q_lens)
 
         def fill(buffer: _host.PlanBuffer | None, gpu: bool) -> _host.PlanBuffer:
-            return self._forest.plan(host_branches, host_q_lens, num_q_heads, num_kv_heads, gpu, buffer)
+            return self._forest.plan(host_branches, host_q_lens, num_q_heads, num_kv_heads, shape.window, gpu, buffer)
 
         return make_plan(fill, shape, device, out)
 

@@ -14,8 +14,8 @@ from . import _host, checks
 
 Ints: TypeAlias = "Sequence[int] | Tensor"
 
-# Ints of a segment or a task (csrc/include/plan.h).
-RECORD = _host.PLAN_RECORD
+# Ints of a segment and of a task (csrc/include/plan.h).
+SEGMENT_INTS, TASK_INTS = _host.SEGMENT_INTS, _host.TASK_INTS
 
 
 class _Source(NamedTuple):
@@ -30,8 +30,9 @@ class _Source(NamedTuple):
 class AttentionPlan:
     """How `tree_attention` reads the KV cache; made by `KVForest.plan` and `plan_attention`.
 
-    A plan serves every layer of a forward. It is a pytree: its tensors are the leaves, so it passes into a compiled
-    function. All tensors are int32 and lie in one allocation; a tensor may be longer than what is used of it.
+    A plan serves every layer of a forward that has the same window or a narrower one. It is a pytree: its tensors are
+    the leaves, so it passes into a compiled function. All tensors are int32 and lie in one allocation; a tensor may be
+    longer than what is used of it.
 
     "Row" below means a position in ``rows``: query rows in depth-first order of the tree, in which the rows that read
     any one page are next to each other.
@@ -45,18 +46,22 @@ class AttentionPlan:
     pages
         [>= used]: page numbers.
     segments
-        [>= used, 5]: page_begin (in ``pages``), start (position of the first token, a multiple of ``page_size``),
-        length (tokens), row_begin, row_end: these keys are read by these rows, each up to its position.
+        [>= used, 7]: page_begin (in ``pages``: the page of the first token), start (position of the first token, which
+        is token ``start % page_size`` of that page), length (tokens), row_begin, row_end: these keys are read by these
+        rows, each up to its position; slot (of row_begin), fresh: row r's state over these keys is in slot + r -
+        row_begin, begun here (1) or continued (0); slot -1: it stays in the task and joins the state of the task's own.
     tasks
         [>= used, 5]: seg_begin, seg_end, row_begin, row_end (hull of its segments' rows), slot (of row_begin). The unit
-        of work, for one KV head; a row's partial state goes to slot + row - row_begin.
+        of work, for one KV head, dearest first. The task's own state of a row is its result if ``merge_slots`` has
+        nothing for the row, else it goes to slot + row - row_begin.
     merge_indptr, merge_slots
-        [T + 1], [>= used]: row r's partial states are ``merge_slots[merge_indptr[r]:merge_indptr[r + 1]]``, to be
-        merged in this order. A single one is the result; without any, the output is 0 and its lse -inf.
+        [T + 1], [>= used]: row r's partial states are ``merge_slots[merge_indptr[r]:merge_indptr[r + 1]]``, in
+        ascending order of position: ``2 * slot + c``; c = 1: it continues the chunk of the state before it. A row with
+        position -1 has no keys: its output is 0 and its lse -inf.
     sizes
         [4]: segments, tasks, slots and pages in use.
-    page_size, num_q_heads, num_kv_heads, head_dim
-        What the plan was made for.
+    page_size, num_q_heads, num_kv_heads, head_dim, window
+        What the plan was made for; window 0: none. It serves that window and narrower ones.
     max_slots
         Room for partial states: at least the slots in use, a power of two.
     """
@@ -73,6 +78,7 @@ class AttentionPlan:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    window: int
     max_slots: int
     _source: _Source | None = field(default=None, init=False, repr=False)
 
@@ -92,7 +98,7 @@ class AttentionPlan:
 
 
 _TENSORS = ("rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes")
-_NUMBERS = ("page_size", "num_q_heads", "num_kv_heads", "head_dim", "max_slots")
+_NUMBERS = ("page_size", "num_q_heads", "num_kv_heads", "head_dim", "window", "max_slots")
 
 
 def _flatten(plan: AttentionPlan) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -126,6 +132,7 @@ def plan_attention(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    window: int | None = None,
     device: torch.device | str | None = None,
     out: AttentionPlan | None = None,
 ) -> AttentionPlan:
@@ -147,6 +154,9 @@ def plan_attention(
         Token slots of a page.
     num_q_heads, num_kv_heads, head_dim
         Hq, a multiple of Hkv; Hkv; D.
+    window
+        w: a row at position i sees positions i - w + 1 to i; no other keys are planned. The plan serves attention with
+        that window or a narrower one.
     device
         Where the plan's tensors go, and for which the work is cut; by default torch's default
         device, or that of ``out``.
@@ -175,14 +185,13 @@ def plan_attention(
     Examples
     --------
     >>> import torch, tts_kernels as tk
-    >>> table = torch.tensor([[7, 3, 5], [7, 3, 4], [7, 2, 0]])
-    >>> plan = tk.plan_attention(table, [40, 41, 20], page_size=16, num_q_heads=8, num_kv_heads=8, head_dim=64)
-    >>> plan.segments[: plan.sizes[0], 1:].tolist()  # start, length, row_begin, row_end
-    [[0, 16, 0, 3], [16, 16, 0, 2], [32, 8, 0, 1], [32, 9, 1, 2], [16, 4, 2, 3]]
+    >>> table = torch.tensor([[7, 3], [7, 4], [2, 0]])
+    >>> plan = tk.plan_attention(table, [110, 100, 20], page_size=64, num_q_heads=8, num_kv_heads=8, head_dim=64)
+    >>> plan.segments[: plan.sizes[0], 1:5].tolist()  # start, length, row_begin, row_end
+    [[0, 64, 0, 2], [64, 46, 0, 1], [64, 36, 1, 2], [0, 20, 2, 3]]
     """
     checks.tensor("page_table", page_table, checks.INDEX, ["B", "max"])
-    shape = HeadShape(page_size, num_q_heads, num_kv_heads, head_dim)
-    shape.check()
+    shape = PlanShape.checked(page_size, num_q_heads, num_kv_heads, head_dim, window)
     table = page_table.cpu()
     host_kv_lens = _to_host("kv_lens", kv_lens)
     host_q_lens = None if q_lens is None else _to_host("q_lens", q_lens)
@@ -198,6 +207,7 @@ def plan_attention(
             page_size,
             num_q_heads,
             num_kv_heads,
+            shape.window,
             gpu,
             buffer,
         )
@@ -205,27 +215,31 @@ def plan_attention(
     return make_plan(fill, shape, device, out)
 
 
-class HeadShape(NamedTuple):
+class PlanShape(NamedTuple):
     """The numbers that a plan is made for."""
 
     page_size: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    window: int  # 0: none
 
-    def check(self) -> None:
+    @staticmethod
+    def checked(page_size: int, num_q_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> PlanShape:
         """TypeError, ValueError."""
-        for name, value in zip(self._fields, self, strict=True):
+        if window is not None:
+            checks.integer("window", window, 1)
+        shape = PlanShape(page_size, num_q_heads, num_kv_heads, head_dim, window or 0)
+        for name, value in zip(shape._fields[:-1], shape[:-1], strict=True):
             checks.integer(name, value, 1, 2**31)
-        if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_q_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_q_heads}"
-            )
+        if num_q_heads % num_kv_heads:
+            raise ValueError(f"num_q_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_q_heads}")
+        return shape
 
 
 def make_plan(
     fill: Callable[[_host.PlanBuffer | None, bool], _host.PlanBuffer],
-    shape: HeadShape,
+    shape: PlanShape,
     device: torch.device | str | None,
     out: AttentionPlan | None,
 ) -> AttentionPlan:
@@ -253,7 +267,7 @@ def _staged(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory() if _is_gpu(device) else host
 
 
-def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> AttentionPlan:
+def _wrap(buffer: _host.PlanBuffer, shape: PlanShape, device: torch.device) -> AttentionPlan:
     host = torch.frombuffer(buffer, dtype=torch.int32)
     flat = _staged(host, device).to(device, non_blocking=True)
     fields: tuple[Tensor, ...] = torch.split_with_sizes(flat, buffer.lengths)
@@ -262,8 +276,8 @@ def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> A
         rows=rows,
         positions=positions,
         pages=pages,
-        segments=segments.view(-1, RECORD),
-        tasks=tasks.view(-1, RECORD),
+        segments=segments.view(-1, SEGMENT_INTS),
+        tasks=tasks.view(-1, TASK_INTS),
         merge_indptr=merge_indptr,
         merge_slots=merge_slots,
         sizes=sizes,
@@ -274,7 +288,7 @@ def _wrap(buffer: _host.PlanBuffer, shape: HeadShape, device: torch.device) -> A
     return plan
 
 
-def _reusable(out: AttentionPlan, shape: HeadShape, device: torch.device | str | None) -> _Source:
+def _reusable(out: AttentionPlan, shape: PlanShape, device: torch.device | str | None) -> _Source:
     """The memory of ``out``, if a plan of this shape may be written to it. TypeError, ValueError."""
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: expected an AttentionPlan, got {type(out).__name__}")

@@ -265,15 +265,18 @@ def tree_attention(
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A softmax over the keys of each row's segments; (out [T, Hq, D], lse [T, Hq])."""
+    """A softmax over the keys of each row's segments, and the head's sink; (out [T, Hq, D], lse [T, Hq])."""
     wide = _wide(q)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+    if sinks is not None:
+        lse[:] = sinks
     tables = segments[: int(sizes[0])].tolist()
     for r, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
         slots = [
-            int(pages[begin + i // page_size]) * page_size + i % page_size
-            for begin, start, length, first, last in tables
+            int(pages[begin + (start % page_size + i) // page_size]) * page_size + (start + i) % page_size
+            for begin, start, length, first, last, *_ in tables
             if first <= r < last
             for i in range(length)
             if start + i <= position and (window <= 0 or start + i > position - window)
@@ -281,18 +284,21 @@ def tree_attention(
         if slots:
             seen = torch.tensor(slots, device=q.device)
             keys, values = (c.flatten(0, 1)[seen].to(wide) for c in (k_cache, v_cache))  # [n, Hkv, D]
-            out[row], lse[row] = _attend(q[row].to(wide), keys, values, num_kv_heads, scale, softcap)
+            out[row], lse[row] = _attend(q[row].to(wide), keys, values, num_kv_heads, scale, softcap, sinks)
     return out, lse
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, num_kv_heads: int, scale: float, softcap: float
+    q: Tensor, keys: Tensor, values: Tensor, num_kv_heads: int, scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One row [Hq, D] over keys and values [n, Hkv, D]."""
+    """One row [Hq, D] over keys and values [n, Hkv, D] and sinks [Hq]."""
     grouped = q.reshape(num_kv_heads, -1, q.shape[-1])
     scores = torch.einsum("hgd,nhd->hgn", grouped, keys) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if sinks is not None:  # a key whose value is 0
+        scores = torch.cat([scores, sinks.to(scores).view(num_kv_heads, -1, 1)], -1)
+        values = torch.cat([values, torch.zeros_like(values[:1])])
     out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values)
     return out.flatten(0, 1), scores.logsumexp(-1).flatten()
 
@@ -569,7 +575,7 @@ def decoder_layers_(
         q = ops.rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads)
         tables = (plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7])
         sizes = (page_size, num_kv_heads, max_slots, scale, 0.0, window)
-        attended = ops.tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes)[0].flatten(1)
+        attended = ops.tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes, None)[0].flatten(1)
         if rows is not None and i == len(windows) - 1:
             attended, x = attended[rows.long()], x[rows.long()]
         x = project("o", attended, hidden, x)

@@ -5,11 +5,11 @@
 //
 // The planner (csrc/host) orders the rows depth first, so the rows that read a stretch of keys are one range,
 // and cuts the tree into tasks of equal cost. A work item is a task for one KV head, or for several where
-// reading keys is the bound. It runs its segments in order on one online softmax state a lane
-// (online_softmax.h): tree_attention_tiles.h where many lanes read the same keys, tree_attention_rows.h where
-// few do. States lie in the task's slots of the workspace. A row that only one task reads is finished there;
-// the others are merged in the plan's order by a second pass. An item's result depends on nothing but its
-// inputs, so neither the number of threads nor who runs what changes a bit.
+// reading keys is the bound. It runs its segments in order: tree_attention_tiles.h where many lanes read the
+// same keys, tree_attention_rows.h where few do, both by the same sums. What is summed up in which order is
+// said in plan.h; where a state lies until then, by the plan: in the task, or in a slot of the workspace. A
+// row of which one task has everything is finished there; the others are merged by a second pass. So a row's
+// result depends on its query and the keys that it sees: not on other rows, on the cut, or on threads.
 #include "tree_attention.h"
 
 #include "tree_attention_rows.h"
@@ -19,36 +19,47 @@ TTS_BEGIN_ISA
 
 namespace {
 
+// The sink of a head joins the state: a weight without a value.
+SoftmaxState with_sink(const TreeAttentionArgs& args, int64_t head, const StateRef& from, float* factor) {
+    *factor = 1.0f;
+    if (!args.sinks) return from.state;
+    const MergeWeights w = merge(from.state, {args.sinks[head] * kLog2E, 1.0f});
+    *factor = w.a;
+    return w.state;
+}
+
 // out = row / sum; the empty state gives 0.
 template <class T>
-void write_result(const TreeAttentionArgs& args, int64_t packed_row, int64_t head, SoftmaxState state,
-                  const float* row) {
+void write_result(const TreeAttentionArgs& args, int64_t row, int64_t head, const StateRef& from) {
     constexpr int W = Vec::width;
-    const int64_t index = packed_row * args.num_q_heads + head, dim = args.head_dim;
+    const int64_t index = args.rows[row] * args.num_q_heads + head, dim = args.head_dim;
     T* out = static_cast<T*>(args.out) + index * dim;
+    float kept;
+    const SoftmaxState state = with_sink(args, head, from, &kept);
     args.lse[index] = state.lse();
-    const Vec factor = Vec::all(1.0f / state.sum);
+    const bool empty = from.state.empty();
+    const Vec factor = Vec::all(kept / state.sum);
     for (int64_t d = 0; d < dim; d += W) {
         const int n = dim - d < W ? static_cast<int>(dim - d) : W;
-        const Vec x = state.empty() ? Vec::zero() : Vec::load(row + d, n) * factor;
+        const Vec x = empty ? Vec::zero() : Vec::load(from.row + d, n) * factor;
         n < W ? x.store(out + d, n) : x.store(out + d);
     }
 }
 
-int64_t num_slots(const TreeAttentionArgs& args, int64_t row) {
-    return args.merge_indptr[row + 1] - args.merge_indptr[row];
-}
-
-// Writes the results of the rows that no other task reads; the others' states stay for the merge.
+// The task's own states: results of the rows that are not merged, and what the others begin with.
 template <class T>
-void write_results(const Item<T>& item) {
+void finish_rows(const Item<T>& item) {
     const TreeAttentionArgs& args = item.args;
     for (int64_t lane = 0; lane < item.lanes; ++lane) {
-        const int64_t offset = lane / item.group, row = item.task.row_begin + offset;
-        if (num_slots(args, row) != 1) continue;
-        if (args.merge_slots[args.merge_indptr[row]] != item.task.slot + offset) continue;
-        const int64_t head = item.kv_head * item.group + lane % item.group;
-        write_result<T>(args, args.rows[row], head, item.state(lane), item.row(lane));
+        if (!item.begun(lane)) continue;
+        item.end_chunk(lane);
+        const int64_t row = item.row_of(lane), head = item.head_of(lane);
+        if (is_merged(args, row)) {
+            const StateRef to = slot_ref(args, item.task.slot + row - item.task.row_begin, head);
+            to.copy(item.own(lane), args.head_dim);
+        } else {
+            write_result<T>(args, row, head, item.own(lane));
+        }
     }
 }
 
@@ -68,41 +79,31 @@ void run_item(const TreeAttentionArgs& args, WorkItem work, float* base) {
     }
     for (int64_t head = work.head_begin; head < work.head_end; ++head) {
         item.select(head);
-        write_results(item);
+        finish_rows(item);
     }
 }
 
-// The partial states of one row and head, in the plan's order: the largest max, then sums and rows by weight.
+// The partial states of one row and head, in the plan's order.
 template <class T>
-void merge_row(const TreeAttentionArgs& args, int64_t row, int64_t head, float* sum) {
-    constexpr int W = Vec::width;
-    const int32_t *slots = args.merge_slots + args.merge_indptr[row],
-                  *end = args.merge_slots + args.merge_indptr[row + 1];
-    const auto* states = reinterpret_cast<const SoftmaxState*>(args.partial_states);
-    SoftmaxState state;
-    for (const int32_t* s = slots; s < end; ++s) {
-        const float max = states[*s * args.num_q_heads + head].max;
-        if (max > state.max || is_nan(max)) state.max = max;
-    }
-    for (int64_t d = 0; d < args.head_dim; d += W) Vec::zero().store(sum + d);
-    for (const int32_t* s = slots; s < end; ++s) {
-        const int64_t index = *s * args.num_q_heads + head;
-        const SoftmaxState part = states[index];
-        if (part.empty()) continue;
-        const float factor = weight(part.max, state.max);
-        state.sum += factor * part.sum;
-        const float* from = args.partial_rows + index * args.padded_dim;
-        for (int64_t d = 0; d < args.head_dim; d += W) {
-            fma(Vec::load(from + d), Vec::all(factor), Vec::load(sum + d)).store(sum + d);
+void merge_row(const TreeAttentionArgs& args, int64_t row, int64_t head, const StateRef& own,
+               const StateRef& chunk) {
+    own.clear(args.head_dim), chunk.clear(args.head_dim);
+    for (int64_t i = args.merge_indptr[row]; i < args.merge_indptr[row + 1]; ++i) {
+        const int32_t entry = args.merge_slots[i];
+        if (!continues(entry)) {
+            own.absorb(chunk, args.head_dim);
+            chunk.clear(args.head_dim);
         }
+        chunk.absorb(slot_ref(args, slot_of(entry), head), args.head_dim);
     }
-    write_result<T>(args, args.rows[row], head, state, sum);
+    own.absorb(chunk, args.head_dim);
+    write_result<T>(args, row, head, own);
 }
 
 }  // namespace
 
-int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t head_dim) {
-    return Scratch(nullptr, lanes, num_kv_heads, head_dim).size();
+int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t states, int64_t head_dim) {
+    return Scratch(nullptr, lanes, num_kv_heads, states, head_dim).size();
 }
 
 void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch) {
@@ -110,10 +111,12 @@ void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch
 }
 
 void tree_attention_merge(const TreeAttentionArgs& args, int64_t begin, int64_t end, float* scratch) {
+    SoftmaxState states[2];
+    const StateRef own{states[0], scratch}, chunk{states[1], scratch + args.padded_dim};
     dispatch(args.dtype, [&]<class T>(T*) {
         for (int64_t row = begin; row < end; ++row) {
-            if (num_slots(args, row) == 1) continue;
-            for (int64_t head = 0; head < args.num_q_heads; ++head) merge_row<T>(args, row, head, scratch);
+            if (!is_merged(args, row) && args.positions[row] >= 0) continue;  // its task has written it
+            for (int64_t head = 0; head < args.num_q_heads; ++head) merge_row<T>(args, row, head, own, chunk);
         }
     });
 }

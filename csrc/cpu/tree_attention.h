@@ -19,14 +19,15 @@ struct WorkItem {
 
 TTS_BEGIN_ISA
 
-// Floats of scratch that one thread needs for tasks of at most `lanes` = rows x group.
-int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t head_dim);
+// Floats of scratch that one thread needs for tasks of at most `lanes` = rows x group, which keep at most
+// `states` lanes x heads to themselves.
+int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t states, int64_t head_dim);
 
 // scratch: 64-byte aligned.
 void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch);
 
-// Second pass for rows [begin, end): merges the partials of rows with several, and fills rows with none.
-// scratch: padded_dim floats.
+// Second pass for rows [begin, end): merges the partial states of rows that have some, and fills rows without
+// keys. scratch: 2 x padded_dim floats.
 void tree_attention_merge(const TreeAttentionArgs& args, int64_t begin, int64_t end, float* scratch);
 
 TTS_END_ISA

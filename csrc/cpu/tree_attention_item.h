@@ -24,7 +24,6 @@ inline constexpr bool kPairs = false;
 template <>
 inline constexpr bool kPairs<bf16> = kHasPairs;
 
-inline constexpr int64_t kKeyBlock = 64;  // keys a block: one block of scores stays in the L1 cache
 #if defined(__AVX512F__)
 inline constexpr int kLaneTileRows = 8, kTileVecs = 3;  // 24 accumulators, 3 + 1 operands of 32 registers
 #else
@@ -56,6 +55,52 @@ inline Pairs interleave(__m512i a, __m512i b) {
 }
 #endif
 
+// Steps of a product over `n` elements or keys.
+template <class T>
+inline int64_t num_steps(int64_t n) {
+    return kPairs<T> ? (n + 1) / 2 : n;
+}
+
+inline int64_t block_floor(int64_t token) { return token / kKeyBlock * kKeyBlock; }
+
+// Sums of products: each a chain of multiply-adds, in order. Without fused ones, each of which rounds once, a
+// chain is cut into links, which are summed on their own.
+#if defined(__FMA__)
+inline constexpr bool kLinked = false;
+#else
+inline constexpr bool kLinked = true;
+#endif
+inline constexpr int64_t kLink = 8;  // steps
+
+template <int kCount>
+struct Chains {
+    Vec acc[kCount];
+    Vec sum[kLinked ? kCount : 1];
+
+    Chains() {
+#pragma GCC unroll 32
+        for (int i = 0; i < kCount; ++i) acc[i] = Vec::zero();
+        if constexpr (kLinked) {
+            for (int i = 0; i < kCount; ++i) sum[i] = Vec::zero();
+        }
+    }
+    // After `steps` steps in all.
+    void link(int64_t steps) {
+        if constexpr (kLinked) {
+            if (steps % kLink == 0) finish();
+        }
+    }
+    void finish() {
+        if constexpr (kLinked) {
+            for (int i = 0; i < kCount; ++i) sum[i] = sum[i] + acc[i], acc[i] = Vec::zero();
+        }
+    }
+    Vec total(int i) const {
+        if constexpr (kLinked) return sum[i];
+        return acc[i];
+    }
+};
+
 // 2**x, a weight of T's values.
 template <class T>
 inline Vec weight_of_score(Vec x) {
@@ -68,6 +113,13 @@ struct Visible {
     bool operator==(const Visible&) const = default;
 };
 
+// Whether a task has segments whose states stay within it.
+inline bool has_own_states(const Segment* segments, const Task& task) {
+    bool any = false;
+    for (int64_t i = task.seg_begin; i < task.seg_end; ++i) any |= segments[i].slot < 0;
+    return any;
+}
+
 // A thread's scratch, cut into arrays; each starts on a cache line.
 struct Scratch {
     int64_t lanes_pad, dim_pad;  // lanes with room for a tile that overhangs; D in whole vectors
@@ -76,19 +128,24 @@ struct Scratch {
     const void** v_rows;         // [kKeyBlock]
     const void** next_rows;      // [2, kKeyBlock] of the block after it
     float* scores;               // [kKeyBlock, kTileVecs * width], or [4, kKeyBlock]
+    // the task's own states: a lane's chunk in hand and what its chunks so far have made
+    float *chunk_rows, *own_rows;             // [heads, lanes, dim_pad]
+    SoftmaxState *chunk_states, *own_states;  // [heads, lanes]
+    bool* begun;                              // [heads, lanes]
     // few lanes
     float* q_rows;  // [heads, kNarrow, dim_pad] queries as they are multiplied
     // many lanes
     float* q_pack;    // [D or pairs, lanes_pad]
     float* k_block;   // [kKeyBlock, D or pairs]
     float* v_block;   // [kKeyBlock or pairs, dim_pad]
-    float* tile_row;  // [dim_pad, lanes_pad] the segment's state, transposed
+    float* tile_row;  // [dim_pad, lanes_pad] the state in hand, transposed
     float* tile_max;  // [lanes_pad]
     float* tile_sum;  // [lanes_pad]
     float* stage;     // [width, dim_pad]
 
-    // Cuts `base`; with a null base only `size` is of use.
-    Scratch(float* base, int64_t lanes, int64_t heads, int64_t head_dim) : at_(base) {
+    // Cuts `base`; with a null base only `size` is of use. `states`: heads x lanes, or 0 for a task without
+    // states of its own.
+    Scratch(float* base, int64_t lanes, int64_t heads, int64_t states, int64_t head_dim) : at_(base) {
         constexpr int64_t W = Vec::width;
         lanes_pad = round_up(lanes, W) + kTileVecs * W;
         dim_pad = round_up(head_dim, 2 * W);
@@ -97,6 +154,11 @@ struct Scratch {
         take(v_rows, kKeyBlock);
         take(next_rows, 2 * kKeyBlock);
         take(scores, kKeyBlock * kTileVecs * W);
+        take(chunk_rows, states * dim_pad);
+        take(own_rows, states * dim_pad);
+        take(chunk_states, states);
+        take(own_states, states);
+        take(begun, states);
         take(q_rows, heads * kNarrow * dim_pad);
         take(q_pack, dim_pad * lanes_pad);
         take(k_block, kKeyBlock * dim_pad);
@@ -112,7 +174,7 @@ struct Scratch {
     template <class E>
     void take(E*& array, int64_t count) {
         array = at_ ? reinterpret_cast<E*>(at_ + used_) : nullptr;
-        used_ += round_up(count * static_cast<int64_t>(sizeof(E)) / 4, 16);
+        used_ += round_up(count * static_cast<int64_t>(sizeof(E)), 64) / 4;
     }
     float* at_;
     int64_t used_ = 0;
@@ -154,12 +216,48 @@ class KeyPrefetch {
     int64_t quota_ = 0;                         // lines a step
 };
 
+// Where a state lies.
+struct StateRef {
+    SoftmaxState& state;
+    float* row;  // [D], padded to whole vectors
+
+    void clear(int64_t dim) const {
+        state = SoftmaxState{};
+        for (int64_t d = 0; d < dim; d += Vec::width) Vec::zero().store(row + d);
+    }
+    void copy(const StateRef& other, int64_t dim) const {
+        state = other.state;
+        for (int64_t d = 0; d < dim; d += Vec::width) Vec::load(other.row + d).store(row + d);
+    }
+    // Becomes the merge of itself and another.
+    void absorb(const StateRef& other, int64_t dim) const {
+        const MergeWeights w = merge(state, other.state);
+        const Vec a = Vec::all(w.a), b = Vec::all(w.b);
+        for (int64_t d = 0; d < dim; d += Vec::width) {
+            merge_rows(Vec::load(row + d), a, Vec::load(other.row + d), b).store(row + d);
+        }
+        state = w.state;
+    }
+};
+
+// Whether the plan has states of a row to merge.
+inline bool is_merged(const TreeAttentionArgs& args, int64_t row) {
+    return args.merge_indptr[row + 1] > args.merge_indptr[row];
+}
+
+inline StateRef slot_ref(const TreeAttentionArgs& args, int64_t slot, int64_t head) {
+    const int64_t index = slot * args.num_q_heads + head;
+    return {reinterpret_cast<SoftmaxState*>(args.partial_states)[index],
+            args.partial_rows + index * args.padded_dim};
+}
+
 // A work item in progress, at one of its heads.
 template <class T>
 struct Item {
     const TreeAttentionArgs& args;
     const Task& task;
     const int64_t head_begin, head_end, group, lanes;
+    const bool has_own;  // states of its own
     const Scratch scratch;
     KeyPrefetch prefetch;
     int64_t kv_head = -1, packed_head = -1;  // in hand; whose queries are in q_pack
@@ -172,11 +270,9 @@ struct Item {
           head_end(item.head_end),
           group(a.num_q_heads / a.num_kv_heads),
           lanes((task.row_end - task.row_begin) * group),
-          scratch(base, lanes, item.head_end - item.head_begin, a.head_dim) {
-        for (int64_t head = head_begin; head < head_end; ++head) {
-            select(head);
-            for (int64_t lane = 0; lane < lanes; ++lane) state(lane) = SoftmaxState{};
-        }
+          has_own(has_own_states(a.segments, task)),
+          scratch(base, lanes, heads(), has_own ? heads() * lanes : 0, a.head_dim) {
+        if (has_own) __builtin_memset(scratch.begun, 0, static_cast<uint64_t>(heads() * lanes));
     }
 
     int64_t heads() const { return head_end - head_begin; }
@@ -187,14 +283,54 @@ struct Item {
         v_offset = (head - head_begin) * args.v.head_stride;
     }
 
-    // A lane's state of the head in hand: its place among the partial states, and its row.
-    int64_t slot(int64_t lane) const {
-        return (task.slot + lane / group) * args.num_q_heads + kv_head * group + lane % group;
+    // ---- states, of the head in hand ----
+
+    int64_t row_of(int64_t lane) const { return task.row_begin + lane / group; }
+    int64_t head_of(int64_t lane) const { return kv_head * group + lane % group; }
+
+    // Where a lane's state of a segment lies.
+    StateRef state(const Segment& s, int64_t lane) const {
+        if (s.slot < 0) return chunk(lane);
+        return slot_ref(args, s.slot + row_of(lane) - s.row_begin, head_of(lane));
     }
-    SoftmaxState& state(int64_t lane) const {
-        return reinterpret_cast<SoftmaxState*>(args.partial_states)[slot(lane)];
+
+    // Lanes of a segment's rows.
+    int64_t first_lane(const Segment& s) const { return (s.row_begin - task.row_begin) * group; }
+    int64_t num_lanes(const Segment& s) const { return (s.row_end - s.row_begin) * group; }
+
+    // To be called for each segment: states that begin in it are empty afterwards.
+    void begin(const Segment& s) const {
+        if (!s.fresh) return;
+        const int64_t first = first_lane(s), end = first + num_lanes(s);
+        for (int64_t lane = first; lane < end; ++lane) {
+            if (s.slot < 0) end_chunk(lane);
+            state(s, lane).clear(args.head_dim);
+        }
     }
-    float* row(int64_t lane) const { return args.partial_rows + slot(lane) * args.padded_dim; }
+
+    // The lane's chunk in hand joins its own state.
+    void end_chunk(int64_t lane) const {
+        bool& begun = scratch.begun[own_index(lane)];
+        if (begun) {
+            own(lane).absorb(chunk(lane), args.head_dim);
+        } else {
+            own(lane).clear(args.head_dim);
+        }
+        begun = true;
+    }
+
+    bool begun(int64_t lane) const { return has_own && scratch.begun[own_index(lane)]; }
+    StateRef own(int64_t lane) const {
+        const int64_t i = own_index(lane);
+        return {scratch.own_states[i], scratch.own_rows + i * scratch.dim_pad};
+    }
+    StateRef chunk(int64_t lane) const {
+        const int64_t i = own_index(lane);
+        return {scratch.chunk_states[i], scratch.chunk_rows + i * scratch.dim_pad};
+    }
+    int64_t own_index(int64_t lane) const { return (kv_head - head_begin) * lanes + lane; }
+
+    // ---- queries, keys, values ----
 
     // Calls f(lane, query) for lanes [begin, end) of the head in hand; a query is D elements.
     template <class F>
@@ -245,6 +381,7 @@ struct Item {
                 const void** to) const {
         const T* base = static_cast<const T*>(cache.data) + head_begin * cache.head_stride;
         const int32_t* pages = args.pages + segment.page_begin;
+        begin += segment.start % args.page_size;
         int64_t page = begin / args.page_size, offset = begin % args.page_size;
         for (int64_t i = 0; i < count; ++page, offset = 0) {
             const T* p = base + pages[page] * cache.page_stride + offset * cache.token_stride;

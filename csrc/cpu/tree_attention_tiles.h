@@ -1,7 +1,7 @@
 // A segment read by many lanes: tiles of lanes x blocks of keys, lanes along the vector.
 //
-//   scores[key][lane]    = sum_d  K[key][d] * Q[d][lane]
-//   tile_row[d][lane]   += sum_key V[key][d] * P[key][lane]
+//   scores[key][lane] = sum_d  K[key][d] * Q[d][lane]
+//   row[d][lane]      = sum_key V[key][d] * P[key][lane]
 //
 // Both products are one micro-kernel: a broadcast element of K or V (kept as the cache has it, row by row)
 // times a vector of lanes. Only Q is transposed, once an item; the softmax runs down the columns, a lane to
@@ -16,57 +16,36 @@ TTS_BEGIN_ISA
 // ---- micro-kernel
 // ----------------------------------------------------------------------------------------------
 
-#if defined(__FMA__)
-inline constexpr int64_t kLaneChain = INT64_MAX;
-#else
-inline constexpr int64_t kLaneChain =
-    8;  // products that are summed one after the other, each sum rounded twice
-#endif
-
-// c[i][lane] = start + sum_k a[i * a_row + k * a_step] * b[k][lane] for i < rows (rounded up to
-// kLaneTileRows), start = 0, or c where `accumulate`, times factor[lane] if there is one.
-template <bool kIsPairs, int kVecs>
+// finish(sum_k a[i * a_row + k * a_step] * b[k][lane], place of c[i][lane], vector of lanes) for i < rows
+// (rounded up to kLaneTileRows).
+template <bool kIsPairs, int kVecs, class Finish>
 inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_stride,
-                     int64_t steps, float* c, int64_t c_stride, int64_t rows, bool accumulate,
-                     const float* factor, KeyPrefetch& prefetch) {
+                     int64_t steps, float* c, int64_t c_stride, int64_t rows, KeyPrefetch& prefetch,
+                     Finish finish) {
     constexpr int W = Vec::width, R = kLaneTileRows;
     for (int64_t i = 0; i < rows; i += R, a += R * a_row, c += R * c_stride) {
         prefetch.step();
+        Chains<R * kVecs> sums;
         const float *ak = a, *bk = b;
-        for (int64_t k = 0; k < steps;) {
-            const int64_t begin = k, end = steps - k < kLaneChain ? steps : k + kLaneChain;
-            Vec acc[R][kVecs];
+        for (int64_t k = 0; k < steps; ++k, ak += a_step, bk += b_stride) {
+            sums.link(k);
+            Vec lanes[kVecs];
+#pragma GCC unroll 3
+            for (int v = 0; v < kVecs; ++v) lanes[v] = Vec::load(bk + v * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-                for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
-            }
-            for (; k < end; ++k, ak += a_step, bk += b_stride) {
-                Vec lanes[kVecs];
-#pragma GCC unroll 3
-                for (int v = 0; v < kVecs; ++v) lanes[v] = Vec::load(bk + v * W);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const Vec x = Vec::all(ak[r * a_row]);
-#pragma GCC unroll 3
-                    for (int v = 0; v < kVecs; ++v) acc[r][v] = mac<kIsPairs>(x, lanes[v], acc[r][v]);
-                }
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
+                const Vec x = Vec::all(ak[r * a_row]);
 #pragma GCC unroll 3
                 for (int v = 0; v < kVecs; ++v) {
-                    float* to = c + r * c_stride + v * W;
-                    const Vec x = acc[r][v];
-                    if (begin > 0 || (accumulate && !factor)) {
-                        (Vec::load(to) + x).store(to);
-                    } else if (accumulate) {
-                        fma(Vec::load(to), Vec::load(factor + v * W), x).store(to);
-                    } else {
-                        x.store(to);
-                    }
+                    sums.acc[r * kVecs + v] = mac<kIsPairs>(x, lanes[v], sums.acc[r * kVecs + v]);
                 }
             }
+        }
+        sums.finish();
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+            for (int v = 0; v < kVecs; ++v) finish(sums.total(r * kVecs + v), c + r * c_stride + v * W, v);
         }
     }
 }
@@ -128,30 +107,27 @@ class Tiles {
         : item_(item),
           s_(item.scratch),
           dim_(item.args.head_dim),
-          steps_(kPairs<T> ? (dim_ + 1) / 2 : dim_),
+          steps_(num_steps<T>(dim_)),
           segment_(segment),
-          first_lane_((segment.row_begin - item.task.row_begin) * item.group),
-          lanes_((segment.row_end - segment.row_begin) * item.group),
+          first_lane_(item.first_lane(segment)),
+          lanes_(item.num_lanes(segment)),
           map_{item.args.scale, item.args.softcap} {}
 
     void run() {
         if (item_.packed_head != item_.kv_head) pack_queries();
         item_.packed_head = item_.kv_head;
+        item_.begin(segment_);
+        load_states();
         const Visible all = find_visible();
-        for (int64_t lane = 0; lane < s_.lanes_pad; ++lane)
-            s_.tile_max[lane] = -kInfinity, s_.tile_sum[lane] = 0.0f;
-        begun_ = false;
-        for (int64_t begin = all.begin; begin < all.end; begin += kKeyBlock) {
+        for (int64_t begin = block_floor(all.begin); begin < all.end; begin += kKeyBlock) {
             const int64_t left = all.end - begin;
             run_block(begin, left < kKeyBlock ? left : kKeyBlock);
-            begun_ = true;
         }
-        if (begun_) add_to_state();
+        store_states();
     }
 
   private:
     static constexpr int W = Vec::width;
-    static constexpr float kLeeway = 8.0f;
 
     // q_pack[step][lane] for every lane of the item.
     void pack_queries() {
@@ -234,29 +210,44 @@ class Tiles {
     void run_tile(int64_t lane, int64_t begin, int64_t count) {
         const int64_t width = lanes_ - lane < kVecs * W ? lanes_ - lane : kVecs * W;
         const View seen = view(lane, lane + width, begin, count);
-        float* c = s_.tile_row + lane;
-        if (seen.none && begun_) return;
+        if (seen.none) return;
         multiply<kPairs<T>, kVecs>(s_.k_block, /* a_row */ kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad,
                                    /* a_step */ 1, s_.q_pack + first_lane_ + lane, s_.lanes_pad, steps_,
-                                   s_.scores, kVecs * W, count,
-                                   /* accumulate */ false, nullptr, item_.prefetch);
-        const bool deferred = seen.all && map_.deferred();
-        if (!deferred) finish_scores<kVecs>(lane, begin, count);
+                                   s_.scores, kVecs * W, count, item_.prefetch,
+                                   [](Vec sum, float* to, int) { sum.store(to); });
+        if (!map_.deferred()) map_scores<kVecs>(count);
+        if (!seen.all) hide_scores<kVecs>(lane, begin, count);
         bool grew = false;
 #pragma GCC unroll 3
-        for (int v = 0; v < kVecs; ++v) {
-            grew |= softmax<kVecs>(lane + v * W, s_.scores + v * W, count, deferred ? map_.factor() : 1.0f,
-                                   v * W);
+        for (int v = 0; v < kVecs; ++v) grew |= softmax<kVecs>(lane, v, count);
+        const auto merge_values = [&](auto finish) {
+            multiply<kPairs<T>, kVecs>(s_.v_block, /* a_row */ 1, /* a_step */ s_.dim_pad, s_.scores,
+                                       kVecs * W, num_steps<T>(count), s_.tile_row + lane, s_.lanes_pad, dim_,
+                                       item_.prefetch, finish);
+        };
+        if (grew) {
+            merge_values([this](Vec sum, float* to, int v) {
+                merge_rows(Vec::load(to), Vec::load(old_weight_ + v * W), sum,
+                           Vec::load(block_weight_ + v * W))
+                    .store(to);
+            });
+        } else {  // times 1: the same bits
+            merge_values([this](Vec sum, float* to, int v) {
+                fma(sum, Vec::load(block_weight_ + v * W), Vec::load(to)).store(to);
+            });
         }
-        multiply<kPairs<T>, kVecs>(s_.v_block, /* a_row */ 1, /* a_step */ s_.dim_pad, s_.scores, kVecs * W,
-                                   kPairs<T> ? (count + 1) / 2 : count, c, s_.lanes_pad, dim_, begun_,
-                                   begun_ && grew ? factors_ : nullptr, item_.prefetch);
         if (!clean_) add_not_finite<kVecs>(lane, width, begin, count);
     }
 
-    // Scores in units of log2, -inf where the lane must not see the key.
     template <int kVecs>
-    void finish_scores(int64_t lane, int64_t begin, int64_t count) {
+    void map_scores(int64_t count) {
+        for (int64_t i = 0; i < count * kVecs * W; i += W)
+            map_(Vec::load(s_.scores + i)).store(s_.scores + i);
+    }
+
+    // -inf where the lane must not see the key.
+    template <int kVecs>
+    void hide_scores(int64_t lane, int64_t begin, int64_t count) {
         for (int v = 0; v < kVecs; ++v) {
             float first[W], last[W];  // of the block's keys, as floats: small whole numbers
             for (int i = 0; i < W; ++i) {
@@ -270,20 +261,22 @@ class Tiles {
             for (int64_t key = 0; key < count; ++key) {
                 float* p = s_.scores + key * kVecs * W + v * W;
                 const Vec k = Vec::all(static_cast<float>(key));
-                const Vec x = select_less(k, high, map_(Vec::load(p)), hidden);
+                const Vec x = select_less(k, high, Vec::load(p), hidden);
                 select_less(low, k, x, hidden).store(p);
             }
         }
     }
 
-    // One vector of lanes: scores -> weights in place, tile_max and tile_sum brought up to date. Leaves in
-    // factors_ what the lanes' rows must be multiplied by; returns whether any of it is not 1. tile_max
-    // follows the largest score only where that is far above it: weights up to 2**kLeeway do no harm, and
-    // most blocks leave the rows as they are.
+    // One vector of lanes: scores -> weights in place, relative to the largest score of the block. tile_max
+    // and tile_sum become those of the merged states; leaves the weights of both in old_weight_ and
+    // block_weight_, and returns whether any of old_weight_ is not 1. Weights are summed as one vector of W
+    // keys after another, then over the vector by halves: what a sum along the keys does.
     template <int kVecs>
-    bool softmax(int64_t lane, float* scores, int64_t count, float factor, int64_t at) {
+    bool softmax(int64_t lane, int v, int64_t count) {
         constexpr int64_t stride = kVecs * W;
-        const Vec old = Vec::load(s_.tile_max + lane), f = Vec::all(factor);
+        float *scores = s_.scores + v * W, *tile_max = s_.tile_max + lane + v * W,
+              *tile_sum = s_.tile_sum + lane + v * W;
+        const Vec f = Vec::all(map_.factor());
         Vec m0 = Vec::all(-kInfinity), m1 = m0;
         int64_t key = 0;
         for (; key + 2 <= count; key += 2) {
@@ -291,14 +284,12 @@ class Tiles {
             m1 = max(Vec::load(scores + (key + 1) * stride), m1);
         }
         if (key < count) m0 = max(Vec::load(scores + key * stride), m0);
-        const Vec now = max(m0, m1) * f;
-        const Vec top = select_less(old + Vec::all(kLeeway), now, now, old);
-        const Vec shift = Vec::zero() - finite_top(top);
-        const Vec decay = exp2(old + shift);
-        Vec sum = Vec::zero();
+        const Vec block = max(m0, m1) * f, shift = Vec::zero() - finite_top(block);
+        Vec sums[W];
+        for (Vec& sum : sums) sum = Vec::zero();
         const auto weight = [&](int64_t k) {
             const Vec p = weight_of_score<T>(fma(Vec::load(scores + k * stride), f, shift));
-            sum = sum + p;
+            sums[k % W] = sums[k % W] + p;
             return p;
         };
         if constexpr (kPairs<T>) {
@@ -310,10 +301,16 @@ class Tiles {
         } else {
             for (key = 0; key < count; ++key) weight(key).store(scores + key * stride);
         }
-        top.store(s_.tile_max + lane);
-        fma(Vec::load(s_.tile_sum + lane), decay, sum).store(s_.tile_sum + lane);
-        decay.store(factors_ + at);
-        return reduce_max(select_less(decay, Vec::all(1.0f), Vec::all(1.0f), Vec::zero())) > 0.0f;
+        for (int half = W / 2; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+        }
+        const Vec old = Vec::load(tile_max), top = max(block, old), base = finite_top(top);
+        const Vec a = exp2(old - base), b = exp2(block - base);
+        top.store(tile_max);
+        (a * Vec::load(tile_sum) + b * sums[0]).store(tile_sum);
+        a.store(old_weight_ + v * W);
+        b.store(block_weight_ + v * W);
+        return reduce_max(select_less(a, Vec::all(1.0f), Vec::all(1.0f), Vec::zero())) > 0.0f;
     }
 
     // A float's place each: (bfloat16 of even, bfloat16 of odd).
@@ -353,7 +350,8 @@ class Tiles {
         return clean;
     }
 
-    // Adds weight * value for the values that make_clean took out, to the lanes that see them.
+    // Adds weight * value for the values that make_clean took out, to the lanes that see them: infinities and
+    // NaN, to which the order of sums is nothing.
     template <int kVecs>
     void add_not_finite(int64_t lane, int64_t width, int64_t begin, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
@@ -361,7 +359,7 @@ class Tiles {
             for (int64_t l = 0; l < width; ++l) {
                 const Visible v = s_.visible[lane + l];
                 if (begin + i < v.begin || begin + i >= v.end) continue;
-                const float p = weight_of(i, l, kVecs * W);
+                const float p = weight_of(i, l, kVecs * W) * block_weight_[l];
                 for (int64_t d = 0; d < dim_; ++d) {
                     if (!is_finite(value(i)[d]))
                         s_.tile_row[d * s_.lanes_pad + lane + l] += p * to_float(value(i)[d]);
@@ -377,34 +375,43 @@ class Tiles {
         return to_float(p);
     }
 
-    // ---- the end of the segment: the transposed state joins the item's
-    // --------------------------------------------
+    // ---- the states of the segment's lanes, transposed
+    // --------------------------------------------------------------------------------------------
 
-    void add_to_state() {
-        const int64_t stride = s_.dim_pad;
+    void load_states() {
+        for (int64_t lane = 0; lane < s_.lanes_pad; ++lane) {
+            s_.tile_max[lane] = -kInfinity, s_.tile_sum[lane] = 0.0f;
+        }
         for (int64_t lane = 0; lane < lanes_; lane += W) {
-            for (int64_t d = 0; d < dim_; d += W) {
-                transpose(s_.tile_row + d * s_.lanes_pad + lane, s_.lanes_pad, s_.stage + d, stride);
+            const int64_t count = lanes_ - lane < W ? lanes_ - lane : W;
+            if (segment_.fresh) {
+                for (int64_t d = 0; d < dim_; ++d) Vec::zero().store(s_.tile_row + d * s_.lanes_pad + lane);
+                continue;
             }
-            for (int64_t i = 0; i < W && lane + i < lanes_; ++i) {
-                const SoftmaxState seen{s_.tile_max[lane + i], s_.tile_sum[lane + i]};
-                merge_row(first_lane_ + lane + i, seen, s_.stage + i * stride);
+            for (int64_t i = 0; i < count; ++i) {
+                const StateRef from = item_.state(segment_, first_lane_ + lane + i);
+                s_.tile_max[lane + i] = from.state.max, s_.tile_sum[lane + i] = from.state.sum;
+                for (int64_t d = 0; d < dim_; d += W)
+                    Vec::load(from.row + d).store(s_.stage + i * s_.dim_pad + d);
+            }
+            for (int64_t d = 0; d < dim_; d += W) {
+                transpose(s_.stage + d, s_.dim_pad, s_.tile_row + d * s_.lanes_pad + lane, s_.lanes_pad);
             }
         }
     }
 
-    void merge_row(int64_t lane, SoftmaxState seen, const float* from) {
-        if (seen.empty()) return;
-        SoftmaxState& state = item_.state(lane);
-        const MergeWeights w = merge(state, seen);
-        float* to = item_.row(lane);
-        const Vec a = Vec::all(w.a), b = Vec::all(w.b);
-        const bool first = state.empty();
-        for (int64_t d = 0; d < dim_; d += W) {
-            const Vec x = Vec::load(from + d) * b;
-            (first ? x : fma(Vec::load(to + d), a, x)).store(to + d);
+    void store_states() {
+        for (int64_t lane = 0; lane < lanes_; lane += W) {
+            for (int64_t d = 0; d < dim_; d += W) {
+                transpose(s_.tile_row + d * s_.lanes_pad + lane, s_.lanes_pad, s_.stage + d, s_.dim_pad);
+            }
+            for (int64_t i = 0; i < W && lane + i < lanes_; ++i) {
+                const StateRef to = item_.state(segment_, first_lane_ + lane + i);
+                to.state = {s_.tile_max[lane + i], s_.tile_sum[lane + i]};
+                for (int64_t d = 0; d < dim_; d += W)
+                    Vec::load(s_.stage + i * s_.dim_pad + d).store(to.row + d);
+            }
         }
-        state = w.state;
     }
 
     Item<T>& item_;
@@ -413,8 +420,8 @@ class Tiles {
     const Segment& segment_;
     const int64_t first_lane_, lanes_;
     const ScoreMap map_;
-    bool begun_ = false, clean_ = true;
-    float factors_[kTileVecs * W];
+    bool clean_ = true;
+    float old_weight_[kTileVecs * W], block_weight_[kTileVecs * W];  // of the tile's states in their merge
 };
 
 TTS_END_ISA

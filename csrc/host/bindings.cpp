@@ -130,17 +130,18 @@ py::object plan(const PlanTree& tree, const std::optional<Ints>& q_lens, const P
 }
 
 py::object plan_forest(const Forest& forest, py::handle branches, py::handle q_lens, int64_t num_q_heads,
-                       int64_t num_kv_heads, bool gpu, py::object out) {
+                       int64_t num_kv_heads, int64_t window, bool gpu, py::object out) {
     const Ints ids = integers(branches, "branches");
     const std::optional<Ints> rows = optional_integers(q_lens, "q_lens");
     const PlanTree tree = forest.plan_tree(ids);  // it points into the forest: no Python from here on
-    return plan(tree, rows, {forest.page_size(), num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
+    return plan(tree, rows, {forest.page_size(), num_q_heads, num_kv_heads, rules(gpu), window},
+                std::move(out));
 }
 
 // `address` points at int32 or int64 items (by item_size), with strides in items.
 py::object plan_table(uintptr_t address, int64_t item_size, std::pair<int64_t, int64_t> shape,
                       std::pair<int64_t, int64_t> strides, py::handle kv_lens, py::handle q_lens,
-                      int64_t page_size, int64_t num_q_heads, int64_t num_kv_heads, bool gpu,
+                      int64_t page_size, int64_t num_q_heads, int64_t num_kv_heads, int64_t window, bool gpu,
                       py::object out) {
     const PageTableView table{.data = reinterpret_cast<const void*>(address),
                               .item_size = item_size,
@@ -151,7 +152,7 @@ py::object plan_table(uintptr_t address, int64_t item_size, std::pair<int64_t, i
     const Ints lengths = integers(kv_lens, "kv_lens");
     const std::optional<Ints> rows = optional_integers(q_lens, "q_lens");
     const PlanTree tree = shared_prefixes(table, lengths, page_size);
-    return plan(tree, rows, {page_size, num_q_heads, num_kv_heads, rules(gpu)}, std::move(out));
+    return plan(tree, rows, {page_size, num_q_heads, num_kv_heads, rules(gpu), window}, std::move(out));
 }
 
 // ---- The module ------------------------------------------------------------------------------------------
@@ -227,7 +228,8 @@ PYBIND11_MODULE(_host, m) {
         });
 
     m.def("plan_table", &plan_table);
-    m.attr("PLAN_RECORD") = kPlanRecord;
+    m.attr("SEGMENT_INTS") = kSegmentInts;
+    m.attr("TASK_INTS") = kTaskInts;
 }
 
 }  // namespace tts

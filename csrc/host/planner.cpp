@@ -39,8 +39,10 @@ std::vector<int32_t> check_q_lens(const PlanTree& tree, std::optional<std::span<
     return q_lens;
 }
 
-// The tree's nodes and query rows, depth first; children and branches in the order in which the branches were
-// named.
+int32_t block_floor(int64_t position) { return static_cast<int32_t>(position / kKeyBlock * kKeyBlock); }
+
+// The tree's query rows, depth first, and the stretches of keys that ranges of them read; children and
+// branches in the order in which the branches were named.
 class RowOrder {
   public:
     RowOrder(const PlanTree& tree, const std::vector<int32_t>& q_lens, int64_t page_size)
@@ -56,24 +58,45 @@ class RowOrder {
         walk();
     }
 
-    struct Node {
-        int32_t row_begin, row_end;  // of the branches that read it
-        int32_t page_begin;          // in the plan's pages
-        int32_t start, end;          // positions of its first token, and behind its last one that is read
-        int32_t index;               // in the tree
+    // Keys that the same rows have in their branches. Where branches part, a stretch ends at the last whole
+    // block of keys that they share, so that no block is ever read in two pieces.
+    struct Stretch {
+        int32_t row_begin, row_end;
+        int32_t start, end;  // positions; start is a multiple of kKeyBlock
+        int32_t parent;      // the stretch before it in its rows' branches, or -1
+        int32_t node;        // in the tree: the lowest that has pages of it
+        int32_t page_begin;  // in the plan's pages: that of `start`
     };
-    std::vector<Node> nodes;         // those that some row reads, in preorder
+    std::vector<Stretch> stretches;  // in preorder
     std::vector<int32_t> rows;       // -> packed row of q and out
     std::vector<int32_t> positions;  // of each row's token in its branch; -1 if the branch is empty
     std::vector<int32_t>
         shared;  // columns that a row's branch shares with the row before; kNever in one branch
     int64_t num_pages = 0;
 
+    // Copies the stretches' pages, one after another.
+    int32_t* copy_pages(int32_t* to) const {
+        for (const Stretch& s : stretches) {
+            const auto begin = static_cast<int32_t>(s.start / page_size_);
+            const auto end = static_cast<int32_t>((s.end - 1) / page_size_ + 1);
+            for (int32_t node = s.node, last = end; last > begin; node = tree_.nodes[node].parent) {
+                const PlanTree::Node& source = tree_.nodes[node];
+                const int32_t first = std::max(source.first_column, begin);
+                std::copy_n(source.pages.begin() + (first - source.first_column), last - first,
+                            to + (first - begin));
+                last = first;
+            }
+            to += end - begin;
+        }
+        return to;
+    }
+
   private:
     struct Links {
         int32_t first_child = -1, last_child = -1, next_sibling = -1;
         int32_t first_ended = -1, last_ended = -1;  // branches that end here, linked by next_ended_
-        int32_t position = -1;                      // in `nodes`
+        int32_t own_stretch = -1;                   // that of all its rows
+        int32_t stretch = -1, reach = 0;  // the last one above its children, and the position where that ends
         bool linked = false;
     };
 
@@ -107,7 +130,7 @@ class RowOrder {
         for (;;) {
             int32_t next = links_[node].first_child;
             while (next < 0 && node != root_) {
-                nodes[links_[node].position].row_end = static_cast<int32_t>(rows.size());
+                leave(node);
                 next = links_[node].next_sibling;
                 node = parent(node);
                 low = std::min(low, end_column(node));
@@ -120,23 +143,46 @@ class RowOrder {
     }
 
     void enter(int32_t node) {
-        const PlanTree::Node& source = tree_.nodes[node];
-        // Those that go on below read all of it, else the longest branch that ends here says how far it is
-        // read.
-        int64_t end = links_[node].first_child < 0 ? 0 : end_column(node) * page_size_;
-        for (int32_t b = links_[node].first_ended; b >= 0; b = next_ended_[b]) {
-            end = std::max<int64_t>(end, tree_.kv_lens[b]);
+        Links& own = links_[node];
+        own.stretch = links_[parent(node)].stretch, own.reach = links_[parent(node)].reach;
+        if (own.first_child >= 0) {
+            // One child goes on alone: what both have is one stretch, the child's.
+            if (own.first_child == own.last_child && own.first_ended < 0) return;
+            const int32_t fork = block_floor(end_column(node) * page_size_);
+            if (fork > own.reach) {
+                own.own_stretch = add_stretch(node, fork);
+                own.stretch = own.own_stretch, own.reach = fork;
+            }
         }
-        links_[node].position = static_cast<int32_t>(nodes.size());
-        nodes.push_back({.row_begin = static_cast<int32_t>(rows.size()),
-                         .row_end = 0,
-                         .page_begin = static_cast<int32_t>(num_pages),
-                         .start = static_cast<int32_t>(source.first_column * page_size_),
-                         .end = static_cast<int32_t>(end),
-                         .index = node});
-        num_pages += static_cast<int64_t>(source.pages.size());
+        int32_t longest = 0, ended = 0;
+        for (int32_t b = own.first_ended; b >= 0; b = next_ended_[b]) {
+            longest = std::max(longest, tree_.kv_lens[b]);
+            ended += q_lens_[b];
+        }
+        if (longest <= own.reach) return;
+        const int32_t tail = add_stretch(node, longest);
+        stretches[tail].row_end = stretches[tail].row_begin + ended;
+    }
+
+    void leave(int32_t node) {
+        const int32_t own = links_[node].own_stretch;
+        if (own >= 0) stretches[own].row_end = static_cast<int32_t>(rows.size());
+    }
+
+    // From where the stretch above ends; its rows begin with the next one.
+    int32_t add_stretch(int32_t node, int32_t end) {
+        const int32_t start = links_[node].reach;
+        stretches.push_back({.row_begin = static_cast<int32_t>(rows.size()),
+                             .row_end = 0,
+                             .start = start,
+                             .end = end,
+                             .parent = links_[node].stretch,
+                             .node = node,
+                             .page_begin = static_cast<int32_t>(num_pages)});
+        num_pages += (end - 1) / page_size_ - start / page_size_ + 1;
         if (num_pages > kNever)
             throw std::invalid_argument("page_table: expected fewer than 2**31 pages in all");
+        return static_cast<int32_t>(stretches.size()) - 1;
     }
 
     void emit_rows(int32_t node, int32_t& low) {
@@ -159,19 +205,23 @@ class RowOrder {
     std::vector<int32_t> next_ended_, q_starts_;
 };
 
-// ---- Segments and tasks
-// ------------------------------------------------------------------------------------
+// ---- Parts, tasks, states
+// ----------------------------------------------------------------------------------
 
 class Schedule {
   public:
-    Schedule(const RowOrder& order, const PlanShape& shape, const PlanRules& rules)
+    Schedule(const RowOrder& order, const PlanShape& shape)
         : order_(order),
-          rules_(rules),
+          rules_(shape.rules),
           page_size_(shape.page_size),
+          window_(shape.window),
           group_(shape.num_q_heads / shape.num_kv_heads),
           heads_(shape.num_kv_heads) {
-        list_segments();
+        list_parts();
         cut_tasks();
+        join_parts();
+        give_slots();
+        emit_tasks();
         list_merges();
     }
 
@@ -181,14 +231,32 @@ class Schedule {
     int32_t num_slots = 0;
 
   private:
+    // What some rows read of a stretch within one chunk of positions. The parts of any row are in ascending
+    // order of position.
+    struct Part {
+        int32_t page_begin, start, length, row_begin, row_end;
+        int32_t before;       // the part before it in its rows' branches, or -1
+        int32_t task = -1;    // in cuts_
+        int32_t root = -1;    // where the state that it belongs to begins; itself in most cases
+        bool pieces = false;  // its chunk begins in another task: each block of keys is a state
+        bool open = false;    // some row's chunk goes on in another task
+        bool folds = false;   // its state joins the task's own
+        int32_t slot = -1;    // of row_begin, unless it folds
+    };
+    struct Cut {
+        std::vector<int32_t> parts;
+        int64_t cost;  // of a work item
+    };
+
     int32_t num_rows() const { return static_cast<int32_t>(order_.rows.size()); }
-    bool narrow(const Segment& s) const {
-        return (s.row_end - s.row_begin) * group_ <= rules_.narrow_query_rows;
+    bool narrow(const Part& p) const {
+        return (p.row_end - p.row_begin) * group_ <= rules_.narrow_query_rows;
     }
-    int64_t cost_of_token(const Segment& s) const {
-        return std::max((s.row_end - s.row_begin) * group_, rules_.min_query_rows);
+    int64_t cost(const Part& p) const {
+        return p.length * std::max((p.row_end - p.row_begin) * group_, rules_.min_query_rows) +
+               rules_.segment_overhead;
     }
-    int64_t cost(const Segment& s) const { return s.length * cost_of_token(s) + rules_.segment_overhead; }
+    int32_t end(const Part& p) const { return p.start + p.length; }
 
     // The end of the block of rows that starts at `begin`: where the fewest columns are shared across the
     // cut, among blocks of at least half the greatest size.
@@ -202,194 +270,222 @@ class Schedule {
         return best;
     }
 
-    void list_segments() {
-        std::vector<const RowOrder::Node*> active;  // nodes that rows of the block read, in preorder
-        auto next = order_.nodes.begin();
+    void list_parts() {
+        last_part_.resize(order_.stretches.size());
+        std::vector<int32_t> active;  // stretches that rows of the block read, in preorder
+        int32_t next = 0;
+        const auto count = static_cast<int32_t>(order_.stretches.size());
         for (int32_t begin = 0, end = 0; begin < num_rows(); begin = end) {
             end = block_end(begin);
-            std::erase_if(active, [&](const RowOrder::Node* node) { return node->row_end <= begin; });
-            for (; next != order_.nodes.end() && next->row_begin < end; ++next) active.push_back(&*next);
-            list_block(active, begin, end);
+            std::erase_if(active, [&](int32_t i) { return order_.stretches[i].row_end <= begin; });
+            for (; next < count && order_.stretches[next].row_begin < end; ++next) active.push_back(next);
+            for (const int32_t i : active) list_stretch(i, begin, end);
+            block_ends_.push_back(parts_.size());
         }
     }
 
-    void list_block(const std::vector<const RowOrder::Node*>& active, int32_t begin, int32_t end) {
-        const size_t first = uncut_.size();
-        for (const RowOrder::Node* node : active) {
-            const int32_t row_begin = std::max(begin, node->row_begin),
-                          row_end = std::min(end, node->row_end);
-            if (uncut_.size() > first && continues(uncut_.back(), *node, row_begin, row_end)) {
-                uncut_.back().length = node->end - uncut_.back().start;
-            } else {
-                uncut_.push_back({.page_begin = node->page_begin,
-                                  .start = node->start,
-                                  .length = node->end - node->start,
-                                  .row_begin = row_begin,
-                                  .row_end = row_end});
-            }
-        }
-        const auto unread = [&](Segment& s) { return !clip(s); };
-        const auto begin_it = uncut_.begin() + static_cast<ptrdiff_t>(first);
-        uncut_.erase(std::remove_if(begin_it, uncut_.end(), unread), uncut_.end());
-        const auto wide =
-            std::stable_partition(begin_it, uncut_.end(), [&](const Segment& s) { return narrow(s); });
-        runs_.push_back({static_cast<size_t>(wide - uncut_.begin()), true});
-        runs_.push_back({uncut_.size(), false});
-    }
-
-    // Whether a node's tokens follow those of a segment, in position and in the list of pages, for the same
-    // rows.
-    bool continues(const Segment& s, const RowOrder::Node& node, int32_t row_begin, int32_t row_end) const {
-        return s.row_begin == row_begin && s.row_end == row_end && s.start + s.length == node.start &&
-               s.page_begin + s.length / page_size_ == node.page_begin;
-    }
-
-    // Takes off the keys behind every row, then the rows at both ends that are before every key. False if
-    // none is left.
-    bool clip(Segment& s) const {
-        const int32_t last = s.start + s.length - 1;
-        int32_t newest = -1;
-        for (int32_t row = s.row_end - 1; row >= s.row_begin && newest < last; --row) {
+    // The parts of a stretch that rows [begin, end) read.
+    void list_stretch(int32_t index, int32_t begin, int32_t end) {
+        const RowOrder::Stretch& s = order_.stretches[index];
+        const int32_t row_begin = std::max(begin, s.row_begin), row_end = std::min(end, s.row_end);
+        int32_t oldest = kNever, newest = -1;
+        for (int32_t row = row_begin; row < row_end; ++row) {
+            oldest = std::min(oldest, order_.positions[row]);
             newest = std::max(newest, order_.positions[row]);
         }
-        s.length = std::min(last, newest) + 1 - s.start;
-        if (s.length <= 0) return false;
-        trim_rows(s);
-        return true;
+        const int64_t last = std::min(s.end, newest + 1);
+        int32_t start = s.start, before = s.parent < 0 ? -1 : last_part_[s.parent];
+        if (window_ > 0) start = std::max(start, block_floor(std::max<int64_t>(0, oldest + 1 - window_)));
+        for (int32_t stop; start < last; start = stop) {
+            stop = static_cast<int32_t>(std::min(last, (start / rules_.chunk + 1) * rules_.chunk));
+            Part p{
+                .page_begin = s.page_begin + static_cast<int32_t>(start / page_size_ - s.start / page_size_),
+                .start = start,
+                .length = stop - start,
+                .row_begin = row_begin,
+                .row_end = row_end,
+                .before = before};
+            if (!trim_rows(p)) continue;
+            before = static_cast<int32_t>(parts_.size());
+            parts_.push_back(p);
+        }
+        last_part_[index] = before;
     }
 
-    void trim_rows(Segment& s) const {
-        while (order_.positions[s.row_begin] < s.start) ++s.row_begin;
-        while (order_.positions[s.row_end - 1] < s.start) --s.row_end;
+    // Takes off the rows at both ends that see none of a part's keys; false if none is left. Rows whose
+    // window has passed the part stay if it ends within a chunk, since their state may go on from it.
+    bool trim_rows(Part& p) const {
+        const bool whole = end(p) % rules_.chunk == 0;
+        const auto sees = [&](int32_t row) {
+            const int64_t position = order_.positions[row];
+            return position >= p.start && (window_ == 0 || !whole || position - window_ < end(p) - 1);
+        };
+        while (p.row_begin < p.row_end && !sees(p.row_begin)) ++p.row_begin;
+        while (p.row_begin < p.row_end && !sees(p.row_end - 1)) --p.row_end;
+        return p.row_begin < p.row_end;
     }
 
     void cut_tasks() {
-        const auto add = [&](int64_t sum, const Segment& s) { return sum + cost(s); };
-        const int64_t total = std::accumulate(uncut_.begin(), uncut_.end(), int64_t{0}, add);
+        const auto add = [&](int64_t sum, const Part& p) { return sum + cost(p); };
+        const int64_t total = std::accumulate(parts_.begin(), parts_.end(), int64_t{0}, add);
         const int64_t item_cost = std::max(total * heads_ / rules_.work_items, rules_.min_item_cost);
         size_t begin = 0;
-        for (const auto& [end, narrow] : runs_) {
-            const std::span<const Segment> run(uncut_.data() + begin, end - begin);
-            const int64_t target = std::max<int64_t>(1, narrow ? item_cost / heads_ : item_cost);
-            cut_run(run, std::accumulate(run.begin(), run.end(), int64_t{0}, add), target);
+        std::vector<int32_t> few, many;
+        for (const size_t end : block_ends_) {
+            few.clear(), many.clear();
+            for (size_t i = begin; i < end; ++i) {
+                (narrow(parts_[i]) ? few : many).push_back(static_cast<int32_t>(i));
+            }
+            cut_run(few, std::max<int64_t>(1, item_cost / heads_), heads_);
+            cut_run(many, item_cost, 1);
             begin = end;
         }
+        std::ranges::stable_sort(cuts_, std::ranges::greater{}, &Cut::cost);
+        for (size_t t = 0; t < cuts_.size(); ++t) {
+            for (const int32_t i : cuts_[t].parts) parts_[i].task = static_cast<int32_t>(t);
+        }
     }
 
-    // Gathers a run of segments, of cost `left` in all, into tasks of about the cost `target`. A task's
-    // share is worked out from what is left when it is opened.
-    void cut_run(std::span<const Segment> run, int64_t left, int64_t target) {
-        int64_t tasks_left, share, spent;
-        const auto open = [&] {
-            tasks_left = std::max<int64_t>(1, (left + target / 2) / target);
-            share = left / tasks_left;
-            spent = 0;
-        };
-        open();
-        for (Segment rest : run) {
-            while (rest.length > 0) {
-                const int32_t tokens = tasks_left > 1 ? chunk(rest, share - spent) : rest.length;
-                const Segment piece = front(rest, tokens);
-                const int64_t over = spent + cost(piece) - share;
-                const bool too_much =
-                    spent > 0 && over > share - spent;  // without it, it is nearer to its share
-                if (tasks_left > 1 && too_much) {
-                    close_task();
-                    open();
-                    continue;
-                }
-                emit(piece);
-                drop_front(rest, tokens);
-                spent += cost(piece);
-                left += (rest.length > 0 ? rules_.segment_overhead : 0) - cost(piece);
-                if (tasks_left > 1 && over >= 0) {
-                    close_task();
-                    open();
-                }
+    // Gathers a run of parts into tasks of about the cost `target`; a task is a work item for `heads` heads.
+    // A task's share is worked out from what is left when it is opened.
+    void cut_run(const std::vector<int32_t>& run, int64_t target, int64_t heads) {
+        int64_t left = 0, spent = 0, share = 0;
+        for (const int32_t i : run) left += cost(parts_[i]);
+        for (const int32_t i : run) {
+            const int64_t more = cost(parts_[i]), over = spent + more - share;
+            if (spent == 0 || over > share - spent) {  // the task is nearer to its share without it
+                share = left / std::max<int64_t>(1, (left + target / 2) / target);
+                spent = 0;
+                cuts_.push_back({{}, 0});
+            }
+            cuts_.back().parts.push_back(i);
+            cuts_.back().cost += more * heads;
+            spent += more;
+            left -= more;
+        }
+    }
+
+    // Which parts go on with the state of the part before them, and which states join their task's own.
+    void join_parts() {
+        for (int32_t i = 0; i < static_cast<int32_t>(parts_.size()); ++i) {
+            Part& p = parts_[i];
+            p.root = i;
+            if (p.before < 0 || p.start % rules_.chunk == 0) continue;
+            const Part& before = parts_[p.before];
+            if (end(before) != p.start) continue;  // no row sees what is between them
+            if (before.task == p.task && !before.pieces) {
+                p.root = before.root;
+            } else {
+                p.pieces = true;
+                parts_[before.root].open = true;
             }
         }
-        close_task();
-    }
-
-    // How many tokens of a segment to take for about the given cost: all, or whole pages that leave no part
-    // too short.
-    int32_t chunk(const Segment& s, int64_t budget) const {
-        if (cost(s) <= budget) return s.length;
-        const int64_t affordable = (budget - rules_.segment_overhead) / cost_of_token(s);
-        const int64_t tokens = std::max(affordable, rules_.min_chunk);
-        const int64_t pages = std::max<int64_t>(tokens / page_size_, (rules_.min_chunk - 1) / page_size_ + 1);
-        return s.length - pages * page_size_ >= rules_.min_chunk ? static_cast<int32_t>(pages * page_size_)
-                                                                 : s.length;
-    }
-
-    Segment front(Segment s, int32_t tokens) const {
-        s.length = tokens;
-        return s;
-    }
-
-    void drop_front(Segment& s, int32_t tokens) const {
-        s.page_begin += static_cast<int32_t>(tokens / page_size_);  // of no meaning where nothing is left
-        s.start += tokens;
-        s.length -= tokens;
-    }
-
-    void emit(Segment s) {
-        trim_rows(s);  // a chunk may start behind rows that read the segment's first keys
-        if (!open_) {
-            const auto at = static_cast<int32_t>(segments.size());
-            tasks.push_back({at, at, s.row_begin, s.row_end, num_slots});
-            open_ = true;
+        for (Part& p : parts_) {
+            const Part& root = parts_[p.root];
+            const Part* before = root.before < 0 ? nullptr : &parts_[root.before];
+            p.folds = !root.pieces && !root.open && (!before || (before->folds && before->task == p.task));
         }
-        segments.push_back(s);
-        Task& task = tasks.back();
-        task.seg_end = static_cast<int32_t>(segments.size());
-        task.row_begin = std::min(task.row_begin, s.row_begin);
-        task.row_end = std::max(task.row_end, s.row_end);
     }
 
-    void close_task() {
-        if (open_) num_slots += tasks.back().row_end - tasks.back().row_begin;
-        open_ = false;
+    int32_t take_slots(int64_t count) {
+        const int64_t slot = num_slots;
+        if (slot + count > kNever)
+            throw std::invalid_argument("q_lens: expected fewer than 2**31 partial states");
+        num_slots = static_cast<int32_t>(slot + count);
+        return static_cast<int32_t>(slot);
     }
 
-    // For each row the slots of the tasks that read it, in the order of the tasks.
+    static int32_t num_states(const Part& p) {
+        return p.pieces ? static_cast<int32_t>((p.length - 1) / kKeyBlock + 1) : 1;
+    }
+
+    void give_slots() {
+        for (int32_t i = 0; i < static_cast<int32_t>(parts_.size()); ++i) {
+            Part& p = parts_[i];
+            if (p.folds) continue;
+            const Part& root = parts_[p.root];
+            p.slot = p.root == i ? take_slots(int64_t{p.row_end - p.row_begin} * num_states(p))
+                                 : root.slot + p.row_begin - root.row_begin;
+        }
+    }
+
+    void emit_tasks() {
+        for (const Cut& cut : cuts_) {
+            const auto at = static_cast<int32_t>(segments.size());
+            Task task{.seg_begin = at, .seg_end = at, .row_begin = kNever, .row_end = 0, .slot = -1};
+            for (const int32_t i : cut.parts) {
+                emit(parts_[i], parts_[i].root == i);
+                task.row_begin = std::min(task.row_begin, parts_[i].row_begin);
+                task.row_end = std::max(task.row_end, parts_[i].row_end);
+            }
+            task.seg_end = static_cast<int32_t>(segments.size());
+            tasks.push_back(task);
+        }
+    }
+
+    void emit(const Part& p, bool fresh) {
+        Segment s{.page_begin = p.page_begin,
+                  .start = p.start,
+                  .length = p.length,
+                  .row_begin = p.row_begin,
+                  .row_end = p.row_end,
+                  .slot = p.slot,
+                  .fresh = fresh};
+        for (int32_t left = p.length, step = p.pieces ? kKeyBlock : left; left > 0; left -= step) {
+            s.length = std::min(left, step);
+            segments.push_back(s);
+            s.page_begin += static_cast<int32_t>((s.start + step) / page_size_ - s.start / page_size_);
+            s.start += step;
+            s.slot += p.row_end - p.row_begin;
+        }
+    }
+
+    // For each row that has states in slots: the task's own that it begins with, if there is one, then the
+    // others in ascending order of position.
     void list_merges() {
         struct Entry {
-            int32_t row, slot;
+            int32_t row, value;
         };
         std::vector<Entry> entries;
-        entries.reserve(static_cast<size_t>(num_slots));
-        merge_indptr.assign(order_.rows.size() + 1, 0);
-        std::vector<int32_t> change;  // in the number of segments that read a row, from row to row
-        for (const Task& task : tasks) {
-            change.assign(static_cast<size_t>(task.row_end - task.row_begin + 1), 0);
-            for (int32_t i = task.seg_begin; i < task.seg_end; ++i) {
-                ++change[segments[i].row_begin - task.row_begin];
-                --change[segments[i].row_end - task.row_begin];
-            }
-            for (int32_t row = task.row_begin, reading = 0; row < task.row_end; ++row) {
-                reading += change[row - task.row_begin];
-                if (reading == 0) continue;
-                entries.push_back({row, task.slot + row - task.row_begin});
-                ++merge_indptr[row + 1];
+        std::vector<int32_t> own(order_.rows.size(),
+                                 -1);  // the task that a row begins in; -1 once it is listed
+        for (const Part& p : parts_) {
+            const int32_t width = p.row_end - p.row_begin;
+            if (p.folds) {
+                std::fill_n(own.begin() + p.row_begin, width, p.task);
+            } else if (&p == &parts_[p.root]) {
+                for (int32_t row = p.row_begin; row < p.row_end; ++row) {
+                    if (own[row] >= 0) entries.push_back({row, merge_entry(own_slot(own[row], row), false)});
+                    own[row] = -1;
+                    for (int32_t i = 0; i < num_states(p); ++i) {
+                        entries.push_back(
+                            {row, merge_entry(p.slot + i * width + row - p.row_begin, p.pieces)});
+                    }
+                }
             }
         }
+        merge_indptr.assign(order_.rows.size() + 1, 0);
+        for (const Entry& entry : entries) ++merge_indptr[entry.row + 1];
         std::partial_sum(merge_indptr.begin(), merge_indptr.end(), merge_indptr.begin());
         merge_slots.resize(entries.size());
         std::vector<int32_t> at(merge_indptr.begin(), merge_indptr.end() - 1);
-        for (const Entry& entry : entries) merge_slots[at[entry.row]++] = entry.slot;
+        for (const Entry& entry : entries) merge_slots[at[entry.row]++] = entry.value;
+    }
+
+    // The slot of a row's state that is the task's own.
+    int32_t own_slot(int32_t index, int32_t row) {
+        Task& task = tasks[index];
+        if (task.slot < 0) task.slot = take_slots(task.row_end - task.row_begin);
+        return task.slot + row - task.row_begin;
     }
 
     const RowOrder& order_;
     const PlanRules& rules_;
-    const int64_t page_size_, group_, heads_;
-    std::vector<Segment> uncut_;  // of all blocks
-    struct Run {
-        size_t end;  // in uncut_
-        bool narrow;
-    };
-    std::vector<Run> runs_;  // a block's narrow segments, then its wide ones
-    bool open_ = false;      // whether the last task may take more segments
+    const int64_t page_size_, window_, group_, heads_;
+    std::vector<Part> parts_;         // block of rows by block, in preorder of the stretches
+    std::vector<size_t> block_ends_;  // in parts_
+    std::vector<int32_t> last_part_;  // of each stretch in the block of rows in hand, or what is before it
+    std::vector<Cut> cuts_;           // the tasks, dearest first
 };
 
 // ---- Buffers
@@ -400,7 +496,7 @@ struct Plan {
         : tree(tree),
           q_lens(check_q_lens(tree, q_lens)),
           order(tree, this->q_lens, shape.page_size),
-          schedule(order, shape, shape.rules) {}
+          schedule(order, shape) {}
 
     const PlanTree& tree;
     const std::vector<int32_t> q_lens;
@@ -413,8 +509,8 @@ struct Plan {
                 rows,
                 rows,
                 rows + 1,
-                static_cast<int64_t>(schedule.tasks.size()) * kPlanRecord,
-                static_cast<int64_t>(schedule.segments.size()) * kPlanRecord,
+                static_cast<int64_t>(schedule.tasks.size()) * kTaskInts,
+                static_cast<int64_t>(schedule.segments.size()) * kSegmentInts,
                 static_cast<int64_t>(schedule.merge_slots.size()),
                 order.num_pages};
     }
@@ -431,10 +527,7 @@ struct Plan {
         put(out, PlanBuffer::kTasks, schedule.tasks);
         put(out, PlanBuffer::kSegments, schedule.segments);
         put(out, PlanBuffer::kMergeSlots, schedule.merge_slots);
-        int32_t* pages = out.field(PlanBuffer::kPages).data();
-        for (const RowOrder::Node& node : order.nodes) {
-            pages = std::ranges::copy(tree.nodes[node.index].pages, pages).out;
-        }
+        int32_t* pages = order.copy_pages(out.field(PlanBuffer::kPages).data());
         std::fill(pages, std::to_address(out.field(PlanBuffer::kPages).end()), 0);
     }
 
@@ -465,18 +558,19 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
                           const PlanShape& shape) {
     const Plan plan(tree, q_lens, shape);
     PlanBuffer::Lengths room = plan.used();
-    const int64_t rows = room[PlanBuffer::kRows], branches = static_cast<int64_t>(tree.leaf.size());
-    // A branch that copies its last page gets a node of its own, and every task that reads it a segment more.
-    const int64_t tasks = room[PlanBuffer::kTasks] / kPlanRecord,
-                  segments = room[PlanBuffer::kSegments] / kPlanRecord;
-    room[PlanBuffer::kTasks] = kPlanRecord * with_slack(tasks, tasks + 16);
-    room[PlanBuffer::kSegments] = kPlanRecord * with_slack(segments, branches + tasks + 32);
-    room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], rows);
+    const int64_t branches = static_cast<int64_t>(tree.leaf.size());
+    // A branch that copies its last page gets a stretch of its own. As branches grow, each may come to be
+    // read by two tasks, and its last chunk to have a slot for each block of keys.
+    const int64_t tasks = room[PlanBuffer::kTasks] / kTaskInts,
+                  segments = room[PlanBuffer::kSegments] / kSegmentInts;
+    room[PlanBuffer::kTasks] = kTaskInts * with_slack(tasks, tasks + 16);
+    room[PlanBuffer::kSegments] = kSegmentInts * with_slack(segments, 8 * branches + tasks + 32);
+    room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], 8 * branches);
     room[PlanBuffer::kPages] =
         with_slack(room[PlanBuffer::kPages], branches * (kSpareTokens / shape.page_size + 1));
     // A power of two: torch.compile takes it for a constant, so it should seldom change.
     PlanBuffer out(room, static_cast<int64_t>(std::bit_ceil(
-                             static_cast<uint64_t>(with_slack(plan.schedule.num_slots, rows)))));
+                             static_cast<uint64_t>(with_slack(plan.schedule.num_slots, 8 * branches)))));
     plan.store(out);
     return out;
 }
@@ -495,8 +589,8 @@ void refill_plan(const PlanTree& tree, std::optional<std::span<const int64_t>> q
                                     ", got " + std::to_string(room / width));
     };
     const PlanBuffer::Lengths& room = out.lengths();
-    need("tasks", used[PlanBuffer::kTasks], room[PlanBuffer::kTasks], kPlanRecord);
-    need("segments", used[PlanBuffer::kSegments], room[PlanBuffer::kSegments], kPlanRecord);
+    need("tasks", used[PlanBuffer::kTasks], room[PlanBuffer::kTasks], kTaskInts);
+    need("segments", used[PlanBuffer::kSegments], room[PlanBuffer::kSegments], kSegmentInts);
     need("merge_slots", used[PlanBuffer::kMergeSlots], room[PlanBuffer::kMergeSlots], 1);
     need("pages", used[PlanBuffer::kPages], room[PlanBuffer::kPages], 1);
     need("partial slots", plan.schedule.num_slots, out.max_slots(), 1);

@@ -1,5 +1,6 @@
 // The attention planner: cuts attention over a tree of KV nodes into tasks, so that a token which many
-// branches share is read from memory once for all of them.
+// branches share is read from memory once for all of them (but for the last part of a block of keys within
+// which branches part), and so that no cut changes a bit of a row's result (plan.h).
 //
 // Branches' query rows are put in depth-first order of the tree; then the rows below any node are one range.
 // "Row" below always means a position in that order. A *segment* is a stretch of keys and the range of rows
@@ -8,13 +9,17 @@
 //
 // The cut never depends on the number of threads:
 //   1. Rows are blocked so that a task's states stay in cache. A block ends where neighbours share the least.
-//   2. In each block the nodes that its rows read become segments, in depth-first order; a node and its child
-//      that the same rows read become one. The narrow ones, read by so few rows that the memory is the bound,
-//      come first.
-//   3. A block's segments are gathered into tasks and cut at pages where need be, so that work items cost
-//      about the same. A task is a work item for each KV head; one of narrow segments is one item for all
-//      heads, which reads whole tokens.
-//      Cost of a segment and head = tokens * max(rows * group, 24) + overhead.
+//   2. What the rows of a block read becomes *parts*, in depth-first order: a stretch of keys, up to the last
+//      whole block of keys that its rows share, cut at multiples of a chunk of positions. Keys that no row
+//      sees, by its position or the window, are left out.
+//   3. A block's parts are gathered into tasks of about equal cost, dearest first in the plan; the narrow
+//   ones,
+//      read by so few rows that the memory is the bound, go together. A task is a work item for each KV head;
+//      one of narrow parts is one item for all heads, which reads whole tokens.
+//      Cost of a part and head = tokens * max(rows * group, 24) + overhead.
+//   4. States: a chunk that one task has whole, like all before it of its rows, joins the task's own state;
+//      rows of which one task has everything need no slot. Other chunks get slots. Where a chunk goes on in
+//      another task, there each block of keys is a state in a slot of its own.
 #pragma once
 
 #include <array>
@@ -36,7 +41,7 @@ struct PlanRules {
     int64_t min_item_cost = 1 << 16;
     int64_t narrow_query_rows = kNarrow;  // rows * group up to which a segment is narrow
     int64_t min_query_rows = 24;  // rows * group below which reading keys costs more than the arithmetic
-    int64_t min_chunk = 256;      // tokens of a segment that was cut
+    int64_t chunk = 512;          // positions; a multiple of kKeyBlock. Results depend on it
     int64_t segment_overhead = 1024;
 };
 
@@ -49,12 +54,13 @@ inline constexpr PlanRules kGpuRules{.max_query_rows = 64,
                                      .min_item_cost = 256 * 64,
                                      .narrow_query_rows = 0,
                                      .min_query_rows = 64,
-                                     .min_chunk = 256,
+                                     .chunk = 256,
                                      .segment_overhead = 64 * 64};
 
 struct PlanShape {
     int64_t page_size, num_q_heads, num_kv_heads;
     PlanRules rules = {};
+    int64_t window = 0;  // a row at position i sees i - window + 1 to i; 0: all up to i
 };
 
 // A plan as the kernels read it: fields one after another in one int32 buffer, each with room to grow.

@@ -71,11 +71,14 @@ struct MergeWeights {
     SoftmaxState state;
 };
 
-// The merged state, and the factors of the two rows: acc = weight.a * acc_a + weight.b * acc_b.
+// The merged state, and the factors of the two rows.
 inline MergeWeights merge(SoftmaxState a, SoftmaxState b) {
     const float top = a.max > b.max || is_nan(b.max) ? a.max : b.max;
     const float wa = weight(a.max, top), wb = weight(b.max, top);
     return {wa, wb, {top, wa * a.sum + wb * b.sum}};
 }
+
+// The merged row, wherever it is merged: in one order of roundings.
+inline Vec merge_rows(Vec row_a, Vec a, Vec row_b, Vec b) { return fma(row_b, b, row_a * a); }
 
 TTS_END_ISA

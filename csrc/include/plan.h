@@ -1,33 +1,57 @@
 // The attention plan's int32 tables: what the planner (csrc/host) writes and every attention kernel reads.
 // tts_kernels/plan.py explains the fields. "Row" means a position in the plan's rows.
+//
+// How a row's result is put together, so that it depends on the row and its keys alone:
+//
+//   block   kKeyBlock positions, cut at absolute multiples of it. The keys of a block that the row sees make
+//   a
+//           state from empty; a key that it does not see changes no bit.
+//   chunk   a number of blocks (PlanRules::chunk positions, at absolute multiples): C = merge(C, block), in
+//           ascending order, from empty
+//   row     R = merge(R, C), in ascending order, from empty; then the sink, if there is one
+//
+// Merging with the empty state changes no bit, so blocks and chunks that a row does not see may be left out,
+// or not. Who computes which part is the plan's choice: a segment continues a chunk's state or begins one,
+// and a state joins its task's own R or lies in a slot until the row's states are merged.
 #pragma once
 
 #include <cstdint>
 
 namespace tts {
 
+// Keys of one block. Where branches part within a block, each has the whole block in a segment of its own.
+inline constexpr int32_t kKeyBlock = 64;
+
 struct Segment {
-    int32_t page_begin;  // its first page, as an index into the plan's pages
-    int32_t start;       // position of its first token, a multiple of page_size
-    int32_t length;      // tokens
+    int32_t page_begin;  // the page of its first token, as an index into the plan's pages
+    int32_t start;       // position of its first token, which is token start % page_size of that page
+    int32_t length;      // tokens, all of one chunk
     int32_t row_begin, row_end;
+    int32_t
+        slot;  // of row_begin's state; row r's is slot + r - row_begin. -1: in the task, to join its own R
+    int32_t fresh;  // 1: begins a state; 0: goes on with the one that its rows have there
 };
 
 struct Task {
     int32_t seg_begin, seg_end;
     int32_t row_begin, row_end;  // hull of its segments' rows
-    int32_t slot;                // of row_begin; row r's partial state is slot + r - row_begin
+    int32_t slot;  // for R of row_begin, R of row r is slot + r - row_begin; -1 if no R of it is to be merged
 };
+
+// An entry of merge_slots: where a state lies, and whether it continues the chunk of the entry before it.
+constexpr int32_t merge_entry(int32_t slot, bool continues) { return 2 * slot + continues; }
+constexpr int32_t slot_of(int32_t entry) { return entry >> 1; }
+constexpr bool continues(int32_t entry) { return (entry & 1) != 0; }
 
 // How much of the tables is in use.
 struct PlanSizes {
     int32_t segments, tasks, slots, pages;
 };
 
-// Ints in a record of either table, and of the sizes.
-inline constexpr int64_t kPlanRecord = sizeof(Segment) / sizeof(int32_t);
+// Ints in a record of each table.
+inline constexpr int64_t kSegmentInts = sizeof(Segment) / sizeof(int32_t);
+inline constexpr int64_t kTaskInts = sizeof(Task) / sizeof(int32_t);
 inline constexpr int64_t kPlanSizes = sizeof(PlanSizes) / sizeof(int32_t);
-static_assert(sizeof(Task) == sizeof(Segment));
 
 // Lanes (rows x query heads of a KV head) up to which a segment is narrow on a CPU: bound by reading its
 // keys, not by arithmetic. The planner keeps narrow segments to themselves, and the kernels take all heads of

@@ -24,6 +24,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache
                                           const Tensor& segments, const Tensor& tasks,
                                           const Tensor& merge_indptr, const Tensor& merge_slots,
                                           const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
-                                          int64_t max_slots, double scale, double softcap, int64_t window);
+                                          int64_t max_slots, double scale, double softcap, int64_t window,
+                                          const std::optional<Tensor>& sinks);
 
 }  // namespace tts::ops

@@ -69,9 +69,9 @@ Tensor decoder_layers_(const Tensor& x_in, std::vector<Tensor> weights, std::vec
         const Tensor qkv = layer.project(kQkv, normed, qkv_width, std::nullopt);
         const Tensor q = rope_append_(qkv, k_caches[i], v_caches[i], positions, cos_sin, slots, num_q_heads,
                                       num_kv_heads, layer.maybe(kQNorm), layer.maybe(kKNorm), eps);
-        Tensor attended = std::get<0>(tree_attention(q, k_caches[i], v_caches[i], plan[0], plan[1], plan[2],
-                                                     plan[3], plan[4], plan[5], plan[6], plan[7], page_size,
-                                                     num_kv_heads, max_slots, scale, 0.0, windows[i]));
+        Tensor attended = std::get<0>(tree_attention(
+            q, k_caches[i], v_caches[i], plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6],
+            plan[7], page_size, num_kv_heads, max_slots, scale, 0.0, windows[i], std::nullopt));
         attended = torch::stable::view(attended, {x.size(0), inner});
         if (rows && i + 1 == depth) {  // nobody reads the others any more
             attended = select_rows(attended, *rows);

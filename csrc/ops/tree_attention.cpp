@@ -41,13 +41,13 @@ struct Plan {
         args.merge_slots = int32s(merge_slots, 1, "merge_slots");
         require(positions.numel() == num_rows && merge_indptr.numel() == num_rows + 1,
                 "positions, merge_indptr");
-        require(segments.size(1) == kPlanRecord && tasks.size(1) == kPlanRecord, "segments, tasks");
+        require(segments.size(1) == kSegmentInts && tasks.size(1) == kTaskInts, "segments, tasks");
         check_sizes();
         require(in_range(args.pages, num_pages, 0, cache_pages), "pages");
         check_rows(args.rows);
         for (int64_t i = 0; i < num_segments; ++i) check_segment(args.segments[i]);
-        for (int64_t i = 0; i < num_tasks; ++i) check_task(args.tasks[i], args.segments);
         check_merge(args.merge_indptr, args.merge_slots);
+        for (int64_t i = 0; i < num_tasks; ++i) check_task(args.tasks[i], args.segments, args.merge_indptr);
     }
 
   private:
@@ -70,29 +70,34 @@ struct Plan {
         require(std::count(seen.begin(), seen.end(), 1) == num_rows, "rows");
     }
 
+    bool is_slot(int64_t slot, int64_t rows) const { return slot >= 0 && slot + rows <= num_slots; }
+
     void check_segment(const Segment& s) const {
-        const int64_t pages_needed = divide_up(s.length, page_size);
-        require(s.page_begin >= 0 && s.start >= 0 && s.length > 0 && s.page_begin + pages_needed <= num_pages,
-                "segments");
+        require(s.page_begin >= 0 && s.start >= 0 && s.length > 0, "segments");
+        require(s.page_begin + divide_up(s.start % page_size + s.length, page_size) <= num_pages, "segments");
         require(0 <= s.row_begin && s.row_begin < s.row_end && s.row_end <= num_rows, "segments");
+        require(s.slot == -1 || is_slot(s.slot, s.row_end - s.row_begin), "segments");
     }
 
-    void check_task(const Task& t, const Segment* segment) {
+    // `indptr` as merge_indptr, checked.
+    void check_task(const Task& t, const Segment* segment, const int32_t* indptr) {
         require(0 <= t.seg_begin && t.seg_begin <= t.seg_end && t.seg_end <= num_segments, "tasks");
         require(0 <= t.row_begin && t.row_begin <= t.row_end && t.row_end <= num_rows, "tasks");
         const int64_t hull = t.row_end - t.row_begin;
-        require(t.slot >= 0 && t.slot + hull <= num_slots, "tasks");
+        const bool has_slot = is_slot(t.slot, hull);
         for (int64_t i = t.seg_begin; i < t.seg_end; ++i) {
-            require(segment[i].row_begin >= t.row_begin && segment[i].row_end <= t.row_end, "tasks");
+            const Segment& s = segment[i];
+            require(s.row_begin >= t.row_begin && s.row_end <= t.row_end, "tasks");
+            require(s.slot >= 0 || has_slot || indptr[s.row_begin] == indptr[s.row_end], "tasks");
         }
         max_hull = std::max(max_hull, hull);
     }
 
-    void check_merge(const int32_t* indptr, const int32_t* slots) const {
+    void check_merge(const int32_t* indptr, const int32_t* entries) const {
         bool good = indptr[0] == 0 && indptr[num_rows] <= merge_slots.numel();
         for (int64_t i = 0; i < num_rows; ++i) good &= indptr[i] <= indptr[i + 1];
         require(good, "merge_indptr");
-        require(in_range(slots, indptr[num_rows], 0, num_slots), "merge_slots");
+        require(in_range(entries, indptr[num_rows], 0, 2 * num_slots), "merge_slots");
     }
 };
 
@@ -109,6 +114,12 @@ void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
     require(q.size(0) == plan.rows.numel() && num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
 }
 
+const float* sink_logits(const std::optional<Tensor>& sinks, int64_t num_q_heads) {
+    if (!sinks) return nullptr;
+    require(sinks->dim() == 1 && sinks->numel() == num_q_heads, "sinks");
+    return float32(*sinks);
+}
+
 // A task of which all segments are narrow is bound by reading keys: it reads whole tokens, all heads
 // together.
 bool narrow(const TreeAttentionArgs& args, const Task& task) {
@@ -119,22 +130,41 @@ bool narrow(const TreeAttentionArgs& args, const Task& task) {
     return true;
 }
 
+// A narrow task is one item for all heads, or for some of them where there are few tasks for the threads.
 std::vector<WorkItem> work_items(const TreeAttentionArgs& args, int64_t num_tasks) {
-    const auto heads = static_cast<int32_t>(args.num_kv_heads);
+    const int64_t heads = args.num_kv_heads, wanted = 2 * threads_for(num_tasks * heads, num_tasks * heads);
+    const int64_t together = divide_up(heads, std::min(heads, divide_up(wanted, num_tasks)));
     std::vector<WorkItem> items;
-    for (int32_t task = 0; task < num_tasks; ++task) {
-        const int32_t step = narrow(args, args.tasks[task]) ? heads : 1;
-        for (int32_t head = 0; head < heads; head += step) items.push_back({task, head, head + step});
+    for (int64_t task = 0; task < num_tasks; ++task) {
+        const int64_t step = narrow(args, args.tasks[task]) ? together : 1;
+        for (int64_t head = 0; head < heads; head += step) {
+            items.push_back({static_cast<int32_t>(task), static_cast<int32_t>(head),
+                             static_cast<int32_t>(std::min(head + step, heads))});
+        }
     }
     return items;
 }
 
-// Work items are claimed one by one: which thread runs one changes nothing.
-void run_items(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t lanes,
+// The scratch that serves any of the items.
+int64_t scratch_size(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t max_hull) {
+    const int64_t group = args.num_q_heads / args.num_kv_heads;
+    int64_t states = 0;
+    for (const WorkItem& item : items) {
+        const Task& task = args.tasks[item.task];
+        const Segment* segment = args.segments;
+        const bool own = std::any_of(segment + task.seg_begin, segment + task.seg_end,
+                                     [](const Segment& s) { return s.slot < 0; });
+        const int64_t lanes = (task.row_end - task.row_begin) * group;
+        if (own) states = std::max(states, lanes * (item.head_end - item.head_begin));
+    }
+    return kernels().tree_attention_scratch(max_hull * group, args.num_kv_heads, states, args.head_dim);
+}
+
+// Work items are claimed one by one, dearest first: which thread runs one changes nothing.
+void run_items(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t max_hull,
                const Tensor& like) {
     const auto count = static_cast<int64_t>(items.size());
-    const int64_t threads = threads_for(count, count);
-    const int64_t size = kernels().tree_attention_scratch(lanes, args.num_kv_heads, args.head_dim);
+    const int64_t threads = threads_for(count, count), size = scratch_size(args, items, max_hull);
     Tensor scratch = empty(like, {threads * size + kAlign}, ScalarType::Float);
     float* base = aligned(data<float>(scratch));
     for_units(count, threads, [&](int64_t i, int64_t who) {
@@ -144,11 +174,12 @@ void run_items(const TreeAttentionArgs& args, const std::vector<WorkItem>& items
 
 void run_merge(const TreeAttentionArgs& args, const Tensor& like) {
     const int64_t batches = divide_up(args.num_rows, kMergeRows), threads = threads_for(batches, batches);
-    Tensor scratch = empty(like, {threads * args.padded_dim}, ScalarType::Float);
-    float* sums = data<float>(scratch);
+    const int64_t size = 2 * args.padded_dim;
+    Tensor scratch = empty(like, {threads * size}, ScalarType::Float);
+    float* base = data<float>(scratch);
     for_units(batches, threads, [&](int64_t batch, int64_t who) {
         const int64_t begin = batch * kMergeRows, end = std::min(begin + kMergeRows, args.num_rows);
-        kernels().tree_attention_merge(args, begin, end, sums + who * args.padded_dim);
+        kernels().tree_attention_merge(args, begin, end, base + who * size);
     });
 }
 
@@ -159,7 +190,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                                           const Tensor& segments, const Tensor& tasks,
                                           const Tensor& merge_indptr, const Tensor& merge_slots,
                                           const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
-                                          int64_t max_slots, double scale, double softcap, int64_t window) {
+                                          int64_t max_slots, double scale, double softcap, int64_t window,
+                                          const std::optional<Tensor>& sinks) {
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
     Plan plan{rows,         positions,   pages, segments,  tasks,
               merge_indptr, merge_slots, sizes, page_size, max_slots};
@@ -186,6 +218,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                            .scale = static_cast<float>(scale),
                            .softcap = static_cast<float>(softcap),
                            .window = std::max<int64_t>(window, 0),
+                           .sinks = sink_logits(sinks, q.size(1)),
                            .out = nullptr,
                            .lse = nullptr,
                            .partial_rows = nullptr,
@@ -201,8 +234,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
     args.lse = data<float>(lse);
     args.partial_rows = aligned(data<float>(workspace));
     args.partial_states = args.partial_rows + partials * args.padded_dim;
-    const int64_t lanes = plan.max_hull * (args.num_q_heads / num_kv_heads);
-    if (plan.num_tasks > 0) run_items(args, work_items(args, plan.num_tasks), lanes, q);
+    if (plan.num_tasks > 0) run_items(args, work_items(args, plan.num_tasks), plan.max_hull, q);
     run_merge(args, q);
     return {out, lse};
 }
@@ -213,8 +245,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
         "pages, "
         "Tensor segments, Tensor tasks, Tensor merge_indptr, Tensor merge_slots, Tensor sizes, int "
         "page_size, "
-        "int num_kv_heads, int max_slots, float scale, float softcap, int window) -> (Tensor out, Tensor "
-        "lse)");
+        "int num_kv_heads, int max_slots, float scale, float softcap, int window, Tensor? sinks) -> (Tensor "
+        "out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("tree_attention", TTS_BOX(&tree_attention)); }

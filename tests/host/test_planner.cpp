@@ -53,7 +53,7 @@ class View {
         for (const tts::Segment& s : segments) {
             for (int32_t r = s.row_begin; r < s.row_end; ++r) {
                 for (int32_t at = s.start; at < s.start + s.length && at <= positions[r]; ++at) {
-                    const int64_t page = pages[s.page_begin + (at - s.start) / page_size];
+                    const int64_t page = pages[s.page_begin + at / page_size - s.start / page_size];
                     CHECK(page * page_size + at % page_size == slot_of(rows[r], at));
                     ++times[r][at];
                 }
@@ -65,14 +65,14 @@ class View {
   private:
     template <class Record>
     static std::span<const Record> records(std::span<const int32_t> field, int32_t count) {
-        CHECK(count * 5 <= static_cast<int32_t>(field.size()));
+        CHECK(count * sizeof(Record) <= field.size() * sizeof(int32_t));
         return {reinterpret_cast<const Record*>(field.data()), static_cast<size_t>(count)};
     }
 
     void check_tasks(int64_t most_rows) const {
-        int32_t seg = 0, slot = 0;
+        int32_t seg = 0;
         for (const tts::Task& t : tasks) {
-            CHECK(t.seg_begin == seg && t.seg_end > seg && t.slot == slot);
+            CHECK(t.seg_begin == seg && t.seg_end > seg);
             CHECK(t.row_begin < t.row_end && t.row_end - t.row_begin <= std::max<int64_t>(1, most_rows));
             int32_t low = INT32_MAX, high = 0;
             for (int32_t i = t.seg_begin; i < t.seg_end; ++i) {
@@ -80,38 +80,44 @@ class View {
                 high = std::max(high, segments[i].row_end);
             }
             CHECK(low == t.row_begin && high == t.row_end);
+            CHECK(t.slot == -1 || is_slot(t.slot, t.row_end - t.row_begin));
             seg = t.seg_end;
-            slot += t.row_end - t.row_begin;
         }
-        CHECK(seg == static_cast<int32_t>(segments.size()) && slot == num_slots);
+        CHECK(seg == static_cast<int32_t>(segments.size()));
     }
+
+    bool is_slot(int32_t slot, int32_t count) const { return slot >= 0 && slot + count <= num_slots; }
 
     void check_segments(int64_t page_size, int32_t num_pages) const {
         for (const tts::Segment& s : segments) {
-            CHECK(s.length > 0 && s.row_begin < s.row_end && s.start % page_size == 0);
-            CHECK(s.page_begin >= 0 && s.page_begin + (s.length - 1) / page_size < num_pages);
+            CHECK(s.length > 0 && s.row_begin < s.row_end && s.start % tts::kKeyBlock == 0);
+            CHECK(s.page_begin >= 0 && s.page_begin + (s.start % page_size + s.length - 1) / page_size < num_pages);
+            CHECK(s.slot == -1 || is_slot(s.slot, s.row_end - s.row_begin));
             const auto reading = positions.subspan(s.row_begin, s.row_end - s.row_begin);
             CHECK(std::ranges::max(reading) >= s.start + s.length - 1);
             CHECK(reading.front() >= s.start && reading.back() >= s.start);
         }
     }
 
-    // A row's slots: those of the tasks with a segment that reads it, in the order of the tasks.
+    // Every state in a slot is merged once; a row has some if more than one task reads it, and none without keys.
     void check_merges() const {
-        std::vector<std::vector<int32_t>> expected(rows.size());
+        std::vector<int> readers(rows.size(), 0), used(static_cast<size_t>(num_slots), 0);
         for (const tts::Task& t : tasks) {
             for (int32_t r = t.row_begin; r < t.row_end; ++r) {
-                bool reads = false;
-                for (int32_t i = t.seg_begin; i < t.seg_end; ++i) {
-                    reads |= segments[i].row_begin <= r && r < segments[i].row_end;
-                }
-                if (reads) expected[r].push_back(t.slot + r - t.row_begin);
+                const auto own = segments.subspan(t.seg_begin, t.seg_end - t.seg_begin);
+                readers[r] += std::ranges::any_of(
+                    own, [&](const tts::Segment& s) { return s.row_begin <= r && r < s.row_end; });
             }
         }
         CHECK(indptr.size() == rows.size() + 1 && indptr[0] == 0);
         for (size_t r = 0; r < rows.size(); ++r) {
-            CHECK(std::ranges::equal(merge_slots.subspan(indptr[r], indptr[r + 1] - indptr[r]), expected[r]));
-            CHECK(expected[r].empty() == (positions[r] < 0));
+            const auto entries = merge_slots.subspan(indptr[r], indptr[r + 1] - indptr[r]);
+            CHECK(readers[r] < 2 || entries.size() > 1);
+            CHECK((readers[r] == 0) == (positions[r] < 0) && (readers[r] > 0 || entries.empty()));
+            for (const int32_t entry : entries) CHECK(used[tts::slot_of(entry)]++ == 0);
+        }
+        for (const tts::Segment& s : segments) {
+            for (int32_t i = 0; s.slot >= 0 && i < s.row_end - s.row_begin; ++i) CHECK(used[s.slot + i] == 1);
         }
     }
 };
@@ -238,8 +244,8 @@ void a_trunk_is_read_once_a_block_of_rows() {
     for (const tts::Segment& s : view.segments) {
         if (s.row_end - s.row_begin > 1) trunk_tokens[s.row_begin] += s.length;
     }
-    // 62 full pages; the partly filled page of the trunk belongs to each branch. 512 / 4 rows a block.
-    CHECK((trunk_tokens == std::map<int32_t, int64_t>{{0, 992}, {128, 992}}));
+    // 15 blocks of 64 keys; what is behind them belongs to each branch. 512 / 4 rows a block.
+    CHECK((trunk_tokens == std::map<int32_t, int64_t>{{0, 960}, {128, 960}}));
 }
 
 // 16 rows of 4 query heads a task, which is a tile; many tasks, none of which reads less than it should.
@@ -295,9 +301,10 @@ void work_items_are_of_about_equal_cost() {
         PlanBuffer plan = tts::plan_attention(large.forest.plan_tree(large.branches), std::nullopt, shape);
         std::vector<int64_t> costs = item_costs(View(plan, shape), 4, kv_heads);
         const auto items = static_cast<int64_t>(costs.size());
-        CHECK(items >= 24 && items <= std::max<int64_t>(40, 2 * kv_heads + 32));
+        CHECK(items >= 24 && items <= std::max<int64_t>(48, 2 * kv_heads + 32));
+        CHECK(std::ranges::is_sorted(costs, std::ranges::greater{}));
         // With more heads than items to aim at, a block's trunk is an item for each head, however small.
-        CHECK(kv_heads > 32 || std::ranges::max(costs) < 2 * std::ranges::min(costs));
+        CHECK(kv_heads > 32 || std::ranges::max(costs) < 4 * std::ranges::min(costs));
 
         Star small;
         plan = tts::plan_attention(small.forest.plan_tree(small.branches), std::nullopt, shape);
@@ -314,8 +321,8 @@ void one_long_branch_is_cut_in_pieces() {
     const PlanShape shape{16, 8, 2};
     PlanBuffer plan = tts::plan_attention(forest.plan_tree(root), std::nullopt, shape);
     const View view(plan, shape);
-    CHECK(view.tasks.size() >= 8 && view.indptr[1] == static_cast<int32_t>(view.tasks.size()));
-    for (const tts::Segment& s : view.segments) CHECK(s.length >= 256);
+    CHECK(view.tasks.size() >= 8);
+    for (const tts::Segment& s : view.segments) CHECK(s.start % shape.rules.chunk == 0);
 }
 
 void a_chunk_starts_behind_the_first_rows_of_its_block() {

@@ -19,7 +19,7 @@ from .linear import PackedLinear, check_weight, linear_op
 from .rms_norm import rms_norm_op
 from .rope_append import rope_append_op
 from .swiglu import swiglu_op
-from .tree_attention import tree_attention_op
+from .tree_attention import check_window, tree_attention_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +200,8 @@ def decoder_layers_(
             f"plan: expected Hq D = {o} and Hkv D = {(qkv - o) / 2:g} as in layers, got one for Hq = "
             f"{plan.num_q_heads}, Hkv = {plan.num_kv_heads}, D = {plan.head_dim}"
         )
+    for window in layers.windows:
+        check_window(plan, "layers' window", window)
     out: Tensor = _op(
         x,
         layers.weights,
@@ -261,6 +263,7 @@ def _check(
     checks.tensor("positions", positions, checks.INDEX, [tokens], x.device)
     checks.tensor("slots", slots, checks.INDEX, [tokens], x.device)
     checks.index_range("positions", positions, 0, cos_sin.shape[0])
+    checks.distinct("slots", slots)
     for cache in k_caches:
         checks.index_range("slots", slots, 0, cache.shape[0] * page_size)
         if checks.readable(*plan):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..op import Op
-from ..plan import RECORD
+from ..plan import SEGMENT_INTS, TASK_INTS
 
 if TYPE_CHECKING:
     from ..plan import AttentionPlan
@@ -25,6 +25,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -39,6 +40,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -52,6 +54,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     window: int | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend each query row to the keys of its branch, reading a token that many branches share once for all of them.
@@ -73,7 +76,9 @@ def tree_attention(
     softcap
         s > 0: scores x become ``s * tanh(x / s)``; 0: they do not.
     window
-        w: a row at position i sees positions i - w + 1 to i; None: all up to i.
+        w: a row at position i sees positions i - w + 1 to i; None: all up to i. At most the plan's, if that has one.
+    sinks
+        [Hq] float32: a logit of each query head that takes part in its softmax and has no value (GPT-OSS); None: none.
     return_lse
         Return the log-sum-exp too.
 
@@ -82,7 +87,8 @@ def tree_attention(
     out : Tensor
         [T, Hq, D] of q's dtype; 0 for a row without keys.
     lse : Tensor
-        [T, Hq] float32, natural log, after scale and softcap; -inf for a row without keys. With `return_lse` only.
+        [T, Hq] float32, natural log, after scale and softcap, the sink counted; -inf for a row without keys, or its
+        sink. With `return_lse` only.
 
     Raises
     ------
@@ -95,9 +101,13 @@ def tree_attention(
 
     Notes
     -----
-    With N unique and L logical tokens (counted once a branch): reads 2 N Hkv D elements, O(L Hq D) operations, one
-    launch and one for merging. The tree is walked as in DeFT (arXiv 2404.00242) and FastTree (MLSys 2025); partial
-    results merge as in "FlashInfer" (arXiv 2501.01005), in an order fixed by the plan, so that threads change nothing.
+    With N unique and L logical tokens (counted once a branch): reads 2 N Hkv D elements, and at most 63 tokens before
+    each fork once more for each child; O(L Hq D) operations, one launch and one for merging. The tree is walked as in
+    DeFT (arXiv 2404.00242) and FastTree (MLSys 2025); partial results merge as in "FlashInfer" (arXiv 2501.01005).
+    A row's result depends on its query, its position, the options and the keys and values that it sees, and on nothing
+    else, to the bit within a backend and an instruction set: not on other rows, on who shares a key, on how q_lens cuts
+    a text into forwards, on pages, on plans or on threads. Keys are summed up in blocks of 64 and chunks of 512
+    (256 on a GPU) at absolute positions, in ascending order.
     bfloat16 products are accumulated in float32; weights are rounded to bfloat16 before they meet the values where the
     processor multiplies pairs of bfloat16.
 
@@ -121,6 +131,7 @@ def tree_attention(
     checks.number("softcap", softcap, 0.0)
     if window is not None:
         checks.integer("window", window, 1)
+    check_window(plan, "window", window or 0)
     out, lse = tree_attention_op(
         q,
         k_cache,
@@ -139,8 +150,16 @@ def tree_attention(
         float(scale),
         float(softcap),
         window or 0,
+        sinks,
     )
     return (out, lse) if return_lse else out
+
+
+def check_window(plan: AttentionPlan, name: str, window: int) -> None:
+    """A window (0: none) that the plan serves. ValueError."""
+    if plan.window and not 0 < window <= plan.window:
+        got = window or "none"
+        raise ValueError(f"{name}: expected at most {plan.window}, the window that the plan was made for, got {got}")
 
 
 _INT32 = (torch.int32,)
@@ -164,6 +183,7 @@ def _check(
     scale: float,
     softcap: float,
     window: int,  # noqa: ARG001
+    sinks: Tensor | None,
 ) -> None:
     checks.tensor("q", q, shape=["T", "Hq", "D"])
     head_dim = q.shape[2]
@@ -178,14 +198,18 @@ def _check(
         raise ValueError(f"q: expected a multiple of {num_kv_heads} heads, got {q.shape[1]}")
     checks.number("scale", scale)
     checks.number("softcap", softcap, 0.0)
+    if sinks is not None:
+        checks.tensor("sinks", sinks, (torch.float32,), [q.shape[1]], q.device)
+        if not sinks.is_contiguous():
+            raise ValueError(f"sinks: expected a contiguous tensor, got strides {sinks.stride()}")
     num_rows = q.shape[0]
     checks.tensor("plan.rows", rows, _INT32, ["T"], q.device)
     if rows.shape[0] != num_rows:
         raise ValueError(f"q: expected {rows.shape[0]} rows, as the plan has, got {num_rows}")
     checks.tensor("plan.positions", positions, _INT32, [num_rows], q.device)
     checks.tensor("plan.pages", pages, _INT32, ["n"], q.device)
-    checks.tensor("plan.segments", segments, _INT32, ["n", RECORD], q.device)
-    checks.tensor("plan.tasks", tasks, _INT32, ["n", RECORD], q.device)
+    checks.tensor("plan.segments", segments, _INT32, ["n", SEGMENT_INTS], q.device)
+    checks.tensor("plan.tasks", tasks, _INT32, ["n", TASK_INTS], q.device)
     checks.tensor("plan.merge_indptr", merge_indptr, _INT32, [num_rows + 1], q.device)
     checks.tensor("plan.merge_slots", merge_slots, _INT32, ["n"], q.device)
     checks.tensor("plan.sizes", sizes, _INT32, [4])
@@ -216,28 +240,35 @@ def _check_values(
     checks.index_range("plan.pages", pages[:used_pages], 0, num_pages)
     if not torch.equal(rows.sort().values, torch.arange(num_rows, dtype=torch.int32, device=rows.device)):
         raise ValueError(f"plan.rows: expected a permutation of 0..{num_rows - 1}, got another")
-    for i, (begin, start, length, first, last) in enumerate(segments[:used_segments].tolist()):
-        fits = begin >= 0 and begin + -(-length // page_size) <= used_pages
-        if not (fits and start >= 0 and length > 0 and 0 <= first < last <= num_rows):
-            raise ValueError(
-                f"plan.segments: expected pages and rows of the plan, got {segments[i].tolist()} at index {i}"
-            )
-    for i, (begin, end, first, last, slot) in enumerate(tasks[:used_tasks].tolist()):
-        good = 0 <= begin <= end <= used_segments and 0 <= first <= last <= num_rows
-        if not (good and slot >= 0 and slot + last - first <= used_slots):
-            raise ValueError(
-                f"plan.tasks: expected segments, rows and slots of the plan, got {tasks[i].tolist()} at index {i}"
-            )
-        inner = segments[begin:end]
-        if begin < end and not (int(inner[:, 3].min()) >= first and int(inner[:, 4].max()) <= last):
-            raise ValueError(
-                f"plan.tasks: expected rows that hold those of its segments, got {tasks[i].tolist()} at index {i}"
-            )
     total = int(merge_indptr[-1])
     if total > merge_slots.shape[0]:
         raise ValueError(f"plan.merge_indptr: expected offsets up to {merge_slots.shape[0]}, got {total}")
     checks.indptr("plan.merge_indptr", merge_indptr, total)
-    checks.index_range("plan.merge_slots", merge_slots[:total], 0, used_slots)
+    checks.index_range("plan.merge_slots", merge_slots[:total], 0, 2 * used_slots)
+
+    def is_slot(slot: int, count: int) -> bool:
+        return slot >= 0 and slot + count <= used_slots
+
+    for i, (begin, start, length, first, last, slot, _) in enumerate(segments[:used_segments].tolist()):
+        fits = begin >= 0 and begin + -(-(start % page_size + length) // page_size) <= used_pages
+        good = fits and start >= 0 and length > 0 and 0 <= first < last <= num_rows
+        if not (good and (slot == -1 or is_slot(slot, last - first))):
+            raise ValueError(
+                f"plan.segments: expected pages, rows and slots of the plan, got {segments[i].tolist()} at index {i}"
+            )
+    for i, (begin, end, first, last, slot) in enumerate(tasks[:used_tasks].tolist()):
+        if not (0 <= begin <= end <= used_segments and 0 <= first <= last <= num_rows):
+            raise ValueError(
+                f"plan.tasks: expected segments and rows of the plan, got {tasks[i].tolist()} at index {i}"
+            )
+        for *_, row_begin, row_end, own, _ in segments[begin:end].tolist():
+            if not (row_begin >= first and row_end <= last):
+                raise ValueError(
+                    f"plan.tasks: expected rows that hold those of its segments, got {tasks[i].tolist()} at index {i}"
+                )
+            merged = own < 0 and int(merge_indptr[row_begin]) < int(merge_indptr[row_end])
+            if merged and not is_slot(slot, last - first):
+                raise ValueError(f"plan.tasks: expected slots of the plan, got {tasks[i].tolist()} at index {i}")
 
 
 def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:  # noqa: ARG001

@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import RECORD as _RECORD
+from ..plan import SEGMENT_INTS as _SEGMENT_INTS
+from ..plan import TASK_INTS as _TASK_INTS
 from .configs import config
 from .numerics import LN2, LOG2E, dot, fused, narrow, tanh
 
-RECORD = tl.constexpr(_RECORD)  # ints of a segment or a task
+SEGMENT_INTS, TASK_INTS = tl.constexpr(_SEGMENT_INTS), tl.constexpr(_TASK_INTS)
 
 # Pieces of one buffer (a plan's tables, the partial states), which begin at any multiple of 4 bytes: a kernel compiled
 # for each alignment of each piece would be compiled anew for nearly every plan.
@@ -44,11 +45,11 @@ def task_kernel(
     task = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     if task < tl.load(sizes + 1):
-        seg_begin = tl.load(tasks + task * RECORD)
-        seg_end = tl.load(tasks + task * RECORD + 1)
-        row_begin = tl.load(tasks + task * RECORD + 2)
-        row_end = tl.load(tasks + task * RECORD + 3)
-        first_slot = tl.load(tasks + task * RECORD + 4)
+        seg_begin = tl.load(tasks + task * TASK_INTS)
+        seg_end = tl.load(tasks + task * TASK_INTS + 1)
+        row_begin = tl.load(tasks + task * TASK_INTS + 2)
+        row_end = tl.load(tasks + task * TASK_INTS + 3)
+        first_slot = tl.load(tasks + task * TASK_INTS + 4)
         states = (row_end - row_begin) * group
         for start in range(0, states, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
@@ -73,11 +74,11 @@ def task_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             factor = tl.full([BLOCK_M, 1], scale * LOG2E, tl.float32)
             for segment in range(seg_begin, seg_end):
-                page_begin = tl.load(segments + segment * RECORD)
-                token_begin = tl.load(segments + segment * RECORD + 1)
-                length = tl.load(segments + segment * RECORD + 2)
-                seg_first = tl.load(segments + segment * RECORD + 3)
-                seg_last = tl.load(segments + segment * RECORD + 4) - 1
+                page_begin = tl.load(segments + segment * SEGMENT_INTS)
+                token_begin = tl.load(segments + segment * SEGMENT_INTS + 1)
+                length = tl.load(segments + segment * SEGMENT_INTS + 2)
+                seg_first = tl.load(segments + segment * SEGMENT_INTS + 3)
+                seg_last = tl.load(segments + segment * SEGMENT_INTS + 4) - 1
                 if (seg_first <= last) & (first <= seg_last):
                     reads = there & (r >= seg_first) & (r <= seg_last)
                     all_rows = (seg_first <= first) & (last <= seg_last)
@@ -205,8 +206,11 @@ def tree_attention(
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]."""
+    if sinks is not None:
+        raise NotImplementedError("sinks: expected None, as Triton's kernel knows none, got a tensor")
     num_rows, num_q_heads, dim = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if q.numel() == 0:

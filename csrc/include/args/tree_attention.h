@@ -21,9 +21,10 @@ struct TreeAttentionArgs {
     const int32_t *merge_indptr, *merge_slots;
     float scale, softcap;  // softcap 0: none
     int64_t window;        // 0: none
+    const float* sinks;    // [Hq] or null: a logit of each head that has no value
     void* out;             // [T, Hq, D]
     float* lse;            // [T, Hq]
-    // Workspace, where a task keeps its states. A row is padded to whole vectors.
+    // Workspace: the slots of partial states. A row is padded to whole vectors.
     float* partial_rows;    // [slots, Hq, padded_dim]: sum of weights times values
     float* partial_states;  // [slots, Hq, 2]: max (log2), sum
     int64_t padded_dim;     // D rounded up to kRowAlign

@@ -33,8 +33,10 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                                           const Tensor& segments, const Tensor& tasks,
                                           const Tensor& merge_indptr, const Tensor& merge_slots,
                                           const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
-                                          int64_t max_slots, double scale, double softcap, int64_t window) {
+                                          int64_t max_slots, double scale, double softcap, int64_t window,
+                                          const std::optional<Tensor>& sinks) {
     const OnDevice device(q_in);
+    require(!sinks, "sinks: not on this backend yet");
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
     check_tensors(q, k_cache, v_cache, page_size, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
@@ -60,13 +62,14 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
         .rows = int32s(rows, 1, num_rows, "rows"),
         .positions = int32s(positions, 1, num_rows, "positions"),
         .pages = int32s(pages, 1, -1, "pages"),
-        .segments = reinterpret_cast<const Segment*>(int32s(segments, 2, kPlanRecord, "segments")),
-        .tasks = reinterpret_cast<const Task*>(int32s(tasks, 2, kPlanRecord, "tasks")),
+        .segments = reinterpret_cast<const Segment*>(int32s(segments, 2, kSegmentInts, "segments")),
+        .tasks = reinterpret_cast<const Task*>(int32s(tasks, 2, kTaskInts, "tasks")),
         .merge_indptr = int32s(merge_indptr, 1, num_rows + 1, "merge_indptr"),
         .merge_slots = int32s(merge_slots, 1, -1, "merge_slots"),
         .scale = static_cast<float>(scale),
         .softcap = static_cast<float>(softcap),
         .window = std::clamp<int64_t>(window, 0, INT32_MAX),
+        .sinks = nullptr,
         .out = out.mutable_data_ptr(),
         .lse = data<float>(lse),
         .partial_rows = states + 2 * partials,
