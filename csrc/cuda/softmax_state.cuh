@@ -36,6 +36,26 @@ __device__ inline float weight(float max, float top) {
     return max == top ? 1.0f : max == -infinity() ? 0.0f : exp2_fast(max - top);
 }
 
+// Of two states of one row, `a` before `b`: the merged one, and what their sums of weighted values are
+// multiplied by. Merging with the empty state changes no bit.
+struct Merge {
+    float a, b;
+    SoftmaxState state;
+    bool only_a, only_b;
+
+    __device__ Merge(SoftmaxState x, SoftmaxState y) : only_a(y.empty()), only_b(x.empty()) {
+        const float top = fmaxf(x.max, y.max);
+        a = weight(x.max, top), b = weight(y.max, top);
+        state = only_a ? x : only_b ? y : SoftmaxState{top, fmaf(b, y.sum, __fmul_rn(a, x.sum))};
+        if (only_a) a = 1.0f;
+        if (only_b) b = 1.0f;
+    }
+
+    __device__ float operator()(float x, float y) const {
+        return only_a ? x : only_b ? y : fmaf(y, b, __fmul_rn(x, a));
+    }
+};
+
 // `top` where it can be subtracted: 0 in place of -inf, so that -inf - top stays -inf.
 __device__ inline float finite_top(float top) { return top == -infinity() ? 0.0f : top; }
 

@@ -3,11 +3,15 @@
 //
 //   q [T, Hq, D], caches [P, page_size, Hkv, D], plan  ->  out [T, Hq, D], lse [T, Hq]
 //
-// Two launches. The first has a block for each task of the plan (csrc/host/planner.h) and KV head, as many as
-// the plan's tables have room for, since how many are in use is known to the device only: those beyond it
-// leave at once. A row that one task alone reads is finished there; the others leave a partial state (sum of
-// weighted values, max, sum) in the task's slots. The second merges each row's states in the plan's order, a
-// warp for each row and query head. Nothing depends on which block runs when.
+// Two launches. The first runs the plan's tasks (csrc/host/planner.h), each for each KV head, dearest first:
+// as many blocks as the device holds at once, each of which takes every so many-th. How many there are is
+// known to the device only. A row that one task alone reads is finished there; the others leave states (sum
+// of weighted values, max, sum) in the plan's slots. The second merges each row's states in the plan's order,
+// a warp for each row and query head. What is summed up in which order is said in plan.h: nothing depends on
+// which block runs when, nor on what else is in the plan.
+#include <algorithm>
+
+#include "block_size.cuh"
 #include "launch.cuh"
 #include "tree_attention.h"
 #include "tree_attention_fma.cuh"
@@ -18,47 +22,66 @@ namespace {
 
 // ---- the second launch -----------------------------------------------------------------------------------
 
-constexpr int kMergeWarps = 4;
+constexpr int kMergeWarps = block_size(128) / kWarp;
 
-__device__ SoftmaxState partial_state(const TreeAttentionArgs& args, int64_t slot, int head) {
-    const float2 x = reinterpret_cast<const float2*>(args.partial_states)[slot * args.num_q_heads + head];
-    return {x.x, x.y};
-}
+// A row's states, merged first to last: chunks from blocks of keys, the row from chunks. each(slot, a, b) is
+// called for every merge, the row's with slot -1.
+struct RowMerge {
+    SoftmaxState row, chunk;
 
-// The states of slots [begin, end) of merge_slots, first to last.
-__device__ SoftmaxState merge_states(const TreeAttentionArgs& args, int begin, int end, int head) {
-    SoftmaxState merged;
-    for (int i = begin; i < end; ++i) {
-        merged.max = fmaxf(merged.max, partial_state(args, args.merge_slots[i], head).max);
+    template <class F>
+    __device__ void run(const TreeAttentionArgs& args, int begin, int end, int head, F each) {
+        for (int i = begin; i <= end; ++i) {
+            const int entry = i < end ? args.merge_slots[i] : 0;
+            if (i == end || !continues(entry)) {
+                const Merge merged(row, chunk);
+                each(-1, merged);
+                row = merged.state, chunk = {};
+            }
+            if (i == end) return;
+            const float2 x = *slot_state(args, slot_of(entry), head);
+            const Merge merged(chunk, {x.x, x.y});
+            each(slot_of(entry), merged);
+            chunk = merged.state;
+        }
     }
-    for (int i = begin; i < end; ++i) {
-        const SoftmaxState part = partial_state(args, args.merge_slots[i], head);
-        merged.sum += weight(part.max, merged.max) * part.sum;
-    }
-    return merged;
-}
+};
 
 template <class T>
 __global__ void __launch_bounds__(kMergeWarps* kWarp)
     merge_partials(const __grid_constant__ TreeAttentionArgs args) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kMergeWarps + warp();
     if (index >= args.num_rows * args.num_q_heads) return;
-    const int64_t row = index / args.num_q_heads;
-    const int head = static_cast<int>(index % args.num_q_heads);
+    const int row = static_cast<int>(index / args.num_q_heads),
+              head = static_cast<int>(index % args.num_q_heads);
+    if (!is_merged(args, row) && args.positions[row] >= 0) return;  // finished by its task
     const int begin = args.merge_indptr[row], end = args.merge_indptr[row + 1];
-    if (end - begin == 1) return;  // finished by its task
-    const SoftmaxState state = merge_states(args, begin, end, head);
-    write_result<T>(args, args.rows[row], head, state, [&](int d) {
-        float sum = 0.0f;
-        for (int i = begin; i < end; ++i) {
-            const int64_t slot = args.merge_slots[i];
-            const SoftmaxState part = partial_state(args, slot, head);
-            if (part.empty()) continue;
-            const float x = args.partial_rows[(slot * args.num_q_heads + head) * args.padded_dim + d];
-            sum = fmaf(weight(part.max, state.max), x, sum);
+    const int64_t out_index = int64_t{args.rows[row]} * args.num_q_heads + head;
+    T* out = static_cast<T*>(args.out) + out_index * args.head_dim;
+    constexpr int kEach = 4;
+    for (int first = 0; first < args.head_dim; first += kEach * kWarp) {
+        float of_row[kEach] = {}, of_chunk[kEach] = {};
+        RowMerge merge;
+        merge.run(args, begin, end, head, [&](int slot, const Merge& merged) {
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                const int d = first + i * kWarp + lane();
+                if (slot < 0) {
+                    of_row[i] = merged(of_row[i], of_chunk[i]), of_chunk[i] = 0.0f;
+                } else {
+                    const float x = d < args.head_dim ? slot_row(args, slot, head)[d] : 0.0f;
+                    of_chunk[i] = merged(of_chunk[i], x);
+                }
+            }
+        });
+        const Result result(args, head, merge.row);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int d = first + i * kWarp + lane();
+            if (d < args.head_dim) out[d] = from_float<T>(of_row[i] * result.factor);
         }
-        return sum;
-    });
+        if (first == 0 && lane() == 0) args.lse[out_index] = result.lse;
+    }
 }
 
 // ---- launches --------------------------------------------------------------------------------------------
@@ -76,13 +99,18 @@ void launch_mma(TreeAttentionLaunch call, int64_t blocks, cudaStream_t stream) {
     launch(tree_attention_mma<T, kDim>, blocks, Shape::kThreads, Shape::kShared, stream, call);
 }
 
+// Lanes a warp.
+int fma_lanes(int64_t head_dim) {
+    constexpr int kMany = 4;  // where they fit into 48 KB
+    return FmaShape::shared(kMany, head_dim) <= 48 << 10 ? kMany : 1;
+}
+
 template <class T>
 void launch_fma(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t stream) {
-    constexpr int kMany = 4;  // lanes a warp where they fit into 48 KB
-    const bool fits = FmaShape::shared(kMany, call.args.head_dim) <= 48 << 10;
-    const auto shared = static_cast<int>(FmaShape::shared(fits ? kMany : 1, call.args.head_dim));
-    launch(fits ? tree_attention_fma<T, kMany> : tree_attention_fma<T, 1>, blocks, FmaShape::kThreads, shared,
-           stream, call);
+    const int lanes = fma_lanes(call.args.head_dim);
+    const auto shared = static_cast<int>(FmaShape::shared(lanes, call.args.head_dim));
+    launch(lanes > 1 ? tree_attention_fma<T, 4> : tree_attention_fma<T, 1>, blocks, FmaShape::kThreads,
+           shared, stream, call);
 }
 
 template <class T>
@@ -99,10 +127,18 @@ void launch_tasks(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t 
 
 }  // namespace
 
-void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, int64_t max_tasks,
+int64_t tree_attention_blocks(const TreeAttentionArgs& args, int64_t max_tasks) {
+    const int64_t blocks_an_sm = args.dtype == DType::f32 ? 3 : 2;  // by registers
+    int device = 0, sms = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    return std::min(max_tasks * args.num_kv_heads, sms * blocks_an_sm);
+}
+
+void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, float* own, int64_t blocks,
                     cudaStream_t stream) {
     dispatch(args.dtype, [&]<class T>(T*) {
-        launch_tasks<T>({args, sizes, false}, max_tasks * args.num_kv_heads, stream);
+        launch_tasks<T>({args, sizes, own, false}, blocks, stream);
         launch(merge_partials<T>, divide_up(args.num_rows * args.num_q_heads, kMergeWarps),
                kMergeWarps * kWarp, 0, stream, args);
     });

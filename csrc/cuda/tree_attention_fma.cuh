@@ -1,13 +1,16 @@
 // tree_attention in plain float32 arithmetic: float32 caches, and head sizes that tensor cores do not take.
 //
-// A block of four warps runs a task for one KV head, kRows lanes a warp at a time, 32 keys at a time:
+// A block of four warps runs a task for one KV head, kRows lanes a warp at a time, 64 keys (a block of
+// plan.h) at a time:
 //
-//   s[r] = q[r] . k     a thread has one key and all lanes of its warp; K comes through shared memory, 64
-//                       elements of each key at a time, converted to float32 (rows of 65: no bank conflict)
-//   o[r] += p v         a thread has every 32nd element of D; V is read from memory, coalesced
+//   s[r] = q[r] . k     a thread has two keys and all lanes of its warp; K comes through shared memory, 32
+//   keys
+//                       and 64 elements of each at a time, converted to float32 (rows of 65: no bank
+//                       conflict)
+//   b[r] = p v          a thread has every 32nd element of D; V is read from memory, coalesced
 //
-// Queries and sums of weighted values of the block's lanes stay in shared memory: 8 bytes x 4 kRows x D.
-// Hidden keys are skipped, so what their slots hold never matters.
+// Queries and the chunks' sums of weighted values of the block's lanes stay in shared memory: 8 bytes x 4
+// kRows x D. Hidden keys are skipped, so what their slots hold never matters.
 #pragma once
 
 #include "tree_attention_item.cuh"
@@ -29,9 +32,10 @@ template <class T, int kRows>
 class FmaTile {
     using Shape = FmaShape;
     static constexpr int kLanes = Shape::kWarps * kRows, kKeys = Shape::kKeys, kSlice = Shape::kSlice;
+    static constexpr int kHalves = kKeyBlock / kKeys;
 
   public:
-    __device__ FmaTile(const Item& item, int first, float* shared)
+    __device__ FmaTile(const TreeAttentionLaunch& launch, const Item& item, int first, float* shared)
         : args_(item.args),
           item_(item),
           dim_(static_cast<int>(item.args.head_dim)),
@@ -41,13 +45,14 @@ class FmaTile {
           row_end_(item.row(min(first + kLanes, item.lanes()) - 1) + 1),
           slice_(shared),
           q_(shared + kKeys * Shape::kSliceStride + warp() * kRows * dim_),
-          out_(q_ + kLanes * dim_),
+          chunk_rows_(q_ + kLanes * dim_),
+          own_rows_(launch.own + (int64_t{blockIdx.x} * kOwnLanes + warp() * kRows) * dim_),
           map_(item.args) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             row_[r] = r < count_ ? item.row(first_ + r) : -1;
             position_[r] = r < count_ ? args_.positions[row_[r]] : 0;
-            max_[r] = -infinity(), sum_[r] = 0.0f;
+            target_[r] = kNone, has_own_[r] = false;
         }
     }
 
@@ -56,43 +61,43 @@ class FmaTile {
         for (int r = 0; r < kRows; ++r) {
             for (int d = lane(); d < dim_; d += kWarp) {
                 q_[r * dim_ + d] = r < count_ ? to_float(item_.template query<T>(first_ + r)[d]) : 0.0f;
-                out_[r * dim_ + d] = 0.0f;
             }
         }
         for (int i = item_.task.seg_begin; i < item_.task.seg_end; ++i) {
             const Segment segment = args_.segments[i];
+            begin_segment(segment);
             const View view(args_, segment, row_begin_, row_end_);
-            for (int begin = view.begin; begin < view.end; begin += kKeys) {
-                run_keys(segment, begin, min(kKeys, view.end - begin));
+            for (int begin = view.begin; begin < view.end; begin += kKeyBlock) {
+                run_keys(segment, begin, min(kKeyBlock, view.end - begin));
             }
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const SoftmaxState state{max_[r] * map_.factor(), reduce_lanes(sum_[r], Add())};
-            if (r < count_)
-                write_lane<T>(item_, first_ + r, state, [&](int d) { return out_[r * dim_ + d]; });
-        }
+        for (int r = 0; r < kRows; ++r) finish(r);
         __syncthreads();
     }
 
   private:
-    // Keys [begin, begin + count) of a segment; this thread's is key lane().
+    // Keys [begin, begin + count) of a segment; this thread's are keys lane() and lane() + 32.
     __device__ void run_keys(const Segment& segment, int begin, int count) {
-        const int key = begin + min(lane(), count - 1);
-        float p[kRows];
-        score(p, item_.offset(args_.k, segment, key), count);
-        uint32_t seen[kRows];  // by each lane of the warp: bit k is key k
+        float p[kHalves][kRows];
+        uint32_t seen[kHalves][kRows];  // by each lane of the warp: bit k is key k of the half
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const Range range = visible(args_, segment, row_[r], position_[r]);
-            const bool sees = lane() < count && key >= range.begin && key < range.end;
-            seen[r] = __ballot_sync(kAllLanes, sees);
-            p[r] = sees ? map_.deferred() ? p[r] : map_(p[r]) : -infinity();
+        for (int half = 0; half < kHalves; ++half) {
+            const int left = count - half * kKeys, first = begin + half * kKeys;
+            const int key = first + min(lane(), max(left, 1) - 1);
+            if (left > 0) score(p[half], item_.offset(args_.k, segment, key), min(left, kKeys));
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const Range range = visible(args_, segment, row_[r], position_[r]);
+                const bool sees = lane() < left && key >= range.begin && key < range.end;
+                seen[half][r] = __ballot_sync(kAllLanes, sees);
+                p[half][r] = !sees ? -infinity() : map_.deferred() ? p[half][r] : map_(p[half][r]);
+            }
         }
-        accumulate(p, seen, item_.offset(args_.v, segment, key), count);
+        accumulate(p, seen, segment, begin, count);
     }
 
-    // Scores of this thread's key, whose row is at `offset`, and all lanes of its warp.
+    // Scores of one key of this thread, whose row is at `offset`, one of `count`, and all lanes of its warp.
     __device__ void score(float (&s)[kRows], int64_t offset, int count) {
         const T* k = static_cast<const T*>(args_.k.data);
         const float* mine = slice_ + min(lane(), count - 1) * Shape::kSliceStride;
@@ -126,66 +131,152 @@ class FmaTile {
         }
     }
 
-    // The online softmax and o += p v; p holds scores of this thread's key, whose value is at `offset`.
-    __device__ void accumulate(float (&p)[kRows], const uint32_t (&seen)[kRows], int64_t offset, int count) {
-        float alpha[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) alpha[r] = soften(r, p[r]);
+    // The block's softmax, its sums b = p v, and their merge into the chunk; p holds scores.
+    __device__ void accumulate(float (&p)[kHalves][kRows], const uint32_t (&seen)[kHalves][kRows],
+                               const Segment& segment, int begin, int count) {
         const T* v = static_cast<const T*>(args_.v.data);
-        for (int begin = 0; begin < dim_; begin += kWarp) {
-            const int d = begin + lane();
-            float sum[kRows];
+        int64_t offset[kHalves];
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) sum[r] = d < dim_ ? out_[r * dim_ + d] * alpha[r] : 0.0f;
-            for (int key = 0; key < count; ++key) {
-                const int64_t row = __shfl_sync(kAllLanes, offset, key);
-                const float x = d < dim_ ? to_float(v[row + d]) : 0.0f;
+        for (int half = 0; half < kHalves; ++half) {
+            const int key = min(half * kKeys + lane(), count - 1);
+            offset[half] = item_.offset(args_.v, segment, begin + key);
+        }
+        SoftmaxState state[kRows];
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    const float weight = __shfl_sync(kAllLanes, p[r], key);
-                    if (seen[r] >> key & 1) sum[r] = fmaf(weight, x, sum[r]);
+        for (int r = 0; r < kRows; ++r) state[r] = soften(r, p);
+        for (int first = 0; first < dim_; first += kWarp) {
+            const int d = first + lane();
+            float sum[kRows] = {};
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+                for (int key = 0; key < min(kKeys, count - half * kKeys); ++key) {
+                    const int64_t row = __shfl_sync(kAllLanes, offset[half], key);
+                    const float x = d < dim_ ? to_float(v[row + d]) : 0.0f;
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r) {
+                        const float weight = __shfl_sync(kAllLanes, p[half][r], key);
+                        if (seen[half][r] >> key & 1) sum[r] = fmaf(weight, x, sum[r]);
+                    }
                 }
             }
+            if (d >= dim_) continue;
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
-                if (d < dim_) out_[r * dim_ + d] = sum[r];
+                if (target_[r] == kNone) continue;
+                float& of_chunk = chunk_rows_[r * dim_ + d];
+                of_chunk = Merge(chunk_[r], state[r])(of_chunk, sum[r]);
             }
         }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) chunk_[r] = Merge(chunk_[r], state[r]).state;
     }
 
-    // The weight in place of lane r's score; returns what its sums are to be multiplied by.
-    __device__ float soften(int r, float& s) {
-        const float factor = map_.factor(), top = fmaxf(max_[r], reduce_lanes(s, Highest()));
-        const float shift = scaled(finite_top(top), factor);
-        const float alpha = exp2_fast(scaled(max_[r], factor) - shift);
-        s = exp2_fast(fmaf(s, factor, -shift));
-        max_[r] = top;
-        sum_[r] = sum_[r] * alpha + s;
-        return alpha;
+    // The weights in place of lane r's scores; returns the block's state.
+    __device__ SoftmaxState soften(int r, float (&p)[kHalves][kRows]) const {
+        const float factor = map_.factor();
+        const float top = reduce_lanes(fmaxf(p[0][r], p[1][r]), Highest());
+        const float max = scaled(top, factor), shift = finite_top(max);
+        float sum = 0.0f;
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            p[half][r] = exp2_fast(fmaf(p[half][r], factor, -shift));
+            sum += p[half][r];
+        }
+        return {max, reduce_lanes(sum, Add())};
     }
 
     struct Highest {
         __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
     };
 
+    // ---- the states of chunks, and of the task ------------------------------------------------------------
+
+    // Begins what a segment begins, and puts away what the lanes had.
+    __device__ void begin_segment(const Segment& segment) {
+        if (!segment.fresh) return;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            if (row_[r] < segment.row_begin || row_[r] >= segment.row_end) continue;
+            put_away(r);
+            chunk_[r] = {};
+            for (int d = lane(); d < dim_; d += kWarp) chunk_rows_[r * dim_ + d] = 0.0f;
+            target_[r] = segment.slot < 0 ? kOwn : segment.slot + row_[r] - segment.row_begin;
+        }
+    }
+
+    __device__ void put_away(int r) {
+        if (target_[r] == kOwn) {
+            take_own(r);
+            for (int d = lane(); d < dim_; d += kWarp) own_rows_[r * dim_ + d] = chunk_rows_[r * dim_ + d];
+            own_[r] = chunk_[r], has_own_[r] = true;
+        } else if (target_[r] != kNone) {
+            write_slot(target_[r], r);
+        }
+    }
+
+    // The task's own state and the chunk become one, in the chunk's place.
+    __device__ void take_own(int r) {
+        if (!has_own_[r]) return;
+        const Merge merged(own_[r], chunk_[r]);
+        for (int d = lane(); d < dim_; d += kWarp) {
+            float& x = chunk_rows_[r * dim_ + d];
+            x = merged(own_rows_[r * dim_ + d], x);
+        }
+        chunk_[r] = merged.state;
+    }
+
+    __device__ void write_slot(int64_t slot, int r) const {
+        const int head = item_.head(first_ + r);
+        float* to = slot_row(args_, slot, head);
+        for (int d = lane(); d < dim_; d += kWarp) to[d] = chunk_rows_[r * dim_ + d];
+        if (lane() == 0) *slot_state(args_, slot, head) = {chunk_[r].max, chunk_[r].sum};
+    }
+
+    // A result, or what a row that is merged begins with.
+    __device__ void finish(int r) {
+        if (target_[r] == kNone) return;
+        if (target_[r] != kOwn) {
+            write_slot(target_[r], r);
+            if (!has_own_[r]) return;
+            chunk_[r] = {};
+        }
+        take_own(r);
+        if (is_merged(args_, row_[r])) {
+            return write_slot(int64_t{item_.task.slot} + row_[r] - item_.task.row_begin, r);
+        }
+        const int head = item_.head(first_ + r);
+        const int64_t index = int64_t{args_.rows[row_[r]]} * args_.num_q_heads + head;
+        const Result result(args_, head, chunk_[r]);
+        T* out = static_cast<T*>(args_.out) + index * args_.head_dim;
+        for (int d = lane(); d < dim_; d += kWarp) {
+            out[d] = from_float<T>(chunk_rows_[r * dim_ + d] * result.factor);
+        }
+        if (lane() == 0) args_.lse[index] = result.lse;
+    }
+
     const TreeAttentionArgs& args_;
     const Item& item_;
-    const int dim_, first_, count_;               // the warp's lanes
-    const int row_begin_, row_end_;               // of the whole tile
-    float *const slice_, *const q_, *const out_;  // [kKeys, kSliceStride]; [kRows, D] of the warp
+    const int dim_, first_, count_;                      // the warp's lanes
+    const int row_begin_, row_end_;                      // of the whole tile
+    float *const slice_, *const q_, *const chunk_rows_;  // [kKeys, kSliceStride]; [kRows, D] of the warp
+    float* const own_rows_;                              // the same, in memory
     const ScoreMap map_;
     int row_[kRows], position_[kRows];  // -1: there is none
-    float max_[kRows], sum_[kRows];     // raw where the map is deferred; of this thread's keys
+    SoftmaxState chunk_[kRows], own_[kRows];
+    int target_[kRows];  // of the chunk
+    bool has_own_[kRows];
 };
 
 template <class T, int kRows>
-__global__ void __launch_bounds__(FmaShape::kThreads, 4)
+__global__ void __launch_bounds__(FmaShape::kThreads, 3)
     tree_attention_fma(const __grid_constant__ TreeAttentionLaunch launch) {
     extern __shared__ __align__(16) float floats[];
-    if (blockIdx.x >= launch.sizes->tasks * launch.args.num_kv_heads) return;
-    const Item item(launch.args, blockIdx.x);
-    for (int first = 0; first < item.lanes(); first += FmaShape::kWarps * kRows) {
-        FmaTile<T, kRows>(item, first, floats).run();
+    const unsigned items = launch.sizes->tasks * static_cast<unsigned>(launch.args.num_kv_heads);
+    for (unsigned index = blockIdx.x; index < items; index += gridDim.x) {
+        const Item item(launch.args, index);
+        for (int first = 0; first < item.lanes(); first += FmaShape::kWarps * kRows) {
+            FmaTile<T, kRows>(launch, item, first, floats).run();
+        }
     }
 }
 

@@ -9,9 +9,12 @@ namespace tts::cuda {
 
 struct TreeAttentionLaunch {
     TreeAttentionArgs args;
-    const PlanSizes* sizes;
-    bool aligned;  // queries and keys can be read 16 bytes at a time
+    const PlanSizes* sizes;  // in use
+    float* own;              // [blocks, kOwnLanes, D]: each tile's own states, between two chunks of keys
+    bool aligned;            // queries and keys can be read 16 bytes at a time
 };
+
+// Lanes of a tile at most.
 
 // A task for one KV head. A *lane* is one query head of one row:
 // lane = (row - hull begin) * group + head within the group.
@@ -36,30 +39,30 @@ struct Item {
                head(lane) * args.q_head_stride;
     }
 
-    // Offset of this head's row of a token, counted from the start of a segment.
-    __device__ int64_t offset(const PagedCache& cache, const Segment& segment, int token) const {
-        const int page_size = static_cast<int>(args.page_size), page = token / page_size;
-        return args.pages[segment.page_begin + page] * cache.page_stride +
-               (token - page * page_size) * cache.token_stride + kv_head * cache.head_stride;
+    // Offset of this head's row of the token of a segment at a position.
+    __device__ int64_t offset(const PagedCache& cache, const Segment& segment, int position) const {
+        const int page_size = static_cast<int>(args.page_size), page = position / page_size;
+        return args.pages[segment.page_begin + page - segment.start / page_size] * cache.page_stride +
+               (position - page * page_size) * cache.token_stride + kv_head * cache.head_stride;
     }
 };
 
+// Positions.
 struct Range {
     int begin, end;
 };
 
-// The keys of a segment that a row sees, counted from its start; {0, 0} if none.
+// The keys of a segment that a row sees; {0, 0} if none.
 __device__ inline Range visible(const TreeAttentionArgs& args, const Segment& segment, int row,
                                 int position) {
-    const int last = position + 1 - segment.start;
-    if (row < segment.row_begin || row >= segment.row_end || last <= 0) return {0, 0};
-    const int begin = args.window > 0 ? max(last - static_cast<int>(args.window), 0) : 0;
-    const int end = min(last, segment.length);
+    if (row < segment.row_begin || row >= segment.row_end) return {0, 0};
+    const int oldest = args.window > 0 ? max(position + 1 - static_cast<int>(args.window), 0) : 0;
+    const int begin = max(segment.start, oldest), end = min(segment.start + segment.length, position + 1);
     return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
-// What rows [row_begin, row_end) see of a segment: some of them [begin, end), every one of them
-// [all_begin, all_end). The same in every lane of every warp.
+// What rows [row_begin, row_end) see of a segment: some of them [begin, end), where begin is a multiple of
+// kKeyBlock, every one of them [all_begin, all_end). The same in every lane of every warp.
 struct View {
     int begin = INT32_MAX, end = 0, all_begin = 0, all_end = INT32_MAX;
 
@@ -71,6 +74,7 @@ struct View {
         }
         begin = __reduce_min_sync(kAllLanes, begin), end = __reduce_max_sync(kAllLanes, end);
         all_begin = __reduce_max_sync(kAllLanes, all_begin), all_end = __reduce_min_sync(kAllLanes, all_end);
+        begin = max(begin / kKeyBlock * kKeyBlock, segment.start);
     }
 };
 
@@ -94,36 +98,40 @@ struct ScoreMap {
 // weights.
 __device__ inline float scaled(float top, float factor) { return __fmul_rn(top, factor); }
 
-// ---- results, written by a warp --------------------------------------------------------------------------
+// ---- results
+// ------------------------------------------------------------------------------------------------
 
-// out = row / sum; the empty state gives 0. value(d) is element d of the row.
-template <class T, class F>
-__device__ void write_result(const TreeAttentionArgs& args, int64_t packed_row, int head, SoftmaxState state,
-                             F value) {
-    const int64_t index = packed_row * args.num_q_heads + head;
-    T* out = static_cast<T*>(args.out) + index * args.head_dim;
-    const float factor = state.empty() ? 0.0f : reciprocal(state.sum);
-    const int dim = static_cast<int>(args.head_dim);
-    for (int d = lane(); d < dim; d += kWarp) out[d] = from_float<T>(value(d) * factor);
-    if (lane() == 0) args.lse[index] = state.lse();
+// Whether a row's states are merged by the second launch.
+__device__ inline bool is_merged(const TreeAttentionArgs& args, int row) {
+    return args.merge_indptr[row] < args.merge_indptr[row + 1];
 }
 
-// The state of one lane of an item to where the plan wants it: straight to out if its task alone reads the
-// row, else to its slot.
-template <class T, class F>
-__device__ void write_lane(const Item& item, int lane_of_item, SoftmaxState state, F value) {
-    const TreeAttentionArgs& args = item.args;
-    const int row = item.row(lane_of_item), head = item.head(lane_of_item);
-    const int64_t slot = item.task.slot + (row - item.task.row_begin);
-    const int begin = args.merge_indptr[row], slots = args.merge_indptr[row + 1] - begin;
-    if (slots == 1 && args.merge_slots[begin] == slot) {
-        write_result<T>(args, args.rows[row], head, state, value);
-    } else if (slots > 1) {
-        const int64_t index = slot * args.num_q_heads + head;
-        float* to = args.partial_rows + index * args.padded_dim;
-        for (int d = lane(); d < args.head_dim; d += kWarp) to[d] = value(d);
-        if (lane() < 2) args.partial_states[2 * index + lane()] = lane() == 0 ? state.max : state.sum;
+__device__ inline float* slot_row(const TreeAttentionArgs& args, int64_t slot, int head) {
+    return args.partial_rows + (slot * args.num_q_heads + head) * args.padded_dim;
+}
+
+__device__ inline float2* slot_state(const TreeAttentionArgs& args, int64_t slot, int head) {
+    return reinterpret_cast<float2*>(args.partial_states) + slot * args.num_q_heads + head;
+}
+
+// What a row's state becomes in the end: its log-sum-exp, and the factor of its sum of weighted values.
+struct Result {
+    float lse, factor;
+
+    __device__ Result(const TreeAttentionArgs& args, int head, SoftmaxState state) {
+        const bool empty = state.empty();
+        float kept = 1.0f;
+        if (args.sinks) {  // a weight without a value
+            const Merge with_sink(state, {__fmul_rn(args.sinks[head], kLog2E), 1.0f});
+            kept = with_sink.a, state = with_sink.state;
+        }
+        lse = state.lse();
+        factor = empty ? 0.0f : kept * reciprocal(state.sum);
     }
-}
+};
+
+// Where the state of a lane's chunk goes when the next one begins, or the task ends: kOwn: it joins the
+// task's own state; else a slot.
+enum Target : int { kNone = -2, kOwn = -1 };
 
 }  // namespace tts::cuda

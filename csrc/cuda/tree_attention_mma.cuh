@@ -2,21 +2,24 @@
 //
 // A block of four warps runs a task for one KV head, in tiles of lanes (query heads x rows that share keys):
 //
-//   S [16 lanes, keys] = Q K^T       Q in registers, K by ldmatrix                       m16n8k16
-//   O [16 lanes, D]   += P V         P = exp2(S - max) from S's registers, V by ldmatrix.trans
+//   S [16 lanes, 64 keys] = Q K^T    Q in registers or by ldmatrix, as K                 m16n8k16
+//   B [16 lanes, D]       = P V      P = exp2(S - max) from S's registers, V by ldmatrix.trans
 //
-// A warp has 16 lanes. In a wide tile (up to 64 lanes) each warp has other lanes and all keys; in a narrow
-// one (16 lanes) the warps have the same lanes and split each block of keys, and are merged in shared memory
-// at the end. (Where D is 256, two and two warps do, for 32 lanes.) A block of keys is 64 tokens (32 where D
-// is 256): 2 x 64 x 128 x 2 bytes = 32 KB of K and V, copied by cp.async while the block before is
-// multiplied; 68 KB for two, so two thread blocks share an SM of 164 KB and keep 64 KB of reads in flight.
-// Rows of shared memory are 16 bytes longer than D, so that the eight rows of an ldmatrix fall on different
-// banks.
+// for each block of keys (plan.h) from empty, which is then merged into the state C of its chunk. So a lane's
+// result is the same whatever the tile's other lanes are. In a wide tile (up to 64 lanes) each warp has 16
+// lanes of its own. In a narrow one (16 lanes) the warps have the same lanes: each multiplies a quarter of
+// the keys, the scores go round through shared memory, each warp weighs all of them and has a quarter of D.
+// An element of S and of B is the same sum either way. (Where D is 256, two and two warps do, for 32 lanes.)
+//
+// A block's 2 x 64 x 128 x 2 bytes = 32 KB of K and V are copied by cp.async while the block before is
+// multiplied; with Q 90 KB for two, of which an SM of 228 KB holds two thread blocks, one of 164 KB one.
+// (Where D is 256 there is room for one, and nothing is copied meanwhile.) Rows of shared memory are 16 bytes
+// longer than D, so that the eight rows of an ldmatrix fall on different banks.
 //
 // Hidden keys score -inf, and tokens that no row of the tile sees are zeros in shared memory. A token that
-// only some of the rows see may hold infinities or NaN, and 0 * inf is NaN: such rows of V are found while
-// they are in hand (only in blocks that some row sees in part), blanked in the fragments, and added to the
-// lanes that do see them by plain arithmetic.
+// only some of the rows see may hold infinities or NaN, and 0 * inf is NaN: rows of V with such elements are
+// found while they are in hand (only in blocks that some row sees in part), the elements blanked in the
+// fragments, and added to the lanes that do see them by plain arithmetic.
 #pragma once
 
 #include "mma.cuh"
@@ -24,42 +27,38 @@
 
 namespace tts::cuda {
 
-// A stretch of keys that is in shared memory at once. `start` is the position of its first token.
+// A block of keys that is in shared memory at once, or a part of it: [start, start + count), the first of
+// which is at a multiple of kKeyBlock, as every segment begins at one.
 struct KeyBlock {
-    int start, count = 0, row_begin, row_end;
+    int segment, start, count = 0;
     bool whole = true;  // every row of the tile sees all of it
 };
 
-// Goes through the key blocks that some row of a tile sees.
+// Goes through the blocks of keys that some row of a tile sees.
 class KeyBlocks {
   public:
     __device__ KeyBlocks(const Item& item, int row_begin, int row_end)
         : item_(item), row_begin_(row_begin), row_end_(row_end), index_(item.task.seg_begin - 1) {}
 
     // To the first block, then on.
-    template <int kKeys>
     __device__ void advance() {
-        begin_ += kKeys;
+        begin_ += kKeyBlock;
         if (begin_ >= end_ && !done()) next_segment();
     }
 
     __device__ bool done() const { return index_ >= item_.task.seg_end; }
-    __device__ const Segment& segment() const { return segment_; }
-    __device__ int token() const { return begin_; }  // counted from the segment's start
+    __device__ const Segment& segment() const { return item_.args.segments[index_]; }
 
-    template <int kKeys>
     __device__ KeyBlock block() const {
         if (done()) return {};
-        const int count = min(kKeys, end_ - begin_);
-        return {segment_.start + begin_, count, segment_.row_begin, segment_.row_end,
-                begin_ >= all_begin_ && begin_ + count <= all_end_};
+        const int count = min(kKeyBlock, end_ - begin_);
+        return {index_, begin_, count, begin_ >= all_begin_ && begin_ + count <= all_end_};
     }
 
   private:
     __device__ void next_segment() {
         for (++index_; !done(); ++index_) {
-            segment_ = item_.args.segments[index_];
-            const View view(item_.args, segment_, row_begin_, row_end_);
+            const View view(item_.args, segment(), row_begin_, row_end_);
             if (view.begin >= view.end) continue;
             begin_ = view.begin, end_ = view.end, all_begin_ = view.all_begin, all_end_ = view.all_end;
             return;
@@ -69,7 +68,6 @@ class KeyBlocks {
     const Item& item_;
     const int row_begin_, row_end_;
     int index_, begin_ = 0, end_ = 0, all_begin_ = 0, all_end_ = 0;
-    Segment segment_{};
 };
 
 // Two elements as a fragment has them, the first in the lower half.
@@ -84,53 +82,57 @@ __device__ uint32_t pack_pair(float first, float second) {
     return pair;
 }
 
-// Whether one of the two elements of a pair is infinite or NaN: all bits of its exponent are set.
+// A pair's elements that are infinite or NaN, as a mask: all bits of their exponents are set.
 template <class T>
-__device__ bool has_nonfinite(uint32_t pair) {
+__device__ uint32_t nonfinite_mask(uint32_t pair) {
     constexpr uint32_t kExponent = __is_same(T, bf16) ? 0x7f807f80u : 0x7c007c00u;
     constexpr uint32_t kLowest = __is_same(T, bf16) ? 0x00800080u : 0x04000400u;
-    return ((pair & kExponent) + kLowest) & 0x80008000u;
+    return ((((pair & kExponent) + kLowest) >> 15) & 0x00010001u) * 0xffffu;
 }
 
 template <int kDim>
 struct MmaShape {
-    static constexpr bool kLarge = kDim > 128;  // too many registers for Q and O: Q stays in shared memory
+    static constexpr bool kLarge = kDim > 128;
+    static constexpr bool kKeepsQueries = kDim < 96;  // in registers; else they would spill
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-    static constexpr int kKeys = kLarge ? 32 : 64;
     static constexpr int kNarrowRowWarps = kLarge ? 2 : 1, kWideRowWarps = kLarge ? 2 : 4;
-    static constexpr int kStride = kDim + 8;                // elements from row to row of Q, K and V
-    static constexpr int kBlockElements = kKeys * kStride;  // elements of a block of K or V
-    static constexpr int kStages = 2;                       // of K and V
-    static constexpr int kQueries =
-        (kLarge ? kStages : 1) * 2 * kBlockElements;  // where Q is: behind, or in the second
-    static constexpr int kShared =
-        2 * (kStages * 2 * kBlockElements + (kLarge ? 16 * kWideRowWarps * kStride : 0));
-    static constexpr int kResultStride = kDim + 8;  // floats of a row of the result's stage, [16 * kWarps, D]
-    static_assert(16 * kWarps * kResultStride * 4 <= kShared &&
-                  16 * kWideRowWarps * kStride <= 2 * kBlockElements);
+    static constexpr int kStride = kDim + 8;            // elements from row to row of Q, K and V
+    static constexpr int kTile = kKeyBlock * kStride;   // elements of a block of K or V
+    static constexpr int kStages = kLarge ? 1 : 2;      // of K and V
+    static constexpr int kScoreStride = kKeyBlock + 8;  // floats from row to row of exchanged scores
+    // Where Q is, in elements: in the second stage, which is free until Q is in registers, or behind them
+    // all.
+    static constexpr int kQueries = kKeepsQueries ? 2 * kTile : kStages * 2 * kTile;
+    static constexpr int kScores = kStages * 2 * kTile + (kKeepsQueries ? 0 : 16 * kWideRowWarps * kStride);
+    static constexpr int kShared = 2 * kScores + 4 * 16 * kNarrowRowWarps * kScoreStride;  // bytes
+    static_assert(!kKeepsQueries || 16 * kWideRowWarps * kStride <= 2 * kTile);
+    static_assert(kShared <= 97 << 10);
 };
 
 struct MmaShared {
     uint32_t nonfinite[2][4];  // [stage][warp]: bit r: row r of V that it copied has an infinity or a NaN
-    float2 state[64];          // of the result's stage: max (log2), sum
 };
 
 // One tile of an item: lanes [first, first + 16 * kRowWarps), as far as there are any.
 template <class T, int kDim, int kRowWarps>
 class MmaTile {
     using Shape = MmaShape<kDim>;
-    static constexpr int kKeys = Shape::kKeys, kStride = Shape::kStride,
-                         kBlockElements = Shape::kBlockElements;
-    static constexpr int kLanes = 16 * kRowWarps, kKeyWarps = Shape::kWarps / kRowWarps;
-    static constexpr int kWarpKeys = kKeys / kKeyWarps;      // of a block, that a warp multiplies
-    static constexpr int kCopyRows = kKeys / Shape::kWarps;  // of a block, that a warp copies
-    static constexpr int kChunks = kDim / 8;                 // of 16 bytes a row
+    static constexpr int kStride = Shape::kStride, kTile = Shape::kTile;
+    static constexpr int kLanes = 16 * kRowWarps, kDimWarps = Shape::kWarps / kRowWarps;
+    static constexpr int kWarpKeys = kKeyBlock / kDimWarps;      // of a block, whose scores a warp works out
+    static constexpr int kWarpDim = kDim / kDimWarps;            // of D, that a warp has
+    static constexpr int kCopyRows = kKeyBlock / Shape::kWarps;  // of a block, that a warp copies
+    static constexpr int kChunks = kDim / 8;                     // of 16 bytes a row
     static constexpr int kRowLanes = kChunks <= 8    ? 8
                                      : kChunks <= 16 ? 16
                                                      : 32,
                          kRowsAtOnce = kWarp / kRowLanes;
     static constexpr int kPasses = kCopyRows / kRowsAtOnce;
-    static constexpr int kScoreTiles = kWarpKeys / 8, kOutTiles = kDim / 8, kSteps = kDim / 16;
+    static constexpr int kScoreTiles = kKeyBlock / 8, kOutTiles = kWarpDim / 8, kSteps = kDim / 16;
+    static constexpr int kAtOnce =
+        kOutTiles % 4 == 0 ? 4 : kOutTiles;       // tiles of D that are summed up at once
+    using Weights = uint32_t[kKeyBlock / 16][4];  // P, as fragments
+    static_assert(kAtOnce <= 4);
 
   public:
     __device__ MmaTile(const TreeAttentionLaunch& launch, const Item& item, int first, uint16_t* stages,
@@ -141,12 +143,11 @@ class MmaTile {
           count_(min(kLanes, item.lanes() - first)),
           stages_(stages),
           shared_(shared),
-          map_(launch.args) {
+          map_(launch.args),
+          next_segment_(item.task.seg_begin) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int lane_of_tile = row_warp() * 16 + r * 8 + lane() / 4;
-            row_[r] = lane_of_tile < count_ ? item.row(first + lane_of_tile) : -1;
-            position_[r] = row_[r] < 0 ? 0 : launch.args.positions[row_[r]];
+            row_[r] = lane_of_tile(r) < count_ ? item.row(first + lane_of_tile(r)) : -1;
         }
     }
 
@@ -155,32 +156,46 @@ class MmaTile {
         KeyBlocks ahead(item_, item_.row(first_), item_.row(first_ + count_ - 1) + 1);
         step(ahead);
         copy_queries();
-        KeyBlock block, next = ahead.block<kKeys>();
-        for (int stage = 1; block.count + next.count > 0; stage ^= 1) {
-            const bool first = block.count == 0;
-            if (!first) receive(block, stage);
-            if (next.count > 0) copy_keys(next, stage ^ 1);
-            step(ahead);
-            first ? load_queries() : multiply(block, stage);
-            block = next;
-            next = ahead.block<kKeys>();
+        if constexpr (Shape::kStages == 1) {
+            for (KeyBlock block = ahead.block(); block.count > 0; block = ahead.block()) {
+                copy_keys(block, 0);
+                receive(block, 0);
+                step(ahead);
+                multiply(block, 0);
+                __syncthreads();
+            }
+        } else {
+            KeyBlock block, next = ahead.block();
+            for (int stage = 1; block.count + next.count > 0; stage ^= 1) {
+                const bool first = block.count == 0;
+                if (!first) receive(block, stage);
+                if (next.count > 0) copy_keys(next, stage ^ 1);
+                step(ahead);
+                first ? load_queries() : multiply(block, stage);
+                block = next;
+                next = ahead.block();
+            }
         }
-        write();
+        begin_segments(item_.task.seg_end);
+        finish();
+        wait_copies<0>();
+        __syncthreads();
     }
 
   private:
     __device__ int row_warp() const { return warp() % kRowWarps; }
-    __device__ int first_key() const { return warp() / kRowWarps * kWarpKeys; }
-    __device__ T* keys(int stage) const { return reinterpret_cast<T*>(stages_) + stage * 2 * kBlockElements; }
-    __device__ T* values(int stage) const { return keys(stage) + kBlockElements; }
+    __device__ int dim_warp() const { return warp() / kRowWarps; }
+    __device__ int lane_of_tile(int r) const { return row_warp() * 16 + r * 8 + lane() / 4; }
+    __device__ T* keys(int stage) const { return reinterpret_cast<T*>(stages_) + stage * 2 * kTile; }
+    __device__ T* values(int stage) const { return keys(stage) + kTile; }
     __device__ T* queries() const { return reinterpret_cast<T*>(stages_) + Shape::kQueries; }
+    __device__ float* scores() const { return reinterpret_cast<float*>(stages_ + Shape::kScores); }
     // A row of the warp's queries for load_matrices.
     __device__ const T* query_row() const {
         return queries() + (row_warp() * 16 + lane() % 16) * kStride + lane() / 16 * 8;
     }
 
-    // ---- copies to shared memory
-    // ------------------------------------------------------------------------------
+    // ---- copies to shared memory --------------------------------------------------------------------------
 
     // 8 elements; zeros unless `take`.
     template <bool kAligned>
@@ -207,12 +222,12 @@ class MmaTile {
     // On to the next block, and where its tokens lie: lane l looks up row l % kCopyRows of its warp's. The
     // pages are on their way while the block before is multiplied.
     __device__ void step(KeyBlocks& ahead) {
-        ahead.advance<kKeys>();
+        ahead.advance();
         const int row = warp() * kCopyRows + lane() % kCopyRows;
-        const KeyBlock block = ahead.block<kKeys>();
+        const KeyBlock block = ahead.block();
         if (row >= block.count) return;
-        k_offset_ = item_.offset(launch_.args.k, ahead.segment(), ahead.token() + row);
-        v_offset_ = item_.offset(launch_.args.v, ahead.segment(), ahead.token() + row);
+        k_offset_ = item_.offset(launch_.args.k, ahead.segment(), block.start + row);
+        v_offset_ = item_.offset(launch_.args.v, ahead.segment(), block.start + row);
     }
 
     // The block that `ahead` is at, into a stage.
@@ -265,20 +280,19 @@ class MmaTile {
             const Chunk at(pass);
             if (!at.exists()) continue;
             const uint4 x = *reinterpret_cast<const uint4*>(values(stage) + at.index);
-            const bool bad = has_nonfinite<T>(x.x) || has_nonfinite<T>(x.y) || has_nonfinite<T>(x.z) ||
-                             has_nonfinite<T>(x.w);
-            found |= static_cast<uint32_t>(bad) << at.row_of_warp;
+            const uint32_t bad = nonfinite_mask<T>(x.x) | nonfinite_mask<T>(x.y) | nonfinite_mask<T>(x.z) |
+                                 nonfinite_mask<T>(x.w);
+            found |= static_cast<uint32_t>(bad != 0) << at.row_of_warp;
         }
         found = __reduce_or_sync(kAllLanes, found);
         if (lane() == 0) shared_.nonfinite[stage][warp()] = found;
     }
 
-    // ---- one block of keys
-    // ------------------------------------------------------------------------------------
+    // ---- one block of keys --------------------------------------------------------------------------------
 
     // Q as fragments; its place is free again once all warps have received the first block.
     __device__ void load_queries() {
-        if constexpr (!Shape::kLarge) {
+        if constexpr (Shape::kKeepsQueries) {
             wait_copies<1>();
             __syncthreads();
 #pragma unroll
@@ -286,27 +300,23 @@ class MmaTile {
         }
     }
 
-    // The keys of the warp's share of a block that this thread's lanes see, counted from the share's start.
+    // The keys of a block that this thread's lanes see, counted from its start.
     __device__ void find_visible(const KeyBlock& block) {
-        const int window = static_cast<int>(launch_.args.window);
+        const Segment& segment = launch_.args.segments[block.segment];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const bool reads = row_[r] >= block.row_begin && row_[r] < block.row_end;
-            const int last = position_[r] + 1 - block.start;
-            seen_[r].end = reads ? min(last, block.count) - first_key() : 0;
-            seen_[r].begin = (window > 0 ? last - window : 0) - first_key();
+            const int position = row_[r] < 0 ? 0 : launch_.args.positions[row_[r]];
+            const Range seen = visible(launch_.args, segment, row_[r], position);
+            seen_[r] = {seen.begin - block.start, seen.end - block.start};
         }
     }
 
     __device__ bool sees(int r, int key) const { return key >= seen_[r].begin && key < seen_[r].end; }
 
     __device__ void multiply(const KeyBlock& block, int stage) {
-        const bool all = block.whole && block.count == kKeys;
-        if (!all) {
-            find_visible(block);
-            const auto any = [](Range seen) { return max(seen.begin, 0) < min(seen.end, kWarpKeys); };
-            if (!__any_sync(kAllLanes, any(seen_[0]) || any(seen_[1]))) return;
-        }
+        begin_segments(block.segment + 1);
+        const bool all = block.whole && block.count == kKeyBlock;
+        if (!all) find_visible(block);
         float s[kScoreTiles][4];
         score(s, stage);
         if (!map_.deferred()) {
@@ -317,28 +327,67 @@ class MmaTile {
             }
         }
         if (!all) hide(s);
-        soften(s);
+        SoftmaxState state[2];
+        soften(s, state);
+        Weights p;
+#pragma unroll
+        for (int step = 0; step < kKeyBlock / 16; ++step) {
+            const float (&low)[4] = s[2 * step], (&high)[4] = s[2 * step + 1];
+            p[step][0] = pack_pair<T>(low[0], low[1]), p[step][1] = pack_pair<T>(low[2], low[3]);
+            p[step][2] = pack_pair<T>(high[0], high[1]), p[step][3] = pack_pair<T>(high[2], high[3]);
+        }
         const uint64_t nonfinite = block.whole ? 0 : nonfinite_keys(stage);
-        if (nonfinite == 0) {
-            accumulate<false>(s, stage, 0);
+        const Merge merged[2] = {{chunk_[0], state[0]}, {chunk_[1], state[1]}};
+#pragma unroll
+        for (int tile = 0; tile < kOutTiles; tile += kAtOnce) {
+            if (nonfinite == 0) {
+                accumulate<false>(p, merged, stage, tile, 0);
+            } else {
+                accumulate<true>(p, merged, stage, tile, nonfinite);
+            }
+        }
+        chunk_[0] = merged[0].state, chunk_[1] = merged[1].state;
+    }
+
+    // S = Q K^T, of all keys in every warp.
+    __device__ void score(float (&s)[kScoreTiles][4], int stage) {
+        if constexpr (kDimWarps == 1) {
+            score_keys(s, stage, 0);
         } else {
-            accumulate<true>(s, stage, nonfinite);
-            add_nonfinite(s, stage, nonfinite);
+            constexpr int kMine = kWarpKeys / 8;
+            float mine[kMine][4];
+            score_keys(mine, stage, dim_warp() * kWarpKeys);
+            float* row = scores() + (row_warp() * 16 + lane() / 4) * Shape::kScoreStride + lane() % 4 * 2;
+            __syncthreads();  // the last block's scores have been read
+#pragma unroll
+            for (int tile = 0; tile < kMine; ++tile) {
+                float* to = row + dim_warp() * kWarpKeys + tile * 8;
+                *reinterpret_cast<float2*>(to) = {mine[tile][0], mine[tile][1]};
+                *reinterpret_cast<float2*>(to + 8 * Shape::kScoreStride) = {mine[tile][2], mine[tile][3]};
+            }
+            __syncthreads();
+#pragma unroll
+            for (int tile = 0; tile < kScoreTiles; ++tile) {
+                const float2 low = *reinterpret_cast<const float2*>(row + tile * 8),
+                             high =
+                                 *reinterpret_cast<const float2*>(row + 8 * Shape::kScoreStride + tile * 8);
+                s[tile][0] = low.x, s[tile][1] = low.y, s[tile][2] = high.x, s[tile][3] = high.y;
+            }
         }
     }
 
-    // S = Q K^T.
-    __device__ void score(float (&s)[kScoreTiles][4], int stage) {
-        const T* row =
-            keys(stage) + (first_key() + lane() / 16 * 8 + lane() % 8) * kStride + lane() / 8 % 2 * 8;
+    // Scores of 8 * kTiles keys from `first`.
+    template <int kTiles>
+    __device__ void score_keys(float (&s)[kTiles][4], int stage, int first) {
+        const T* row = keys(stage) + (first + lane() / 16 * 8 + lane() % 8) * kStride + lane() / 8 % 2 * 8;
 #pragma unroll
         for (auto& tile : s) tile[0] = tile[1] = tile[2] = tile[3] = 0.0f;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-            uint32_t (&q)[4] = q_[Shape::kLarge ? 0 : step];
-            if constexpr (Shape::kLarge) load_matrices(q, query_row() + step * 16);
+            uint32_t (&q)[4] = q_[Shape::kKeepsQueries ? step : 0];
+            if constexpr (!Shape::kKeepsQueries) load_matrices(q, query_row() + step * 16);
 #pragma unroll
-            for (int tile = 0; tile < kScoreTiles; tile += 2) {
+            for (int tile = 0; tile < kTiles; tile += 2) {
                 uint32_t k[4];  // two tiles of 8 keys x 16 elements
                 load_matrices(k, row + tile * 8 * kStride + step * 16);
                 mma<T>(s[tile], q, k[0], k[1]);
@@ -357,164 +406,227 @@ class MmaTile {
         }
     }
 
-    // The online softmax: P in place of S, the state and O brought to the new max.
-    __device__ void soften(float (&s)[kScoreTiles][4]) {
+    // Weights in place of scores, and the block's states, the same in the four threads of a lane.
+    __device__ void soften(float (&s)[kScoreTiles][4], SoftmaxState (&state)[2]) const {
         const float factor = map_.factor();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float top = max_[r];
+            float top = -infinity();
 #pragma unroll
             for (const auto& tile : s) top = fmaxf(top, fmaxf(tile[2 * r], tile[2 * r + 1]));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-            const float shift = scaled(finite_top(top), factor),
-                        alpha = exp2_fast(scaled(max_[r], factor) - shift);
-            max_[r] = top;
-            sum_[r] *= alpha;
+            state[r].max = scaled(top, factor);
+            const float shift = finite_top(state[r].max);
+            float sum = 0.0f;
 #pragma unroll
             for (auto& tile : s) {
 #pragma unroll
                 for (int i = 2 * r; i < 2 * r + 2; ++i) {
                     tile[i] = exp2_fast(fmaf(tile[i], factor, -shift));
-                    sum_[r] += tile[i];
+                    sum += tile[i];
                 }
             }
-#pragma unroll
-            for (auto& tile : out_) tile[2 * r] *= alpha, tile[2 * r + 1] *= alpha;
+            state[r].sum = reduce_lanes<4>(sum, Add());
         }
     }
 
-    // O += P V; with kBlank without the keys `blank`.
+    // B = P V for kAtOnce tiles of D from `tile`, C = merge(C, B); with kBlank the elements of V that are not
+    // finite are taken one by one.
     template <bool kBlank>
-    __device__ void accumulate(const float (&p)[kScoreTiles][4], int stage, uint64_t blank) {
-        const T* row = values(stage) + (first_key() + lane() % 16) * kStride + lane() / 16 * 8;
+    __device__ void accumulate(const Weights& p, const Merge (&merged)[2], int stage, int tile,
+                               uint64_t nonfinite) {
+        const T* row = values(stage) + lane() % 16 * kStride + dim_warp() * kWarpDim + tile * 8;
+        float sums[kAtOnce][4] = {};
 #pragma unroll
-        for (int step = 0; step < kWarpKeys / 16; ++step) {
-            const float (&low)[4] = p[2 * step], (&high)[4] = p[2 * step + 1];
-            const uint32_t a[4] = {pack_pair<T>(low[0], low[1]), pack_pair<T>(low[2], low[3]),
-                                   pack_pair<T>(high[0], high[1]), pack_pair<T>(high[2], high[3])};
-            const uint32_t keep_low = kBlank ? kept(blank, 16 * step) : ~0u,
-                           keep_high = kBlank ? kept(blank, 16 * step + 8) : ~0u;
+        for (int step = 0; step < kKeyBlock / 16; ++step) {
 #pragma unroll
-            for (int tile = 0; tile < kOutTiles; tile += 2) {
-                uint32_t v[4];  // 16 keys x two tiles of 8 elements
-                load_matrices_transposed(v, row + step * 16 * kStride + tile * 8);
-                mma<T>(out_[tile], a, v[0] & keep_low, v[1] & keep_high);
-                mma<T>(out_[tile + 1], a, v[2] & keep_low, v[3] & keep_high);
+            for (int i = 0; i < kAtOnce; i += 2) {
+                uint32_t v[4];  // 16 keys x two tiles of 8 elements, or twice the last one
+                const bool two = i + 1 < kAtOnce;
+                load_matrices_transposed(v, row + step * 16 * kStride + i * 8 + (two ? lane() / 16 * 8 : 0));
+                if constexpr (kBlank) {
+#pragma unroll
+                    for (uint32_t& pair : v) pair &= ~nonfinite_mask<T>(pair);
+                }
+                mma<T>(sums[i], p[step], v[0], v[1]);
+                if (two) mma<T>(sums[i + two], p[step], v[2], v[3]);
             }
         }
+        if constexpr (kBlank) add_nonfinite(sums, p, stage, tile, nonfinite);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) rows_[tile + i][j] = merged[j / 2](rows_[tile + i][j], sums[i][j]);
+        }
     }
 
-    // ---- rows of V that are not finite
-    // -------------------------------------------------------------------------
+    // ---- elements of V that are not finite ----------------------------------------------------------------
 
-    // Bit k: key k of the warp's share.
+    // Bit k: key k of the block.
     __device__ uint64_t nonfinite_keys(int stage) const {
         uint64_t bits = 0;
 #pragma unroll
         for (int w = 0; w < Shape::kWarps; ++w) {
             bits |= static_cast<uint64_t>(shared_.nonfinite[stage][w]) << (w * kCopyRows);
         }
-        bits >>= first_key();
-        return kWarpKeys == 64 ? bits : bits & ((uint64_t{1} << kWarpKeys) - 1);
+        return bits;
     }
 
-    // The mask of this thread's two keys of the eight from `key`.
-    __device__ uint32_t kept(uint64_t blank, int key) const {
-        const uint32_t pair = static_cast<uint32_t>(blank >> (key + lane() % 4 * 2)) & 3u;
-        return ~((pair & 1u ? 0x0000ffffu : 0u) | (pair & 2u ? 0xffff0000u : 0u));
-    }
-
-    __device__ void add_nonfinite(const float (&p)[kScoreTiles][4], int stage, uint64_t nonfinite) {
+    __device__ void add_nonfinite(float (&sums)[kAtOnce][4], const Weights& p, int stage, int tile,
+                                  uint64_t nonfinite) const {
 #pragma unroll 1
         for (uint64_t left = nonfinite; left != 0; left &= left - 1) {
             const int key = __ffsll(static_cast<int64_t>(left)) - 1;
-            float weights[2];
+            const T* row = values(stage) + key * kStride + dim_warp() * kWarpDim + tile * 8 + lane() % 4 * 2;
 #pragma unroll
-            for (int r = 0; r < 2; ++r) weights[r] = weight_of(p, key, r);
-            const T* row = values(stage) + (first_key() + key) * kStride + lane() % 4 * 2;
+            for (int r = 0; r < 2; ++r) {
+                const float weight = weight_of(p, key, r);
 #pragma unroll
-            for (int tile = 0; tile < kOutTiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if (sees(i / 2, key)) out_[tile][i] += weights[i / 2] * to_float(row[tile * 8 + i % 2]);
+                for (int i = 0; i < 2 * kAtOnce; ++i) {
+                    const float x = to_float(row[i / 2 * 8 + i % 2]);
+                    if (x - x != 0.0f && sees(r, key)) sums[i / 2][2 * r + i % 2] += weight * x;
                 }
             }
         }
     }
 
     // P of this thread's lane r and any key: from the thread of its four that has that column.
-    __device__ float weight_of(const float (&p)[kScoreTiles][4], int key, int r) const {
-        uint32_t bits = 0;  // by masks, not by an index: P stays in registers
+    __device__ float weight_of(const Weights& p, int key, int r) const {
+        uint32_t pair = 0;  // by masks, not by an index: P stays in registers
 #pragma unroll
-        for (int tile = 0; tile < kScoreTiles; ++tile) {
+        for (int step = 0; step < kKeyBlock / 16; ++step) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                bits |= __float_as_uint(p[tile][2 * r + i]) & -(tile * 4 + i == key / 8 * 4 + key % 2);
+            for (int half = 0; half < 2; ++half)
+                pair |= p[step][2 * half + r] & -(step * 2 + half == key / 8);
         }
-        return __uint_as_float(__shfl_sync(kAllLanes, bits, lane() / 4 * 4 + key % 8 / 2));
+        pair = __shfl_sync(kAllLanes, pair, lane() / 4 * 4 + key % 8 / 2);
+        return to_float(T{static_cast<uint16_t>(key % 2 ? pair >> 16 : pair)});
     }
 
-    // ---- the result
-    // ------------------------------------------------------------------------------------------------
+    // ---- the states of chunks, and of the task ------------------------------------------------------------
 
-    // Through shared memory, [warp, lane of the warp, D]: a warp writes whole lanes, having merged the warps
-    // that split the keys, in their order.
-    __device__ void write() {
-        float* stage = reinterpret_cast<float*>(stages_);
-        wait_copies<0>();
-        __syncthreads();
+    // Begins what segments before `end` begin, and puts away what the lanes had.
+    __device__ void begin_segments(int end) {
+        for (; next_segment_ < end; ++next_segment_) {
+            const Segment& segment = launch_.args.segments[next_segment_];
+            if (!segment.fresh) continue;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                if (row_[r] < segment.row_begin || row_[r] >= segment.row_end) continue;
+                put_away(r);
+                chunk_[r] = {};
+#pragma unroll
+                for (int tile = 0; tile < kOutTiles; ++tile)
+                    rows_[tile][2 * r] = rows_[tile][2 * r + 1] = 0.0f;
+                target_[r] = segment.slot < 0 ? kOwn : segment.slot + row_[r] - segment.row_begin;
+            }
+        }
+    }
+
+    __device__ int head(int r) const { return item_.head(first_ + lane_of_tile(r)); }
+
+    // f(d, tile) for the first of each pair of D's elements that this thread has.
+    template <class F>
+    __device__ void each_pair(F f) const {
+#pragma unroll
+        for (int tile = 0; tile < kOutTiles; ++tile) {
+            const int d = dim_warp() * kWarpDim + tile * 8 + lane() % 4 * 2;
+            if (d < launch_.args.head_dim) f(d, tile);
+        }
+    }
+
+    // A lane's chunk joins the task's own state, or goes to its slot.
+    __device__ void put_away(int r) {
+        if (target_[r] == kNone) return;
+        if (target_[r] == kOwn) return join_own(r);
+        write_slot(target_[r], r);
+    }
+
+    __device__ void write_slot(int64_t slot, int r) const {
+        float* to = slot_row(launch_.args, slot, head(r));
+        each_pair([&](int d, int tile) {
+            *reinterpret_cast<float2*>(to + d) = {rows_[tile][2 * r], rows_[tile][2 * r + 1]};
+        });
+        if (dim_warp() == 0 && lane() % 4 == 0)
+            *slot_state(launch_.args, slot, head(r)) = {chunk_[r].max, chunk_[r].sum};
+    }
+
+    __device__ float* own_row(int r) const {
+        return launch_.own + (int64_t{blockIdx.x} * kOwnLanes + lane_of_tile(r)) * launch_.args.head_dim;
+    }
+
+    // The task's own state and the chunk become one, in the chunk's place.
+    __device__ void take_own(int r) {
+        if (!has_own_[r]) return;
+        const Merge merged(own_[r], chunk_[r]);
+        const float* from = own_row(r);
+        each_pair([&](int d, int tile) {
+            const float2 x = *reinterpret_cast<const float2*>(from + d);
+            rows_[tile][2 * r] = merged(x.x, rows_[tile][2 * r]);
+            rows_[tile][2 * r + 1] = merged(x.y, rows_[tile][2 * r + 1]);
+        });
+        chunk_[r] = merged.state;
+    }
+
+    __device__ void join_own(int r) {
+        take_own(r);
+        float* to = own_row(r);
+        each_pair([&](int d, int tile) {
+            *reinterpret_cast<float2*>(to + d) = {rows_[tile][2 * r], rows_[tile][2 * r + 1]};
+        });
+        own_[r] = chunk_[r], has_own_[r] = true;
+    }
+
+    // Results of the rows that are not merged, and what the others begin with.
+    __device__ void finish() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = warp() * 16 + r * 8 + lane() / 4;
-            const float sum = reduce_lanes<4>(sum_[r], Add());
-            if (lane() % 4 == 0) shared_.state[row] = {max_[r] * map_.factor(), sum};
+            if (target_[r] == kNone) continue;
+            if (target_[r] != kOwn) {
+                write_slot(target_[r], r);
+                if (!has_own_[r]) continue;
+                chunk_[r] = {};
 #pragma unroll
-            for (int tile = 0; tile < kOutTiles; ++tile) {
-                const int d = tile * 8 + lane() % 4 * 2;
-                *reinterpret_cast<float2*>(stage + row * Shape::kResultStride + d) = {out_[tile][2 * r],
-                                                                                      out_[tile][2 * r + 1]};
+                for (int tile = 0; tile < kOutTiles; ++tile)
+                    rows_[tile][2 * r] = rows_[tile][2 * r + 1] = 0.0f;
+            }
+            take_own(r);
+            if (is_merged(launch_.args, row_[r])) {
+                write_slot(int64_t{item_.task.slot} + row_[r] - item_.task.row_begin, r);
+            } else {
+                write_result(r);
             }
         }
-        __syncthreads();
-        for (int i = warp(); i < count_; i += Shape::kWarps) write_merged(i, stage);
-        __syncthreads();
     }
 
-    __device__ void write_merged(int lane_of_tile, const float* stage) const {
-        SoftmaxState merged;
-        float weights[kKeyWarps];
-        const float2* states = shared_.state + lane_of_tile;
-#pragma unroll
-        for (int w = 0; w < kKeyWarps; ++w) merged.max = fmaxf(merged.max, states[w * kLanes].x);
-#pragma unroll
-        for (int w = 0; w < kKeyWarps; ++w) {
-            weights[w] = weight(states[w * kLanes].x, merged.max);
-            merged.sum += weights[w] * states[w * kLanes].y;
-        }
-        write_lane<T>(item_, first_ + lane_of_tile, merged, [&](int d) {
-            float x = 0.0f;
-#pragma unroll
-            for (int w = 0; w < kKeyWarps; ++w) {
-                x += weights[w] * stage[(w * kLanes + lane_of_tile) * Shape::kResultStride + d];
-            }
-            return x;
+    __device__ void write_result(int r) const {
+        const TreeAttentionArgs& args = launch_.args;
+        const int64_t index = int64_t{args.rows[row_[r]]} * args.num_q_heads + head(r);
+        const Result result(args, head(r), chunk_[r]);
+        T* out = static_cast<T*>(args.out) + index * args.head_dim;
+        each_pair([&](int d, int tile) {
+            *reinterpret_cast<uint32_t*>(out + d) =
+                pack_pair<T>(rows_[tile][2 * r] * result.factor, rows_[tile][2 * r + 1] * result.factor);
         });
+        if (dim_warp() == 0 && lane() % 4 == 0) args.lse[index] = result.lse;
     }
 
     const TreeAttentionLaunch& launch_;
     const Item& item_;
     const int first_, count_;  // the tile's lanes
-    uint16_t* const stages_;   // [kStages, K and V, kKeys, kStride]
+    uint16_t* const stages_;   // [kStages, K and V, kKeyBlock, kStride], then Q and scores
     MmaShared& shared_;
     const ScoreMap map_;
-    int row_[2], position_[2];  // of this thread's lanes, g and g + 8; -1: there is none
+    int next_segment_;  // the first whose states have not begun
+    int row_[2];        // of this thread's lanes, g and g + 8; -1: there is none
     Range seen_[2];
     int64_t k_offset_ = 0, v_offset_ = 0;
-    uint32_t q_[Shape::kLarge ? 1 : kSteps][4];
-    float out_[kOutTiles][4] = {};
-    float max_[2] = {-infinity(), -infinity()};  // raw where the map is deferred
-    float sum_[2] = {0.0f, 0.0f};                // of this thread's columns
+    uint32_t q_[Shape::kKeepsQueries ? kSteps : 1][4];
+    float rows_[kOutTiles][4] = {};  // C: sums of weighted values
+    SoftmaxState chunk_[2], own_[2];
+    int target_[2] = {kNone, kNone};  // of C: a slot, or the task's own state
+    bool has_own_[2] = {false, false};
 };
 
 template <class T, int kDim>
@@ -523,15 +635,19 @@ __global__ void __launch_bounds__(MmaShape<kDim>::kThreads, 2)
     using Shape = MmaShape<kDim>;
     extern __shared__ __align__(16) uint16_t stages[];
     __shared__ MmaShared shared;
-    if (blockIdx.x >= launch.sizes->tasks * launch.args.num_kv_heads) return;
-    const Item item(launch.args, blockIdx.x);
-    for (int first = 0, lanes = item.lanes(); first < lanes;) {
-        if (Shape::kNarrowRowWarps < Shape::kWideRowWarps && lanes - first <= 16 * Shape::kNarrowRowWarps) {
-            MmaTile<T, kDim, Shape::kNarrowRowWarps>(launch, item, first, stages, shared).run();
-            return;
+    const unsigned items = launch.sizes->tasks * static_cast<unsigned>(launch.args.num_kv_heads);
+    for (unsigned index = blockIdx.x; index < items; index += gridDim.x) {
+        const Item item(launch.args, index);
+        const int lanes = item.lanes();
+        for (int first = 0; first < lanes;) {
+            if (Shape::kNarrowRowWarps < Shape::kWideRowWarps &&
+                lanes - first <= 16 * Shape::kNarrowRowWarps) {
+                MmaTile<T, kDim, Shape::kNarrowRowWarps>(launch, item, first, stages, shared).run();
+                break;
+            }
+            MmaTile<T, kDim, Shape::kWideRowWarps>(launch, item, first, stages, shared).run();
+            first += 16 * Shape::kWideRowWarps;
         }
-        MmaTile<T, kDim, Shape::kWideRowWarps>(launch, item, first, stages, shared).run();
-        first += 16 * Shape::kWideRowWarps;
     }
 }
 

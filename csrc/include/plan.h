@@ -17,6 +17,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace tts {
 
 // Keys of one block. Where branches part within a block, each has the whole block in a segment of its own.
@@ -39,9 +41,9 @@ struct Task {
 };
 
 // An entry of merge_slots: where a state lies, and whether it continues the chunk of the entry before it.
-constexpr int32_t merge_entry(int32_t slot, bool continues) { return 2 * slot + continues; }
-constexpr int32_t slot_of(int32_t entry) { return entry >> 1; }
-constexpr bool continues(int32_t entry) { return (entry & 1) != 0; }
+TTS_HD constexpr int32_t merge_entry(int32_t slot, bool continues) { return 2 * slot + continues; }
+TTS_HD constexpr int32_t slot_of(int32_t entry) { return entry >> 1; }
+TTS_HD constexpr bool continues(int32_t entry) { return (entry & 1) != 0; }
 
 // How much of the tables is in use.
 struct PlanSizes {

@@ -82,6 +82,11 @@ def test_launches() -> None:
     run(",".join(ALL), tests=str(HERE / "launches.py"))
 
 
+@pytest.mark.parametrize("only", ["64", pytest.param("128 or 20", marks=pytest.mark.slow)])
+def test_attention_has_the_same_bits_in_any_company(only: str) -> None:
+    run("tree_attention", tests=str(HERE / "same_bits.py"), only=only)
+
+
 @pytest.mark.skipif(clang() is None, reason="no clang")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("operator", FEW)

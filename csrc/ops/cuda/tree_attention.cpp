@@ -36,7 +36,6 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                                           int64_t max_slots, double scale, double softcap, int64_t window,
                                           const std::optional<Tensor>& sinks) {
     const OnDevice device(q_in);
-    require(!sinks, "sinks: not on this backend yet");
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
     check_tensors(q, k_cache, v_cache, page_size, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
@@ -44,10 +43,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
     const int64_t num_rows = q.size(0), num_q_heads = q.size(1), head_dim = q.size(2);
     Tensor out = empty(q, {num_rows, num_q_heads, head_dim}, q.scalar_type());
     Tensor lse = empty(q, {num_rows, num_q_heads}, ScalarType::Float);
-    const int64_t partials = max_slots * num_q_heads;
-    Tensor workspace = empty(q, {partials * (head_dim + 2)}, ScalarType::Float);
-    float* states = data<float>(workspace);
-    const TreeAttentionArgs args{
+    require(!sinks || (is_here(*sinks) && sinks->dim() == 1 && sinks->size(0) == num_q_heads), "sinks");
+    TreeAttentionArgs args{
         .dtype = dtype(q),
         .q = q.const_data_ptr(),
         .q_row_stride = q.stride(0),
@@ -69,16 +66,22 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
         .scale = static_cast<float>(scale),
         .softcap = static_cast<float>(softcap),
         .window = std::clamp<int64_t>(window, 0, INT32_MAX),
-        .sinks = nullptr,
+        .sinks = sinks ? float32(*sinks) : nullptr,
         .out = out.mutable_data_ptr(),
         .lse = data<float>(lse),
-        .partial_rows = states + 2 * partials,
-        .partial_states = states,
+        .partial_rows = nullptr,
+        .partial_states = nullptr,
         .padded_dim = head_dim,
     };
     const auto* used = reinterpret_cast<const PlanSizes*>(int32s(sizes, 1, kPlanSizes, "sizes"));
     if (num_rows * num_q_heads == 0) return {out, lse};
-    cuda::tree_attention(args, used, tasks.size(0), device.stream());
+    const int64_t partials = max_slots * num_q_heads,
+                  blocks = cuda::tree_attention_blocks(args, tasks.size(0));
+    Tensor workspace =
+        empty(q, {partials * (head_dim + 2) + blocks * cuda::kOwnLanes * head_dim}, ScalarType::Float);
+    args.partial_states = data<float>(workspace);
+    args.partial_rows = args.partial_states + 2 * partials;
+    cuda::tree_attention(args, used, args.partial_rows + partials * head_dim, blocks, device.stream());
     return {out, lse};
 }
 
