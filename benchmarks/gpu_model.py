@@ -213,9 +213,10 @@ class Task:
 def tree_attention(
     tasks: Sequence[Task], slots: int, rows: int, heads: int, kv_heads: int, dim: int, tokens: int
 ) -> list[Launch]:
-    """A block a task and KV head, in tiles of 64 lanes or of 16, 64 keys at a time; then a warp a row and head merges.
+    """A task and KV head at a time, in tiles of 64 lanes or of 16, 64 keys at a time; then a warp merges a row.
 
-    A lane is a query head of a row. A tile reads its keys anew, from L2 but for the first.
+    A lane is a query head of a row. A tile reads its keys anew, from L2 but for the first. ``blocks`` counts tasks and
+    heads: the grid has no more blocks than the device holds at once, and each takes every so many-th of them.
     """
     group, read, tensor = heads // kv_heads, 0.0, 0.0
     for task in tasks:
