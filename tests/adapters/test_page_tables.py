@@ -15,9 +15,9 @@ import tts_kernels as tk
 
 P, PAGE, HQ, HKV, D = 40, 16, 8, 2, 64
 HEADS = {"page_size": PAGE, "num_q_heads": HQ, "num_kv_heads": HKV, "head_dim": D}
-# Three requests: two share their first two pages, one the first; a table in the allocator's order; rows of q of each.
-PAGES = [[31, 4, 17], [31, 4, 9, 2], [31, 22]]
-KV_LENS, Q_LENS = [37, 64, 20], [1, 3, 2]
+# Three requests, of which two share their first 64 tokens; a table in the allocator's order; rows of q of each.
+PAGES = [[31, 4, 12, 27, 17], [31, 4, 12, 27, 9, 2], [33, 22]]
+KV_LENS, Q_LENS = [69, 96, 20], [1, 3, 2]
 
 
 def flashinfer_nhd() -> tuple[Tensor, tuple[Tensor, Tensor], Callable[[Tensor, Tensor], None]]:
