@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
-from tts_search import Step, TextPolicy, TextVerifier
+from tts_search import Step, StepRequest, TextPolicy, TextVerifier
 from tts_search.lab.arithmetic import check_steps, solve
 
 
@@ -60,3 +61,13 @@ def verifier(noise: float, prefix: str = "") -> TextVerifier:
         ]
 
     return TextVerifier(lambda branches: [score(*branch) for branch in branches])
+
+
+def endless(text: str, seconds: float = 0.0) -> TextPolicy:
+    """Writes a text again and again and comes to no end; each round takes so long."""
+
+    def write(requests: list[StepRequest]) -> list[list[Step]]:
+        time.sleep(seconds)
+        return [[Step(f"{text} {seed}\n\n", False, 8) for seed in request.seeds] for request in requests]
+
+    return TextPolicy(write)

@@ -20,15 +20,15 @@ def find_chromium() -> str | None:
 
 
 class Page:
-    """A tab with a file open in it.
+    """A tab with a file, or the page of a server, open in it.
 
     Attributes
     ----------
     complaints : list of str
-        Exceptions and errors on the console, dialogs, and requests but for the page itself.
+        Exceptions and errors on the console, dialogs, and requests but for the page itself and what is below it.
     """
 
-    def __init__(self, program: str, file: Path, profile: Path) -> None:
+    def __init__(self, program: str, page: Path | str, profile: Path) -> None:
         read_commands, self._write = os.pipe()
         self._read, write_events = os.pipe()
         options = f"--headless=new --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
@@ -49,7 +49,7 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
-        self.url = file.as_uri()
+        self.url = page if isinstance(page, str) else page.as_uri()
         self.call("Page.navigate", url=self.url)
         self.wait("document.readyState === 'complete'")
 
@@ -90,7 +90,7 @@ class Page:
             self.complaints.append(f"{method}: {params}")
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.complaints.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and params["request"]["url"] != self.url:
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self.url):
             self.complaints.append(f"request: {params['request']['url']}")
 
     def evaluate(self, expression: str) -> Any:
@@ -115,6 +115,21 @@ class Page:
     def type(self, selector: str, text: str) -> None:
         self.click(selector)
         self.call("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        """Press a key that has a name, such as an arrow or Tab."""
+        codes = {
+            "Tab": 9,
+            "Enter": 13,
+            "End": 35,
+            "Home": 36,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+        }
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

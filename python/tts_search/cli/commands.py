@@ -152,7 +152,7 @@ def demo(
     sizes = _sizes(budgets)
     if any(size % CONFIG.expand for size in sizes if size != 1):
         raise SearchError(f"--budgets: expected 1 or multiples of {CONFIG.expand}, got {budgets!r}")
-    with _option("--problems"):
+    with naming("--problems"):
         make_tasks(LEVELS, problems, seed)
     run_demo(load_models(), out, count=problems, budgets=sizes, seed=seed)
 
@@ -245,7 +245,7 @@ def evaluate_(
     if actors is not None and ray is None:
         raise SearchError("--actors: expected with --ray only")
     elected = _elected(vote, verifier)
-    with _option("DATA"):
+    with naming("DATA"):
         tasks = load_tasks(data, limit)
     _check_folder(out)
     load = partial(load_checkpoints, policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
@@ -308,15 +308,15 @@ def study(
 
     sizes = tuple(_sizes(budgets))
     grid = Grid(problems=problems, budgets=sizes, largest=largest or None, seed=seed, seeds=tuple(range(seeds)))
-    with _option("--problems"):
+    with naming("--problems"):
         make_tasks(grid.levels, problems, seed)
-    with _option("--part"):
+    with naming("--part"):
         share_out(grid, part)
     print(plan_as_text(grid)) if plan else run_study(grid, out, part=part)
 
 
 @contextmanager
-def _option(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Name the option that an error is about.
 
     Whatever loads a checkpoint or a data set raises errors of its own (of the hub, of formats, of torch): all of them
@@ -348,13 +348,13 @@ def _check_verifier(verifier: str | None, configs: list[SearchConfig], vote: str
 def _check_device_is_there(device: str | None) -> None:
     import torch
 
-    with _option("--device"):
+    with naming("--device"):
         torch.empty(0, device=device)
 
 
 def _check_folder(out: Path) -> None:
     """Raise the error of a folder that cannot be written or holds a broken manifest, before models are loaded."""
-    with _option("--out"):
+    with naming("--out"):
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
             raise SearchError(f"expected a folder that can be written, got {out}")
@@ -432,11 +432,11 @@ def load_checkpoints(
 
     own: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory, "quantize": quantize}
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
-    with _option(f"--policy: {policy}"):
+    with naming(f"--policy: {policy}"):
         loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
     if verifier is None:
         return loaded, None
-    with _option(f"--verifier: {verifier}"):
+    with naming(f"--verifier: {verifier}"):
         return loaded, HFVerifier(verifier, format=format, **own)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``tts-search demo | solve | eval | study | report``."""
+"""The command line: ``tts-search demo | solve | eval | study | report | serve``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Run the command line: the exit status is 0 if it did what was asked, 2 if the options are no such, else 1."""
     with _errors_as_text():
         typer = require("typer", "search")
-        from tts_search.cli.commands import app
+        from tts_search.cli.serving import app
 
         usage_error = typer.BadParameter.__base__  # what the parser has to say about options
         try:

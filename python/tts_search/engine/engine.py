@@ -119,6 +119,11 @@ class Engine:
         return search
 
     @property
+    def is_open(self) -> bool:
+        """Whether problems can be handed in: nobody has closed it, and no driver has made its thread end."""
+        return not self._closed
+
+    @property
     def num_waiting(self) -> int:
         """Problems that have not begun."""
         return len(self._waiting)

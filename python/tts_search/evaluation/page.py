@@ -13,11 +13,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tts_search.evaluation.records import Record
 
-__all__ = ["tree_page"]
+__all__ = ["VIEW", "tree_page"]
+
+VIEW = Path(__file__).parent / "view"
+"""The drawing of a tree, which the server's page shows, too."""
 
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 

@@ -1,0 +1,89 @@
+"""``tts-search serve``."""
+
+# Options that may be given several times have lists as defaults.
+# ruff: noqa: B006
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from tts_search.cli.commands import (
+    Device,
+    Dtype,
+    Format,
+    Memory,
+    PolicyPath,
+    Quantize,
+    SystemPrompt,
+    VerifierPath,
+    app,
+    load_checkpoints,
+    naming,
+)
+from tts_search.errors import require
+
+__all__ = ["app", "serve"]
+
+
+@app.command(epilog="Example: tts-search serve --policy path/to/policy --verifier path/to/prm, then open the address")
+def serve(
+    policy: PolicyPath,
+    verifier: VerifierPath = None,
+    host: Annotated[str, Option(help="Address to listen at; by default only this machine can reach it.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, Option(help="File with the keys of those who may use the models, one a line.", dir_okay=False)
+    ] = None,
+    served_model_name: Annotated[
+        list[str], Option(help="What requests call the policy; may be given several times.")
+    ] = [],
+    served_verifier_name: Annotated[list[str], Option(help="What requests call the verifier, likewise.")] = [],
+    max_queue: Annotated[int, Option(min=1, help="Requests at a time; more are sent away.")] = 256,
+    max_n: Annotated[int, Option(min=1, help="Answers of one request, or candidates of a search.")] = 256,
+    max_rows: Annotated[int | None, Option(min=1, help="Steps that are sampled at a time.")] = None,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    drain: Annotated[int, Option(min=0, help="Seconds to wait for answers under way when it is to end.")] = 600,
+    allow_chat_template: Annotated[
+        bool, Option("--allow-chat-template", help="Let requests bring a chat template, which is a program.")
+    ] = False,
+    system_prompt: SystemPrompt = None,
+    format: Format = "auto",  # noqa: A002
+    dtype: Dtype = None,
+    device: Device = None,
+    kv_memory: Memory = None,
+    quantize: Quantize = None,
+) -> None:
+    """Serve the models over HTTP, as OpenAI's API, as a process reward model and as a search, with a page to watch."""
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "serve")
+    from tts_search.engine.engine import Engine
+    from tts_search.serve.server import LOOPBACK
+    from tts_search.serve.server import serve as serve_
+    from tts_search.serve.service import Service
+    from tts_search.serve.settings import Settings, default_name, read_keys
+
+    keys: tuple[str, ...] = ()
+    if api_key_file is not None:
+        with naming("--api-key-file"):
+            keys = read_keys(api_key_file)
+    settings = Settings(
+        names=tuple(served_model_name) or (default_name(policy),),
+        verifier_names=tuple(served_verifier_name) or ((default_name(verifier),) if verifier else ()),
+        keys=keys,
+        hosts=Settings.hosts if host in LOOPBACK else ("*",),
+        max_queue=max_queue,
+        max_n=max_n,
+        timeout_s=timeout,
+        allow_chat_template=allow_chat_template,
+    )
+    models = load_checkpoints(policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{settings.names[0]} at {where}: OpenAI's API under /v1, a page at /", file=sys.stderr)
+    if not keys:
+        print("warning: no --api-key-file: whoever reaches this address may use the models", file=sys.stderr)
+    with Engine(*models, max_rows=max_rows) as engine:
+        serve_(Service(engine, *models, settings), host=host, port=port, drain_s=drain)

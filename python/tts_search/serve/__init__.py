@@ -1,0 +1,1 @@
+"""The engine behind HTTP, and a page to watch it by."""

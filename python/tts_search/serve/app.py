@@ -1,0 +1,37 @@
+"""The application: which route is answered by whom, and what stands before all of them."""
+
+from __future__ import annotations
+
+from fastapi import Depends, FastAPI
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from tts_search.serve import info, page, pooling, searching
+from tts_search.serve.access import AccessLog
+from tts_search.serve.errors import add_handlers
+from tts_search.serve.guards import Deadline, admitted, authorised
+from tts_search.serve.service import Service
+
+__all__ = ["create_app"]
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application of a service.
+
+    It has no pages of documentation of its own, which would load scripts from elsewhere, and no CORS: browsers let only
+    its own page talk to it. Where it is bound to this machine, requests under other names are refused, so that no page
+    of a foreign name that points here can either.
+    """
+    app = FastAPI(title="tts-search", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    add_handlers(app)
+    app.include_router(info.open_routes)
+    app.include_router(page.routes)
+    app.include_router(info.routes, dependencies=[Depends(authorised)])
+    for family in (pooling, searching):
+        app.include_router(family.routes, dependencies=[Depends(authorised), Depends(admitted)])
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.settings.max_body)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts), www_redirect=False)
+    app.add_middleware(Deadline, timeout_s=service.settings.timeout_s)
+    app.add_middleware(AccessLog)
+    return app

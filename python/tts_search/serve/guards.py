@@ -1,0 +1,108 @@
+"""Who may come in, how many at a time, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tts_search.errors import ConfigError, SearchError
+from tts_search.serve.errors import ApiError, error_body
+from tts_search.serve.service import Served
+
+__all__ = ["GONE", "Deadline", "admitted", "authorised", "refusal", "while_wanted"]
+
+T = TypeVar("T")
+
+GONE = 499  # what a log says of a request whose client has gone away
+_GRACE_S = 5.0
+_bearer = HTTPBearer(auto_error=False)
+
+
+class Deadline:
+    """Ends requests that take too long, whatever they wait for: a client that does not send its body, or reads nothing.
+
+    What a request does itself has its own limit, a little before, and says so in its answer.
+    """
+
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+        self.app = app
+        self.timeout_s = timeout_s + _GRACE_S
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or end it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await asyncio.wait_for(self.app(scope, receive, noted), self.timeout_s)
+        except asyncio.TimeoutError:
+            if not has_begun:
+                answer = JSONResponse(error_body(408, "the request did not come to its end in time"), 408)
+                await answer(scope, receive, send)
+
+
+async def authorised(
+    service: Served, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
+) -> None:
+    """Let whoever has a key pass. Each key is compared in full, however early it differs."""
+    keys = service.settings.keys
+    shown = given.credentials.encode() if given else b""
+    matches = sum(secrets.compare_digest(shown, key.encode()) for key in keys)
+    if keys and not matches:
+        raise ApiError(401, "expected a valid key in Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def admitted(service: Served) -> AsyncIterator[None]:
+    """Let a request in until its answer has been sent, if there are not too many."""
+    if service.num_requests >= service.settings.max_queue:
+        raise ApiError(
+            429, f"{service.num_requests} requests run or wait; try again later", headers={"Retry-After": "1"}
+        )
+    service.num_requests += 1
+    try:
+        yield
+    finally:
+        service.num_requests -= 1
+
+
+async def while_wanted(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """Do some work, as long as the client is there and there is time; else it is cancelled."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(GONE, "the client went away") if gone.done() else ApiError(504, f"not done in {timeout_s:g} s")
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def refusal(error: SearchError) -> ApiError:
+    """An error of the engine as one of the API: what a request can mend is told."""
+    if error.problem is None and not isinstance(error, ConfigError) and error.message.startswith("engine:"):
+        return ApiError(503, "the engine does not run")
+    if error.__cause__ is not None and not isinstance(error.__cause__, (ValueError, TypeError)):
+        return ApiError(500, "the search failed")
+    return ApiError(400, error.message)

@@ -1,0 +1,78 @@
+"""What is counted, for Prometheus: by vLLM's names where vLLM has one, so that its dashboards and schedulers work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+__all__ = ["Metrics"]
+
+Look = Callable[[], Mapping[str, tuple[str, float]]]
+
+_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_BETWEEN: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_COUNTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The counters of a server.
+
+    Parameters
+    ----------
+    name : str
+        Of the model.
+    look : callable
+        Looks up what the server is doing now: texts and values by the names of gauges.
+    """
+
+    def __init__(self, name: str, look: Look) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Gauges(name, look))
+        self._labels = {"model_name": name}
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
+        self.cached_tokens = self._counter("vllm:prefix_cache_hits", "Tokens of prompts that were found in the cache.")
+        self.queried_tokens = self._counter("vllm:prefix_cache_queries", "Tokens of prompts that were looked up.")
+        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens sampled.")
+        self.verifier_tokens = self._counter("tts_search:verifier_tokens", "Tokens that the verifier read.")
+        self.searches = self._counter("tts_search:searches", "Searches that came to a result.")
+        self.succeeded = Counter(
+            "vllm:request_success", "Answers, by what ended them.", ["model_name", "finished_reason"],
+            registry=self._registry,
+        )  # fmt: skip
+        self.first_token = self._histogram("vllm:time_to_first_token_seconds", "Until the first token.", _SECONDS)
+        self.between_tokens = self._histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
+        self.whole = self._histogram("vllm:e2e_request_latency_seconds", "From a request to its end.", _SECONDS)
+        self.width = self._histogram("vllm:request_params_n", "Answers asked for.", _COUNTS)
+
+    def finished(self, reason: str) -> None:
+        """Count an answer by what ended it."""
+        self.succeeded.labels(**self._labels, finished_reason=reason).inc()
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str) -> Any:
+        return Counter(name, text, ["model_name"], registry=self._registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
+        metric = Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
+        return metric.labels(**self._labels)
+
+
+class _Gauges:
+    """What is looked up."""
+
+    def __init__(self, name: str, look: Look) -> None:
+        self._name = name
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the gauges."""
+        for name, (text, value) in self._look().items():
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([self._name], value)
+            yield gauge

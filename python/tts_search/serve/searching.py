@@ -1,0 +1,186 @@
+"""Searches over HTTP: `/v1/search`, and what other routes need of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from tts_search.errors import ConfigError, SearchError
+from tts_search.search.config import METHODS, SearchConfig
+from tts_search.search.result import SearchResult
+from tts_search.search.types import Messages
+from tts_search.search.voting import VOTES
+from tts_search.serve.errors import ApiError
+from tts_search.serve.guards import refusal, while_wanted
+from tts_search.serve.results import best_node, node_as_dict, result_as_dict
+from tts_search.serve.schemas import Conversation, Request, Text, fresh_seed
+from tts_search.serve.service import Served, Service
+from tts_search.serve.streams import event, new_id, streamed
+
+__all__ = ["config_of", "found", "problem_of", "routes", "split_name", "usage_of", "vote_of"]
+
+routes = APIRouter()
+_FIELDS: Final = frozenset(one.name for one in fields(SearchConfig))
+_SIZES: Final = {"max_steps": 4096, "lookahead": 64, "expand": 4096}  # the most that a request may ask for
+_CONFIG: Final = TypeAdapter(SearchConfig)
+
+
+class SearchRequest(Request):
+    """A problem, or a conversation, and the fields of a :class:`~tts_search.SearchConfig`."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
+
+    problem: Text | None = None
+    messages: Conversation | None = None
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    vote: Annotated[str, StringConstraints(max_length=64)] | None = None
+    tree: bool = False
+    stream: bool = False
+
+
+@routes.post("/v1/search")
+async def search(body: SearchRequest, service: Served, request: HttpRequest) -> Response:
+    """Search a problem: the whole result, or with `stream` what happens as it happens, and then the result."""
+    base, named = split_name(service, body.model)
+    service.check_model(base)
+    if (body.problem is None) == (body.messages is None):
+        raise ApiError(400, "problem: expected either problem or messages", "problem")
+    problem = problem_of(body.messages) if body.problem is None else body.problem
+    config = config_of(service, {**named, **(body.model_extra or {}), "seed": fresh_seed(body.seed)})
+    vote = vote_of(service, body.vote)
+    timeout_s = service.settings.timeout_s
+    if body.stream:
+        return streamed(_told(service, problem, config, vote), timeout_s, error_name="error")
+    result = await while_wanted(request, found(service, problem, config), timeout_s)
+    return JSONResponse(await _answer(service, result, vote, tree=body.tree))
+
+
+def problem_of(messages: Sequence[Any] | None) -> Messages:
+    """A conversation as the engine takes it."""
+    return [{"role": each.role, "content": each.content} for each in messages or ()]
+
+
+def split_name(service: Service, name: str | None) -> tuple[str | None, dict[str, Any]]:
+    """A model's own name, and the search that goes by the rest: ``policy@beam_search-16``."""
+    if name is None or "@" not in name or name in service.settings.names:
+        return name, {}
+    base, _, rest = name.rpartition("@")
+    method, _, size = rest.rpartition("-")
+    if method not in METHODS or not (size.isascii() and size.isdigit() and len(size) < 6):
+        raise ApiError(404, "model: expected NAME@METHOD-N, as in policy@beam_search-16", "model")
+    return base, {"method": method, "n": int(size)}
+
+
+def config_of(service: Service, values: Mapping[str, Any]) -> SearchConfig:
+    """A config of these fields.
+
+    Raises
+    ------
+    ApiError
+        For a field that there is not, or a value that it cannot have. A method is one of ours: no request names code.
+    """
+    if unknown := sorted(set(values) - _FIELDS):
+        raise ApiError(400, f"{unknown[0]:.80}: expected a field of SearchConfig", unknown[0][:80])
+    if values.get("method", METHODS[1]) not in METHODS:
+        raise ApiError(400, f"method: expected one of {', '.join(METHODS)}", "method")
+    for name, most in {**_SIZES, "n": service.settings.max_n}.items():
+        if isinstance(values.get(name), int) and values[name] > most:
+            raise ApiError(400, f"{name}: expected at most {most}, got {values[name]:.3g}", name)
+    try:
+        return _CONFIG.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{place}: {message}" if place else message, place or message.partition(":")[0]) from None
+    except ConfigError as error:
+        raise ApiError(400, error.message, error.message.partition(":")[0]) from None
+
+
+def vote_of(service: Service, vote: str | None) -> str:
+    """The vote that elects the answer."""
+    scored = service.verifier is not None
+    vote = vote or ("prm_max" if scored else "majority")
+    if vote not in VOTES or not (scored or vote == "majority"):
+        raise ApiError(400, f"vote: expected one of {', '.join(VOTES if scored else ['majority'])}", "vote")
+    return vote
+
+
+async def found(service: Service, problem: str | Messages, config: SearchConfig) -> SearchResult:
+    """What the engine finds. Whoever is cancelled while waiting cancels the search.
+
+    Raises
+    ------
+    ApiError
+        If it fails.
+    """
+    try:
+        result = await service.engine.submit(problem, config)
+    except SearchError as error:
+        raise refusal(error) from error
+    _count(service, result)
+    return result
+
+
+def _count(service: Service, result: SearchResult) -> None:
+    metrics, stats = service.metrics, result.stats
+    metrics.searches.inc()
+    metrics.generation_tokens.inc(stats.policy_tokens)
+    metrics.prompt_tokens.inc(stats.policy_prefill_tokens)
+    metrics.verifier_tokens.inc(stats.verifier_tokens)
+    metrics.finished("stop" if result.best.finished else "length")
+
+
+async def _told(
+    service: Service, problem: str | Messages, config: SearchConfig, vote: str
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a search, and its result."""
+    try:
+        running = service.engine.submit(problem, config)
+    except SearchError as error:
+        raise refusal(error) from error
+    try:
+        async for happened in running:
+            nodes = [node_as_dict(node) for node in happened.nodes]
+            yield event({"round": happened.round, "nodes": nodes}, happened.kind)
+        try:
+            result = await running
+        except SearchError as error:
+            raise refusal(error) from error
+        _count(service, result)
+        yield event(await _answer(service, result, vote, tree=True), "result")
+    finally:
+        running.cancel()
+
+
+async def _answer(service: Service, result: SearchResult, vote: str, *, tree: bool) -> dict[str, Any]:
+    """What is told of a result. Votes compare answers, which may take a while."""
+    data = await asyncio.to_thread(result_as_dict, result, vote, tree=tree)
+    return {
+        "id": new_id("search"),
+        "object": "search",
+        "model": service.name,
+        "seed": result.config.seed,
+        "finish_reason": "stop" if result.best.finished else "length",
+        "best_node": best_node(result),
+        **data,
+        "usage": usage_of(result),
+    }
+
+
+def usage_of(result: SearchResult) -> dict[str, Any]:
+    """What a search cost both models, as clients count it."""
+    stats = result.stats
+    return {
+        "prompt_tokens": stats.policy_prefill_tokens,
+        "completion_tokens": stats.policy_tokens,
+        "total_tokens": stats.policy_prefill_tokens + stats.policy_tokens,
+        "verifier_tokens": stats.verifier_tokens,
+    }

@@ -1,0 +1,119 @@
+"""What all requests share: the engine, its models, and what is counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, Request
+
+from tts_search.serve.errors import ApiError
+from tts_search.serve.metrics import Metrics
+from tts_search.serve.settings import Settings
+from tts_search.serve.texts import Texts
+
+if TYPE_CHECKING:
+    from tts_search.engine.engine import Engine
+    from tts_search.search.protocol import Policy, Verifier
+
+__all__ = ["Served", "Service"]
+
+_SIZE = 16  # of the searches that are listed among the models
+
+
+class Service:
+    """A policy, perhaps a verifier, and the engine that drives them.
+
+    Parameters
+    ----------
+    engine : Engine
+        Over these two.
+    policy, verifier : Policy, Verifier or None
+        The models.
+    settings : Settings
+        What is allowed.
+
+    Attributes
+    ----------
+    num_requests : int
+        Requests that run or wait.
+    """
+
+    def __init__(self, engine: Engine, policy: Policy, verifier: Verifier | None, settings: Settings) -> None:
+        self.engine = engine
+        self.policy = policy
+        self.verifier = verifier
+        self.settings = settings
+        self.num_requests = 0
+        self.metrics = Metrics(self.name, self._activity)
+        self._texts = {id(model): _texts_of(model) for model in (policy, verifier)}
+
+    @property
+    def name(self) -> str:
+        """What answers call the policy."""
+        return self.settings.names[0]
+
+    @property
+    def model_names(self) -> list[str]:
+        """What requests may call models: the policy, the searches over it, the verifier."""
+        scored = self.verifier is not None
+        methods = ("beam_search", "best_of_n", "dvts") if scored else ("best_of_n",)
+        searches = [f"{self.name}@{method}-{_SIZE}" for method in methods]
+        return [*self.settings.names, *searches, *(self.settings.verifier_names if scored else ())]
+
+    @property
+    def texts(self) -> Texts:
+        """The policy's tokenizer.
+
+        Raises
+        ------
+        ApiError
+            If the policy is no local model.
+        """
+        return self.texts_of(None)
+
+    def texts_of(self, name: str | None) -> Texts:
+        """The tokenizer of the model of this name, the policy's for None; raises likewise."""
+        model, kind = self._model(name)
+        texts = self._texts[id(model)]
+        if texts is None:
+            raise ApiError(501, f"the {kind} of this server is no local model: it has no tokens")
+        return texts
+
+    def max_length(self, name: str) -> int | None:
+        """The context of the model of this name, if it has one."""
+        texts = self._texts[id(self._model(name)[0])]
+        return None if texts is None else texts.max_length
+
+    def _model(self, name: str | None) -> tuple[Any, str]:
+        if name is None or name in self.settings.names:
+            return self.policy, "policy"
+        if self.verifier is not None and name in self.settings.verifier_names:
+            return self.verifier, "verifier"
+        raise ApiError(404, f"model: expected one of {', '.join(self.model_names)}, got {name:.80}", "model")
+
+    def _activity(self) -> dict[str, tuple[str, float]]:
+        waiting = self.engine.num_waiting
+        return {
+            "vllm:num_requests_running": ("Requests that run.", max(0, self.num_requests - waiting)),
+            "vllm:num_requests_waiting": ("Requests that wait.", waiting),
+            "tts_search:streams": ("Steps and texts that are sampled now.", self.engine.num_streams),
+        }
+
+    def check_model(self, name: str | None, names: tuple[str, ...] | None = None) -> None:
+        """Raise the error of a model that is not served; none is the one that is."""
+        names = names or self.settings.names
+        if name is not None and name not in names:
+            raise ApiError(404, f"model: expected one of {', '.join(names)}, got {name:.80}", "model")
+
+
+def _texts_of(model: Any) -> Texts | None:
+    tokenizer = getattr(model, "tokenizer", None)
+    return None if tokenizer is None else Texts(tokenizer, model.decoder.shape.max_length)
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Served = Annotated[Service, Depends(_service)]

@@ -1,0 +1,120 @@
+"""Problems and solutions out of the texts that frameworks send to a process reward model, and their scores."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from tts_search.search.config import SearchConfig
+from tts_search.search.moves import Algorithm, Moves, score
+from tts_search.search.result import SearchResult
+from tts_search.search.run import Branch, Run
+from tts_search.search.steps import split_steps
+from tts_search.search.types import Step
+from tts_search.serve.errors import ApiError
+from tts_search.serve.searching import found
+from tts_search.serve.service import Service
+
+__all__ = ["Solution", "read_all", "solution_of_messages", "solution_of_pair", "solution_of_text"]
+
+Solution = tuple[str, tuple[str, ...]]
+"""A problem and the steps of its solution."""
+
+_DELIMITER = "\n\n"
+
+
+def solution_of_pair(service: Service, problem: str, text: str) -> Solution:
+    """A problem, and a solution whose steps end in the verifier's tag, or else in a blank line.
+
+    Raises
+    ------
+    ApiError
+        If there is no step.
+    """
+    tag = _tag(service)
+    if tag in text:
+        steps = tuple(piece for piece in text.split(tag) if piece.strip())
+    else:
+        steps, _ = split_steps(text, _DELIMITER)
+    if not steps:
+        raise ApiError(400, "expected a solution of at least one step, got an empty one")
+    return problem, steps
+
+
+def solution_of_messages(service: Service, messages: Sequence[Any]) -> Solution:
+    """A conversation: the user states the problem, the assistant solves it.
+
+    Or the user does both, a step a message, each followed by a mark of the assistant's, in whose place the verifier
+    scores; the first message is then the problem and the first step.
+
+    Raises
+    ------
+    ApiError
+        If it is neither, or says something to the verifier that its format does not.
+    """
+    said = [(each.role, each.content) for each in messages]
+    entry = getattr(service.verifier, "format", None)
+    own = [text for role, text in entry.chat if role == "system"] if entry is not None else []
+    if said[0][0] == "system":
+        if said[0][1] not in own:
+            raise ApiError(400, "messages: expected the system message of the verifier's format, or none", "messages")
+        said = said[1:]
+    roles = [role for role, _ in said]
+    if roles == ["user", "assistant"]:
+        return solution_of_pair(service, said[0][1], said[1][1])
+    if entry is not None and entry.reply and roles == ["user", "assistant"] * (len(said) // 2):
+        first, *others = (text for role, text in said if role == "user")
+        problem, steps = solution_of_text(service, first)
+        return problem, (*steps, *others)
+    raise ApiError(400, "messages: expected a user's problem and the assistant's solution", "messages")
+
+
+def solution_of_text(service: Service, text: str) -> Solution:
+    """A text that holds both. Formats put a space between them: where it is cut does not change what is read."""
+    problem, _, solution = text.partition(" ")
+    return solution_of_pair(service, problem, solution)
+
+
+async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> list[SearchResult]:
+    """Have solutions scored, all at once; the result of each has one completion.
+
+    Raises
+    ------
+    ApiError
+        If there is no verifier, or one of them cannot be read.
+    """
+    if service.verifier is None:
+        raise ApiError(404, "this server has no verifier")
+    if len(solutions) > service.settings.max_n:
+        raise ApiError(400, f"expected at most {service.settings.max_n} solutions, got {len(solutions)}")
+    tasks = [
+        asyncio.ensure_future(found(service, problem, SearchConfig(_reading(steps), n=1, aggregate=aggregate)))
+        for problem, steps in solutions
+    ]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _reading(steps: tuple[str, ...]) -> Algorithm:
+    """The search that has these steps scored and samples nothing."""
+
+    def reading(run: Run) -> Moves[list[Branch]]:
+        run.round = 1
+        branch = run.add_child(run.root)
+        run.grow(branch, Step("".join(steps), finished=True), run.config.delimiter, last=True)
+        branch.steps = steps
+        yield from score(run, [branch], last=True)
+        return [branch]
+
+    return reading
+
+
+def _tag(service: Service) -> str:
+    """What stands behind a step in the texts that are written for the verifier."""
+    entry = getattr(service.verifier, "format", None)
+    boundary: str = entry.boundary if entry is not None else ""
+    return boundary.strip() or boundary or _DELIMITER

@@ -1,0 +1,64 @@
+"""Answers that come bit by bit, as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+
+from tts_search.serve.errors import ApiError, error_body
+
+__all__ = ["event", "new_id", "now", "streamed"]
+
+
+def new_id(kind: str) -> str:
+    """A name that no other answer has."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """The time, as OpenAI's clients read it."""
+    return int(time.time())
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One event."""
+    text = data if isinstance(data, str) else json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return format_sse_event(data_str=text, event=name)
+
+
+def streamed(
+    events: AsyncGenerator[bytes, None], timeout_s: float, *, error_name: str | None = None
+) -> StreamingResponse:
+    """An answer of these events. What goes wrong on the way is the last one; a client that goes away closes them."""
+    return StreamingResponse(
+        _guarded(events, timeout_s, error_name),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _guarded(
+    events: AsyncGenerator[bytes, None], timeout_s: float, error_name: str | None
+) -> AsyncIterator[bytes]:
+    end = time.monotonic() + timeout_s
+    try:
+        while True:
+            try:
+                yield await asyncio.wait_for(anext(events), end - time.monotonic())
+            except StopAsyncIteration:
+                return
+            except ApiError as error:
+                yield event(error_body(error.status, error.message, error.param), error_name)
+                return
+            except asyncio.TimeoutError:
+                yield event(error_body(504, f"not done in {timeout_s:g} s"), error_name)
+                return
+    finally:
+        await events.aclose()
