@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
+
+from tts_search.models.quantised import Weight
 
 # TRL's wrapper of a model with a value head may have been saved with its own name in front of the model's.
 WRAPPER: Final = "pretrained_model."
@@ -32,10 +36,10 @@ class Checkpoint:
     def files(self) -> dict[str, str]:
         """The file that each tensor of the weights is in; empty if there are no safetensors weights."""
         if whole := self._file("model.safetensors"):
-            with safe_open(whole, framework="pt") as opened:
+            with opened_tensors(whole) as opened:
                 return dict.fromkeys(opened.keys(), whole)
         if index := self._file("model.safetensors.index.json"):
-            weight_map: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(index)
             shards = {shard: self._file(shard) or "" for shard in set(weight_map.values())}
             return {name: shards[shard] for name, shard in weight_map.items()}
         return {}
@@ -45,8 +49,28 @@ class Checkpoint:
         """Names of the tensors, without a wrapper's prefix."""
         return frozenset(name.removeprefix(WRAPPER) for name in self.files)
 
+    @property
+    def few_bits(self) -> bool:
+        """Whether weights are quantised in the file."""
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor."""
+        return self.tensor(next(iter(self.files)).removeprefix(WRAPPER)).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the weights; KeyError if there is none."""
+        stored = self._stored(name)
+        with opened_tensors(self.files[stored]) as opened:
+            return tuple(opened.get_slice(stored).get_shape())
+
+    def weight(self, name: str) -> Weight:
+        """A tensor of the weights as the file has it; KeyError if there is none."""
+        return self.tensor(name)
+
     def tensor(self, name: str, rows: list[int] | None = None) -> Tensor:
-        """A tensor of the weights, or some of its rows.
+        """A tensor of the weights in float, or some of its rows.
 
         Raises
         ------
@@ -55,10 +79,8 @@ class Checkpoint:
         KeyError
             If there is no such tensor.
         """
-        if not self.files:
-            raise FileNotFoundError(f"{self.path_or_id}: no model.safetensors (weights in pickle files are not read)")
-        stored = name if name in self.files else WRAPPER + name
-        with safe_open(self.files[stored], framework="pt") as opened:
+        stored = self._stored(name)
+        with opened_tensors(self.files[stored]) as opened:
             if rows is None:
                 whole: Tensor = opened.get_tensor(stored)
                 return whole
@@ -79,7 +101,7 @@ class Checkpoint:
         if path is None:
             raise FileNotFoundError(f"{self.path_or_id}: no {file_name}, which holds the head of this format")
         if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as opened:
+            with opened_tensors(path) as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -91,6 +113,38 @@ class Checkpoint:
             raise ValueError(f"{path}: expected tensors by name, got {type(state).__name__}")
         return state
 
+    def _stored(self, name: str) -> str:
+        if not self.files:
+            raise FileNotFoundError(f"{self.path_or_id}: no model.safetensors (weights in pickle files are not read)")
+        return name if name in self.files else WRAPPER + name
+
     def _file(self, name: str) -> str | None:
         found: str | None = cached_file(self.path_or_id, name, _raise_exceptions_for_missing_entries=False)
         return found
+
+
+@contextmanager
+def opened_tensors(path: str) -> Iterator[Any]:
+    """A safetensors file, whose header the library checks before it reads.
+
+    Raises
+    ------
+    ValueError
+        If the file is broken; with its name.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file that can be read: {error}") from error
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    """The file of each tensor, as an index says."""
+    try:
+        found = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(name, str) and isinstance(shard, str) for name, shard in found.items()):
+            return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected a weight_map of names and files, got {error!r}") from error
+    raise ValueError(f"{index}: expected a weight_map of names and files")

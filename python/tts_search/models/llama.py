@@ -14,7 +14,7 @@ values of a row's own branch; see `LlamaDecoder` for what follows from that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass, fields, replace
 from typing import Final, Literal
 
@@ -24,6 +24,7 @@ from torch import Tensor
 import tts_kernels as tk
 from tts_search.models.arena import Arena
 from tts_search.models.decoder import Batch, DecoderShape
+from tts_search.models.quantised import Loader, Quantised, Weight, join, pack
 
 __all__ = ["INT4_GROUP", "LlamaConfig", "LlamaDecoder", "Quantize"]
 
@@ -66,11 +67,13 @@ class LlamaDecoder:
     config : LlamaConfig
         Heads, windows, rope.
     state : dict
-        The weights by their names in transformers, without the prefix ``"model."``. Taken out one by one as they are
-        packed, so that memory holds the model once. With an ``"lm_head.weight"`` there are logits.
+        The weights, or what loads them, by their names in transformers, without the prefix ``"model."``. Taken out one
+        by one as they are packed, so that memory holds the model once. With an ``"lm_head.weight"`` there are logits.
     quantize : {"int8", "int4"} or None
         Quantise the projections and the head: in 8 bits with one scale a row, in 4 bits with one for 32 columns. Norms
-        and the embedding stay as they are.
+        and the embedding stay as they are, and weights that have few bits already.
+    dtype : torch.dtype or None
+        Of everything that is not quantised; None: as it is.
 
     Raises
     ------
@@ -82,19 +85,22 @@ class LlamaDecoder:
 
     records = True
 
-    def __init__(self, config: LlamaConfig, state: dict[str, Tensor], quantize: Quantize | None = None) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        state: dict[str, Tensor | Loader],
+        quantize: Quantize | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.config = config
-        weights = _Weights(state, quantize)
+        weights = _Weights(state, quantize, dtype)
+        tied = weights.same("lm_head.weight", "embed_tokens.weight")
+        self._head = weights.packed("lm_head") if "lm_head.weight" in state else None
         # An embedding that is tied to the head is gathered from there: memory holds it once. One of few bits is not
         # what embeds.
-        if (
-            quantize is None
-            and "lm_head.weight" in state
-            and state["lm_head.weight"].data_ptr() == state["embed_tokens.weight"].data_ptr()
-        ):
+        if tied and self._head is not None and self._head.scale is None:
             del state["embed_tokens.weight"]
         self._embedding = weights.find("embed_tokens.weight")
-        self._head = weights.packed("lm_head") if "lm_head.weight" in state else None
         self._layers = tk.DecoderLayers([weights.layer(i, window) for i, window in enumerate(config.windows)])
         self._norm = weights.take("norm.weight")
         if state:
@@ -116,7 +122,7 @@ class LlamaDecoder:
         """Final hidden states [R, H] of the batch's rows, behind the last norm."""
         eps = self.config.eps
         x = tk.decoder_layers_(
-            self._embed(batch.tokens),
+            self.embed(batch.tokens),
             self._layers,
             kv.k,
             kv.v,
@@ -142,7 +148,14 @@ class LlamaDecoder:
             raise ValueError("logits: this decoder was loaded without its LM head")
         return tk.linear(self.hidden(batch, kv, rows), self._head)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def first_layers(self, count: int) -> LlamaDecoder:
+        """The decoder of this one's first layers, on the same weights."""
+        shorter = copy.copy(self)
+        shorter._layers = tk.DecoderLayers(self._layers.layers[:count])
+        shorter.shape = replace(self.shape, num_layers=len(shorter._layers))
+        return shorter
+
+    def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [T, H] of tokens [T]."""
         if self._embedding is not None:
             return self._embedding.index_select(0, tokens)
@@ -167,34 +180,49 @@ def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
 class _Weights:
     """Takes tensors out of a state dict; on a CPU into memory of our own, as they may be views of a mapped file."""
 
-    def __init__(self, state: dict[str, Tensor], quantize: Quantize | None) -> None:
+    def __init__(self, state: dict[str, Tensor | Loader], quantize: Quantize | None, dtype: torch.dtype | None) -> None:
         self.state = state
         self.quantize = quantize
+        self.dtype = dtype
         self.arena = Arena()
 
+    def same(self, *names: str) -> bool:
+        """Whether the weights of these names are one."""
+        found = [self.state.get(name) for name in names]
+        return None not in found and len({each.data_ptr() if isinstance(each, Tensor) else each for each in found}) == 1
+
     def take(self, name: str) -> Tensor:
-        return self._kept(self.state.pop(name).detach())
+        return self._kept(self._whole(self._loaded(name)))
 
     def find(self, name: str) -> Tensor | None:
         return self.take(name) if name in self.state else None
 
     def packed(self, *names: str) -> tk.PackedLinear:
         """The projections of these names, which read the same rows, as one."""
-        group_size = INT4_GROUP if self.quantize == "int4" else None
-        packed = tk.pack_linear(self._joined("weight", names), quantize=self.quantize, group_size=group_size)
-        scale = None if packed.scale is None else self._kept(packed.scale)
-        return replace(packed, weight=self._kept(packed.weight), scale=scale)
+        weight = join([self._loaded(f"{name}.weight") for name in names], self.dtype)
+        if self.quantize is None:
+            weight = weight if isinstance(weight, Quantised) else self._whole(weight)
+        packed = pack(weight, self.quantize, INT4_GROUP if self.quantize == "int4" else None)
+        scale, zero = (None if part is None else self._kept(part) for part in (packed.scale, packed.zero))
+        return replace(packed, weight=self._kept(packed.weight), scale=scale, zero=zero)
 
     def bias(self, *names: str) -> Tensor | None:
         """Their biases; all of them have one, or none."""
-        return self._kept(self._joined("bias", names)) if f"{names[0]}.bias" in self.state else None
+        if f"{names[0]}.bias" not in self.state:
+            return None
+        return self._kept(torch.cat([self._whole(self._loaded(f"{name}.bias")) for name in names]))
+
+    def _loaded(self, name: str) -> Weight:
+        found = self.state.pop(name)
+        return found.detach() if isinstance(found, Tensor) else found()
+
+    def _whole(self, weight: Weight) -> Tensor:
+        if isinstance(weight, Quantised):
+            return weight.dequantised(self.dtype or torch.float32)
+        return weight if self.dtype is None else weight.to(self.dtype)
 
     def _kept(self, tensor: Tensor) -> Tensor:
         return self.arena.keep(tensor) if tensor.device.type == "cpu" else tensor.contiguous()
-
-    def _joined(self, part: str, names: Sequence[str]) -> Tensor:
-        parts = [self.state.pop(f"{name}.{part}").detach() for name in names]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def layer(self, number: int, window: int | None) -> tk.DecoderLayer:
         layer = f"layers.{number}"

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from tts_search.models import transformers as adapter
+from tts_search.models.checkpoint import Checkpoint
 from tts_search.models.decoder import Decoder, DecoderKind
+from tts_search.models.formats.gguf import is_gguf
+from tts_search.models.formats.opening import open_checkpoint
 from tts_search.models.llama import LlamaConfig, LlamaDecoder, Quantize
+from tts_search.models.quantised import Loader
 from tts_search.models.rotary import context_of
 from tts_search.models.selftest import QUANTISED, check_decoder, eager_answers
+from tts_search.models.streaming import blank_model, check_streamed, load_state
 
 __all__ = ["lean_decoder", "llama_config", "load_decoder", "why_not_lean"]
 
@@ -53,12 +58,12 @@ def load_decoder(
     self_test: bool = True,
     quantize: Quantize | None = None,
 ) -> Decoder:
-    """Load a checkpoint (folder or hub id); ``causal_lm=False`` leaves its head out.
+    """Load a checkpoint (folder, hub id or GGUF file); ``causal_lm=False`` leaves its head out.
 
     Parameters
     ----------
     path_or_id : str
-        What transformers loads: config and safetensors weights.
+        What transformers loads: config and safetensors weights. Or a file that ends in ``.gguf``.
     causal_lm : bool
         Whether there will be logits.
     dtype : torch.dtype or str or None
@@ -72,6 +77,7 @@ def load_decoder(
         :mod:`tts_search.models.selftest`: what differs is refused.
     quantize : {"int8", "int4"} or None
         Quantise the weights as `LlamaDecoder` does, one projection after another; modules of transformers are not.
+        Weights that have few bits in their file keep them.
 
     Raises
     ------
@@ -85,22 +91,65 @@ def load_decoder(
         raise ValueError(f"quantize: expected 'int8', 'int4' or None, got {quantize!r}")
     if quantize is not None and decoder == "transformers":
         raise ValueError(f"quantize: expected None with decoder='transformers', got {quantize!r}")
+    checkpoint = open_checkpoint(path_or_id)
+    own = is_gguf(path_or_id) or checkpoint.few_bits
+    if decoder == "transformers" and own:
+        raise ValueError(f"decoder: expected 'auto' or 'lean' for the weights of {path_or_id}, got 'transformers'")
+    if quantize is not None or own:
+        return _streamed(checkpoint, causal_lm, dtype, device, quantize, self_test)
     general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
     model = general.model
     reason = why_not_lean(model)
     if decoder == "lean" and reason is not None:
         raise ValueError(f"decoder: expected a model that the lean decoder can run, got one {reason}")
-    if quantize is not None and reason is not None:
-        raise ValueError(f"quantize: expected a model that the lean decoder can run, got one {reason}")
     with adapter.following(model.config):
         expected = eager_answers(model, general.shape.max_length) if self_test else None
         chosen: Decoder = general
         if decoder != "transformers" and reason is None:
             del general  # its weights go one by one
-            chosen = lean_decoder(model, quantize)
+            chosen = lean_decoder(model)
         if expected is not None:
-            check_decoder(chosen, expected, None if quantize is None else QUANTISED[quantize])
+            check_decoder(chosen, expected)
     return chosen
+
+
+def _streamed(
+    checkpoint: Checkpoint,
+    causal_lm: bool,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    quantize: Quantize | None,
+    self_test: bool,
+) -> LlamaDecoder:
+    """A lean decoder whose weights are packed, and quantised, as they come from their file."""
+    config = adapter.load_config(checkpoint.path_or_id)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = _dtype(dtype, config, checkpoint)
+    with adapter.following(config):
+        model = blank_model(config, causal_lm, kind, checkpoint)
+    reason = _why_not_kind(model.config, type(model).__name__) or _why_not_placed({place}, {kind})
+    if reason is not None:
+        what = "decoder" if quantize is None else "quantize"
+        raise ValueError(f"{what}: expected a model that the lean decoder can run, got one {reason}")
+    state = load_state(checkpoint, model, place)
+    decoder = LlamaDecoder(llama_config(model, place), state, quantize, kind)
+    if self_test:
+        allowed = QUANTISED[quantize] if quantize else QUANTISED["int8"] if checkpoint.few_bits else None
+        with adapter.following(config):
+            check_streamed(decoder, load_state(checkpoint, model, place), config, allowed)
+    return decoder
+
+
+def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The type that was asked for, else the checkpoint's."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = config.dtype if dtype in (None, "auto") else getattr(torch, dtype, None)
+    if found is None and dtype in (None, "auto"):
+        found = checkpoint.dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype: expected one of torch, got {dtype!r}")
+    return found
 
 
 def why_not_lean(model: Any) -> str | None:
@@ -109,18 +158,25 @@ def why_not_lean(model: Any) -> str | None:
     The rule: a model of Llama, Mistral, Qwen2 or Qwen3 or its causal LM, on the CPU or on one GPU, in float32,
     bfloat16 or float16 throughout, not quantised, with SiLU and a rotation that depends on the position alone.
     """
-    config, name = model.config, type(model).__name__
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "with quantised weights"
+    return _why_not_kind(model.config, type(model).__name__) or _why_not_placed(
+        {parameter.device for parameter in model.parameters()}, {parameter.dtype for parameter in model.parameters()}
+    )
+
+
+def _why_not_placed(devices: set[torch.device], dtypes: set[torch.dtype]) -> str | None:
+    if len(devices) != 1 or next(iter(devices)).type not in _DEVICES:
+        return f"on {', '.join(sorted(map(str, devices)))}"
+    if len(dtypes) != 1 or not dtypes <= {*_DTYPES}:
+        return f"of dtype {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def _why_not_kind(config: Any, name: str) -> str | None:
     family = name.removesuffix("ForCausalLM").removesuffix("Model")
     if family not in _WINDOWS:
         return f"of class {name}, not of {', '.join(_WINDOWS)}"
-    if getattr(config, "quantization_config", None) is not None:
-        return "with quantised weights"
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in _DEVICES:
-        return f"on {', '.join(sorted(map(str, devices)))}"
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) != 1 or not dtypes <= {*_DTYPES}:
-        return f"of dtype {', '.join(sorted(map(str, dtypes)))}"
     if config.hidden_act not in ("silu", "swish"):
         return f"with hidden_act {config.hidden_act!r}"
     rope = config.rope_parameters
@@ -132,7 +188,7 @@ def why_not_lean(model: Any) -> str | None:
 def lean_decoder(model: Any, quantize: Quantize | None = None) -> LlamaDecoder:
     """A `LlamaDecoder` with the weights of a model that `why_not_lean` passes; they are taken out of it."""
     config = llama_config(model)
-    state: dict[str, Tensor] = {}
+    state: dict[str, Tensor | Loader] = {}
     for module_name, module in model.named_modules():
         for name in list(module._parameters):
             if (parameter := module._parameters.pop(name)) is not None:
@@ -140,8 +196,8 @@ def lean_decoder(model: Any, quantize: Quantize | None = None) -> LlamaDecoder:
     return LlamaDecoder(config, state, quantize)
 
 
-def llama_config(model: Any) -> LlamaConfig:
-    """What the weights of a model of one of the families do not say."""
+def llama_config(model: Any, device: torch.device | None = None) -> LlamaConfig:
+    """What the weights of a model of one of the families do not say; on its device, or on another one."""
     config, base = model.config, model.base_model
     family = type(base).__name__.removesuffix("Model")
     # In float32 whatever the model's dtype; the module knows every kind of scaling.
@@ -153,5 +209,5 @@ def llama_config(model: Any) -> LlamaConfig:
         num_kv_heads=config.num_key_value_heads,
         eps=config.rms_norm_eps,
         windows=tuple(_WINDOWS[family](config)),
-        cos_sin=torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1).to(model.device),
+        cos_sin=torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1).to(device or model.device),
     )

@@ -20,6 +20,9 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.models.decoder import Batch, DecoderShape
+from tts_search.models.formats.gguf import gguf_config, is_gguf
+from tts_search.models.formats.gguf_header import read_header
+from tts_search.models.formats.gguf_tokenizer import end_tokens, gguf_tokenizer
 from tts_search.models.rotary import bound_rotary, context_of, rotary_bound
 
 try:
@@ -390,6 +393,8 @@ def load_tokenizer(path_or_id: str) -> Any:
         If there is only a slow one: offsets of tokens in the text are needed.
     """
     _check_exists(path_or_id)
+    if is_gguf(path_or_id):
+        return gguf_tokenizer(read_header(path_or_id))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
     if not tokenizer.is_fast:
         raise ValueError(f"{path_or_id}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
@@ -399,17 +404,24 @@ def load_tokenizer(path_or_id: str) -> Any:
 def load_config(path_or_id: str) -> Any:
     """The configuration of a checkpoint; FileNotFoundError if there is no such folder."""
     _check_exists(path_or_id)
+    if is_gguf(path_or_id):
+        return gguf_config(read_header(path_or_id))
     return transformers.AutoConfig.from_pretrained(path_or_id)
 
 
 def _check_exists(path_or_id: str) -> None:
     """A path that is not there is not looked for on the hub."""
-    if path_or_id.startswith((".", "/", "~")) and not Path(path_or_id).is_dir():
+    if is_gguf(path_or_id):
+        if not Path(path_or_id).is_file():
+            raise FileNotFoundError(f"path_or_id: expected a GGUF file, got {path_or_id!r}")
+    elif path_or_id.startswith((".", "/", "~")) and not Path(path_or_id).is_dir():
         raise FileNotFoundError(f"path_or_id: expected the folder of a checkpoint or a hub id, got {path_or_id!r}")
 
 
 def eos_tokens(path_or_id: str, tokenizer: Any) -> frozenset[int]:
     """The ids that end an answer: of the generation config (else the model's) and of the tokenizer."""
+    if is_gguf(path_or_id):
+        return frozenset(end_tokens(read_header(path_or_id)))
     try:
         generation = transformers.GenerationConfig.from_pretrained(path_or_id)
     except OSError:

@@ -46,7 +46,8 @@ class HFPolicy:
     ----------
     path_or_id : str
         Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer; a chat template if it has one.
-        Without one, the prompt is the system prompt and the problem, each followed by a blank line.
+        Without one, the prompt is the system prompt and the problem, each followed by a blank line. Or a GGUF file of
+        a model of the Llama family, ``"model.gguf"``, which has all of that in it.
     system_prompt : str or None
         The system message before the problem; by default none.
     dtype : torch.dtype or str or None
@@ -62,7 +63,7 @@ class HFPolicy:
         modules in transformers with attention over the forest. The other two values insist on one.
     quantize : {"int8", "int4"} or None
         Quantise the weights of a model of the lean decoder while it is loaded: to 8 bits with one scale a row, or to 4
-        bits with one for 32 columns. Other models are refused.
+        bits with one for 32 columns. Other models are refused. Weights that have few bits in their file keep them.
     chat : bool
         False: a problem is a whole prompt, rendered by the caller, and is read as it is.
     self_test : bool

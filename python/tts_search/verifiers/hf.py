@@ -53,7 +53,8 @@ class HFVerifier:
     Parameters
     ----------
     path_or_id : str
-        Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer.
+        Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer. Or a GGUF file of a model of the
+        Llama family.
     format : str or VerifierFormat or dict
         A name in ``FORMATS``, a :class:`~tts_search.verifiers.VerifierFormat`, or such an entry as a dict. By default
         what the checkpoint says: its config's ``"tts_verifier"``, or a format that knows its name, or its architecture
@@ -98,11 +99,11 @@ class HFVerifier:
     ) -> None:
         require("transformers", "search")
         from tts_search.models import transformers as adapter
-        from tts_search.models.checkpoint import Checkpoint
+        from tts_search.models.formats.opening import open_checkpoint
 
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected an int of at least 1, got {batch_tokens!r}")
-        config, checkpoint = adapter.load_config(path_or_id), Checkpoint(path_or_id)
+        config, checkpoint = adapter.load_config(path_or_id), open_checkpoint(path_or_id)
         self.format = entry = format_of(format, config, path_or_id, checkpoint.names)
         self.tokenizer = adapter.load_tokenizer(path_or_id)
         self._reader = Reader(self.tokenizer, entry)
@@ -296,7 +297,7 @@ class HFVerifier:
     ) -> LogRatioScorer:
         """The scorer of two models, each with its LM head's whole weight."""
         from tts_search.models import transformers as adapter
-        from tts_search.models.checkpoint import Checkpoint
+        from tts_search.models.formats.opening import open_checkpoint
 
         entry = self.format
         reference = reference or entry.reference
@@ -304,7 +305,7 @@ class HFVerifier:
             raise ValueError(f"reference: format {entry.name!r} needs a reference model, and names none")
         other = Likelihood(
             _lane(reference, False, batch_tokens, **options),
-            lm_head(entry, Checkpoint(reference), adapter.load_config(reference)),
+            lm_head(entry, open_checkpoint(reference), adapter.load_config(reference)),
         )
         return LogRatioScorer(Likelihood(self._lane, lm_head(entry, checkpoint, config)), other, entry.beta)
 
