@@ -35,12 +35,12 @@ class Checkpoint:
     @cached_property
     def files(self) -> dict[str, str]:
         """The file that each tensor of the weights is in; empty if there are no safetensors weights."""
-        if whole := self._file("model.safetensors"):
+        if whole := self.file("model.safetensors"):
             with opened_tensors(whole) as opened:
                 return dict.fromkeys(opened.keys(), whole)
-        if index := self._file("model.safetensors.index.json"):
+        if index := self.file("model.safetensors.index.json"):
             weight_map = _weight_map(index)
-            shards = {shard: self._file(shard) or "" for shard in set(weight_map.values())}
+            shards = {shard: self.file(shard) or "" for shard in set(weight_map.values())}
             return {name: shards[shard] for name, shard in weight_map.items()}
         return {}
 
@@ -97,7 +97,7 @@ class Checkpoint:
         ValueError
             If it holds something else than tensors by name.
         """
-        path = self._file(file_name)
+        path = self.file(file_name)
         if path is None:
             raise FileNotFoundError(f"{self.path_or_id}: no {file_name}, which holds the head of this format")
         if path.endswith(".safetensors"):
@@ -118,7 +118,8 @@ class Checkpoint:
             raise FileNotFoundError(f"{self.path_or_id}: no model.safetensors (weights in pickle files are not read)")
         return name if name in self.files else WRAPPER + name
 
-    def _file(self, name: str) -> str | None:
+    def file(self, name: str) -> str | None:
+        """Where a file of the checkpoint is; None if there is none."""
         found: str | None = cached_file(self.path_or_id, name, _raise_exceptions_for_missing_entries=False)
         return found
 

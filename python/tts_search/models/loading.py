@@ -91,11 +91,11 @@ def load_decoder(
         raise ValueError(f"quantize: expected 'int8', 'int4' or None, got {quantize!r}")
     if quantize is not None and decoder == "transformers":
         raise ValueError(f"quantize: expected None with decoder='transformers', got {quantize!r}")
-    checkpoint = open_checkpoint(path_or_id)
-    own = is_gguf(path_or_id) or checkpoint.few_bits
-    if decoder == "transformers" and own:
+    if decoder == "transformers" and is_gguf(path_or_id):
         raise ValueError(f"decoder: expected 'auto' or 'lean' for the weights of {path_or_id}, got 'transformers'")
-    if quantize is not None or own:
+    # Modules of transformers read what transformers reads.
+    checkpoint = None if decoder == "transformers" else open_checkpoint(path_or_id)
+    if checkpoint is not None and (quantize is not None or is_gguf(path_or_id) or checkpoint.few_bits):
         return _streamed(checkpoint, causal_lm, dtype, device, quantize, self_test)
     general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
     model = general.model
@@ -123,6 +123,8 @@ def _streamed(
 ) -> LlamaDecoder:
     """A lean decoder whose weights are packed, and quantised, as they come from their file."""
     config = adapter.load_config(checkpoint.path_or_id)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the checkpoint knows
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = _dtype(dtype, config, checkpoint)
     with adapter.following(config):

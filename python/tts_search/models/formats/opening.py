@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any, Final
+
 from tts_search.models.checkpoint import Checkpoint
+from tts_search.models.formats.awq import AWQCheckpoint
+from tts_search.models.formats.compressed_tensors import CompressedCheckpoint
+from tts_search.models.formats.few_bits import FewBitsCheckpoint
 from tts_search.models.formats.gguf import GGUFCheckpoint, is_gguf
+from tts_search.models.formats.gptq import GPTQCheckpoint
 
 __all__ = ["open_checkpoint"]
+
+_METHODS: Final[dict[str, type[FewBitsCheckpoint]]] = {
+    "compressed-tensors": CompressedCheckpoint,
+    "gptq": GPTQCheckpoint,
+    "awq": AWQCheckpoint,
+}
 
 
 def open_checkpoint(path_or_id: str) -> Checkpoint:
@@ -16,4 +30,29 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     ValueError
         If its file is broken, or of a kind that is not read; naming it.
     """
-    return GGUFCheckpoint(path_or_id) if is_gguf(path_or_id) else Checkpoint(path_or_id)
+    if is_gguf(path_or_id):
+        return GGUFCheckpoint(path_or_id)
+    plain = Checkpoint(path_or_id)
+    config = _quantization(plain)
+    if config is None:
+        return plain
+    method = config.get("quant_method")
+    if method not in _METHODS:
+        raise ValueError(
+            f"{path_or_id}: expected weights that are not quantised, or by {', '.join(_METHODS)}, got quant_method "
+            f"{method!r}"
+        )
+    return _METHODS[method](path_or_id, config)
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the configuration says of quantised weights, if anything."""
+    path = checkpoint.file("config.json")
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else None
