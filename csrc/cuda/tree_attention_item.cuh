@@ -14,8 +14,6 @@ struct TreeAttentionLaunch {
     bool aligned;            // queries and keys can be read 16 bytes at a time
 };
 
-// Lanes of a tile at most.
-
 // A task for one KV head. A *lane* is one query head of one row:
 // lane = (row - hull begin) * group + head within the group.
 struct Item {
@@ -98,8 +96,7 @@ struct ScoreMap {
 // weights.
 __device__ inline float scaled(float top, float factor) { return __fmul_rn(top, factor); }
 
-// ---- results
-// ------------------------------------------------------------------------------------------------
+// ---- results ----------------------------------------------------------------------------------------------
 
 // Whether a row's states are merged by the second launch.
 __device__ inline bool is_merged(const TreeAttentionArgs& args, int row) {

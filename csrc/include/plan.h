@@ -29,8 +29,7 @@ struct Segment {
     int32_t start;       // position of its first token, which is token start % page_size of that page
     int32_t length;      // tokens, all of one chunk
     int32_t row_begin, row_end;
-    int32_t
-        slot;  // of row_begin's state; row r's is slot + r - row_begin. -1: in the task, to join its own R
+    int32_t slot;   // of row_begin's state, row r's is slot + r - row_begin; -1: in the task, to join its R
     int32_t fresh;  // 1: begins a state; 0: goes on with the one that its rows have there
 };
 

@@ -10,8 +10,9 @@
 #include "check.h"
 #include "thread_pool.h"
 
-// The thread sanitizer ends a forked child that starts threads, unless it is told not to.
-extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }
+// The thread sanitizer ends a forked child that starts threads, unless it is told not to: it is a shared
+// library, which must see this.
+extern "C" [[gnu::visibility("default")]] const char* __tsan_default_options() { return "die_after_fork=0"; }
 
 namespace {
 

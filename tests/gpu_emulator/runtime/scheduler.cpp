@@ -493,6 +493,7 @@ void fault(const char* kind, u32 line, const char* format, ...) {
     va_start(arguments, format);
     record_fault(run.running, kind, line, format, arguments);
     va_end(arguments);
+    tsan::release_all();  // the record is read when the launch is over
     switch_to_scheduler();
     std::abort();  // never resumed
 }
