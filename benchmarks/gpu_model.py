@@ -154,6 +154,31 @@ def linear_logprob(rows: int, width: int, vocabulary: int) -> list[Launch]:
     ]
 
 
+LINEAR_CHUNK = 1024  # csrc/cuda/linear.h, of 16 bits
+
+
+def linear(rows: int, width: int, columns: int, bits: int = 16) -> list[Launch]:
+    """128 columns a block, and a chunk of the width each where rows are few; a thread then adds up an element's chunks.
+
+    In 8 or 4 bits a tile of more than 16 rows has 32, and one slice is ahead.
+    """
+    tile, blocks, under_way, l2, tensor = product(rows, width, columns, 128)
+    splits = ceil_div(width, LINEAR_CHUNK) if rows <= 16 else 1
+    if bits < 16:
+        many, tile = ceil_div(rows, 64), min(tile, 32)
+        blocks, under_way = blocks // many * ceil_div(rows, tile), tile * 128 + 64 * 128 * bits / 8
+        tensor = 2.0 * blocks * tile * 128 * 64 * ceil_div(width, 64)
+        l2 = (ceil_div(rows, tile) - 1) * bits / 8 * columns * width + blocks * tile * 2 * width
+    kind = "TensorTile<bf16, {}>" if bits == 16 else "QuantizedTile<bf16, {}, " + f"{bits}>"
+    kernel = rf"^linear_kernel<{kind.format(tile)}"
+    parts = 8 * splits * rows * columns if splits > 1 else 0
+    bytes_ = bits / 8 * columns * width + 2 * rows * columns
+    launches = [Launch(kernel, blocks * splits, under_way, bytes_, l2 + parts / 2, tensor)]
+    if splits > 1:
+        launches.append(Launch(r"^add_kernel", ceil_div(rows * columns, 256), 4 * 256, 0, parts / 2))
+    return launches
+
+
 def aggregate_steps(scores: int, chains: int) -> list[Launch]:
     """A thread a chain: one score after another."""
     return [Launch(r"^aggregate_kernel", ceil_div(chains, 128), 128 * 4, 4 * scores + 12 * chains)]
@@ -280,6 +305,25 @@ def cases() -> list[Case]:
                 linear_logprob(n, width, vocabulary),
             )
             for n in (4, 32, 128)
+        ),
+        *(
+            Case(
+                "linear",
+                f"{n} rows, 4096 x 4096",
+                costs.linear(n, 4096 * 4096, BF16),
+                linear(n, 4096, 4096),
+            )
+            for n in (4, 64, 2048)
+        ),
+        *(
+            Case(
+                "linear",
+                f"{n} rows, 4096 x 4096 in {bits} bits",
+                costs.linear_quantized(4096 * 4096, bits, 128, 4096),
+                linear(n, 4096, 4096, bits),
+            )
+            for n in (4, 64)
+            for bits in (8, 4)
         ),
         Case("sample", "64 x 151,936, top-p", costs.sample(64, vocabulary, F32), sample(64, vocabulary, True)),
         Case("sample", "64 x 151,936, plain", costs.sample(64, vocabulary, F32), sample(64, vocabulary, False)),

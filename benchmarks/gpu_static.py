@@ -54,7 +54,10 @@ REGISTERS, WARP, REGISTER_UNIT, SHARED_UNIT, SHARED_OF_THE_SYSTEM = 65536, 32, 2
 # csrc/cuda/matmul_nt.cuh. Attention: MmaShape, and FmaShape with the longest rows that each form is for (319; 1024).
 DYNAMIC_SHARED = {
     r"TensorTile": 73728,
+    r"QuantizedTile<\w+, 32": 40960,
+    r"QuantizedTile<\w+, 16": 36864,
     r"ScalarTile<64>": 27648,
+    r"ScalarTile<32>": 23040,
     r"ScalarTile<16>": 20736,
     r"tree_attention_mma<\w+, 64>": 41472,
     r"tree_attention_mma<\w+, 96>": 71168,

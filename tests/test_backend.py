@@ -13,6 +13,7 @@ import torch
 
 import tts_kernels as tk
 from tts_kernels import checks
+from tts_kernels.ops.linear import linear_op
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +50,23 @@ def test_a_capture_of_a_graph_is_not_ended_by_checks(monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
             assert checks.readable(on_gpu) is not capturing
             assert checks.readable(torch.zeros(1))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_products_of_floats_are_the_librarys_unless_they_must_be_deterministic(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(linear_op, "_devices", ("cpu", "meta", "cuda"))
+    monkeypatch.setattr(linear_op, "_device", lambda _: "cuda")
+    monkeypatch.setattr(linear_op, "_cpp", lambda _: ran.append("cpp"))
+    monkeypatch.setattr(linear_op, "check", lambda *_: None)
+    monkeypatch.setattr(linear_op, "composed", lambda *_: ran.append("torch"))
+    x, weight = torch.ones(2, 64), torch.ones(3, 64)
+    with tk.deterministic(deterministic):
+        tk.linear(x, tk.PackedLinear(weight, 64, 3))
+        tk.linear(x, tk.pack_linear(weight, quantize="int8"))
+    assert ran == ["cpp" if deterministic else "torch", "cpp"]
 
 
 def test_unknown_and_missing_backends_say_so() -> None:

@@ -48,6 +48,18 @@ def test_the_tests_of_the_op_pass_on_the_gpu(op: str, backend: str) -> None:
     assert int(passed[1]) >= 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_row_of_linear_does_not_depend_on_its_company(quantize: Any, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(300, 2056, device=GPU).to(dtype), torch.randn(130, 2056, device=GPU).to(dtype)
+    packed = tk.pack_linear(weight, quantize=quantize)
+    with tk.deterministic(True):
+        whole = tk.linear(x, packed)
+        for rows in (1, 5, 16, 17, 64, 129):
+            picked = torch.randperm(300, device=GPU)[:rows]
+            assert torch.equal(tk.linear(x[picked], packed), whole[picked]), rows
+
+
 def sanitizer() -> list[str]:
     """The command that compute-sanitizer is, if it was asked for: its errors become the exit status."""
     return ["compute-sanitizer", "--error-exitcode=9"] if os.environ.get("TTS_SANITIZE") == "1" else []

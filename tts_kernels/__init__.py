@@ -6,7 +6,7 @@ prefix, attend over the tree reading each shared token once, prune its branches,
 
 from __future__ import annotations
 
-from .backend import debug_checks, use_backend
+from .backend import debug_checks, deterministic, use_backend
 from .forest import Append, ForestStats, KVForest, OutOfPages
 from .info import BackendInfo, backend_info
 from .kv_cache import KVCache
@@ -51,6 +51,7 @@ __all__ = [
     "copy_pages_",
     "debug_checks",
     "decoder_layers_",
+    "deterministic",
     "linear",
     "linear_logprob",
     "merge_states",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from . import triton
 from .choices import state
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BACKENDS: Final = ("auto", "cpp", "triton", "reference")
 
@@ -54,7 +57,25 @@ class use_backend:  # noqa: N801  (a setter that is also a context manager, like
         state.backend = self._previous
 
 
-class debug_checks:  # noqa: N801
+class _Switch:
+    """An attribute of `state`, set at once; as a context manager it is put back at the end."""
+
+    _name: str
+
+    def __init__(self, enabled: bool) -> None:
+        self._previous = getattr(state, self._name)
+        setattr(state, self._name, bool(enabled))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        setattr(state, self._name, self._previous)
+
+
+class debug_checks(_Switch):  # noqa: N801
     """Check the values of index tensors on a GPU too (this synchronises the device at every call).
 
     While a CUDA graph is captured they are not: nothing can be read then, nor when it is replayed.
@@ -68,17 +89,26 @@ class debug_checks:  # noqa: N801
     ...     pass
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self._previous = state.debug_checks
-        state.debug_checks = bool(enabled)
+    _name = "debug_checks"
 
-    def __enter__(self) -> debug_checks:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        state.debug_checks = self._previous
+class deterministic(_Switch):  # noqa: N801
+    """Have `linear` on a GPU give a row the same bits in any company, as every other op does.
+
+    Torch's library, which multiplies otherwise, chooses the order of its sums by the number of rows. Then our own
+    kernel does, whose order depends on the number of columns alone. On a CPU nothing changes: there it always does.
+    With ``use_backend("triton")`` the library goes on.
+
+    A setter and a context manager, like `use_backend`. What it costs: docs/backends.md.
+
+    Examples
+    --------
+    >>> import tts_kernels as tk
+    >>> with tk.deterministic(True):
+    ...     pass
+    """
+
+    _name = "deterministic"
 
 
 def missing(name: str) -> str:

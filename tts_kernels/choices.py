@@ -1,4 +1,4 @@
-"""What a process has chosen: see :class:`tts_kernels.use_backend` and :class:`tts_kernels.debug_checks`."""
+"""What a process has chosen: see `use_backend`, `debug_checks` and `deterministic`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ class _State:
 
     backend: str = "auto"
     debug_checks: bool = False
+    deterministic: bool = False
 
 
 state = _State()

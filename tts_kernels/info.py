@@ -35,7 +35,8 @@ class BackendInfo:
     gpu
         The GPU that torch sees, or why there is none.
     on_gpu
-        Operator -> what runs it for a CUDA tensor, as things stand: ``"cpp"`` if its CUDA kernel was built; else
+        Operator -> what runs it for a CUDA tensor, as things stand: ``"cpp"`` if its CUDA kernel was built (`linear`
+        leaves products of floats to torch's library, unless `deterministic` is on); else
         ``"triton"`` if it has one and triton is installed; else ``"torch"``, a composition of other operators, or the
         slow ``"reference"``.
     """

@@ -30,6 +30,8 @@ class Op:
     composed
         The operator by other operators and torch, fast enough for a GPU without a kernel of its own; None if it is not
         made of such.
+    rather_composed
+        Whether that is the better choice for these arguments on a GPU, although there is a kernel.
 
     A call to the C++ kernels runs no Python check: they check all that they read and fail bare, and only then does
     `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, where
@@ -44,12 +46,14 @@ class Op:
         check: Callable[..., None],
         fake: Callable[..., Any],
         composed: Callable[..., Any] | None = None,
+        rather_composed: Callable[..., bool] = lambda *_: False,
     ) -> None:
         self.name = name
         OPS[name] = self
         self.reference = reference
         self.check = check
         self.composed = composed
+        self.rather_composed = rather_composed
         self.overload = getattr(torch.ops.tts_kernels, name).default
         torch.library.register_fake(f"tts_kernels::{name}", self._checked(fake))
         self.triton = triton.define(self.overload, self._checked(fake))
@@ -58,7 +62,10 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run the op by what the backend asks for."""
-        runs = self.runs(self._device(args))
+        device = self._device(args)
+        runs = self.runs(device)
+        if device == "cuda" and state.backend == "auto" and self.rather_composed(*args):
+            runs = "torch"
         if runs == "cpp":
             return self._cpp(args)
         if not torch.compiler.is_compiling() or self.triton is None:

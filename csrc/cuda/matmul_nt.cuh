@@ -32,6 +32,28 @@ struct ProductTile {
             for (int j = 0; j < kAcross; ++j) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0.0f;
         }
     }
+    __device__ void add(const ProductTile& other) {
+#pragma unroll
+        for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+            for (int j = 0; j < kAcross; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) c[i][j][e] = __fadd_rn(c[i][j][e], other.c[i][j][e]);
+            }
+        }
+    }
+    // f(row, column, element) for each of the thread's elements.
+    template <class F>
+    __device__ void each(F f) const {
+#pragma unroll
+        for (int i = 0; i < kDown; ++i) {
+#pragma unroll
+            for (int j = 0; j < kAcross; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) f(row(i, e / 2), col(j, e % 2), c[i][j][e]);
+            }
+        }
+    }
     __device__ static int row(int i, int half) { return i * 16 + half * 8 + lane() / 4; }
     __device__ static int col(int j, int e) { return warp() * 32 + j * 8 + lane() % 4 * 2 + e; }
 };
@@ -68,7 +90,7 @@ struct TensorTile : ProductTile<kRows> {
         __syncthreads();
     }
 
-  private:
+  protected:
     // The 16-byte piece `chunk` of a row: shifted about, so that eight rows' pieces lie in different banks.
     __device__ static int place(int row, int chunk) { return row * 128 + ((chunk ^ row) & 7) * 16; }
 

@@ -4,42 +4,6 @@
 #include <algorithm>
 
 namespace tts::ops {
-namespace {
-
-// How much of the depth has one scale: what its number of groups says.
-int64_t group_of(int64_t depth, int64_t groups) {
-    for (const int64_t group : {int64_t{32}, int64_t{64}, int64_t{128}, depth}) {
-        if (groups == (group ? divide_up(depth, group) : 1)) return group;
-    }
-    throw std::runtime_error("scale");
-}
-
-const float* panels_of(const Tensor& t, int64_t panels, int64_t groups) {
-    require(t.dim() == 3 && t.size(0) == panels && t.size(1) == groups && t.size(2) == kIntPanel, "scale");
-    return float32(t);
-}
-
-}  // namespace
-
-QuantizedWeight quantized_weight(const Tensor& data, const Tensor& scale, const std::optional<Tensor>& zero,
-                                 int64_t in_features, int64_t out_features) {
-    require(in_features >= 0 && in_features <= kIntDepth && out_features >= 0, "in_features");
-    const int64_t panels = divide_up(out_features, kIntPanel), depth = round_up(in_features, kIntBlock);
-    require(is_here(data) && data.scalar_type() == ScalarType::Byte && data.is_contiguous() &&
-                data.dim() == 4 && data.size(0) == panels && data.size(2) == kIntPanel &&
-                data.size(3) == kIntStep,
-            "weight");
-    const int64_t bits = data.size(1) == depth / 4 ? 8 : 4;
-    require(data.size(1) == depth * bits / 32 && scale.dim() == 3, "weight");
-    const int64_t groups = scale.size(1);
-    return {.data = static_cast<const uint8_t*>(data.const_data_ptr()),
-            .scale = panels_of(scale, panels, groups),
-            .zero = zero ? panels_of(*zero, panels, groups) : nullptr,
-            .bits = bits,
-            .depth = depth,
-            .group = std::max(group_of(depth, groups), kIntGroup),
-            .groups = groups};
-}
 
 QuantizedRows quantize_rows(const Tensor& x, LinearQuantizedArgs& args) {
     args.cut = kernels().linear_quantized_cut(args.rows, args.columns, args.weight.depth);

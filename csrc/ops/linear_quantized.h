@@ -1,14 +1,9 @@
-// linear on quantised weights, as linear, decoder_layers_ and linear_logprob call it.
+// linear on quantised weights on a CPU, as linear, decoder_layers_ and linear_logprob call it.
 #pragma once
 
-#include "common.h"
+#include "linear.h"
 
 namespace tts::ops {
-
-// The weight of these tensors, checked: data [panels, depth / 4 (8 for 4 bits), 16, 4] uint8, scale and zero
-// [panels, groups, 16] float32.
-QuantizedWeight quantized_weight(const Tensor& data, const Tensor& scale, const std::optional<Tensor>& zero,
-                                 int64_t in_features, int64_t out_features);
 
 // Rows of x in whole numbers, beside the memory that holds them.
 struct QuantizedRows {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tts_kernels as tk
+from tts_kernels.ops.linear import linear_op
 
 from .library import ROOT, Library
 
@@ -105,6 +106,15 @@ def linear_logprob(rows: int) -> Any:
     return gpu_model.linear_logprob(rows, 64, 600)
 
 
+def linear(rows: int, bits: int = 16) -> Any:
+    with tk.debug_checks(False):
+        if bits == 16:
+            linear_op(half(rows, 1032), half(130, 1032), 1032, 130, None, None)
+        else:
+            tk.linear(half(rows, 1032), tk.pack_linear(half(130, 1032), quantize="int8" if bits == 8 else "int4"))
+    return gpu_model.linear(rows, 1032, 130, bits)
+
+
 def score_and_prune() -> Any:
     steps, groups = torch.arange(7), torch.tensor([0, 2, 6])
     tk.score_and_prune(half(9, 64), torch.arange(6), steps, tk.ScoreHead.scalar(torch.ones(64)), groups, 2)
@@ -143,6 +153,7 @@ CALLS = [
     prune,
 ]
 CALLS += [sample, lambda: linear_logprob(5), lambda: linear_logprob(70)]
+CALLS += [lambda: linear(5), lambda: linear(20), lambda: linear(5, 4), lambda: linear(70, 8)]
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -21,7 +21,7 @@ from gpu_emulator.rounding import fusible
 
 pytestmark = [pytest.mark.skipif(nvcc() is None, reason="no nvcc"), pytest.mark.timeout(3600)]
 TESTS = HERE.parent
-ALL = operators()
+ALL = [name for name in operators() if name != "linear"]  # a CPU's has another weight: linear.py here
 LONG = ("sample", "tree_attention")  # minutes: many draws, many large kernels
 # What an operator's tests compare it with, to the bit.
 PARTS = {"score_and_prune": ("step_scores", "aggregate_steps", "prune")}
@@ -76,6 +76,21 @@ def test_the_cases_of_the_cpu(operator: str, seed: int) -> None:
 def test_no_rounding_is_left_to_the_compiler(source: Path) -> None:
     """Else a GPU may compute what the emulator has not run."""
     assert fusible(compile_cuda(source, include_dirs=INCLUDES)) == []
+
+
+# float16 has bfloat16's ways, which take minutes to compile.
+@pytest.mark.parametrize(
+    ("seed", "only"),
+    [(0, "test_ and not dtype2"), *(pytest.param(seed, "test_", marks=pytest.mark.slow) for seed in (3, 11))],
+)
+def test_linear_as_a_gpu_does_it(seed: int, only: str) -> None:
+    run("linear", "--emulate-seed", str(seed), tests=str(HERE / "linear.py"), only=only)
+
+
+@pytest.mark.skipif(clang() is None, reason="no clang")
+@pytest.mark.parametrize("sanitizer", [pytest.param("address", marks=pytest.mark.slow), "thread"])
+def test_linear_under_a_sanitizer(sanitizer: str) -> None:
+    run("linear", "--emulate-sanitize", sanitizer, tests=str(HERE / "linear.py"), only="zero_points[4-dtype1")
 
 
 def test_launches() -> None:

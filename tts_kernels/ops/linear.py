@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import checks, reference
+from ..choices import state
 from ..op import Op
 
 PANEL = 16
@@ -214,7 +215,8 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual
     they are and meet dequantised weights.
 
     On a CPU a row's result does not depend on the other rows, on their number, or on the number of threads, to the bit.
-    On a GPU torch's library multiplies, which may choose another order of summation for another number of rows.
+    On a GPU torch's library multiplies, which may choose another order of summation for another number of rows: not so
+    under `deterministic`, nor with a quantised weight.
 
     Parameters
     ----------
@@ -361,6 +363,20 @@ def _by_torch(
     return y if residual is None else y + residual
 
 
+def _by_the_library(
+    x: Tensor,  # noqa: ARG001
+    weight: Tensor,  # noqa: ARG001
+    in_features: int,  # noqa: ARG001
+    out_features: int,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    residual: Tensor | None,  # noqa: ARG001
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,  # noqa: ARG001
+) -> bool:
+    """Torch's products of floats are faster than ours, as it may choose an order of summation for each shape."""
+    return scale is None and not state.deterministic
+
+
 _pack = Op(
     "pack_linear",
     reference=reference.pack_linear,
@@ -368,4 +384,11 @@ _pack = Op(
     fake=_fake_pack,
     composed=reference.pack_linear,
 )
-linear_op = Op("linear", reference=reference.linear, check=_check, fake=_fake, composed=_by_torch)
+linear_op = Op(
+    "linear",
+    reference=reference.linear,
+    check=_check,
+    fake=_fake,
+    composed=_by_torch,
+    rather_composed=_by_the_library,
+)

@@ -24,6 +24,8 @@ CONFIGS: dict[str, dict[str, _Config]] = {
         "prune": {"BLOCK": 128, "num_warps": 4},
         "linear_logprob": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         "linear_logprob_float32": {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+        "linear": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        "linear_float32": {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "sample": {"BLOCK": 4096, "num_warps": 16},
         "tree_attention": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "tree_attention_wide": {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1},  # float32, or a head above 128

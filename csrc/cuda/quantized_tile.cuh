@@ -1,0 +1,141 @@
+// matmul_nt.cuh's TensorTile for a weight of whole numbers, 8 or 4 bits, in panels (int_tile.h): a slice of
+// it becomes float on its way into shared memory, rounded to T as the rows of x are. The next slice is under
+// way while one is multiplied: the weight's in registers, x's by cp.async.
+#pragma once
+
+#include "args/linear_quantized.h"
+#include "matmul_nt.cuh"
+
+namespace tts::cuda {
+
+inline constexpr int kPanelCols = 16;  // columns of a panel; 4 of the depth lie next to each other
+
+// What a stored number stands for.
+__device__ inline float dequantized(uint32_t stored, int half, float zero, float scale) {
+    return __fmul_rn(__fsub_rn(static_cast<float>(static_cast<int>(stored) - half), zero), scale);
+}
+
+// One weight.
+__device__ inline float dequantized(const QuantizedWeight& weight, int64_t column, int64_t k) {
+    const int64_t panel = column / kPanelCols, in_panel = column % kPanelCols, step = k / 4;
+    const int64_t line = weight.bits == 8 ? step : step / 2, lines = weight.depth * weight.bits / 32;
+    const uint32_t byte = weight.data[((panel * lines + line) * kPanelCols + in_panel) * 4 + k % 4];
+    const uint32_t stored = weight.bits == 8 ? byte : step % 2 ? byte >> 4 : byte & 15;
+    const int64_t group = (panel * weight.groups + k / weight.group) * kPanelCols + in_panel;
+    return dequantized(stored, 1 << (weight.bits - 1), weight.zero ? weight.zero[group] : 0.0f,
+                       weight.scale[group]);
+}
+
+// 16 bytes of a panel's slice: 4 columns, by 4 of the depth in 8 bits and 8 in 4. Neighbours in a warp read
+// neighbours.
+template <int kBits>
+struct Piece {
+    static constexpr int kLines = 64 * kBits / 32;
+    static constexpr int kCount = kTileCols / kPanelCols * kLines * 4 / kTileThreads;  // a thread
+    int panel, line, quad;
+
+    __device__ explicit Piece(int i) {
+        const int index = static_cast<int>(threadIdx.x) + i * kTileThreads;
+        panel = index / (kLines * 4), line = index / 4 % kLines, quad = index % 4;
+    }
+};
+
+// The weight from column `column` on, and from `k` on.
+template <int kBits>
+struct PanelSlice {
+    const QuantizedWeight& weight;
+    int column, columns, k;  // there are fewer than 2**31 scales
+
+    __device__ int panel(Piece<kBits> piece) const { return column / kPanelCols + piece.panel; }
+    __device__ bool has(Piece<kBits> piece) const { return panel(piece) * kPanelCols < columns; }
+
+    // What is stored; zeros behind the last panel.
+    __device__ uint4 load(Piece<kBits> piece) const {
+        if (!has(piece)) return {};
+        const int lines = static_cast<int>(weight.depth) * kBits / 32;
+        const int64_t line = int64_t{panel(piece)} * lines + k * kBits / 32 + piece.line;
+        return *reinterpret_cast<const uint4*>(weight.data + (line * 4 + piece.quad) * 16);
+    }
+
+    // One of `values` for each of the piece's columns; zeros where there are none.
+    __device__ float4 of_group(const float* values, Piece<kBits> piece) const {
+        if (!values || !has(piece)) return {};
+        const int group = (k + piece.line * (32 / kBits)) / static_cast<int>(weight.group);
+        const int first = panel(piece) * static_cast<int>(weight.groups) + group;
+        return *reinterpret_cast<const float4*>(values + first * int64_t{kPanelCols} + piece.quad * 4);
+    }
+};
+
+template <class T, int kRows, int kBits>
+struct QuantizedTile : TensorTile<T, kRows> {
+    using Tile = TensorTile<T, kRows>;
+    static constexpr int kStages = 2, kSlice = Tile::kSlice, kSharedBytes = kStages * kSlice;
+
+    // a(row) as in TensorTile, of columns [first_k, first_k + width); `column` is the weight's first one.
+    template <class A>
+    __device__ __forceinline__ void multiply(A a, const QuantizedWeight& weight, int64_t column,
+                                             int64_t columns, int64_t first_k, int64_t width, void* shared) {
+        constexpr int kCount = Piece<kBits>::kCount;
+        const int slices = static_cast<int>(divide_up(width, Tile::kDepth));
+        uint8_t* ring = static_cast<uint8_t*>(shared);
+        const auto slice_of = [&](int s) {
+            return PanelSlice<kBits>{weight, static_cast<int>(column), static_cast<int>(columns),
+                                     static_cast<int>(first_k) + s * Tile::kDepth};
+        };
+        uint4 stored[kCount];
+        const auto fetch = [&](int s) {
+            if (s >= slices) return;
+            Tile::template fetch_rows<kRows>(a, s, width, ring + s % kStages * kSlice);
+            close_copies();
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) stored[i] = slice_of(s).load(Piece<kBits>(i));
+        };
+        fetch(0);
+        for (int s = 0; s < slices; ++s) {
+            uint8_t* slice = ring + s % kStages * kSlice;
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                put(stored[i], slice_of(s), Piece<kBits>(i), slice + kRows * 128);
+            }
+            wait_copies<0>();
+            __syncthreads();  // slice s is there, and slice s - 1 has been used
+            fetch(s + 1);
+            this->use(slice);
+        }
+        __syncthreads();
+    }
+
+  private:
+    __device__ static void put(uint4 piece, PanelSlice<kBits> from, Piece<kBits> at, uint8_t* cols) {
+        const float4 scales = from.of_group(from.weight.scale, at),
+                     zeros = from.of_group(from.weight.zero, at);
+        const uint32_t stored[4] = {piece.x, piece.y, piece.z, piece.w};
+        const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
+        const float zero[4] = {zeros.x, zeros.y, zeros.z, zeros.w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int column = at.panel * kPanelCols + at.quad * 4 + c;
+            if constexpr (kBits == 8) {
+                uint8_t* to = cols + Tile::place(column, at.line / 2) + at.line % 2 * 8;
+                *reinterpret_cast<uint2*>(to) = floats(stored[c], zero[c], scale[c]);
+            } else {
+                const uint2 even = floats(stored[c] & 0x0f0f0f0f, zero[c], scale[c]);
+                const uint2 odd = floats(stored[c] >> 4 & 0x0f0f0f0f, zero[c], scale[c]);
+                *reinterpret_cast<uint4*>(cols + Tile::place(column, at.line)) = {even.x, even.y, odd.x,
+                                                                                  odd.y};
+            }
+        }
+    }
+
+    // The numbers in four bytes, as T.
+    __device__ static uint2 floats(uint32_t bytes, float zero, float scale) {
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            x[e] = dequantized(bytes >> (8 * e) & 255, 1 << (kBits - 1), zero, scale);
+        }
+        return {pack<T>(x[0], x[1]), pack<T>(x[2], x[3])};
+    }
+};
+
+}  // namespace tts::cuda
