@@ -65,7 +65,18 @@ class Lifted:
         self._waiting: list[Any] = []
 
     def submit(self, requests: Sequence[Any]) -> None:
-        """Take requests in."""
+        """Take requests in.
+
+        Raises
+        ------
+        TypeError
+            If the driver has no answer to such requests.
+        """
+        for request in requests:
+            if type(request) not in self._calls:
+                raise TypeError(
+                    f"expected a policy of a local model for a {type(request).__name__}, got another driver"
+                )
         self._waiting += requests
 
     def step(self) -> list[tuple[Any, Any]]:

@@ -7,27 +7,31 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as WaitingTooLong  # before Python 3.11 not the builtin one
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tts_search.engine.events import SearchEvent, Watch
 from tts_search.engine.scheduler import Scheduler
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, boxed
 from tts_search.search.config import SearchConfig
-from tts_search.search.protocol import Policy, Verifier
+from tts_search.search.protocol import Generate, Generated, Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.run import Run
 from tts_search.search.types import Messages
 
-__all__ = ["Engine", "Search", "default_equality"]
+__all__ = ["Engine", "Generation", "Handle", "Search", "default_equality"]
 
-Listener = Callable[["SearchEvent | None"], None]
+Result = TypeVar("Result")
+News = TypeVar("News")
+Reader = Callable[[], Iterable[News]]
+Listener = Callable[[Any], None]  # gets the news, and None at the end
 
 
 class Engine:
@@ -81,8 +85,8 @@ class Engine:
             policy, verifier, extract_answer, equal, max_rows=max_rows, max_in_flight=max_in_flight
         )
         self._numbers = itertools.count()
-        self._waiting: deque[Search] = deque()  # not begun; with `_begun` and the scheduler the thread's own
-        self._begun: dict[int, Search] = {}
+        self._waiting: deque[Handle[Any, Any]] = deque()  # not begun; with `_begun` and the scheduler the thread's own
+        self._begun: dict[int, Handle[Any, Any]] = {}
         self._calls: deque[Callable[[], None]] = deque()  # what other threads want done
         self._wake = threading.Condition()
         self._closed = False
@@ -118,6 +122,18 @@ class Engine:
         self._call(partial(self._waiting.append, search))
         return search
 
+    def generate(self, request: Generate) -> Generation:
+        """Hand in a request for text behind tokens, for policies of local models; its `problem` is given here.
+
+        Raises
+        ------
+        SearchError
+            If the engine is closed. A request that cannot be served fails by itself.
+        """
+        generation = Generation(self, next(self._numbers), request)
+        self._call(partial(self._waiting.append, generation))
+        return generation
+
     @property
     def is_open(self) -> bool:
         """Whether problems can be handed in: nobody has closed it, and no driver has made its thread end."""
@@ -125,7 +141,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Problems that have not begun."""
+        """Problems, and requests for text, that have not begun."""
         return len(self._waiting)
 
     @property
@@ -135,7 +151,7 @@ class Engine:
 
     @property
     def num_streams(self) -> int:
-        """Steps that run or wait at the policy."""
+        """Steps and texts that run or wait at the policy."""
         return self._scheduler.num_streams
 
     def close(self) -> None:
@@ -177,8 +193,8 @@ class Engine:
             while self._calls:
                 self._calls.popleft()()
             self._scheduler.close()
-            for search in (*self._begun.values(), *self._waiting):
-                search._settle(error)
+            for handle in (*self._begun.values(), *self._waiting):
+                handle._settle(error)
             self._begun, self._waiting = {}, deque()
 
     def _obey(self) -> bool:
@@ -193,77 +209,67 @@ class Engine:
                 action = self._calls.popleft()
             action()
 
-    def _start(self, search: Search) -> None:
-        self._begun[search.number] = search
-        started = self._scheduler.start(
-            search.number, search.problem, search.config, seed_text=search.seed_text, on_change=search._look
-        )
-        for outcome in started:
-            self._settle(*outcome)
+    def _start(self, handle: Handle[Any, Any]) -> None:
+        self._begun[handle.number] = handle
+        handle._begin(self._scheduler)
 
-    def _settle(self, number: int, outcome: SearchResult | SearchError) -> None:
+    def _settle(self, number: int, outcome: Any) -> None:
         self._begun.pop(number)._settle(outcome)
 
-    def _end(self, search: Search) -> None:
-        """Forget a search that was cancelled."""
-        if search in self._waiting:
-            self._waiting.remove(search)
-        if self._begun.pop(search.number, None) is not None:
-            self._scheduler.cancel(search.number)
-        search._settle(None)
+    def _end(self, handle: Handle[Any, Any]) -> None:
+        """Forget what was cancelled."""
+        if handle in self._waiting:
+            self._waiting.remove(handle)
+        if self._begun.pop(handle.number, None) is not None:
+            self._scheduler.cancel(handle.number)
+        handle._settle(None)
 
 
-class Search:
-    """The search of a problem that was handed to an :class:`Engine`; all of it may be used from any thread.
+class Handle(Generic[Result, News]):
+    """What was handed to an :class:`Engine`; all of it may be used from any thread.
 
-    ``await search`` is its result, as :meth:`result` says; a task that is cancelled while it waits cancels the search.
-    ``async for event in search`` yields what :meth:`events` yields.
+    ``await handle`` is its result, as :meth:`result` says; a task that is cancelled while it waits cancels what it
+    waits for. ``async for news in handle`` yields what :meth:`events` yields.
     """
 
-    def __init__(
-        self, engine: Engine, number: int, problem: str | Messages, config: SearchConfig, seed_text: str | None
-    ) -> None:
+    def __init__(self, engine: Engine, number: int) -> None:
         self.number = number
-        self.problem = problem
-        self.config = config
-        self.seed_text = seed_text
         self._engine = engine
-        self._future: Future[SearchResult] = Future()
+        self._future: Future[Result] = Future()
         self._future.add_done_callback(self._on_done)
-        self._run: Run | None = None  # this and the listeners belong to the engine's thread
-        self._listeners: dict[Listener, Watch] = {}
+        self._listeners: dict[Listener, Reader[News]] = {}  # these belong to the engine's thread
 
-    def result(self, timeout: float | None = None) -> SearchResult:
+    def result(self, timeout: float | None = None) -> Result:
         """Wait for the result.
 
         Raises
         ------
         SearchError
-            If the search failed, or the engine was closed.
+            If it failed, or the engine was closed.
         TimeoutError
-            If it takes longer than so many seconds; the search goes on.
+            If it takes longer than so many seconds; it goes on.
         concurrent.futures.CancelledError
             If it was cancelled.
         """
         try:
             return self._future.result(timeout)
         except WaitingTooLong:
-            raise TimeoutError(f"timeout: the search was not done after {timeout} seconds") from None
+            raise TimeoutError(f"timeout: there was no result after {timeout} seconds") from None
 
     def cancel(self) -> bool:
-        """End the search, if it is not done: what it holds is freed before the next token. Whether it is cancelled."""
+        """End it, if it is not done: what it holds is freed before the next token. Whether it is cancelled."""
         return self._future.cancel()
 
     def done(self) -> bool:
         """Whether there is a result or an error, or it was cancelled."""
         return self._future.done()
 
-    def events(self) -> Iterator[SearchEvent]:
-        """Yield what happens, as it happens, up to the end of the search, however that comes about.
+    def events(self) -> Iterator[News]:
+        """Yield what happens, as it happens, up to the end, however that comes about.
 
-        All of it, whenever one begins to listen: the first events bring the tree as it is then.
+        All of it, whenever one begins to listen: the first events bring what has happened before.
         """
-        told: queue.SimpleQueue[SearchEvent | None] = queue.SimpleQueue()
+        told: queue.SimpleQueue[News | None] = queue.SimpleQueue()
         self._listen(told.put)
         try:
             while (event := told.get()) is not None:
@@ -271,10 +277,10 @@ class Search:
         finally:
             self._ignore(told.put)
 
-    async def __aiter__(self) -> AsyncIterator[SearchEvent]:
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[SearchEvent | None]()
+    async def __aiter__(self) -> AsyncIterator[News]:
+        loop, told = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
-        def listener(event: SearchEvent | None) -> None:
+        def listener(event: Any) -> None:
             loop.call_soon_threadsafe(told.put_nowait, event)
 
         self._listen(listener)
@@ -284,14 +290,21 @@ class Search:
         finally:
             self._ignore(listener)
 
-    def __await__(self) -> Generator[Any, None, SearchResult]:
+    def __await__(self) -> Generator[Any, None, Result]:
         return asyncio.wrap_future(self._future).__await__()
+
+    def _begin(self, scheduler: Scheduler) -> None:
+        """Get it on its way, in the engine's thread."""
+        raise NotImplementedError
+
+    def _reader(self) -> Reader[News]:
+        """A function that yields what has happened since it was called the last time."""
+        raise NotImplementedError
 
     def _listen(self, listener: Listener) -> None:
         def begin() -> None:
-            self._listeners[listener] = Watch()
-            if self._run is not None:
-                self._look(self._run)
+            self._listeners[listener] = self._reader()
+            self._notify()
             if self.done():
                 self._tell(listener, None)
 
@@ -305,24 +318,24 @@ class Search:
         with suppress(SearchError):
             self._engine._call(partial(self._drop, listener))
 
-    def _look(self, run: Run) -> None:
-        """The search has got on."""
-        self._run = run
-        for listener, watch in list(self._listeners.items()):
-            for event in watch.look(run):
+    def _drop(self, listener: Listener) -> None:
+        self._listeners.pop(listener, None)
+
+    def _notify(self) -> None:
+        """Tell the listeners what is new to them."""
+        for listener, fresh in list(self._listeners.items()):
+            for event in fresh():
                 self._tell(listener, event)
 
-    def _tell(self, listener: Listener, event: SearchEvent | None) -> None:
+    def _tell(self, listener: Listener, event: News | None) -> None:
         try:
             listener(event)
         except RuntimeError:  # its event loop is closed
             self._drop(listener)
 
-    def _drop(self, listener: Listener) -> None:
-        self._listeners.pop(listener, None)
-
-    def _settle(self, outcome: SearchResult | SearchError | None) -> None:
+    def _settle(self, outcome: Result | SearchError | None) -> None:
         """It is done; None: it was cancelled."""
+        self._notify()
         with suppress(InvalidStateError):  # it was cancelled just now
             if isinstance(outcome, SearchError):
                 self._future.set_exception(outcome)
@@ -332,10 +345,77 @@ class Search:
             self._tell(listener, None)
         self._listeners.clear()
 
-    def _on_done(self, future: Future[SearchResult]) -> None:
+    def _on_done(self, future: Future[Result]) -> None:
         if future.cancelled():
             with suppress(SearchError):  # of a closed engine, which has freed it
                 self._engine._call(partial(self._engine._end, self))
+
+
+class Search(Handle[SearchResult, SearchEvent]):
+    """The search of a problem. Its events are :class:`SearchEvent`, the first ones the tree as it is by then."""
+
+    def __init__(
+        self, engine: Engine, number: int, problem: str | Messages, config: SearchConfig, seed_text: str | None
+    ) -> None:
+        super().__init__(engine, number)
+        self.problem = problem
+        self.config = config
+        self.seed_text = seed_text
+        self._run: Run | None = None
+
+    def _begin(self, scheduler: Scheduler) -> None:
+        started = scheduler.start(
+            self.number, self.problem, self.config, seed_text=self.seed_text, on_change=self._look
+        )
+        for outcome in started:
+            self._engine._settle(*outcome)
+
+    def _reader(self) -> Reader[SearchEvent]:
+        watch = Watch()
+        return lambda: () if self._run is None else watch.look(self._run)
+
+    def _look(self, run: Run) -> None:
+        """The search has got on."""
+        self._run = run
+        self._notify()
+
+
+class Generation(Handle["list[Generated]", Generated]):
+    """Text on its way. Its events are the parts of its samples, its result is each sample as a whole, in order."""
+
+    def __init__(self, engine: Engine, number: int, request: Generate) -> None:
+        super().__init__(engine, number)
+        self.request = replace(request, problem=number)
+        self._parts: list[Generated] = []
+        self._num_left = request.num_samples
+
+    def _begin(self, scheduler: Scheduler) -> None:
+        scheduler.generate(self.request, self._take)
+
+    def _reader(self) -> Reader[Generated]:
+        told = 0
+
+        def fresh() -> list[Generated]:
+            nonlocal told
+            new, told = self._parts[told:], len(self._parts)
+            return new
+
+        return fresh
+
+    def _take(self, news: Generated | Exception) -> None:
+        """A part has come."""
+        if isinstance(news, Exception):
+            error = SearchError(f"{type(news).__name__}: {news}", self.number)
+            error.__cause__ = news
+            self._engine._settle(self.number, error)
+            return
+        self._parts.append(news)
+        self._notify()
+        self._num_left -= news.reason is not None
+        if not self._num_left:
+            samples = range(self.request.num_samples)
+            whole = [Generated.joined([part for part in self._parts if part.sample == one]) for one in samples]
+            self._engine._settle(self.number, whole)
 
 
 def default_equality() -> Equality:

@@ -18,7 +18,17 @@ from tts_search.search.algorithms import algorithm_of
 from tts_search.search.answers import Equality
 from tts_search.search.config import SearchConfig
 from tts_search.search.moves import Moves
-from tts_search.search.protocol import Expand, Policy, Release, Request, Score, Usage, Verifier
+from tts_search.search.protocol import (
+    Expand,
+    Generate,
+    Generated,
+    Policy,
+    Release,
+    Request,
+    Score,
+    Usage,
+    Verifier,
+)
 from tts_search.search.result import SearchResult, build_result
 from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
@@ -51,6 +61,15 @@ class _Flight:
         return [request for request in self.requests if id(request) not in self.answers]
 
 
+@dataclass(eq=False)
+class _Generation:
+    """A request for text on its way."""
+
+    request: Generate
+    on_news: Callable[[Generated | Exception], None]
+    num_left: int  # samples that go on
+
+
 class Scheduler:
     """Searches problems side by side; none waits for another.
 
@@ -71,7 +90,8 @@ class Scheduler:
     equal : callable
         Whether two answers mean the same.
     max_rows : int or None
-        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default.
+        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default. A policy
+        that has such a bound itself (an attribute `max_rows`) gets it.
     max_in_flight : int or None
         And while fewer problems than that are in flight.
 
@@ -83,7 +103,7 @@ class Scheduler:
     Attributes
     ----------
     num_streams : int
-        Steps that run or wait at the policy.
+        Steps and texts that run or wait at the policy.
     """
 
     def __init__(
@@ -99,17 +119,20 @@ class Scheduler:
         _check(max_rows=max_rows, max_in_flight=max_in_flight)
         self.max_rows = max_rows or MAX_ROWS
         self.max_in_flight = max_in_flight
+        if hasattr(policy, "max_rows"):
+            policy.max_rows = self.max_rows
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
         self.extract_answer = extract_answer
         self.equal = equal
         self.num_streams = 0
         self._flights: dict[int, _Flight] = {}
+        self._generations: dict[int, _Generation] = {}
 
     @property
     def num_problems(self) -> int:
-        """Problems in flight."""
-        return len(self._flights)
+        """Problems in flight, and requests for text."""
+        return len(self._flights) + len(self._generations)
 
     @property
     def has_room(self) -> bool:
@@ -167,6 +190,18 @@ class Scheduler:
         self._flights[number] = flight
         yield from self._guarded(flight, partial(self._begin, flight))
 
+    def generate(self, request: Generate, on_news: Callable[[Generated | Exception], None]) -> None:
+        """Have a local model generate text; `on_news` gets all parts of all samples, or what went wrong as the last.
+
+        The request's `problem` is a number that nothing else in flight has.
+        """
+        self._generations[request.problem] = _Generation(request, on_news, request.num_samples)
+        self.num_streams += request.num_samples
+        try:
+            self.policy.submit([request])
+        except Exception as error:
+            self._tell(request, error)
+
     def step(self) -> Iterator[Outcome]:
         """Let each model take a step; yield the outcomes of problems that end by what it answers."""
         yield from self._serve(self.policy)
@@ -176,13 +211,17 @@ class Scheduler:
             yield from self._serve(self.verifier)
 
     def cancel(self, number: int) -> None:
-        """End a problem, if it is in flight; what it holds is freed at once."""
+        """End what is in flight under a number, if anything is; what it holds is freed at once."""
         if number in self._flights:
             self._close(self._flights[number])
+        elif number in self._generations:
+            self.num_streams -= self._generations.pop(number).num_left
+            with suppress(Exception):
+                self.policy.cancel(number)
 
     def close(self) -> None:
-        """End all problems in flight."""
-        for number in list(self._flights):
+        """End all that is in flight."""
+        for number in [*self._flights, *self._generations]:
             self.cancel(number)
 
     def _serve(self, driver: Driver) -> Iterator[Outcome]:
@@ -193,10 +232,14 @@ class Scheduler:
             waiting = [request for flight in self._flights.values() for request in flight.unanswered]
             mine = driver is self.policy
             answered = [(request, error) for request in waiting if isinstance(request, Expand) == mine]
+            answered += [(each.request, error) for each in self._generations.values() if mine]
             for number in {request.problem for request, _ in answered}:
                 driver.cancel(number)
         ripe = []
         for request, answer in answered:
+            if isinstance(request, Generate):
+                self._tell(request, answer)
+                continue
             flight = self._flights[request.problem]
             flight.answers[id(request)] = answer
             self.num_streams -= _streams(request)
@@ -205,6 +248,17 @@ class Scheduler:
         for flight in ripe:
             if self._flights.get(flight.run.problem) is flight:  # it was not cancelled meanwhile
                 yield from self._guarded(flight, partial(self._answer, flight))
+
+    def _tell(self, request: Generate, news: Generated | Exception) -> None:
+        """Pass on what there is of a request for text."""
+        generation = self._generations[request.problem]
+        if isinstance(news, Exception) or news.reason is not None:
+            ended = generation.num_left if isinstance(news, Exception) else 1
+            generation.num_left -= ended
+            self.num_streams -= ended
+        if not generation.num_left:
+            del self._generations[request.problem]
+        generation.on_news(news)
 
     def _begin(self, flight: _Flight) -> SearchResult | None:
         for driver, problem in ((self.policy, flight.prompt), (self.verifier, flight.text)):

@@ -65,15 +65,25 @@ class Sampled(Stream):
         How they are drawn.
     ending : Ending
         Where it may end, besides the limit.
+    pace : int
+        It is looked at after so many tokens, if nothing says so before.
+    num_top : int
+        How many of the likeliest tokens are wanted in the place of each one drawn.
     num_tokens, logprob : int, float
         Tokens drawn, the one that ended it included, and the sum of their log-probabilities; up to date when it is
         looked at, and when it has ended.
+    last_logprob, top : float, list of (int, float)
+        Of the newest token, when it is looked at: its log-probability, and the likeliest in its place with theirs.
     """
 
     seed: int
     limit: int
     sampling: Sampling
     ending: Ending
+    pace: int = field(init=False, default=_BUFFER)
+    num_top: int = field(init=False, default=0)
+    last_logprob: float = field(init=False, default=0.0)
+    top: list[tuple[int, float]] = field(init=False, default_factory=list)
     num_tokens: int = field(init=False, default=0)
     logprob: float = field(init=False, default=0.0)
 
@@ -119,6 +129,8 @@ class Generation(Streams[Any]):
         self._sources: dict[Branch, _Source] = {}  # those that have not been read yet
         self._endings: _Table[Ending] = _Table(torch.uint8)
         self._samplings: _Table[Sampling] = _Table(torch.float64)
+        self._drawn = torch.empty(0)  # log-probabilities of the newest tokens
+        self._num_top: Counter[int] = Counter()  # of the streams that want the likeliest tokens
         self._options: dict[str, Any] = {}  # of `tts_kernels.sample`, as long as who runs stays the same
 
     def submit(self, source: Branch, children: Sequence[Sampled]) -> None:
@@ -202,8 +214,20 @@ class Generation(Streams[Any]):
             if wanted != list(range(len(logits))):
                 logits = logits.index_select(0, upload(torch.tensor(wanted), logits.device))
         if self._streams:
+            self._rank(logits)
             ended = self._push(*read_tokens(tk.sample(logits, **self._sample_options(logits.device))))
             self._settle(old, ended)
+
+    def _rank(self, logits: Tensor) -> None:
+        """Tell the streams that want to know which tokens are the likeliest."""
+        if not self._num_top:
+            return
+        rows = [row for row, stream in enumerate(self._streams) if stream.num_top]
+        own = logits.index_select(0, upload(torch.tensor(rows), logits.device)).float()
+        values, ids = own.log_softmax(-1).topk(min(max(self._num_top), own.shape[1]))
+        for row, best, scores in zip(rows, ids.tolist(), values.tolist(), strict=True):
+            stream = self._streams[row]
+            stream.top = list(zip(best, scores, strict=True))[: stream.num_top]
 
     def _push(self, tokens: Tensor, logprobs: Tensor) -> list[int]:
         """Give each stream its next token; the rows of those that end with it."""
@@ -212,6 +236,7 @@ class Generation(Streams[Any]):
         columns[: len(_COUNTERS)] += _COUNTERS
         columns[_TOKEN] = tokens
         self._logprobs += logprobs
+        self._drawn = logprobs
         marks = self._endings.values[columns[_ENDING], tokens + 1]
         looked = torch.nonzero((marks != _PLAIN) | (columns[_LEFT] == 0) | (columns[_KV] == _NO_KV))
         return [row for row in looked.flatten().tolist() if self._ends(row)]
@@ -240,6 +265,7 @@ class Generation(Streams[Any]):
             stream.branch.tokens.pop()
             stream.error = FloatingPointError("the model gave no finite logits")
             return True
+        stream.last_logprob = float(self._drawn[row])
         mark = self._endings.values[self._columns[_ENDING, row], token + 1]
         if not mark:
             mark.fill_(_LOOK if stream.ending.may_end(token) else _PLAIN)
@@ -252,7 +278,7 @@ class Generation(Streams[Any]):
         stream.branch.tokens += self._new_tokens[slot, :fill].tolist()
         stream.num_tokens, stream.logprob = offset, float(self._logprobs[row])
         self._columns[_FILL, row] = 0
-        self._columns[_LEFT, row] = min(stream.limit - offset, _BUFFER)
+        self._columns[_LEFT, row] = min(stream.limit - offset, stream.pace)
 
     def _put_in(self, streams: Sequence[Sampled]) -> None:
         """Give streams rows behind the others'. Their branches are read up to the last token."""
@@ -265,7 +291,7 @@ class Generation(Streams[Any]):
                 stream.branch.length - 1,
                 stream.num_tokens,
                 0,
-                min(stream.limit - stream.num_tokens, _BUFFER),
+                min(stream.limit - stream.num_tokens, stream.pace),
                 stream.branch.tokens[-1] if stream.branch.tokens else 0,
                 _NO_KV,
                 stream.seed,
@@ -278,6 +304,7 @@ class Generation(Streams[Any]):
         self._columns = torch.cat([self._columns, torch.tensor(lines).T], dim=1)
         self._logprobs = torch.cat([self._logprobs, self._logprobs.new_tensor([each.logprob for each in streams])])
         self._streams += streams
+        self._num_top.update(stream.num_top for stream in streams if stream.num_top)
         self._options = {}
 
     def _run(self, rows: Sequence[int]) -> None:
@@ -298,6 +325,8 @@ class Generation(Streams[Any]):
             self._free_slots.append(slot)
             self._endings.drop(stream.ending)
             self._samplings.drop(stream.sampling)
+            if stream.num_top:
+                self._num_top -= Counter([stream.num_top])
             self._columns[:, row] = self._columns[:, -1]
             self._logprobs[row] = self._logprobs[-1]
             self._columns, self._logprobs = self._columns[:, :-1], self._logprobs[:-1]

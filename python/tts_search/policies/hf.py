@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from tts_search.errors import require
 from tts_search.models.decoder import pool_for
-from tts_search.models.endings import Endings, closes
-from tts_search.models.generation import Generation, Sampled, Sampling
+from tts_search.models.endings import Endings
+from tts_search.models.generation import Generation, Sampling
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool
 from tts_search.models.streams import Lane
+from tts_search.models.texts import GrowingText, Stops, Text, TextStream
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
-from tts_search.search.protocol import Expand, Usage, answers_of
+from tts_search.search.protocol import Expand, Generate, Generated, Usage, answers_of
 from tts_search.search.types import Messages, Step
 
 if TYPE_CHECKING:
     from tts_search.models.decoder import Decoder, DecoderKind
 
 __all__ = ["HFPolicy"]
-
-# Tokens before a step that are decoded with it: enough for any decoder that looks at the neighbours of a token.
-_CONTEXT: Final = 8
 
 
 class HFPolicy:
@@ -116,9 +116,19 @@ class HFPolicy:
         self._lane = Lane(model, BranchPool(pool, graphs=decode_graphs(model, pool)))
         self._generation = Generation(self._lane)
         self._problems: dict[int, _Problem] = {}
-        self._endings: dict[str | None, Endings] = {}
+        self._ending = lru_cache(64)(self._new_ending)
         self._jobs: dict[_Job, None] = {}
         self._answered: list[_Job] = []
+        self._news: dict[_Sample, None] = {}  # samples of which there is something to tell
+
+    @property
+    def max_rows(self) -> int:
+        """The most steps and texts that grow at a time; others wait for their turn."""
+        return self._generation.most
+
+    @max_rows.setter
+    def max_rows(self, most: int) -> None:
+        self._generation.most = most
 
     @property
     def decoder(self) -> Decoder:
@@ -151,10 +161,14 @@ class HFPolicy:
         """
         return answers_of(self, requests)
 
-    def submit(self, requests: Sequence[Expand]) -> None:
-        """Take requests in: their children join the branches that decode at the next token."""
+    def submit(self, requests: Sequence[Expand | Generate]) -> None:
+        """Take requests in: their children join the branches that decode at the next token.
+
+        Besides :class:`~tts_search.search.protocol.Expand`, which belongs to a problem that has begun, a policy takes
+        :class:`~tts_search.search.protocol.Generate`, which belongs to none.
+        """
         for request in requests:
-            job = self._job(request)
+            job = self._generate(request) if isinstance(request, Generate) else self._expand(request)
             self._jobs[job] = None
             if job.error is None and job.children and job.children[0].limit > 0:
                 job.running = set(job.children)
@@ -162,23 +176,33 @@ class HFPolicy:
             else:
                 self._answered.append(job)
 
-    def step(self) -> list[tuple[Expand, list[Step] | Exception]]:
-        """Decode one token of each branch that is in; the requests that are answered now, as `expand` answers them."""
+    def step(self) -> list[tuple[Expand | Generate, Any]]:
+        """Decode one token of each branch that is in; what there is to tell now.
+
+        Of an `Expand` the steps, or an exception, as `expand` answers it; of a `Generate` each part of each sample.
+        """
         for child in self._generation.step():
-            assert isinstance(child, _Child)
-            self._end(child)
+            assert isinstance(child, (_Child, _Sample))
+            self._end(child.job, child)
+        told: list[tuple[Expand | Generate, Any]] = [(one.job.request, one.tell()) for one in self._news]
+        self._news.clear()
         answered, self._answered = self._answered, []
         for job in answered:
             del self._jobs[job]
-        return [(job.request, self._finish(job)) for job in answered]
+            answer = self._finish(job)
+            if answer is not None:
+                told.append((job.request, answer))
+        return told
 
     def cancel(self, problem: int) -> None:
         """Forget the requests of a problem that are not answered yet."""
         for job in [job for job in self._jobs if job.request.problem == problem]:
             self._stop(job)
-            self._pool.release(child.branch for child in job.children)
+            self._forget(job)
             del self._jobs[job]
         self._answered = [job for job in self._answered if job in self._jobs]
+        for sample in [sample for sample in self._news if sample.job not in self._jobs]:
+            del self._news[sample]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""
@@ -206,28 +230,51 @@ class HFPolicy:
     def _plain(self, text: str) -> list[int]:
         return text_ids(text, self.tokenizer, special=False)
 
-    def _job(self, request: Expand) -> _Job:
+    def _expand(self, request: Expand) -> _Job:
         """The children that a request asks for, or why it cannot have them."""
-        state = self._problems[request.problem]
-        parent = self._parent(state, request)
-        job = _Job(request, state, parent)
-        room = self.decoder.shape.max_length - parent.length
-        if not parent.length:
-            job.error = ValueError("the prompt has no tokens")
-        elif room <= 0 and parent is state.root:
-            job.error = ValueError(
-                f"the prompt of {parent.length} tokens leaves no room in the model's context of "
-                f"{self.decoder.shape.max_length} tokens"
-            )
-        limit = min(request.params.max_tokens, room)
-        params = request.params
+        state, params = self._problems[request.problem], request.params
+        job = _Job(request, state, self._parent(state, request))
+        limit = self._limit(job, params.max_tokens)
+        stops = Stops((params.delimiter,) if params.delimiter else (), self._eos, self._eos, "token")
+        text = Text(self._decode, job.parent.path)
         sampling = Sampling(params.temperature, params.top_p, params.top_k)
-        ending = self._ending(params.delimiter)
-        job.children = [
-            _Child(Branch(parent.meter, parent, parent.length), seed, limit, sampling, ending, self, job)
-            for seed in request.seeds
-        ]
+        ending = self._ending(stops.texts, stops.tokens)
+        job.children = [_Child(job.branch(), seed, limit, sampling, ending, text, stops, job) for seed in request.seeds]
         return job
+
+    def _generate(self, request: Generate) -> _Job:
+        """The same for text behind any tokens: they are a problem by themselves."""
+        params, tokens = request.params, list(request.tokens)
+        root = Branch(Meter(), tokens=tokens, given=len(tokens))
+        job = _Job(request, _Problem(root, {}), root)
+        limit = self._limit(job, params.max_tokens)
+        if fault := _fault(request, len(self.tokenizer)):
+            job.error = ValueError(fault)
+            return job
+        eos = frozenset() if params.ignore_eos else self._eos
+        stops = Stops(params.stop, eos.union(params.stop_ids), eos, "stop" if params.keep_stop else "nothing")
+        sampling = Sampling(params.temperature, params.top_p, params.top_k, params.min_p)
+        ending = self._ending(stops.texts, stops.tokens)
+        for number, seed in enumerate(request.seeds):
+            text = GrowingText(self._decode, root.path)
+            sample = _Sample(job.branch(), seed, limit, sampling, ending, text, stops, job, number, self._news)
+            if params.stream or params.logprobs is not None:
+                sample.pace = 1
+            sample.num_top = params.logprobs or 0
+            job.children.append(sample)
+        return job
+
+    def _limit(self, job: _Job, wanted: int | None) -> int:
+        """The most tokens that children may have; the job's error if a prompt leaves room for none."""
+        longest = self.decoder.shape.max_length
+        room = longest - job.parent.length
+        if not job.parent.length:
+            job.error = ValueError("the prompt has no tokens")
+        elif room <= 0 and job.parent is job.state.root:
+            job.error = ValueError(
+                f"the prompt of {job.parent.length} tokens leaves no room in the model's context of {longest} tokens"
+            )
+        return room if wanted is None else min(wanted, room)
 
     def _parent(self, state: _Problem, request: Expand) -> Branch:
         """The branch to continue: one that this policy made, or such a one with what the steps' text has beyond it."""
@@ -245,9 +292,8 @@ class HFPolicy:
             state.nodes[request.branch] = node
         return node.branch
 
-    def _end(self, child: _Child) -> None:
+    def _end(self, job: _Job, child: TextStream) -> None:
         """A child has ended, or failed; with the last one, or the first that failed, its request is answered."""
-        job = child.job
         if child not in job.running:  # it failed beside another that did
             return
         job.running.remove(child)
@@ -264,27 +310,6 @@ class HFPolicy:
         job.state.sampled += sum(child.num_tokens for child in job.running)
         job.running = set()
 
-    def _ends(self, child: _Child) -> bool:
-        """Whether a child's step ends with its newest token."""
-        own, job = child.branch.tokens, child.job
-        if own[-1] in self._eos:
-            own.pop()
-            child.end(self._text(job, own), "eos")
-        elif closes(text := self._text(job, own), job.request.params.delimiter):
-            child.end(text, "stop")
-        elif child.num_tokens == child.limit:
-            child.whole = self._whole_characters(job, own)
-            child.end(self._text(job, own[: child.whole]), "length")
-        return child.step is not None
-
-    def _text(self, job: _Job, own: Sequence[int]) -> str:
-        """The text of a step's tokens in the context of those before them."""
-        if not job.context:
-            job.context = job.parent.path()[-_CONTEXT:]
-            job.context_text = self._decode(job.context)
-        text = self._decode([*job.context, *own])
-        return text[len(job.context_text) :] if text.startswith(job.context_text) else self._decode(own)
-
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
         return text
@@ -294,36 +319,58 @@ class HFPolicy:
         text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)
         return text
 
-    def _whole_characters(self, job: _Job, own: Sequence[int]) -> int:
-        """How many tokens of a step to keep so that its text does not end within a character (of 4 bytes at most)."""
-        for count in range(len(own), max(0, len(own) - 4), -1):
-            if not self._text(job, own[:count]).endswith("\ufffd"):
-                return count
-        return len(own)
+    def _new_ending(self, texts: tuple[str, ...], tokens: frozenset[int]) -> Endings:
+        return Endings(texts, tokens, self._decode, self._plain("a"))
 
-    def _ending(self, delimiter: str | None) -> Endings:
-        if delimiter not in self._endings:
-            texts = [delimiter] if delimiter else []
-            self._endings[delimiter] = Endings(texts, self._eos, self._decode, self._plain("a"))
-        return self._endings[delimiter]
-
-    def _finish(self, job: _Job) -> list[Step] | Exception:
-        """The answer to a request; branches that go on become nodes of the tree."""
-        if job.error is not None:
-            self._pool.release(child.branch for child in job.children)
+    def _finish(self, job: _Job) -> list[Step] | Exception | None:
+        """The answer to a request; branches that go on become nodes of the tree. None: all of it is told."""
+        if job.error is not None or isinstance(job.request, Generate):
+            self._forget(job)
             return job.error
         steps: list[Step] = []
         for number, child in zip(job.request.children, job.children, strict=True):
-            step = child.step or Step("", True, reason="length")  # no room in the context for a single token
+            assert isinstance(child, _Child)
+            step = child.step
             steps.append(step)
-            if child.whole is not None:
-                self._pool.trim(child.branch, child.whole)
+            if child.kept is not None:
+                self._pool.trim(child.branch, child.kept)
             if step.finished:
                 self._pool.release([child.branch])
             else:
                 self._pool.hold(child.branch)  # a step of one token was never forwarded
                 job.state.nodes[number] = _Node(child.branch, "".join(job.request.steps) + step.text)
         return steps
+
+    def _forget(self, job: _Job) -> None:
+        """Nothing of a request stays."""
+        self._pool.release(child.branch for child in job.children)
+        if isinstance(job.request, Generate):
+            self._pool.close(job.state.root.meter)
+
+
+def _fault(request: Generate, vocabulary: int) -> str:
+    """What a request has that the kernels would refuse, with all that stands beside it; empty if nothing."""
+    params = request.params
+    checks = (
+        (
+            len(request.seeds) == request.num_samples,
+            f"seeds: expected {request.num_samples}, one a sample",
+            len(request.seeds),
+        ),
+        (
+            all(0 <= token < vocabulary for token in request.tokens),
+            f"tokens: expected ids from 0 to {vocabulary - 1}",
+            "others",
+        ),
+        (params.max_tokens is None or params.max_tokens >= 1, "max_tokens: expected at least 1", params.max_tokens),
+        (all(params.stop), "stop: expected texts that are not empty", params.stop),
+        (0 <= params.temperature < math.inf, "temperature: expected a finite number >= 0", params.temperature),
+        (0 < params.top_p <= 1, "top_p: expected a number in (0, 1]", params.top_p),
+        (params.top_k >= 0, "top_k: expected an int >= 0", params.top_k),
+        (0 <= params.min_p <= 1, "min_p: expected a number in [0, 1]", params.min_p),
+        ((params.logprobs or 0) >= 0, "logprobs: expected an int >= 0", params.logprobs),
+    )
+    return next((f"{expected}, got {got!r:.200}" for holds, expected, got in checks if not holds), "")
 
 
 def _begins(start: str, text: str) -> bool:
@@ -352,33 +399,74 @@ class _Node:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request on its way; ``context`` are the last tokens before its steps."""
+    """One request on its way."""
 
-    request: Expand
+    request: Expand | Generate
     state: _Problem
     parent: Branch
-    children: list[_Child] = field(default_factory=list)
-    running: set[_Child] = field(default_factory=set)
+    children: list[TextStream] = field(default_factory=list)
+    running: set[TextStream] = field(default_factory=set)
     error: Exception | None = None
-    context: list[int] = field(default_factory=list)
-    context_text: str = ""
+
+    def branch(self) -> Branch:
+        """Where a child grows."""
+        return Branch(self.parent.meter, self.parent, self.parent.length)
 
 
 @dataclass(slots=True, eq=False)
-class _Child(Sampled):
-    """A step on its way; ``step`` is there when it has ended, ``whole`` if it is cut to that number of tokens then."""
+class _Child(TextStream):
+    """A step on its way."""
 
-    policy: HFPolicy = field(repr=False)
     job: _Job = field(repr=False)
-    step: Step | None = field(init=False, default=None)
-    whole: int | None = field(init=False, default=None)
+
+    @property
+    def step(self) -> Step:
+        """The step that it became. A branch ends with its answer, when its context is full, or if it had no text."""
+        if self.reason is None:  # there was no room in the context for a single token
+            return Step("", True, reason="length")
+        assert isinstance(self.job.request, Expand)
+        full = self.limit < self.job.request.params.max_tokens and self.num_tokens == self.limit
+        finished = self.reason == "eos" or (self.reason == "length" and (full or not self.said))
+        return Step(self.said, finished, self.num_tokens, self.logprob, self.reason)
+
+
+@dataclass(slots=True, eq=False)
+class _Sample(TextStream):
+    """A sample of a `Generate` on its way; ``news`` are those with something to tell."""
+
+    job: _Job = field(repr=False)
+    number: int
+    news: dict[_Sample, None] = field(repr=False)
+    seen: int = field(init=False, default=0)  # tokens that were looked at
+    told: int = field(init=False, default=0)  # characters
+    part: Generated = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.part = Generated(self.number, "")
 
     def ends(self) -> bool:
-        """Whether it ends with its newest token."""
-        return self.policy._ends(self)
+        """Whether it ends with its newest token; what is new is put together."""
+        assert isinstance(self.job.request, Generate)
+        params, part = self.job.request.params, self.part
+        fresh = tuple(self.branch.tokens[self.seen :])
+        over = TextStream.ends(self)
+        self.seen = len(self.branch.tokens)
+        end = len(self.said) if over else max(self.told, self.stops.safe(self.said))
+        self.part = replace(
+            part,
+            text=part.text + self.said[self.told : end],
+            tokens=part.tokens + fresh,
+            logprobs=part.logprobs if params.logprobs is None else (*part.logprobs, self.last_logprob),
+            top=(*part.top, tuple(self.top)) if params.logprobs else part.top,
+            reason=self.reason,
+            stop=self.stop,
+        )
+        self.told = end
+        if over or params.stream:
+            self.news[self] = None
+        return over
 
-    def end(self, text: str, reason: str) -> None:
-        """The step is complete. A branch ends with its answer, when its context is full, or if a step had no text."""
-        full = self.limit < self.job.request.params.max_tokens and self.num_tokens == self.limit
-        finished = reason == "eos" or (reason == "length" and (full or not text))
-        self.step = Step(text, finished, self.num_tokens, self.logprob, reason)
+    def tell(self) -> Generated:
+        """What is new, once."""
+        told, self.part = self.part, Generated(self.number, "")
+        return told

@@ -22,12 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from itertools import chain
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tts_search.search.types import Step, StepParams
 
 __all__ = [
     "Expand",
+    "Generate",
+    "GenerateParams",
+    "Generated",
     "Policy",
     "PruningVerifier",
     "Release",
@@ -148,6 +152,110 @@ class Release:
 
 
 Request = Expand | Score | ScoreAndPrune | Release
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateParams:
+    """How text is generated, and what is told of it.
+
+    Attributes
+    ----------
+    temperature, top_p, top_k, min_p : float, float, int, float
+        As :func:`tts_kernels.sample` takes them; 0 takes the most likely token, 1, 0 and 0 switch the others off.
+    max_tokens : int or None
+        The most tokens; None: as many as there is room for.
+    stop : tuple of str
+        Pieces of text that end it, wherever their tokens are cut.
+    stop_ids : tuple of int
+        Tokens that end it.
+    ignore_eos : bool
+        Go on behind the end of the answer.
+    keep_stop : bool
+        Whether the text has the piece that ended it.
+    logprobs : int or None
+        None: no log-probabilities are told; k: those of each token and of the k likeliest ones in its place.
+    stream : bool
+        Tell each token as it comes; else all of a sample at its end.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    keep_stop: bool = False
+    logprobs: int | None = None
+    stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Generate text behind tokens, for drivers of local models. Answers: a :class:`Generated` whenever there is news.
+
+    Each sample has one answer with a reason, its last. An exception instead ends the request.
+
+    Attributes
+    ----------
+    tokens : tuple of int
+        What stands before.
+    params : GenerateParams
+        How to generate.
+    num_samples : int
+        How many texts.
+    seeds : tuple of int
+        One a sample, ``0 <= seed < 2**63``: all that its draws depend on.
+    problem : int
+        What cancels it: a number like those of problems, of which it is none; the engine gives it.
+    """
+
+    tokens: tuple[int, ...]
+    params: GenerateParams
+    num_samples: int
+    seeds: tuple[int, ...]
+    problem: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A part of a sample: what has come since the last one.
+
+    Attributes
+    ----------
+    sample : int
+        Which one.
+    text : str
+        Whole characters, and nothing that a stop may take back. All parts together are the sample's text.
+    tokens : tuple of int
+        As they were drawn, the one that ended it included.
+    logprobs : tuple of float
+        Of each of these tokens, under the model's own distribution; empty if they were not asked for.
+    top : tuple of tuple of (int, float)
+        The likeliest tokens in the place of each, best first, with their log-probabilities; likewise.
+    reason : str or None
+        None: it goes on. ``"eos"``, ``"stop"`` or ``"length"``: this is its last part.
+    stop : int or str or None
+        The token or the text that ended it.
+    """
+
+    sample: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    reason: str | None = None
+    stop: int | str | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Generated]) -> Generated:
+        """Return the parts of a sample, in order, as one."""
+        last = parts[-1]
+        tokens, logprobs, top = (
+            tuple(chain.from_iterable(getattr(part, name) for part in parts)) for name in ("tokens", "logprobs", "top")
+        )
+        return replace(last, text="".join(part.text for part in parts), tokens=tokens, logprobs=logprobs, top=top)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,153 @@
+"""Streams whose text is followed: where it ends, and what of it can be told already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from tts_search.models.endings import closes
+from tts_search.models.generation import Sampled
+
+__all__ = ["GrowingText", "Stops", "Text", "TextStream"]
+
+# Tokens before a text that are decoded with it: enough for any decoder that looks at the neighbours of a token.
+_CONTEXT: Final = 8
+_SETTLED: Final = 32  # tokens of a growing text that are decoded again with each new one, at most
+_PART: Final = "\ufffd"  # stands for bytes that are no character, or not yet
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """What ends a text.
+
+    Attributes
+    ----------
+    texts : tuple of str
+        Pieces of text, none of them empty.
+    tokens : frozenset of int
+        Tokens that end it and are no part of it.
+    eos : frozenset of int
+        Those of them that say so: the answer is complete.
+    keeps : {"nothing", "stop", "token"}
+        Whether a text that ends at a piece is cut before the piece or behind it, or keeps all of the last token. In the
+        last case a blank piece counts only behind something other than white space (`closes`).
+    """
+
+    texts: tuple[str, ...]
+    tokens: frozenset[int]
+    eos: frozenset[int]
+    keeps: Literal["nothing", "stop", "token"]
+
+    def find(self, text: str) -> tuple[str, str] | None:
+        """The text up to where it ends, and the piece that ends it: the first one in it."""
+        if self.keeps == "token":
+            return next(((text, piece) for piece in self.texts if closes(text, piece)), None)
+        places = [(at, piece) for piece in self.texts if (at := text.find(piece)) >= 0]
+        if not places:
+            return None
+        at, piece = min(places, key=lambda place: place[0])
+        return text[: at + len(piece) * (self.keeps == "stop")], piece
+
+    def safe(self, text: str) -> int:
+        """How much of a text is no part of a character, nor of a piece that may end it, whatever comes behind it."""
+        whole = len(text.rstrip(_PART))
+        longest = max(map(len, self.texts), default=1) - 1
+        for begin in range(max(0, whole - longest), whole):
+            if any(piece.startswith(text[begin:whole]) for piece in self.texts):
+                return begin
+        return whole
+
+
+class Text:
+    """Texts of tokens, as they read behind others.
+
+    Parameters
+    ----------
+    decode : callable
+        The text of tokens.
+    before : callable
+        The tokens before; asked once, on use.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Callable[[], list[int]]) -> None:
+        self._decode = decode
+        self._before = before
+        self._context: list[int] = []
+        self._context_text = ""
+
+    def of(self, own: Sequence[int]) -> str:
+        """The text of tokens."""
+        if not self._context:
+            self._stand_behind(self._before())
+        text = self._decode([*self._context, *own])
+        return text[len(self._context_text) :] if text.startswith(self._context_text) else self._decode(own)
+
+    def whole(self, own: Sequence[int]) -> int:
+        """How many tokens to keep so that their text does not end within a character (of 4 bytes at most)."""
+        for count in range(len(own), max(0, len(own) - 4), -1):
+            if not self.of(own[:count]).endswith(_PART):
+                return count
+        return len(own)
+
+    def _stand_behind(self, tokens: list[int]) -> None:
+        self._context = tokens[-_CONTEXT:]
+        self._context_text = self._decode(self._context)
+
+
+class GrowingText(Text):
+    """The text of one stream, which is asked for at each of its tokens: not all of it is decoded each time."""
+
+    _fixed: int = 0  # tokens that are not decoded again
+    _fixed_text: str = ""
+
+    def of(self, own: Sequence[int]) -> str:
+        """The text of all tokens so far."""
+        text = self._fixed_text + super().of(own[self._fixed :])
+        if len(own) - self._fixed >= _SETTLED and not text.endswith(_PART):
+            self._stand_behind([*self._context, *own[self._fixed :]])
+            self._fixed, self._fixed_text = len(own), text
+        return text
+
+
+@dataclass(slots=True, eq=False)
+class TextStream(Sampled):
+    """A branch that grows by text.
+
+    Attributes
+    ----------
+    text : Text
+        How it reads.
+    stops : Stops
+        What ends it.
+    said : str
+        Its text, as of the last time that it was looked at.
+    kept : int or None
+        Tokens of whole characters, if the limit ended it.
+    reason : str or None
+        Why it has ended: "eos", "stop" or "length".
+    stop : int or str or None
+        The token or the piece of text that ended it.
+    """
+
+    text: Text = field(repr=False)
+    stops: Stops
+    said: str = field(init=False, default="")
+    kept: int | None = field(init=False, default=None)
+    reason: Literal["eos", "stop", "length"] | None = field(init=False, default=None)
+    stop: int | str | None = field(init=False, default=None)
+
+    def ends(self) -> bool:
+        """Whether it ends with its newest token."""
+        own = self.branch.tokens
+        if (token := own[-1]) in self.stops.tokens:
+            own.pop()
+            self.said, self.reason, self.stop = self.text.of(own), "eos" if token in self.stops.eos else "stop", token
+        elif (found := self.stops.find(text := self.text.of(own))) is not None:
+            (self.said, self.stop), self.reason = found, "stop"
+        elif self.num_tokens == self.limit:
+            self.kept = self.text.whole(own)
+            self.said, self.reason = self.text.of(own[: self.kept]), "length"
+        else:
+            self.said = text
+        return self.reason is not None
