@@ -6,7 +6,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from tts_search.serve import info, page, pooling, searching
+from tts_search.serve import chat, compat, completions, info, page, pooling, searching
 from tts_search.serve.access import AccessLog
 from tts_search.serve.errors import add_handlers
 from tts_search.serve.guards import Deadline, admitted, authorised
@@ -28,7 +28,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(info.open_routes)
     app.include_router(page.routes)
     app.include_router(info.routes, dependencies=[Depends(authorised)])
-    for family in (pooling, searching):
+    for family in (completions, chat, pooling, searching, compat):
         app.include_router(family.routes, dependencies=[Depends(authorised), Depends(admitted)])
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.settings.max_body)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts), www_redirect=False)

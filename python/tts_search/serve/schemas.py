@@ -7,7 +7,18 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-__all__ = ["Conversation", "Message", "Request", "Sampling", "Stops", "StreamOptions", "Text", "TokenIds", "fresh_seed"]
+__all__ = [
+    "Chat",
+    "Conversation",
+    "Message",
+    "Request",
+    "Sampling",
+    "Stops",
+    "StreamOptions",
+    "Text",
+    "TokenIds",
+    "fresh_seed",
+]
 
 Text = Annotated[str, StringConstraints(max_length=1 << 22)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
@@ -33,6 +44,7 @@ _UNKNOWN: Final[dict[str, tuple[Any, ...]]] = {
     "allowed_token_ids": ([],),
     "logprob_token_ids": ([],),
     "prompt_embeds": (),
+    "prompt_logprobs": (),
     "min_tokens": (0,),
     "thinking_token_budget": (),
     "truncate_prompt_tokens": (-1,),
@@ -93,7 +105,7 @@ class Sampling(Request):
     """How answers are drawn, what ends them and what is told of them."""
 
     n: int = Field(default=1, ge=1, le=1 << 16)
-    max_tokens: int | None = Field(default=None, ge=0, lt=1 << 31)
+    max_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, lt=1 << 31)
@@ -106,7 +118,6 @@ class Sampling(Request):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -120,6 +131,25 @@ class Sampling(Request):
             if isinstance(data, dict) and data.get(name) is not None and data[name] not in neutral:
                 raise ValueError(f"{name}: this server does not know it; expected none")
         return data
+
+
+class Chat(Sampling):
+    """A conversation that is to be answered or continued."""
+
+    messages: Conversation
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    echo: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    chat_template: Text | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    search: dict[str, Any] | None = None
+    budget: int | None = Field(default=None, ge=1, le=1000)
+    return_response_only: bool = True
 
 
 def fresh_seed(seed: int | None) -> int:

@@ -1,0 +1,136 @@
+"""`/v1/completions`: texts, or tokens, that are to be continued."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from itertools import accumulate
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from tts_search.search.protocol import Generated
+from tts_search.serve.errors import ApiError
+from tts_search.serve.generation import Answers, Prompt, finish_reason, stop_reason
+from tts_search.serve.guards import while_wanted
+from tts_search.serve.schemas import Sampling, Text, TokenIds
+from tts_search.serve.service import Served, Service
+from tts_search.serve.streams import event, new_id, now, streamed
+
+__all__ = ["routes"]
+
+routes = APIRouter()
+_SHORT = 16  # tokens, unless a request says how many: OpenAI's number
+
+
+class Completion(Sampling):
+    """A prompt that is to be continued, or several."""
+
+    prompt: (
+        Text
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=256)]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=256)]
+    )
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    add_special_tokens: bool = True
+
+
+@routes.post("/v1/completions")
+async def complete(body: Completion, service: Served, request: HttpRequest) -> Response:
+    """Continue prompts; the answers to the first one come first."""
+    service.check_model(body.model)
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "echo: expected false with logprobs, which are told of new tokens alone", "echo")
+    prompts = _prompts(service, body)
+    answers = Answers(
+        service,
+        body,
+        prompts,
+        max_tokens=_SHORT if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+    )
+    timeout_s = service.settings.timeout_s
+    if body.stream:
+        return streamed(_chunks(service, body, answers), timeout_s)
+    parts = await while_wanted(request, answers.whole(), timeout_s)
+    return JSONResponse(
+        {
+            **_head(service, body, answers),
+            "choices": [_choice(service, body, answers, part, first=True) for part in parts],
+            "usage": answers.usage(),
+        }
+    )
+
+
+def _prompts(service: Service, body: Completion) -> list[Prompt]:
+    """The prompts, which come as texts or as tokens."""
+    prompt = body.prompt
+    several: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    found = []
+    for each in several:
+        if isinstance(each, str):
+            found.append(Prompt(service.texts.encode(each, special=body.add_special_tokens), each))
+        else:
+            service.texts.check(each)
+            found.append(Prompt(list(each)))
+    return found
+
+
+def _head(service: Service, body: Completion, answers: Answers) -> dict[str, Any]:
+    return {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": now(),
+        "model": body.model or service.name,
+        "seed": answers.seed,
+    }
+
+
+def _choice(
+    service: Service, body: Completion, answers: Answers, part: Generated, *, first: bool, offset: int = 0
+) -> dict[str, Any]:
+    """A part of an answer; the `first` one has the prompt before it, if that is to be echoed."""
+    tokens = answers.prompt_of(part.sample).tokens
+    echoed = service.texts.decode(tokens) if body.echo and first else ""
+    return {
+        "index": part.sample,
+        "text": echoed + part.text,
+        "logprobs": None if body.logprobs is None else _logprobs(service, part, offset + len(echoed)),
+        "finish_reason": finish_reason(part),
+        "stop_reason": stop_reason(part),
+        "token_ids": list(part.tokens) if body.return_token_ids else None,
+        "prompt_token_ids": tokens if body.return_token_ids and first else None,
+    }
+
+
+def _logprobs(service: Service, part: Generated, offset: int) -> dict[str, Any]:
+    """What is told of the tokens of a part that begins at this character."""
+    names = [service.texts.decode([token], skip_special=False) for token in part.tokens]
+    tops = part.top or ((),) * len(part.tokens)
+    return {
+        "tokens": names,
+        "token_logprobs": list(part.logprobs),
+        "top_logprobs": [
+            {service.texts.decode([other], skip_special=False): value for other, value in (*top, (token, logprob))}
+            for token, logprob, top in zip(part.tokens, part.logprobs, tops, strict=True)
+        ],
+        "text_offset": list(accumulate(map(len, names), initial=offset))[: len(names)],
+    }
+
+
+async def _chunks(service: Service, body: Completion, answers: Answers) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a stream."""
+    head = _head(service, body, answers)
+    told: dict[int, int] = {}  # characters of each answer
+    async for part in answers.parts():
+        first = part.sample not in told
+        choice = _choice(service, body, answers, part, first=first, offset=told.get(part.sample, 0))
+        told[part.sample] = told.get(part.sample, 0) + len(choice["text"])
+        yield event({**head, "choices": [choice]})
+    if body.stream_options.include_usage:
+        yield event({**head, "choices": [], "usage": answers.usage()})
+    yield event("[DONE]")

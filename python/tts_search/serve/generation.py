@@ -1,0 +1,211 @@
+"""Answers to prompts, as the engine generates them: the answers to one prompt are branches that share it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tts_search.engine.engine import Generation
+from tts_search.errors import SearchError
+from tts_search.search.protocol import Generate, Generated, GenerateParams
+from tts_search.search.seeds import Seeds
+from tts_search.serve.errors import ApiError
+from tts_search.serve.guards import refusal
+from tts_search.serve.schemas import Sampling, fresh_seed
+from tts_search.serve.service import Service
+from tts_search.serve.texts import Texts
+
+__all__ = ["Answers", "Prompt", "finish_reason", "stop_reason", "told"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens to go on behind, and the text that seeds the draws with the request's seed."""
+
+    tokens: list[int]
+    seed_text: str | None = None
+
+
+class Answers:
+    """The answers to a request's prompts: `n` to the first one, then to the second, and so on.
+
+    Parameters
+    ----------
+    service : Service
+        Who answers.
+    sampling : Sampling
+        How.
+    prompts : sequence of Prompt
+        To what.
+    max_tokens : int or None
+        Tokens of an answer; None: as many as there is room for.
+    logprobs : int or None
+        How many of the likeliest tokens to tell in the place of each; None: no log-probabilities at all.
+
+    Attributes
+    ----------
+    seed : int
+        The request's, or one that was drawn for it.
+    num_tokens : int
+        Tokens of the answers so far.
+
+    Raises
+    ------
+    ApiError
+        If a prompt is empty or too long, or there are too many answers.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        sampling: Sampling,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+    ) -> None:
+        most = service.settings.max_n
+        if len(prompts) * sampling.n > most:
+            raise ApiError(400, f"n: expected at most {most} answers in all, got {len(prompts) * sampling.n}", "n")
+        for prompt in prompts:
+            _check_length(prompt, service.texts.max_length)
+        self.seed = fresh_seed(sampling.seed)
+        self.num_tokens = 0
+        self._service = service
+        self._sampling = sampling
+        self._prompts = prompts
+        self._params = GenerateParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=max(0, sampling.top_k),
+            min_p=sampling.min_p,
+            max_tokens=max_tokens,
+            stop=tuple(sampling.stop),
+            stop_ids=tuple(sampling.stop_token_ids),
+            ignore_eos=sampling.ignore_eos,
+            keep_stop=sampling.include_stop_str_in_output,
+            logprobs=logprobs,
+            stream=sampling.stream,
+        )
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt that an answer answers."""
+        return self._prompts[index // self._sampling.n]
+
+    async def parts(self) -> AsyncGenerator[Generated, None]:
+        """Yield what comes, `sample` being the number of the answer. Closing it frees what is on its way.
+
+        Raises
+        ------
+        ApiError
+            If the engine fails.
+        """
+        metrics, begun = self._service.metrics, time.monotonic()
+        last: float | None = None
+        metrics.width.observe(self._sampling.n)
+        metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
+        running = self._begin()
+        try:
+            async for number, part in _merged(running):
+                now = time.monotonic()
+                if self._params.stream:
+                    (metrics.first_token if last is None else metrics.between_tokens).observe(now - (last or begun))
+                last = now
+                self.num_tokens += len(part.tokens)
+                metrics.generation_tokens.inc(len(part.tokens))
+                if part.reason is not None:
+                    metrics.finished(finish_reason(part) or "")
+                yield replace(part, sample=number * self._sampling.n + part.sample)
+            await asyncio.gather(*running)
+            metrics.whole.observe(time.monotonic() - begun)
+        except SearchError as error:
+            raise refusal(error) from error
+        finally:
+            for generation in running:
+                generation.cancel()
+
+    async def whole(self) -> list[Generated]:
+        """All answers, in order; raises as `parts` does."""
+        parts: list[list[Generated]] = [[] for _ in range(len(self._prompts) * self._sampling.n)]
+        async for part in self.parts():
+            parts[part.sample].append(part)
+        return [Generated.joined(each) for each in parts]
+
+    def usage(self) -> dict[str, Any]:
+        """What the request cost, as clients count it: a prompt counts once, however many answers it has."""
+        prompt = sum(len(each.tokens) for each in self._prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": prompt + self.num_tokens,
+        }
+
+    def _begin(self) -> list[Generation]:
+        try:
+            return [self._service.engine.generate(self._request(prompt)) for prompt in self._prompts]
+        except SearchError as error:
+            raise refusal(error) from error
+
+    def _request(self, prompt: Prompt) -> Generate:
+        text = prompt.seed_text if prompt.seed_text is not None else " ".join(map(str, prompt.tokens))
+        seeds = Seeds(self.seed, text)
+        numbers = range(self._sampling.n)
+        return Generate(tuple(prompt.tokens), self._params, len(numbers), tuple(seeds.of((one,)) for one in numbers))
+
+
+def _check_length(prompt: Prompt, room: int) -> None:
+    if not prompt.tokens:
+        raise ApiError(400, "prompt: expected one of at least one token, got none", "prompt")
+    if len(prompt.tokens) >= room:
+        length = len(prompt.tokens)
+        raise ApiError(400, f"prompt: expected fewer than {room} tokens, the model's context, got {length}", "prompt")
+
+
+async def _merged(running: Sequence[Generation]) -> AsyncIterator[tuple[int, Generated]]:
+    """Yield what comes from any of them, with its number, until all have ended."""
+    told: asyncio.Queue[tuple[int, Generated] | None] = asyncio.Queue()
+
+    async def listen(number: int, generation: Generation) -> None:
+        async for part in generation:
+            told.put_nowait((number, part))
+        told.put_nowait(None)
+
+    tasks = [asyncio.ensure_future(listen(*each)) for each in enumerate(running)]
+    try:
+        left = len(tasks)
+        while left:
+            news = await told.get()
+            if news is None:
+                left -= 1
+            else:
+                yield news
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def finish_reason(part: Generated) -> str | None:
+    """Why an answer has ended, as OpenAI says it; None while it goes on."""
+    return "stop" if part.reason == "eos" else part.reason
+
+
+def stop_reason(part: Generated) -> str | int | None:
+    """The text or the token that ended an answer; None where it ended by itself or at its limit."""
+    return part.stop if part.reason == "stop" else None
+
+
+def told(texts: Texts, part: Generated) -> list[dict[str, Any]]:
+    """The tokens of a part and their log-probabilities as chats tell them."""
+    tops = part.top or ((),) * len(part.tokens)
+    return [
+        {**_token(texts, token, logprob), "top_logprobs": [_token(texts, *other) for other in top]}
+        for token, logprob, top in zip(part.tokens, part.logprobs, tops, strict=True)
+    ]
+
+
+def _token(texts: Texts, token: int, logprob: float) -> dict[str, Any]:
+    text = texts.decode([token], skip_special=False)
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
