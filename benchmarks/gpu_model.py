@@ -116,7 +116,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def step_scores(steps: int, width: int) -> list[Launch]:
-    """A block of 128 threads a step; a thread has 16 bytes of each of up to four turns under way."""
+    """A block of 128 threads for each step; a thread has 16 bytes of each of up to four turns under way."""
     row = 2 * width
     return [
         Launch(r"^step_kernel<OneRow<bf16", steps, min(row, 8192), steps * row, 2 * steps * row, 0, 4 * steps * width),
@@ -135,7 +135,7 @@ def product(rows: int, width: int, columns: int, columns_a_block: int) -> tuple[
 
 
 def hidden_layer(steps: int, width: int, units: int) -> list[Launch]:
-    """128 hidden units a block, then a block a step adds them up."""
+    """128 hidden units per block, then a block for each step adds them up."""
     tile, blocks, under_way, l2, tensor = product(steps, width, units, 128)
     parts = 4 * steps * ceil_div(units, 128)
     return [
@@ -145,7 +145,7 @@ def hidden_layer(steps: int, width: int, units: int) -> list[Launch]:
 
 
 def linear_logprob(rows: int, width: int, vocabulary: int) -> list[Launch]:
-    """256 words a block; then a warp a row merges what the chunks left."""
+    """256 words per block; then a warp for each row merges what the chunks left."""
     tile, blocks, under_way, l2, tensor = product(rows, width, vocabulary, 256)
     parts = 8 * rows * ceil_div(vocabulary, 256)
     return [
@@ -185,7 +185,7 @@ def aggregate_steps(scores: int, chains: int) -> list[Launch]:
 
 
 def prune(groups: int, size: int, k: int) -> list[Launch]:
-    """A block a group; above 256 candidates it is read five times."""
+    """A block for each group; above 256 candidates it is read five times."""
     again = 4 * 4 * groups * size if size > 256 else 0
     work = groups * size * (min(size, 256) if size <= 256 else 60)
     under_way = min(4 * size, 256 * 4)
@@ -193,7 +193,7 @@ def prune(groups: int, size: int, k: int) -> list[Launch]:
 
 
 def score_and_prune(candidates: int, width: int, groups: int, k: int) -> list[Launch]:
-    """A block a candidate and one a group; the last of a group prunes it."""
+    """A block for each candidate and one for each group; the last of a group prunes it."""
     row, size = 2 * width, candidates // groups
     bytes_ = candidates * row + 12 * groups * k
     work = 4 * candidates * width + groups * size * min(size, 256)
@@ -202,25 +202,25 @@ def score_and_prune(candidates: int, width: int, groups: int, k: int) -> list[La
 
 
 def append_kv(tokens: int, kv_heads: int, dim: int) -> list[Launch]:
-    """A block a token: a row of k, then one of v."""
+    """A block for each token: a row of k, then one of v."""
     row = 2 * kv_heads * dim
     return [Launch(r"^append_kv_kernel<uint4", tokens, min(row, 128 * 16), 4 * tokens * row)]
 
 
 def copy_pages(pages: int, caches: int, page_bytes: int) -> list[Launch]:
-    """A block of 256 threads a page of a cache, up to 448 caches a launch."""
+    """A block of 256 threads for each page of a cache, up to 448 caches a launch."""
     counts = [min(448, caches - begin) for begin in range(0, caches, 448)]
     return [Launch(r"^copy_pages_kernel<uint4", pages * n, 256 * 16, 2 * pages * n * page_bytes) for n in counts]
 
 
 def merge_states(rows: int, heads: int, dim: int) -> list[Launch]:
-    """A warp a row: two of 16 bytes a lane."""
+    """A warp for each row: two of 16 bytes per lane."""
     bytes_ = costs.merge_states(rows, heads, dim, BF16).bytes
     return [Launch(r"^merge_states_kernel<bf16, 8", ceil_div(rows * heads, 4), 4 * 2 * 2 * dim, bytes_)]
 
 
 def sample(rows: int, vocabulary: int, cut: bool) -> list[Launch]:
-    """A block of 512 threads a row, two turns of eight float32 logits under way in each."""
+    """A block of 512 threads for each row, two turns of eight float32 logits under way in each."""
     weigh, compare = (4, 6) if cut else (3, 1)
     work = rows * vocabulary * (25.0 * weigh + 10 * compare)
     bytes_ = 4 * rows * vocabulary
@@ -365,7 +365,7 @@ def seconds(case: Case, gpu: GPU, find: Callable[[str, int], Kernel]) -> float:
 
 
 def table(kernels: Sequence[Kernel]) -> str:
-    """One row a case: roofline, prediction and their quotient on each GPU."""
+    """One row for each case: roofline, prediction and their quotient on each GPU."""
 
     def find(pattern: str, architecture: int) -> Kernel:
         return next(k for k in kernels if k.architecture == architecture and re.search(pattern, k.name))

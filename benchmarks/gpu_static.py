@@ -174,7 +174,7 @@ def survey(architectures: Iterable[int] = ARCHITECTURES) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One row a kernel, one column an architecture."""
+    """One row for each kernel, one column for each architecture."""
     architectures = sorted({k.architecture for k in kernels})
     lines = [
         "| file | kernel | threads | shared, static + dynamic | " + " | ".join(f"sm_{a}" for a in architectures) + " |",

@@ -30,7 +30,7 @@ def kernel(**changes: int) -> gpu_static.Kernel:  # type: ignore[name-defined]
         ({"registers": 32}, 16),  # 64 warps
         ({"registers": 32, "architecture": 86}, 12),  # 48 warps
         ({"registers": 32, "threads": 32, "architecture": 86}, 16),  # blocks
-        ({"registers": 33, "threads": 1024}, 1),  # registers come in units of 8 a thread
+        ({"registers": 33, "threads": 1024}, 1),  # registers come in units of 8 per thread
         ({"shared": 40 << 10}, 4),  # 1 KB more each for the system
         ({"shared": 40 << 10, "architecture": 90}, 5),
     ],
@@ -47,7 +47,7 @@ def test_faults_are_found() -> None:
 
 
 SPILLS = """
-__global__ void __launch_bounds__(1024, 2) sums(const float* x, float* y) {  // 32 registers a thread
+__global__ void __launch_bounds__(1024, 2) sums(const float* x, float* y) {  // 32 registers per thread
     float row[64];
     for (int i = 0; i < 64; ++i) row[i] = x[threadIdx.x + 1024 * i];
     __syncthreads();

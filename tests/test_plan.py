@@ -361,7 +361,7 @@ def test_a_chunk_can_start_behind_the_first_rows_of_its_block() -> None:
     forest = KVForest(200)
     root = forest.add_root()
     forest.append([root], [2000])
-    plan = forest.plan([root], [1500], num_q_heads=1, num_kv_heads=1, head_dim=8)  # 512 rows a block
+    plan = forest.plan([root], [1500], num_q_heads=1, num_kv_heads=1, head_dim=8)  # 512 rows per block
     assert_sound(plan)
     assert_reads(plan, forest.page_table([root])[0], [2000], [1500])
     assert (used(plan)["segments"][:, 3] % 512).any()
@@ -372,7 +372,7 @@ def test_blocks_of_rows_end_where_trees_end() -> None:
     forest = KVForest(400)
     roots = [forest.add_root() for _ in range(5)]
     forest.append(roots, [640] * 5)
-    branches = forest.fork([root for root in roots for _ in range(60)])  # 128 rows a block, 60 a tree
+    branches = forest.fork([root for root in roots for _ in range(60)])  # 128 rows per block, 60 per tree
     assert tokens_read(forest.plan(branches, **HEADS)) == 5 * 640
 
 
@@ -574,12 +574,12 @@ def test_a_plan_goes_through_compile() -> None:
         ({"page_table": torch.zeros(2, dtype=torch.int32)}, ValueError, r"page_table: expected shape \[B, max\]"),
         ({"page_table": torch.tensor([[0, 1], [-1, 0]])}, IndexError, r"page_table\[1, 0\]: expected a page"),
         ({"page_table": torch.tensor([[0, 2**31], [1, 0]])}, IndexError, r"page_table\[0, 1\]: expected a page"),
-        ({"kv_lens": [4]}, ValueError, "kv_lens: expected one a row of page_table, 2, got 1"),
+        ({"kv_lens": [4]}, ValueError, "kv_lens: expected one for each row of page_table, 2, got 1"),
         ({"kv_lens": [4, 9]}, ValueError, r"kv_lens\[1\]: expected 0 to 8"),
         ({"kv_lens": [-1, 4]}, ValueError, r"kv_lens\[0\]: expected 0 to 8"),
         ({"kv_lens": [4.0, 4]}, TypeError, r"kv_lens\[0\]: expected an int, got float"),
         ({"kv_lens": torch.ones(2)}, TypeError, "kv_lens: expected ints"),
-        ({"q_lens": [1]}, ValueError, "q_lens: expected one a branch, 2, got 1"),
+        ({"q_lens": [1]}, ValueError, "q_lens: expected one for each branch, 2, got 1"),
         ({"q_lens": [1, 5]}, ValueError, r"q_lens\[1\]: expected 0 to 4, the branch's length, got 5"),
         ({"q_lens": [-1, 1]}, ValueError, r"q_lens\[0\]: expected 0 to 8"),
     ],

@@ -108,7 +108,7 @@ def test_heads(heads: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("seed", range(4))
 def test_mixed_numbers_of_rows(seed: int, group: int, dtype: torch.dtype) -> None:
-    """0, 1 and many rows a branch, causal among them; branches that end inside pages that others go on to fill."""
+    """0, 1 and many rows per branch, causal among them; branches that end inside pages that others go on to fill."""
     tree = with_short_branches(random_forest([1, 16, 64, 4][seed], seed), [0, 1, 20, 33])
     rng = random.Random(seed)
     q_lens = [min(n, rng.choice([0, 1, 3, 50])) or int(n == 0) for n in tree.kv_lens]
@@ -213,7 +213,7 @@ def test_visible_nan_shows_where_it_is_read(dtype: torch.dtype) -> None:
 
 
 def by_matrix_products(q: Tensor, k_cache: Tensor, v_cache: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-    """One row a branch, as torch's own attention computes it: the heads of a group in one product."""
+    """One row for each branch, as torch's own attention computes it: the heads of a group in one product."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     for b, (pages, length) in enumerate(zip(tree.pages, tree.kv_lens, strict=True)):
         k, v = (c[pages].flatten(0, 1)[:length].transpose(0, 1) for c in (k_cache, v_cache))

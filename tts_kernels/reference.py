@@ -160,7 +160,7 @@ def sample(
     top_ps: Tensor | None,
     min_ps: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability; ([B] int64, [B]).
+    """One token for each row and its log-probability; ([B] int64, [B]).
 
     float32 inputs (and narrower ones) weigh by `_fixed_exp`, the arithmetic that every backend repeats bit for bit;
     float64 inputs by ``torch.exp``.
@@ -313,7 +313,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
 
 def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """One row a token."""
+    """One row for each token."""
     page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
     k_cache[page, offset] = k
     v_cache[page, offset] = v

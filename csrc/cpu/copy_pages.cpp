@@ -2,7 +2,7 @@
 //
 //   cache [P, page_size, Hkv, D]:  cache[dst] = cache[src]
 //
-// One memcpy a page where it is contiguous, else one a token or a head.
+// One memcpy for each page where it is contiguous, else for each token or head.
 #include "copy_pages.h"
 
 TTS_BEGIN_ISA

@@ -8,8 +8,8 @@
 // Bytes: S rows of H elements and one row of the head.
 //
 // With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: the rows are gathered, then W1 [H1, H] is read
-// once, in blocks of 48 rows for all steps; a block's units are folded into one number a step, so no [S, H1]
-// is kept.
+// once, in blocks of 48 rows for all steps; a block's units are folded into one number for each step, so no
+// [S, H1] is kept.
 #include "step_scores.h"
 
 #include "integers.h"

@@ -2,8 +2,9 @@
 //
 //   k, v [T, Hkv, D], slots [T]  ->  cache[slot / page_size, slot % page_size] = k[t], and v alike
 //
-// One launch, a block of 128 threads a token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k and 16
-// of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any case.
+// One launch, a block of 128 threads for each token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k
+// and 16 of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any
+// case.
 #include "append_kv.h"
 #include "block_size.cuh"
 #include "copy_rows.cuh"

@@ -4,7 +4,7 @@
 //
 // One launch for up to 448 caches of one layout (keys and values of 224 layers): their addresses travel as a
 // kernel parameter, of which there are 4 KB, so nothing is copied to the device first and a captured graph
-// has them. A block of 256 threads copies a page of a cache, 16 bytes a thread at a time: at 16 tokens of 8
+// has them. A block of 256 threads copies a page of a cache, 16 bytes per thread at a time: at 16 tokens of 8
 // heads of 128 bfloat16 that is 32 KB and 8 turns. The pages may be copied in any order: none is both read
 // and written.
 #include "block_size.cuh"

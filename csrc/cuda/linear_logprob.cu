@@ -145,7 +145,8 @@ __global__ __launch_bounds__(kTileThreads, 2) void logprob_kernel(LinearLogprobA
     finish<kRows>(states, rows, reinterpret_cast<float2*>(shared), args.max + out, args.sum + out);
 }
 
-// log(exp(target - max) / sum) over all chunks, a warp a row: a lane's chunks in order, then lanes in pairs.
+// log(exp(target - max) / sum) over all chunks, a warp for each row: a lane's chunks in order, then lanes in
+// pairs.
 __global__ __launch_bounds__(kMergeThreads) void merge_kernel(LinearLogprobArgs args, int64_t chunks) {
     const int64_t row = int64_t{blockIdx.x} * (kMergeThreads / kWarp) + warp();
     if (row >= args.rows) return;

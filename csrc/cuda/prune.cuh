@@ -1,10 +1,10 @@
 // The k best candidates of one group, by one block, in the order of total_order.h.
 //
-// Up to 256 candidates, one a thread, lie in shared memory as `ranked` numbers, no two of which are equal,
-// and each is placed by counting those that beat it: no sort, one barrier. A larger group is first thinned
-// out to its k best by radix selection on the 32-bit keys (four passes of a byte, then one that collects in
-// candidate order); up to 256 of those are placed by counting too, more are sorted in the output row itself.
-// (256: kPruneThreads.)
+// Up to 256 candidates, one for each thread, lie in shared memory as `ranked` numbers, no two of which are
+// equal, and each is placed by counting those that beat it: no sort, one barrier. A larger group is first
+// thinned out to its k best by radix selection on the 32-bit keys (four passes of a byte, then one that
+// collects in candidate order); up to 256 of those are placed by counting too, more are sorted in the output
+// row itself. (256: kPruneThreads.)
 #pragma once
 
 #include "args/prune.h"
@@ -123,7 +123,8 @@ __device__ inline void sort_ranks(int64_t* x, int64_t n) {
     }
 }
 
-// Writes the k best of up to 256 ranks, one a thread, INT64_MIN where there is none, as indices from `first`.
+// Writes the k best of up to 256 ranks, one for each thread, INT64_MIN where there is none, as indices from
+// `first`.
 __device__ inline void place(int64_t rank, int n, uint32_t k, int64_t first, bool keep_order,
                              PruneShared& shared, int64_t* out) {
     shared.ranks[threadIdx.x] = rank;

@@ -1,8 +1,8 @@
 // sample: one token from each row of logits [V], after temperature, top-k, top-p and min-p.
 //
 // Weights are integers (fixed_exp.cuh), so every sum is exact and the draw is the CPU's to the bit; what the
-// options mean is told in csrc/cpu/sample.cpp. A block of 512 threads a row, a warp a sixteenth of it; the
-// first pass brings the row into L2, where the others find it:
+// options mean is told in csrc/cpu/sample.cpp. A block of 512 threads for each row, a warp for each sixteenth
+// of it; the first pass brings the row into L2, where the others find it:
 //
 //   1  the maximum;  2  all weights, tempered and not;
 //   3  for top-k and for top-p, the cut: the range that it lies in is halved, a pass each time, until up to

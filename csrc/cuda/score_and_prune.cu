@@ -1,9 +1,9 @@
 // score_and_prune: scores of new steps, aggregates of candidates, the k best of each group, in one launch.
 //
-// A block a candidate scores its steps and folds them into its aggregate; the last block of a group to arrive
-// prunes it. So rows are read by as many blocks as there are candidates, and no launch waits for another.
-// Every group has one block more, so that an empty one is pruned as well. Arrivals are counted from 0: 4 G
-// bytes are cleared ahead of the launch.
+// A block for each candidate scores its steps and folds them into its aggregate; the last block of a group to
+// arrive prunes it. So rows are read by as many blocks as there are candidates, and no launch waits for
+// another. Every group has one block more, so that an empty one is pruned as well. Arrivals are counted from
+// 0: 4 G bytes are cleared ahead of the launch.
 #include "aggregate.cuh"
 #include "launch.cuh"
 #include "prune.cuh"

@@ -2,12 +2,13 @@
 //
 //   out[s] = act(w . norm(hidden[positions[s]]) + b)
 //
-// A block of 128 threads a step: a row of 4096 bfloat16 is four 16-byte loads a thread, all in flight at
-// once. Bytes: S rows of H elements from memory; the head's row, float32, comes from L2 after the first step.
+// A block of 128 threads for each step: a row of 4096 bfloat16 is four 16-byte loads a thread, all in flight
+// at once. Bytes: S rows of H elements from memory; the head's row, float32, comes from L2 after the first
+// step.
 //
 // With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: a block multiplies a tile of gathered rows with 128
-// rows of W1 (matmul_nt.cuh) and folds its hidden units into one number a step, so no [S, H1] is kept. Rows
-// that are normed go through float32. Bytes: W1 once; operations: 2 S H H1.
+// rows of W1 (matmul_nt.cuh) and folds its hidden units into one number for each step, so no [S, H1] is kept.
+// Rows that are normed go through float32. Bytes: W1 once; operations: 2 S H H1.
 #include "block_size.cuh"
 #include "launch.cuh"
 #include "matmul_nt.cuh"
@@ -28,7 +29,7 @@ __global__ __launch_bounds__(kThreads) void step_kernel(StepScoresArgs args, boo
 
 // ---- the hidden layer -------------------------------------------------------------------------------------
 
-// 1 / rms of a tile's rows, a warp a row; 1 without a norm.
+// 1 / rms of a tile's rows, a warp for each row; 1 without a norm.
 template <int kRows>
 __device__ void row_scales(const StepScoresArgs& args, int64_t first_step, int rows, float* scales) {
     for (int r = warp(); r < kRows; r += kWarps) {

@@ -122,7 +122,7 @@ class MmaTile {
     static constexpr int kWarpKeys = kKeyBlock / kDimWarps;      // of a block, whose scores a warp works out
     static constexpr int kWarpDim = kDim / kDimWarps;            // of D, that a warp has
     static constexpr int kCopyRows = kKeyBlock / Shape::kWarps;  // of a block, that a warp copies
-    static constexpr int kChunks = kDim / 8;                     // of 16 bytes a row
+    static constexpr int kChunks = kDim / 8;                     // of 16 bytes per row
     static constexpr int kRowLanes = kChunks <= 8    ? 8
                                      : kChunks <= 16 ? 16
                                                      : 32,

@@ -366,7 +366,7 @@ void Forest::write_slots(const Branch& branch, int32_t count, int32_t* slots) co
 
 Append Forest::append(std::span<const int64_t> branches, std::span<const int64_t> counts) {
     if (branches.size() != counts.size()) {
-        bad_value("counts", "one a branch, " + std::to_string(branches.size()),
+        bad_value("counts", "one for each branch, " + std::to_string(branches.size()),
                   std::to_string(counts.size()));
     }
     const Demand total = demand(branches, counts);

@@ -16,7 +16,7 @@ int64_t pages_of(int64_t tokens, int64_t page_size) { return tokens == 0 ? 0 : (
 
 void check_lengths(const PageTableView& table, std::span<const int64_t> kv_lens, int64_t page_size) {
     if (static_cast<int64_t>(kv_lens.size()) != table.rows) {
-        throw std::invalid_argument("kv_lens: expected one a row of page_table, " +
+        throw std::invalid_argument("kv_lens: expected one for each row of page_table, " +
                                     std::to_string(table.rows) + ", got " + std::to_string(kv_lens.size()));
     }
     const int64_t longest = table.width <= kMaxInt32 / page_size ? table.width * page_size : kMaxInt32;

@@ -20,8 +20,8 @@ std::vector<int32_t> check_q_lens(const PlanTree& tree, std::optional<std::span<
     const size_t branches = tree.leaf.size();
     if (!given) return std::vector<int32_t>(branches, 1);
     if (given->size() != branches) {
-        throw std::invalid_argument("q_lens: expected one a branch, " + std::to_string(branches) + ", got " +
-                                    std::to_string(given->size()));
+        throw std::invalid_argument("q_lens: expected one for each branch, " + std::to_string(branches) +
+                                    ", got " + std::to_string(given->size()));
     }
     std::vector<int32_t> q_lens(branches);
     int64_t total = 0;

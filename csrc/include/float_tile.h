@@ -154,8 +154,8 @@ inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth,
     }
 }
 
-// Memory to be fetched while a tile computes: `stride` bytes a step, from `begin` on. It goes to L2, since L1
-// holds what the tile reads, and hardware prefetching alone keeps no more than half of the memory's rate.
+// Memory to be fetched while a tile computes: `stride` bytes per step, from `begin` on. It goes to L2, since
+// L1 holds what the tile reads, and hardware prefetching alone keeps no more than half of the memory's rate.
 struct Ahead {
     const char* begin;
     int64_t stride;

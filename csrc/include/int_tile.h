@@ -69,7 +69,7 @@ struct IntTiles : AmxTiles {
     explicit IntTiles(int64_t group) : AmxTiles(tile_steps(group)) {}
 };
 
-// The `steps` steps of a panel from `step` on, one byte a weight.
+// The `steps` steps of a panel from `step` on, one byte for each weight.
 template <int Bits>
 inline const uint8_t* unpacked(const uint8_t* panel, int64_t step, int64_t steps, uint8_t* room) {
     const uint8_t* packed = panel + step * kIntLine<Bits>;

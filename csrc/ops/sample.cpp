@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, con
         }
         return {sampling.tokens, sampling.logprobs};
     }
-    std::vector<Workspace> workspaces;  // one a thread
+    std::vector<Workspace> workspaces;  // one for each thread
     for (int64_t who = 0; who < threads_for(rows, rows); ++who) workspaces.emplace_back(logits, vocab);
     for_units(rows, rows, [&](int64_t r, int64_t who) {
         SampleWorkspace& space = workspaces[static_cast<size_t>(who)].space;

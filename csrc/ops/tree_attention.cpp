@@ -8,7 +8,7 @@ namespace tts::ops {
 namespace {
 
 constexpr int64_t kAlign = 16;      // floats: a cache line
-constexpr int64_t kMergeRows = 16;  // rows a thread merges at a time
+constexpr int64_t kMergeRows = 16;  // rows that a thread merges at a time
 
 // ---- the plan, checked
 // -----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ PARTS = {"score_and_prune": ("step_scores", "aggregate_steps", "prune")}
 NOT_OURS = ("instruction_sets", "threads_do_not", "opcheck", "isa")
 # Tens of thousands of launches or blocks: hours here, seconds on a GPU.
 TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set", "random_rows")
-# Some cases of each kind, for the sanitizers: a process a launch.
+# Some cases of each kind, for the sanitizers: a process for each launch.
 FEW = {
     "aggregate_steps": "strided",
     "append_kv": "strided or nan",

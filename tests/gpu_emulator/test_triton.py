@@ -40,7 +40,7 @@ OPS = {
     "swiglu": "extreme_gates or strided",
     "tree_attention": "rows_without_keys or test_head_sizes[64-dtype1 or test_head_sizes[96-dtype2",
 }
-# What takes a sanitizer, a process a launch, too long of these is left out or replaced.
+# What takes a sanitizer, a process for each launch, too long of these is left out or replaced.
 FEW = {
     "linear": "test_zero_points[4-dtype1",
     "sample": "greedy_takes or exactly_the_definition[37-all or exactly_the_definition[1025-all-dtype1",

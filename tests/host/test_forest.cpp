@@ -89,7 +89,7 @@ class Model {
         CHECK(stats.unique_tokens == static_cast<int64_t>(read.size()));
     }
 
-    // The tree never has more runs than two a branch, whatever was done to it.
+    // The tree never has more runs than two for each branch, whatever was done to it.
     void check_compact() const {
         Ints all;
         for (const auto& [branch, unused] : tokens) all.push_back(branch);

@@ -246,7 +246,7 @@ void a_trunk_is_read_once_a_block_of_rows() {
     for (const tts::Segment& s : view.segments) {
         if (s.row_end - s.row_begin > 1) trunk_tokens[s.row_begin] += s.length;
     }
-    // 15 blocks of 64 keys; what is behind them belongs to each branch. 512 / 4 rows a block.
+    // 15 blocks of 64 keys; what is behind them belongs to each branch. 512 / 4 rows per block.
     CHECK((trunk_tokens == std::map<int32_t, int64_t>{{0, 960}, {128, 960}}));
 }
 
@@ -268,7 +268,7 @@ void a_gpu_gets_many_small_tasks() {
 void blocks_end_where_trees_end() {
     Forest forest(1 << 12, 16);
     Ints branches;
-    for (int tree = 0; tree < 5; ++tree) {  // 5 trees of 60 rows, 128 rows a block
+    for (int tree = 0; tree < 5; ++tree) {  // 5 trees of 60 rows, 128 rows per block
         const int64_t root = forest.add_root();
         forest.append(Ints{root}, Ints{640});
         const Ints children = forest.fork(Ints(60, root));
@@ -331,7 +331,7 @@ void a_chunk_starts_behind_the_first_rows_of_its_block() {
     c.branches.push_back(c.forest.add_root());
     c.forest.append(c.branches, Ints{2000});
     own_rows(c, /* use_q_lens */ true);
-    const PlanShape shape{16, 1, 1};  // 512 rows a block
+    const PlanShape shape{16, 1, 1};  // 512 rows per block
     PlanBuffer plan = tts::plan_attention(c.forest.plan_tree(c.branches), QLens(c.q_lens), shape);
     check_plan(plan, c, shape);
     const View view(plan, shape);

@@ -12,7 +12,7 @@ HOW = ("last", "min", "prod", "mean", "max", "sum")
 
 
 def aggregate_steps(scores: Tensor, indptr: Tensor, how: str) -> Tensor:
-    """Aggregate step scores into one score a candidate.
+    """Aggregate step scores into one score for each candidate.
 
     Parameters
     ----------

@@ -148,7 +148,7 @@ def decoder_layers_(
     layers
         Their weights, of x's dtype.
     k_caches, v_caches
-        [P, page_size, Hkv, D] of x's dtype, one a layer. Written in place.
+        [P, page_size, Hkv, D] of x's dtype, one for each layer. Written in place.
     plan
         The attention of these rows, the same for every layer; Hq, Hkv and D are the plan's.
     positions, cos_sin, slots
@@ -254,7 +254,7 @@ def _check(
         _check_layer(f"layers[{i}]", parts, x, num_q_heads * head_dim, num_kv_heads * head_dim, head_dim, intermediate)
     for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
         if len(caches) != depth:
-            raise ValueError(f"{name}: expected {depth} caches, one a layer, got {len(caches)}")
+            raise ValueError(f"{name}: expected {depth} caches, one for each layer, got {len(caches)}")
         for i, cache in enumerate(caches):
             pages: int | str = k_caches[i].shape[0] if name == "v_caches" else "P"
             shape = [pages, page_size, num_kv_heads, head_dim]

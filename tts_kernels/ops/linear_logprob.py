@@ -15,7 +15,7 @@ from .linear import PackedLinear, check_weight
 def linear_logprob(
     hidden: Tensor, weight: Tensor | PackedLinear, targets: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probability of one token a row under a language-model head, with no row of logits.
+    """Log-probability of one token for each row under a language-model head, with no row of logits.
 
     ``out[n] = log softmax(hidden[n] @ weight.T / temperature)[targets[n]]``
 

@@ -1,4 +1,4 @@
-"""One token a row from logits: temperature, top-k, top-p, min-p, and a draw that depends on nothing else."""
+"""One token for each row from logits: temperature, top-k, top-p, min-p, and a draw that depends on nothing else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sample(
     seeds: Tensor,
     offsets: Tensor,
 ) -> Sampled:
-    """Draw one token a row.
+    """Draw one token for each row.
 
     The draw depends on the row's logits and options, its seed and its offset alone: not on its index, on other rows,
     on the number of threads or on the instruction set.

@@ -1,6 +1,6 @@
 """append_kv_: the keys and values of new tokens into their slots.
 
-A program a token copies its row of k and of v, Hkv D elements each, as integers of their width: bit for bit. Bytes:
+A program per token copies its row of k and of v, Hkv D elements each, as integers of their width: bit for bit. Bytes:
 twice the new tokens.
 """
 

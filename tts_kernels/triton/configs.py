@@ -17,7 +17,7 @@ _Config = dict[str, Any]
 
 CONFIGS: dict[str, dict[str, _Config]] = {
     "default": {
-        "rows": {"num_warps": 4},  # one program a row: norms, activations, copies
+        "rows": {"num_warps": 4},  # one program for each row: norms, activations, copies
         "step_scores": {"BLOCK": 2048, "num_warps": 4},
         "hidden_layer": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         "hidden_layer_float32": {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},

@@ -1,6 +1,6 @@
 """rope_append_: from the projection of queries, keys and values to the KV cache.
 
-A program a token: its Hq + 2 Hkv heads are a tile; heads of q and k are normed (if there are weights) and rotated in
+A program per token: its Hq + 2 Hkv heads are a tile; heads of q and k are normed (if there are weights) and rotated in
 float32, pairs being the halves of a head, and rounded once; q goes to the output, k and v to the token's slot, v bit
 for bit. Bytes: each element once.
 """

@@ -1,7 +1,7 @@
 """sample: one token from each row of logits [V], after temperature, top-k, top-p and min-p.
 
 Weights are the integers of csrc/include/fixed_exp.h, so every sum is exact and the draw is the CPU's to the bit; what
-the options mean is told in csrc/cpu/sample.cpp. A program a row, which the first pass brings into L2:
+the options mean is told in csrc/cpu/sample.cpp. A program for each row, which the first pass brings into L2:
 
   1  the maximum, NaN, infinities;  2  all weights, tempered and not;
   3  for top-k and for top-p, the cut: the range of keys that it lies in is halved, a pass each, until it is one key;

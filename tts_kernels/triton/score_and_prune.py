@@ -1,6 +1,6 @@
 """score_and_prune: scores of new steps, aggregates of candidates, the k best of each group, in one launch.
 
-A program a candidate scores its steps and folds them into its aggregate; the last program of a group to arrive prunes
+A program per candidate scores its steps and folds them into its aggregate; the last program of a group to arrive prunes
 it. So rows are read by as many programs as there are candidates, and no launch waits for another. Every group has one
 program more, so that an empty one is pruned as well. Arrivals are counted from 0: 4 G bytes are cleared ahead of the
 launch. A head with a hidden layer takes one launch more.

@@ -2,11 +2,11 @@
 
     out[s] = act(w . norm(hidden[positions[s]]) + b)
 
-A program a step. RMSNorm needs no pass of its own: w . (x g / rms) = (w g . x) / rms, and the squares are summed in
+A program per step. RMSNorm needs no pass of its own: w . (x g / rms) = (w g . x) / rms, and the squares are summed in
 the same loop. Bytes: S rows of H elements; the head's row comes from the cache after the first step.
 
 With a hidden layer, z = w . relu(W1 norm(x) + b1) + b, in two launches: a program multiplies a tile of gathered rows
-with BLOCK_N rows of W1 and folds its hidden units into one number a step, so that no [S, H1] is kept; the second
+with BLOCK_N rows of W1 and folds its hidden units into one number per step, so that no [S, H1] is kept; the second
 launch adds up those numbers. Bytes: W1 once for each tile of rows; operations: 2 S H H1.
 """
 

@@ -26,7 +26,7 @@ extern "C" __global__ void softmax(const float* x, float* y, int n) {  // x, y [
     for (int i = t; i < n; i += blockDim.x) y[blockIdx.x * n + i] = row[i] / sum;
 }
 
-// One query over n keys of head size 64: a warp a key, then the block sums up.
+// One query over n keys of head size 64: a warp for each key, then the block sums up.
 extern "C" __global__ void decode(const __nv_bfloat16* q, const __nv_bfloat16* k, const __nv_bfloat16* v,
                                   float* out,
                                   int n) {  // q [64], k and v [n, 64], out [64]
@@ -113,8 +113,8 @@ extern "C" __global__ void warp_scan(const int* x, int* y) {  // inclusive, 32 e
     y[threadIdx.x] = row[threadIdx.x];
 }
 
-// Rows of n floats by cp.async, two stages deep; what a row lacks to a multiple of 128 is zeros. x [gridDim.x,
-// stride], y [gridDim.x, pieces * 128], stride a multiple of 4.
+// Rows of n floats by cp.async, two stages deep; what a row lacks to a multiple of 128 is zeros. x
+// [gridDim.x, stride], y [gridDim.x, pieces * 128], stride a multiple of 4.
 extern "C" __global__ void staged_rows(const float* x, float* y, int n, int stride) {
     __shared__ float4 ring[2][32];
     const int t = threadIdx.x, pieces = (n + 127) / 128;
