@@ -179,11 +179,11 @@ def test_attention_outside_a_forest_says_how_to_call_it() -> None:
         decoder.model(torch.tensor([[10, 11]]), past_key_values=ForestCache(pool.kv))
 
 
-def test_attention_sinks_are_refused() -> None:
+def test_what_changes_attention_and_is_not_known_is_refused() -> None:
     decoder, pool = over_forest(tiny_model())
     inputs = ForestCache(pool.kv).inputs(pool.pack([pool.forest.add_root()], [[10, 11]]))
-    with pytest.raises(ValueError, match="s_aux"):
-        decoder.model(**inputs, s_aux=torch.ones(4))
+    with pytest.raises(ValueError, match="position_bias"):
+        decoder.model(**inputs, position_bias=torch.ones(4))
 
 
 def test_the_mask_that_a_model_asks_for_is_recognised() -> None:

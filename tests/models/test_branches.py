@@ -69,9 +69,38 @@ class Wrapped:
     hidden: Any
 
 
+# Rotary factors of short texts and of those of more than 12 tokens.
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 12,
+    "short_factor": [1.0] * 8, "long_factor": [1, 1.2, 1.5, 2, 3, 4, 6, 8.0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def switching() -> tuple[TransformersDecoder, Any]:
+    """A decoder with a switch, and its model with its own attention."""
+    register()
+    model, plain = (tiny_model(rope_parameters=LONGROPE, max_position_embeddings=96) for _ in range(2))
+    model.set_attn_implementation(ATTENTION)
+    decoder = TransformersDecoder(model)
+    assert decoder.shape.switch == 12
+    return decoder, plain
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("num_pages", "page_size"), [(1000, 1), (60, 1), (300, 4), (15, 4)])
 def test_random_trees(decoder: TransformersDecoder, plain, num_pages: int, page_size: int, seed: int) -> None:
+    check_random_trees(decoder, plain, num_pages, page_size, seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("num_pages", "page_size"), [(1000, 1), (60, 1), (300, 4), (15, 4)])
+def test_random_trees_of_a_decoder_with_a_switch(switching: Any, num_pages: int, page_size: int, seed: int) -> None:
+    decoder, plain = switching
+    check_random_trees(decoder, plain, num_pages, page_size, seed)
+
+
+def check_random_trees(decoder: TransformersDecoder, plain: Any, num_pages: int, page_size: int, seed: int) -> None:
     rng = random.Random(seed)
     pool = small_pool(decoder, num_pages, page_size, max_tokens=rng.choice((7, 40, 1000)))
     recorder = Recorder(decoder)
@@ -103,7 +132,7 @@ def test_random_trees(decoder: TransformersDecoder, plain, num_pages: int, page_
     assert sum(meter.prompt for meter in meters) == 18
     assert sum(meter.read for meter in meters) == sum(len(branch.tokens) for branch in {*grown} - {*tree[:2]})
     if num_pages * page_size > 1000:
-        assert sum(meter.recomputed for meter in meters) == 0
+        assert (sum(meter.recomputed for meter in meters) > 0) == (decoder.shape.switch is not None)
     assert max(meter.peak_unique for meter in meters) <= num_pages * page_size
     pool.release(grown)
     assert pool.pool.forest.stats().pages_free == num_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from tts_search import HFPolicy, StepParams
 from tts_search.adapters.generate import generate_over_forest
 from tts_search.models import selftest
 from tts_search.models import transformers as adapter
-from tts_search.models.decoder import Decoder, KVPool
+from tts_search.models.decoder import Batch, Decoder, KVPool
 from tts_search.models.loading import load_decoder
 from tts_search.models.rotary import context_of
 from tts_search.search.protocol import Expand
+
+import tts_kernels as tk
 
 LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48,
@@ -28,13 +31,19 @@ LONG = {
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 # Rotary embeddings that look at the longest position of a forward; texts of up to 48 tokens are as they were trained.
-LOOKING: dict[str, tuple[str, dict[str, Any]]] = {
+SWITCHING: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"rope_parameters": LONG, "max_position_embeddings": 192, "sliding_window": None,
                       "original_max_position_embeddings": 48}),
     "llama, longrope": ("llama", {"rope_parameters": LONG, "max_position_embeddings": 192}),
     "qwen3, longrope": ("qwen3", {"rope_parameters": LONG, "max_position_embeddings": 192, "head_dim": 16}),
     "phimoe": ("phimoe", {"rope_parameters": {**LONG, "short_mscale": 1.1, "long_mscale": 1.4},
                           "max_position_embeddings": 192, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gemma3, longrope in one kind of layer": ("gemma3_text", {
+        "rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN},
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"], "max_position_embeddings": 192,
+        "sliding_window": 9, "head_dim": 16}),
+}  # fmt: skip
+BOUNDED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 48}),
     "mistral, dynamic": ("mistral", {"rope_parameters": DYNAMIC, "max_position_embeddings": 48}),
     "gemma3, dynamic in one kind of layer": ("gemma3_text", {
@@ -48,65 +57,155 @@ def text(length: int, seed: int = 0) -> list[int]:
     return torch.randint(7, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def empty_pool(decoder: Decoder) -> KVPool:
-    pool = KVPool(decoder.shape, 64, 4, decoder.dtype)
+def empty_pool(decoder: Decoder, num_pages: int = 64) -> KVPool:
+    pool = KVPool(decoder.shape, num_pages, 4, decoder.dtype)
     for tensor in (*pool.kv.k, *pool.kv.v):
         tensor.fill_(float("nan"))
     return pool
 
 
-@pytest.mark.parametrize("name", LOOKING)
+def near(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return bool((got - want).abs().max() <= 1e-4 * want.abs().max())
+
+
+@pytest.mark.parametrize("name", BOUNDED)
 def test_a_branch_does_not_see_how_long_its_neighbours_are(name: str, tmp_path: Path) -> None:
-    kind, options = LOOKING[name]
+    kind, options = BOUNDED[name]
     model = tiny_model(kind, **options)
-    with pytest.warns(UserWarning, match=r"rope type (longrope|dynamic).* beyond 48 tokens.* context ends there"):
+    with pytest.warns(UserWarning, match=r"rope type dynamic.* beyond 48 tokens.* context ends there"):
         decoder = load_decoder(save_checkpoint(tmp_path, model))
-    assert decoder.shape.max_length == 48
+    assert (decoder.shape.max_length, decoder.shape.switch) == (48, None)
     short, long = text(10), text(80, 1)
     assert (eager(model, [*short, *long])[:10] - eager(model, short)).abs().max() > 1e-2, "the scaling does nothing"
     pool = empty_pool(decoder)
     branches = [pool.forest.add_root(), pool.forest.add_root()]
     for begin, end in ((0, 6), (6, 10)):  # the second time, the long one is in its cache
         logits = decoder.logits(pool.pack(branches, [short[begin:end], long[begin * 8 : end * 8]]), pool.kv)
-        want = eager(model, short)[begin:end]
-        assert (logits[: end - begin] - want).abs().max() <= 1e-4 * want.abs().max()
+        assert near(logits[: end - begin], eager(model, short)[begin:end])
     assert logits[-1].isnan().all(), "beyond its context"
     within = decoder.logits(pool.pack([pool.forest.add_root()], [long[:48]]), pool.kv)
-    assert (within - eager(model, long[:48])).abs().max() <= 1e-4 * within.abs().max()
+    assert near(within, eager(model, long[:48]))
+
+
+@pytest.mark.parametrize("name", SWITCHING)
+def test_branches_on_both_sides_of_a_switch_have_logits_of_their_own(name: str, tmp_path: Path) -> None:
+    """Random growth, forks and cuts of branches of up to 70 tokens, whose factors change beyond 48."""
+    kind, options = SWITCHING[name]
+    model = tiny_model(kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder = load_decoder(save_checkpoint(tmp_path, model))
+    assert (decoder.shape.max_length, decoder.shape.switch) == (192, 48)
+    long = text(80, 1)
+    assert not near(eager(model, long)[:10], eager(model, long[:10])), "the scaling does nothing"
+    rng = random.Random(0)
+    pool = empty_pool(decoder, 2000)
+    texts: dict[int, list[int]] = {pool.forest.add_root(): []}
+    crossed = 0
+    for _ in range(14):
+        for parent in rng.sample(list(texts), min(2, len(texts))):
+            child = pool.forest.fork([parent])[0]
+            texts[child] = texts[parent][: rng.choice((len(texts[parent]), 47, 48, 49))]
+            pool.forest.truncate(child, len(texts[child]))
+        grown = [branch for branch in texts if len(texts[branch]) < 70 and rng.random() < 0.6]
+        if not grown:
+            continue
+        new = [text(rng.choice((1, 2, 11)), rng.randrange(10**6)) for _ in grown]
+        whole = pool.renewed(grown, new)
+        rows = decoder.logits(pool.pack(grown, whole), pool.kv).split([len(each) for each in whole])
+        for branch, tokens, read, got in zip(grown, new, whole, rows, strict=True):
+            texts[branch] += tokens
+            assert near(got, eager(model, texts[branch])[-len(read) :]), (len(texts[branch]), len(tokens))
+            crossed += read == texts[branch] != tokens
+    assert crossed
 
 
 @pytest.mark.parametrize("name", ["phi3", "phimoe", "llama, dynamic"])
+@pytest.mark.filterwarnings("ignore:.*context ends there")
 def test_a_model_with_its_own_attention_is_as_it_was(name: str) -> None:
-    kind, options = LOOKING[name]
+    kind, options = (SWITCHING | BOUNDED)[name]
     model = tiny_model(kind, **options)
     before = eager(copy.deepcopy(model), text(60))
-    with pytest.warns(UserWarning, match="context ends there"):
-        adapter.TransformersDecoder(model)
+    adapter.TransformersDecoder(model)
     assert torch.equal(eager(model, text(60)), before)
 
 
-@pytest.mark.parametrize("name", ["phi3", "llama, dynamic"])
 @pytest.mark.filterwarnings("ignore:.*context ends there")
-def test_steps_end_with_the_context(name: str, tmp_path: Path) -> None:
+def test_steps_end_with_the_context(tmp_path: Path) -> None:
     """At temperature 0 a policy writes what the model generates, up to there."""
-    kind, options = LOOKING[name]
+    kind, options = BOUNDED["llama, dynamic"]
     model = tiny_model(kind, **options)
     policy = HFPolicy(save_checkpoint(tmp_path, model, chat=False))
     policy.begin(0, "2+2?")
-    ((step,),) = policy.expand(
-        [Expand(0, 0, (1,), (), (7,), StepParams(temperature=0.0, max_tokens=99, delimiter=None))]
-    )
-    ids = torch.tensor([policy._problems[0].root.tokens])
-    model.generation_config.eos_token_id = None
-    wanted = model.generate(ids, max_length=48, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    ((step,),) = policy.expand([greedy(0, 99)])
+    wanted = generated(model, policy, 0, 48)
     assert (step.reason, step.num_tokens) == ("length", len(wanted))
     assert policy.tokenizer.decode(wanted, skip_special_tokens=True).startswith(step.text)
 
 
-@pytest.mark.parametrize("name", ["phi3", "llama, dynamic"])
+@pytest.mark.parametrize("pages", [200, 16])
+@pytest.mark.parametrize("name", ["phi3", "phimoe"])
+def test_steps_go_on_beyond_a_switch(name: str, pages: int, tmp_path: Path) -> None:
+    """Three problems in flight pass it at different times, in a pool with room for all and in one for two of them."""
+    kind, options = SWITCHING[name]
+    model = tiny_model(kind, **options)
+    path = save_checkpoint(tmp_path, model, chat=False)
+    shape = load_decoder(path).shape
+    policy = HFPolicy(path, kv_memory=pages * 16 * shape.kv_bytes(torch.float32))
+    policy._eos = frozenset()
+    problems = ["2+2?", "What is the sum of 1 and 2?", "Find x."]
+    for number, problem in enumerate(problems):
+        policy.begin(number, problem)
+    steps = policy.expand([greedy(number, 50) for number in range(3)])
+    (again,) = policy.expand([greedy(0, 30, branch=1, children=(2, 3), text=steps[0][0].text)])
+    for number in range(3):
+        (step,) = steps[number]
+        wanted = generated(model, policy, number, 50 + len(policy._problems[number].root.tokens))
+        assert step.num_tokens == 50
+        assert policy.tokenizer.decode(wanted, skip_special_tokens=True).startswith(step.text)
+    longer = generated(model, policy, 0, 80 + len(policy._problems[0].root.tokens))
+    whole = policy.tokenizer.decode(longer, skip_special_tokens=True)
+    assert all(whole.startswith(steps[0][0].text + step.text) for step in again)
+
+
+def test_samples_of_one_prompt_pass_a_switch_together(tmp_path: Path) -> None:
+    """Their prompt is read a second time, for all of them, and each one's draws are those that it has alone."""
+    kind, options = SWITCHING["phi3"]
+    path = save_checkpoint(tmp_path, tiny_model(kind, **options), chat=False)
+    params = StepParams(temperature=1.0, max_tokens=60, delimiter=None)
+    prompt = "1+1+1+1+1+1+1+1?"
+
+    def sampled(seeds: tuple[int, ...]) -> Any:
+        policy = HFPolicy(path)
+        policy._eos = frozenset()
+        policy.begin(0, prompt)
+        ((*steps,),) = policy.expand([Expand(0, 0, tuple(range(1, 1 + len(seeds))), (), seeds, params)])
+        return [step.text for step in steps], policy.end(0)
+
+    together, cost = sampled((3, 4, 5))
+    assert together == [sampled((seed,))[0][0] for seed in (3, 4, 5)]
+    assert len(set(together)) == 3
+    # The prompt, once more with what the first one to pass had written, and what the others had.
+    assert cost.recomputed_tokens == 48 + 2 * (48 - cost.prefill_tokens)
+
+
+def greedy(problem: int, tokens: int, branch: int = 0, children: tuple[int, ...] = (1,), text: str = "") -> Expand:
+    params = StepParams(temperature=0.0, max_tokens=tokens, delimiter=None)
+    return Expand(problem, branch, children, (text,) if text else (), tuple(children), params)
+
+
+def generated(model: PreTrainedModel, policy: HFPolicy, problem: int, length: int) -> list[int]:
+    """What a model's own `generate` writes behind a problem's prompt, up to a length of both."""
+    prompt = policy._problems[problem].root.tokens
+    model.generation_config.eos_token_id = None
+    ids = model.generate(torch.tensor([prompt]), max_length=length, do_sample=False, pad_token_id=0)
+    new: list[int] = ids[0, len(prompt) :].tolist()
+    return new
+
+
 @pytest.mark.filterwarnings("ignore:.*context ends there")
-def test_generation_ends_with_the_context(name: str) -> None:
-    kind, options = LOOKING[name]
+def test_generation_ends_with_the_context() -> None:
+    kind, options = BOUNDED["llama, dynamic"]
     model = tiny_model(kind, **options)
     model.generation_config.eos_token_id = None
     ids = torch.tensor([text(20)])
@@ -116,6 +215,44 @@ def test_generation_ends_with_the_context(name: str) -> None:
     for length in (50, 90):
         with pytest.raises(ValueError, match="at most 48 tokens"):
             model.generate(ids, max_length=length, custom_generate=generate_over_forest, **settings)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 1}, {"prompt_lookup_num_tokens": 4}])
+def test_generation_goes_on_beyond_a_switch(options: dict[str, Any]) -> None:
+    kind, sizes = SWITCHING["phi3"]
+    model = tiny_model(kind, **sizes)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([text(20)])
+    settings = {"do_sample": False, "pad_token_id": 0, "max_length": 90, **options}
+    wanted = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, custom_generate=generate_over_forest, **settings), wanted)
+
+
+def test_a_pool_without_room_to_read_a_text_again_is_as_it_was() -> None:
+    adapter.register()
+    kind, options = SWITCHING["llama, longrope"]
+    model = tiny_model(kind, **options)
+    model.set_attn_implementation(adapter.ATTENTION)
+    decoder = adapter.TransformersDecoder(model)
+    pool = KVPool(decoder.shape, 4)
+    root = pool.forest.add_root()
+    decoder.logits(pool.pack([root], [text(47)]), pool.kv)
+    before = pool.forest.stats()
+    with pytest.raises(tk.OutOfPages, match="texts of 1 branches again"):
+        pool.pack([root], [text(2)])
+    assert (pool.forest.stats(), pool.forest.length(root)) == (before, 47)
+
+
+def test_rotary_embeddings_of_several_kinds_are_refused() -> None:
+    for other in (DYNAMIC, {**LONG, "original_max_position_embeddings": 32}):
+        model = tiny_model(
+            "gemma3_text",
+            rope_parameters={"full_attention": LONG, "sliding_attention": other},
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            head_dim=16,
+        )
+        with pytest.raises(ValueError, match="rotary embeddings"):
+            adapter.TransformersDecoder(model)
 
 
 def test_contexts_are_those_of_vllm() -> None:
@@ -164,8 +301,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt_neo": ("gpt_neo", {"vocab_size": 128, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
                             "attention_types": [[["global", "local"], 1]]}, "AttentionInterface"),
     "gemma4": ("gemma4_text", {**GROUPED, "hidden_size_per_layer_input": 0}, "head_dim"),
-    "granite with sinks": ("granite_swa", GROUPED, "GraniteSWAAttention"),
-    "gpt_oss": ("gpt_oss", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, "GptOssAttention"),
     "nemotron": ("nemotron", GROUPED, "NemotronAttention"),
     "doge": ("doge", GROUPED, "mat1 and mat2"),
     "diffllama": ("diffllama", GROUPED, "of 2 layers"),
@@ -214,6 +349,8 @@ def test_generation_refuses_them_too(kind: str) -> None:
         ("llama4_text", {**LLAMA4, "attn_temperature_tuning": False}),
         ("mixtral", {**GROUPED, "num_local_experts": 4}),
         ("gpt_neox", SIZES),
+        ("gpt_oss", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}),
+        ("granite_swa", {**GROUPED, "sliding_window": 9}),
     ],
 )  # fmt: skip
 def test_what_can_be_followed_is_not_refused(kind: str, options: dict[str, Any], dtype: str, tmp_path: Path) -> None:
@@ -246,6 +383,31 @@ def test_a_wrong_attention_is_found(
     monkeypatch.setattr(adapter.tk, "tree_attention", _tree_attention(change))
     with pytest.raises(ValueError, match=f"type '{kind}' .* differ"):
         load_decoder(path, decoder="transformers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}), ("granite_swa", {})]
+)
+def test_attention_sinks_are_those_of_the_model(
+    kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each head's own, in a window and without one; left out, they are missed."""
+    model = tiny_model(kind, sliding_window=9, head_dim=16, **options)
+    layers = [layer.self_attn for layer in model.model.layers]
+    for number, attention in enumerate(layers):
+        attention.sinks.data = torch.linspace(-3, 3, 4) + number
+    path = save_checkpoint(tmp_path, model)
+    decoder = load_decoder(path)
+    pool = empty_pool(decoder)
+    root = pool.forest.add_root()
+    first = decoder.logits(pool.pack([root], [text(30)[:17]]), pool.kv)
+    left, right = pool.forest.fork([root, root])
+    second = decoder.logits(pool.pack([left, right], [text(30)[17:], text(5, 1)]), pool.kv)
+    assert near(torch.cat([first, second[:13]]), eager(model, text(30)))
+    assert near(second[13:], eager(model, [*text(30)[:17], *text(5, 1)])[17:])
+    monkeypatch.setattr(adapter.tk, "tree_attention", _tree_attention({"sinks": None}))
+    with pytest.raises(ValueError, match=f"type '{kind}' .* differ"):
+        load_decoder(path)
 
 
 @pytest.mark.parametrize("part", ["cos_sin", "eps", "windows"])
@@ -288,3 +450,32 @@ def test_models_with_constant_factors_warn_of_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_decoder(save_checkpoint(tmp_path, tiny_model("llama")))
+
+
+@pytest.mark.parametrize("name", ["phi3", "phimoe"])
+def test_the_test_goes_beyond_a_switch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without having it read thousands of tokens: it moves the switch for the time that it takes."""
+    kind, options = SWITCHING[name]
+    path = save_checkpoint(tmp_path, tiny_model(kind, **options))
+    sizes = []
+    plain = adapter.TransformersDecoder.hidden
+
+    def hidden(decoder: adapter.TransformersDecoder, batch: Batch, *args: Any) -> torch.Tensor:
+        sizes.append((len(batch.tokens), 0 if batch.far is None else int(batch.far.sum())))
+        return plain(decoder, batch, *args)
+
+    monkeypatch.setattr(adapter.TransformersDecoder, "hidden", hidden)
+    decoder = load_decoder(path)
+    assert sizes == [(12, 0), (5 + 23 + 2, 23 + 2), (2, 1)]
+    assert decoder.shape.switch == 48
+    monkeypatch.setattr("tts_search.models.decoder.KVPool.renewed", lambda *args: args[-1])
+    with pytest.raises(ValueError, match="hidden states differ"):
+        load_decoder(path)
+
+
+def test_a_rotary_embedding_that_sees_its_neighbours_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, options = SWITCHING["phi3"]
+    path = save_checkpoint(tmp_path, tiny_model(kind, **options))
+    monkeypatch.setattr(adapter, "follow_rotary", lambda *_: None)
+    with pytest.raises(ValueError, match="differ"):
+        load_decoder(path)

@@ -241,7 +241,8 @@ class GenerationCache(ForestCache):
         branches = self._diverge([branch for branch, _ in groups])
         grown = {branch: new for branch, (_, new) in zip(branches, groups, strict=True) if new}
         try:
-            batch = self.pool.pack(list(grown), list(grown.values()))
+            whole = self.pool.renewed(list(grown), list(grown.values()))
+            batch = self.pool.pack(list(grown), whole)
         except tk.OutOfPages as error:
             forest.free(sorted(set(branches) - set(self._rows)))
             raise RuntimeError(
@@ -249,7 +250,8 @@ class GenerationCache(ForestCache):
             ) from error
         self._rows = [branches[index] for index in which]
         self._count(batch.tokens.numel())
-        offsets = dict(zip(grown, itertools.accumulate(map(len, grown.values()), initial=0), strict=False))
+        ends = zip(grown, itertools.accumulate(map(len, whole)), strict=True)
+        offsets = {branch: end - len(grown[branch]) for branch, end in ends}
         return batch, torch.tensor([offsets.get(branch, 0) for branch in self._rows])
 
     def _diverge(self, parents: Sequence[int]) -> list[int]:

@@ -132,6 +132,10 @@ Memory = Annotated[
 Quantize = Annotated[
     Literal["int8", "int4"] | None, Option("--quantize", help="Quantise the weights of both models while they load.")
 ]
+SelfTest = Annotated[
+    bool,
+    Option("--self-test/--no-self-test", help="Compare each model with its own eager attention while it loads."),
+]
 Budgets = Annotated[str, Option(help="Sizes of the search, such as 1,4,16,64.")]
 Seed = Annotated[int, Option(help="Fixes every draw, and the problems where they are made.")]
 Problems = Annotated[int, Option(min=1, help="Problems of each level.")]
@@ -178,6 +182,7 @@ def solve(
     device: Device = None,
     kv_memory: Memory = None,
     quantize: Quantize = None,
+    self_test: SelfTest = True,
 ) -> None:
     """Solve one problem."""
     config = make_config(method, n, seed, temperature, settings)
@@ -187,7 +192,8 @@ def solve(
         raise SearchError("PROBLEM: expected a text, got an empty one")
     elected = _elected(vote, verifier)
     _check_device_is_there(device)
-    models = load_checkpoints(policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
+    options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
+    models = load_checkpoints(policy, verifier, *options)
     result = search([text], *models, config)[0]
     print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
 
@@ -233,6 +239,7 @@ def evaluate_(
     device: Device = None,
     kv_memory: Memory = None,
     quantize: Quantize = None,
+    self_test: SelfTest = True,
 ) -> None:
     """Run every method, budget and seed over a data set; an interrupted run goes on where it was."""
     configs = {
@@ -248,7 +255,8 @@ def evaluate_(
     with naming("DATA"):
         tasks = load_tasks(data, limit)
     _check_folder(out)
-    load = partial(load_checkpoints, policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
+    options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
+    load = partial(load_checkpoints, policy, verifier, *options)
     models: tuple[Policy | None, Verifier | None] = (None, None)
     if ray is None:
         _check_device_is_there(device)
@@ -419,6 +427,7 @@ def load_checkpoints(
     device: str | None,
     kv_memory: str | None,
     quantize: str | None,
+    self_test: bool,
 ) -> tuple[Policy, Verifier | None]:
     """Return the models of the options.
 
@@ -430,7 +439,13 @@ def load_checkpoints(
     from tts_search.policies.hf import HFPolicy
     from tts_search.verifiers.hf import HFVerifier
 
-    own: dict[str, Any] = {"dtype": dtype, "device": device, "kv_memory": kv_memory, "quantize": quantize}
+    own: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "kv_memory": kv_memory,
+        "quantize": quantize,
+        "self_test": self_test,
+    }
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
     with naming(f"--policy: {policy}"):
         loaded = HFPolicy(policy, system_prompt=system_prompt, **own)

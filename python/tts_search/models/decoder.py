@@ -35,6 +35,9 @@ class DecoderShape:
         Longest sequence in tokens.
     body_parameters, head_parameters : int
         Weights that a token meets between its embedding and its last hidden state, and from there to logits.
+    switch : int or None
+        A text with more tokens than this is turned by other factors throughout: keys and values of a shorter one are
+        none of its.
     """
 
     num_layers: int
@@ -44,6 +47,7 @@ class DecoderShape:
     max_length: int
     body_parameters: int
     head_parameters: int
+    switch: int | None = None
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values that one token holds in all layers."""
@@ -70,12 +74,15 @@ class Batch:
         [T] int32: where the keys and values of the tokens go in the pool.
     plan : AttentionPlan
         The attention of these rows, the same for every layer.
+    far : Tensor or None
+        [T] bool: rows of texts with more tokens than the decoder's switch, if it has one.
     """
 
     tokens: Tensor
     positions: Tensor
     slots: Tensor
     plan: tk.AttentionPlan
+    far: Tensor | None = None
 
 
 class Decoder(Protocol):
@@ -135,28 +142,74 @@ class KVPool:
             shape.num_layers, num_pages, shape.num_kv_heads, shape.head_dim, page_size, dtype=dtype, device=device
         )
         self._tensors = [*self.kv.k, *self.kv.v]
+        # For a decoder with a switch, of each slot that `pack` filled: its token, and whether its text was beyond it.
+        self._tokens = torch.zeros(0 if shape.switch is None else num_pages, page_size, dtype=torch.int64)
+        self._far = torch.zeros(self._tokens.shape, dtype=torch.bool)
 
     def pack(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Batch:
         """Append new tokens to forest branches (each named once, at least one token) and plan their forward.
+
+        A branch that passes its decoder's switch is in it with all of its tokens, the new ones last.
 
         Raises
         ------
         tts_kernels.OutOfPages
             If the pool has too few pages left; nothing has changed then.
         """
+        tokens = self.renewed(branches, tokens)
         counts = [len(new) for new in tokens]
         slots = self.append(branches, counts)
         ends = [self.forest.length(branch) for branch in branches]
         positions = itertools.chain.from_iterable(
             range(end - count, end) for end, count in zip(ends, counts, strict=True)
         )
-        return self.batch(branches, counts, list(itertools.chain.from_iterable(tokens)), list(positions), slots)
+        ids = list(itertools.chain.from_iterable(tokens))
+        far = None
+        if self.shape.switch is not None:
+            far = (torch.tensor(ends) > self.shape.switch).repeat_interleave(torch.tensor(counts))
+            self._tokens.view(-1)[slots] = torch.tensor(ids)
+            self._far.view(-1)[slots] = far
+        return self.batch(branches, counts, ids, list(positions), slots, far=far)
+
+    def renewed(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """What `pack` is to append to branches for these new tokens.
+
+        That is all tokens of a branch whose keys are of the other side of the switch than its text will be then; the
+        keys are given back. Only branches that `pack` filled are known.
+
+        Raises
+        ------
+        tts_kernels.OutOfPages
+            If that could take more pages than are free; nothing has changed then.
+        """
+        switch, forest = self.shape.switch, self.forest
+        if switch is None or not branches:
+            return tokens
+        table, lengths = forest.page_table(branches)
+        texts = list(tokens)
+        turned = []
+        for row, (branch, length) in enumerate(zip(branches, lengths.tolist(), strict=True)):
+            pages = table[row, : -(-length // forest.page_size)].long()
+            if length and bool(self._far[pages].flatten()[length - 1]) != (length + len(tokens[row]) > switch):
+                texts[row] = [*self._tokens[pages].flatten()[:length].tolist(), *tokens[row]]
+                turned.append(branch)
+        if not turned:
+            return tokens
+        most, free = sum(-(-len(text) // forest.page_size) + 1 for text in texts), forest.stats().pages_free
+        if most > free:
+            raise tk.OutOfPages(f"reading texts of {len(turned)} branches again can take {most} pages, {free} are free")
+        for branch in turned:
+            forest.truncate(branch, 0)
+        return texts
 
     def append(self, branches: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> Tensor:
         """Reserve slots [sum(counts)] for new tokens and copy the shared pages that they would write to."""
         new = self.forest.append(branches, counts)
         if new.copy_src.numel():
             tk.copy_pages_(self._tensors, upload(new.copy_src, self.device), upload(new.copy_dst, self.device))
+            if self.shape.switch is not None:
+                for notes in (self._tokens, self._far):
+                    notes[new.copy_dst.long()] = notes[new.copy_src.long()]
         return new.slots
 
     def batch(
@@ -167,6 +220,7 @@ class KVPool:
         positions: Sequence[int] | Tensor,
         slots: Tensor,
         out: Batch | None = None,
+        far: Tensor | None = None,
     ) -> Batch:
         """The packed forward of the last ``counts`` tokens of each branch (1 each if None).
 
@@ -184,7 +238,8 @@ class KVPool:
         )
         ids, places = torch.as_tensor(tokens, dtype=torch.int64), torch.as_tensor(positions, dtype=torch.int64)
         if out is None:
-            return Batch(upload(ids, self.device), upload(places, self.device), upload(slots, self.device), plan)
+            ids, places, slots = (upload(part, self.device) for part in (ids, places, slots))
+            return Batch(ids, places, slots, plan, None if far is None else upload(far, self.device))
         refill(out.tokens, ids)
         refill(out.positions, places)
         refill(out.slots, slots)

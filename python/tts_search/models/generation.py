@@ -146,11 +146,25 @@ class Generation(Streams[Any]):
 
     def step(self) -> list[Sampled]:
         """Run one forward and draw; the streams that have ended, or failed, since the last step."""
+        self._read_again()
         forwarded = self._forward(self.lane.decoder.logits, head=True)
         if forwarded is not None:
             self._draw(forwarded)
         ended, self._ended = self._ended, []
         return ended
+
+    def _read_again(self) -> None:
+        """Have those streams read from their start whose texts pass the decoder's switch with their next token."""
+        switch = self.lane.decoder.shape.switch
+        if switch is None:
+            return
+        rows = torch.nonzero(self._columns[_POSITION] == switch).flatten().tolist()
+        streams = [stream for row in rows if not (stream := self._streams[row]).branch.far]
+        self._take_out([self._streams.index(stream) for stream in streams])
+        for stream in streams:
+            self.lane.pool.leave(stream, keep=False)
+            self.lane.pool.workers[stream] = None
+            self._begin(stream)
 
     def give_up(self, stream: Any) -> None:
         """A stream's KV goes; it waits."""

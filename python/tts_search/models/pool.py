@@ -3,6 +3,9 @@
 A `Branch` is the tokens that it adds to a part of its parent's path. Its KV may be released at any time and comes back
 by forwarding those tokens again, together with what its ancestors lack, in the same packed forward. So a search that
 does not fit the pool does its work bit by bit and returns what it would have returned.
+
+Where a decoder has a switch (`DecoderShape.switch`), keys of short texts and of long ones are of two kinds. A branch is
+of the kind that its length says, and has a twin of the other kind as soon as a descendant is to be built on that.
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ class Branch:
         Nobody asks for it any more; its descendants may.
     used : int
         When it was last forwarded.
+    far : bool
+        Whether its KV is that of a text beyond the decoder's switch.
+    twin : Branch or None
+        The same tokens with KV of the other kind, for descendants of that kind.
     """
 
     meter: Meter
@@ -70,9 +77,12 @@ class Branch:
     holders: set[Branch] = field(default_factory=set, repr=False)
     released: bool = False
     used: int = 0
+    far: bool = False
+    twin: Branch | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.reached = self.start
+        self.far = self.parent is not None and self.parent.far
 
     @property
     def length(self) -> int:
@@ -196,6 +206,7 @@ class BranchPool:
         self.graphs = graphs
         self.workers: dict[Worker, None] = {}
         self.full = False
+        self._switch = pool.shape.switch
         self._resident: dict[Branch, None] = {}
         self._guests: set[Branch] = set()  # released ones that are back so that descendants can be forked from them
         self._clock = 0
@@ -228,6 +239,8 @@ class BranchPool:
             idle ones have lost their KV.
         """
         self._clock += 1
+        for branch in branches if self._switch is not None else ():
+            self._take_side(branch)
         while True:
             takes = self._choose(branches, max(1, self.max_tokens - len(rows.kv)))
             try:
@@ -258,7 +271,11 @@ class BranchPool:
         until they `rest`.
         """
         born = [branch for branch in branches if branch.kv is None]
-        self._give_kv(born, [branch.parent for branch in born])
+        for branch in born:
+            if not self._has_source(branch):  # its parent's KV will do for now: it comes back when it passes the switch
+                assert branch.parent is not None
+                branch.far = branch.parent.far
+        self._give_kv(born, [self._above(branch) for branch in born])
         for branch in branches:
             branch.meter.settle(self._ticks)
             branch.meter.running += 1
@@ -277,7 +294,7 @@ class BranchPool:
 
     def is_ready(self, branch: Branch) -> bool:
         """Whether a branch can `run` at once."""
-        return branch.pending == 1 and (branch.kv is not None or _is_ready(branch))
+        return branch.pending == 1 and self._is_right(branch) and (branch.kv is not None or self._has_source(branch))
 
     def release(self, branches: Iterable[Branch]) -> None:
         """Nobody asks for these branches any more; descendants keep what they read."""
@@ -308,8 +325,8 @@ class BranchPool:
 
     def hold(self, branch: Branch) -> None:
         """Keep the parent's KV for a branch that has none of its own yet, whatever becomes of the parent."""
-        if branch.kv is None and branch.parent is not None and _is_ready(branch):
-            self._give_kv([branch], [branch.parent])
+        if branch.kv is None and branch.parent is not None and self._has_source(branch):
+            self._give_kv([branch], [self._above(branch)])
 
     def close(self, meter: Meter) -> None:
         """Release all branches of a problem."""
@@ -336,12 +353,42 @@ class BranchPool:
         """Tokens that the pool has room for."""
         return int(self.pool.kv.k[0].shape[0]) * self.pool.forest.page_size
 
+    def _is_right(self, branch: Branch) -> bool:
+        """Whether a branch's KV is of the kind that its length says."""
+        return self._switch is None or branch.far is (branch.length > self._switch)
+
+    def _take_side(self, branch: Branch) -> None:
+        """Let a branch's KV be of the kind that its length says: it gives back what it has of the other."""
+        if not self._is_right(branch):
+            self._drop_kv(branch)
+            assert not branch.holders, "a branch that others are built on has grown"
+            assert branch.twin is None, "a branch that others are built on has grown"
+            branch.far = not branch.far
+
+    def _above(self, node: Branch) -> Branch | None:
+        """Whose KV a branch begins with: its parent's, or the parent's twin's, if the parent is of the other kind."""
+        parent = node.parent
+        if parent is None or parent.far is node.far:
+            return parent
+        if parent.twin is None:
+            assert self._switch is not None
+            tokens = parent.tokens if node.far else parent.tokens[: max(0, self._switch - parent.start)]
+            twin = Branch(parent.meter, parent.parent, parent.start, tokens, parent.given, released=True, twin=parent)
+            twin.far, twin.reached = node.far, parent.reached
+            parent.twin = twin
+        return parent.twin
+
+    def _has_source(self, node: Branch) -> bool:
+        """Whether a branch without KV can be forked now."""
+        above = self._above(node)
+        return above is None or (above.kv is not None and above.cached >= node.start)
+
     def _dismiss_guests(self, waiting: Sequence[Branch]) -> None:
         """Let go of released branches that are back, unless one of ``waiting`` is still to be forked from them."""
         if not self._guests:
             return
         needed = {node for branch in waiting for node in self._incomplete(branch)}
-        needed |= {node.parent for node in needed if node.kv is None and node.parent is not None}
+        needed |= {above for node in needed if node.kv is None and (above := self._above(node)) is not None}
         for guest in [guest for guest in self._guests if guest.holders and guest not in needed]:
             self._drop_kv(guest)
 
@@ -362,17 +409,17 @@ class BranchPool:
     def _incomplete(self, branch: Branch) -> list[Branch]:
         """A branch and its ancestors, from the first one that lacks KV down."""
         nodes = [branch]
-        while nodes[-1].kv is None and (parent := nodes[-1].parent) is not None:
-            if parent.kv is None and parent.holders:
-                self._restore(parent)
-            if parent.kv is not None and parent.cached >= nodes[-1].start:
+        while nodes[-1].kv is None and (above := self._above(nodes[-1])) is not None:
+            if above.kv is None and above.holders:
+                self._restore(above)
+            if self._has_source(nodes[-1]):
                 break
-            nodes.append(parent)
+            nodes.append(above)
         return nodes[::-1]
 
     def _reads_unwritten_page(self, node: Branch, takes: dict[Branch, int]) -> bool:
         """Whether a branch would copy a page that its parent is to write in this very forward."""
-        return node.kv is None and node.parent in takes and node.start % self.pool.forest.page_size != 0
+        return node.kv is None and self._above(node) in takes and node.start % self.pool.forest.page_size != 0
 
     def _restore(self, node: Branch) -> None:
         """Take a released branch's KV back from a descendant that still reads it."""
@@ -392,9 +439,9 @@ class BranchPool:
         todo = list(takes)
         try:
             while todo:  # level by level of the tree: a branch is forked from a parent that has its slots
-                ready = [node for node in todo if node.kv is not None or _is_ready(node)]
+                ready = [node for node in todo if node.kv is not None or self._has_source(node)]
                 new = [node for node in ready if node.kv is None]
-                self._give_kv(new, [node.parent for node in new])
+                self._give_kv(new, [self._above(node) for node in new])
                 born += new
                 slots.append(self.pool.append([_kv(node) for node in ready], [takes[node] for node in ready]))
                 for node in ready:
@@ -427,6 +474,7 @@ class BranchPool:
         """Forward ``rows`` and ``takes``; the outputs of the rows and of ``places``."""
         branches, tokens, positions, counts = rows.kv, rows.tokens, rows.positions, None
         wanted = None
+        far = None if self._switch is None else positions >= self._switch
         if takes:
             ids: list[int] = []
             at: list[int] = []
@@ -439,6 +487,9 @@ class BranchPool:
             chosen = [*range(len(rows.kv)), *(offset[branch] + position for branch, position in places)]
             tokens, positions = torch.cat([tokens, torch.tensor(ids)]), torch.cat([positions, torch.tensor(at)])
             branches = torch.cat([branches, torch.tensor([_kv(node) for node in takes])])
+            if far is not None:
+                sides = torch.tensor([node.far for node in takes])
+                far = torch.cat([far, sides.repeat_interleave(torch.tensor(list(takes.values())))])
             if len(tokens) > len(branches):
                 counts = torch.cat([torch.ones_like(rows.kv), torch.tensor(list(takes.values()))])
             if chosen != list(range(len(tokens))):
@@ -447,7 +498,7 @@ class BranchPool:
             logits = graphs.logits(branches, tokens, positions, slots)
             if logits is not None:
                 return logits
-        return model(self.pool.batch(branches, counts, tokens, positions, slots), self.pool.kv, wanted)
+        return model(self.pool.batch(branches, counts, tokens, positions, slots, far=far), self.pool.kv, wanted)
 
     def _count(self, takes: dict[Branch, int], logit_rows: Sequence[tuple[Branch, int]]) -> None:
         """Enter a forward in the books; what the rows did is entered when their meters are settled."""
@@ -457,6 +508,8 @@ class BranchPool:
             again = max(0, min(end, node.reached) - begin)
             prompt = max(0, min(end, node.start + node.given) - begin - again)
             node.reached = max(node.reached, end)
+            if node.twin is not None:
+                node.twin.reached = max(node.twin.reached, node.reached)
             node.used = self._clock
             meter.recomputed += again
             meter.prompt += prompt
@@ -472,7 +525,7 @@ class BranchPool:
         First those that nobody builds on, the one used longest ago; then ancestors, whose KV descendants share but for
         pages that were not full.
         """
-        busy = {*branches, *takes, *(node.parent for node in takes if node.kv is None)}
+        busy = {*branches, *takes, *(self._above(node) for node in takes if node.kv is None)}
         busy |= {worker.branch for worker in self.workers}
         idle = [node for node in self._resident if node not in busy]
         if not idle:
@@ -492,8 +545,8 @@ class BranchPool:
             self._resident[node] = None
             if node.released:
                 self._guests.add(node)
-            if node.parent is not None:
-                node.parent.holders.add(node)
+            if (above := self._above(node)) is not None:
+                above.holders.add(node)
             self._resize(node, size)
 
     def _drop_kv(self, node: Branch) -> None:
@@ -517,17 +570,10 @@ class BranchPool:
             held = max(lower.cached, *(child.start for child in lower.holders), lower.start) - lower.start
             lower.meter.unique += held - lower.held
             lower.held = held
-            parent = lower.parent
-            if lower.kv is not None or lower.holders or parent is None:
+            if lower.kv is not None or lower.holders or (above := self._above(lower)) is None:
                 return
-            parent.holders.discard(lower)
-            lower = parent if parent.kv is None else None
-
-
-def _is_ready(node: Branch) -> bool:
-    """Whether a branch without KV can be forked from its parent now."""
-    parent = node.parent
-    return parent is None or (parent.kv is not None and parent.cached >= node.start)
+            above.holders.discard(lower)
+            lower = above if above.kv is None else None
 
 
 def _reached(branch: Branch, take: int) -> list[int]:

@@ -1,25 +1,35 @@
 """How long a text a model's rotary embedding allows, and the embeddings that must not see the company of a text.
 
-Two kinds of rotary scaling, ``"longrope"`` and ``"dynamic"``, choose the factors of a whole forward by the longest
-position in it, and so change the meaning of keys that were cached before. In a packed forward that would turn a short
-branch by the length of its neighbours. Up to the length that the model was first trained on the factors are constant:
-there its context ends, and no position beyond it reaches the choice.
+Two kinds of rotary scaling choose the factors of a whole forward by the longest position in it. In a packed forward
+that would turn a short branch by the length of its neighbours, and keys that were cached before change their meaning.
+
+``"longrope"`` has two sets of factors, for texts up to the length that the model was first trained on (`rotary_switch`)
+and for longer ones. Each row gets those of its own text, which its position says (`marked`). A text that grows beyond
+the switch is read again from its start, which is up to those who keep its keys: `KVPool.pack` and `BranchPool`.
+
+``"dynamic"`` has factors of their own for each length beyond the first one (`rotary_bound`): there the context ends.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
-__all__ = ["bound_rotary", "context_of", "rotary_bound"]
+__all__ = ["context_of", "follow_rotary", "marked", "rotary_bound", "rotary_switch", "switching_at"]
 
 _NO_LIMIT: Final = 2**17  # context of a model whose configuration names none
+_ORIGINAL: Final = "original_max_position_embeddings"
 _STRETCHED: Final = ("linear", "ntk", "yarn")
-_BOUND: Final = "_tts_bound"
-_BEYOND: Final = "_tts_beyond"
+_FAR: Final = 1 << 40  # what is added to the positions of a text beyond the switch
+_DYNAMIC: Final = "dynamic"
+_LONGROPE: Final = "longrope"
+_LENGTH: Final = "_tts_length"  # of a module: its bound or switch, and the attention that goes over a forest
+_GIVEN: Final = "_tts_given"  # the positions that it was given
 
 
 def context_of(config: Any) -> int:
@@ -35,67 +45,136 @@ def context_of(config: Any) -> int:
     if kind not in _STRETCHED:
         return length
     if kind == "yarn":
-        length = rope.get("original_max_position_embeddings") or length
+        length = rope.get(_ORIGINAL) or length
     return int(length * (rope.get("factor") or 1.0))
 
 
 def rotary_bound(model: Any) -> int | None:
-    """The length up to which every rotary embedding's factors are constant; None if they always are."""
-    return min((length for module in model.modules() for _, length in _bounds(module)), default=None)
+    """The length of texts beyond which a rotary embedding has other factors for each; None if there is none."""
+    return min(_lengths(model, _DYNAMIC), default=None)
 
 
-def bound_rotary(model: Any, attention: str) -> None:
-    """Keep positions beyond `rotary_bound` from the choice of factors, and warn that the context ends there.
+def rotary_switch(model: Any) -> int | None:
+    """The length of texts beyond which a rotary embedding has its second set of factors; None if it has only one.
 
-    Positions beyond it give NaN. Nothing changes for a model while its attention is another than ``attention``, nor
-    when this is called again.
+    Raises
+    ------
+    ValueError
+        If there are several such lengths.
     """
-    bound = rotary_bound(model)
-    if bound is None:
-        return
+    switches = _lengths(model, _LONGROPE)
+    if len(switches) > 1:
+        raise ValueError(f"expected rotary embeddings that switch at one length, got {sorted(switches)}")
+    return min(switches, default=None)
+
+
+def marked(positions: Tensor, far: Tensor) -> Tensor:
+    """Positions [T] that say which rows are of texts beyond the switch (``far`` [T] bool)."""
+    return positions + _FAR * far
+
+
+def follow_rotary(model: Any, attention: str) -> None:
+    """Have rotary embeddings turn each row as its text alone would be, and warn where that ends the context.
+
+    Positions beyond a bound give NaN. Nothing changes for a model while its attention is another than ``attention``,
+    nor when this is called again.
+    """
+    switch, bound = rotary_switch(model), rotary_bound(model)
     for module in model.modules():
-        if any(True for _ in _bounds(module)) and not hasattr(module, _BOUND):
-            setattr(module, _BOUND, (bound, attention))
-            module.register_forward_pre_hook(_hide_beyond, with_kwargs=True)
-            module.register_forward_hook(_blank_beyond)
-    kinds = sorted({kind for module in model.modules() for kind, _ in _bounds(module)})
-    warnings.warn(
-        f"{type(model).__name__}: rope type {', '.join(kinds)} turns all tokens of a text by its length once that is "
-        f"beyond {bound} tokens, which a forest of texts of many lengths cannot follow: the context ends there",
-        stacklevel=2,
-    )
+        kinds = {kind for _, kind, _ in _scalings(module)}
+        if len(kinds) > 1:
+            raise ValueError("expected rotary embeddings with one kind of scaling by length, got longrope and dynamic")
+        if not kinds or hasattr(module, _LENGTH):
+            continue
+        long = _LONGROPE in kinds
+        setattr(module, _LENGTH, (switch if long else bound, attention))
+        module.register_forward_pre_hook(_hide_beyond, with_kwargs=True)
+        module.register_forward_hook(_turn_far if long else _blank_beyond, with_kwargs=True)
+    if bound is not None:
+        warnings.warn(
+            f"{type(model).__name__}: rope type {_DYNAMIC} turns all tokens of a text by its length once that is "
+            f"beyond {bound} tokens, which keys in a cache cannot follow: the context ends there",
+            stacklevel=2,
+        )
 
 
-def _bounds(module: Any) -> Iterator[tuple[str, int]]:
-    """Kind and bound of a rotary module's scalings that look at the length of a text."""
+@contextmanager
+def switching_at(model: Any, length: int | None) -> Iterator[None]:
+    """Have a model switch at another length (None: at its own), so that a test of it needs no long texts."""
+    before = rotary_switch(model)
+    if length is not None:
+        _set_switch(model, length)
+    try:
+        yield
+    finally:
+        if before is not None:
+            _set_switch(model, before)
+
+
+def _set_switch(model: Any, length: int) -> None:
+    for module in model.modules():
+        for rope, kind, _ in _scalings(module):
+            if kind == _LONGROPE:
+                rope[_ORIGINAL] = length
+                if hasattr(module.config, _ORIGINAL):  # where it stands in both places, this one has priority
+                    setattr(module.config, _ORIGINAL, length)
+                if hasattr(module, _LENGTH):
+                    setattr(module, _LENGTH, (length, getattr(module, _LENGTH)[1]))
+
+
+def _lengths(model: Any, wanted: str) -> set[int]:
+    return {length for module in model.modules() for _, kind, length in _scalings(module) if kind == wanted}
+
+
+def _scalings(module: Any) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """Parameters, kind and first length of a rotary module's scalings that look at the length of a text."""
     kinds = getattr(module, "rope_type", None)
     config = getattr(module, "config", None)
     if kinds is None or config is None:
         return
     for layer, kind in kinds.items() if isinstance(kinds, Mapping) else [(None, kinds)]:
         rope = config.rope_parameters if layer is None else config.rope_parameters[layer]
-        if kind == "longrope":
-            original = rope.get("original_max_position_embeddings")
-            yield kind, original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-        elif "dynamic" in kind:
-            yield kind, config.max_position_embeddings
+        if kind == _LONGROPE:
+            yield rope, kind, rope.get(_ORIGINAL) or getattr(config, _ORIGINAL, config.max_position_embeddings)
+        elif _DYNAMIC in kind:
+            yield rope, _DYNAMIC, config.max_position_embeddings
 
 
 def _hide_beyond(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    bound, attention = getattr(module, _BOUND)
+    """Before the embedding: no position beyond its length reaches the choice of factors."""
+    length, attention = getattr(module, _LENGTH)
     positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-    setattr(module, _BEYOND, None)
-    if positions is None or module.config._attn_implementation != attention:
-        return None
-    setattr(module, _BEYOND, positions >= bound)
-    kept = positions.clamp(max=bound - 1)
-    if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": kept}
-    return (args[0], kept, *args[2:]), kwargs
+    if module.config._attn_implementation != attention:
+        positions = None
+    setattr(module, _GIVEN, positions)
+    return None if positions is None else _with_positions(args, kwargs, positions.clamp(max=length - 1))
 
 
-def _blank_beyond(module: Any, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG001
-    beyond = getattr(module, _BEYOND)
-    if beyond is None:
+def _turn_far(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Behind it: rows of long texts turned once more, in the company of a position beyond the switch."""
+    positions, (switch, _) = getattr(module, _GIVEN), getattr(module, _LENGTH)
+    if positions is None:
         return output
-    return tuple(part.masked_fill(beyond[..., None], torch.nan) for part in output)
+    far = positions >= _FAR
+    places = torch.where(far, positions - _FAR, 0)
+    beyond = places.new_full((*places.shape[:-1], 1), switch)
+    args, kwargs = _with_positions(args, kwargs, torch.cat([places, beyond], dim=-1))
+    turned = module.forward(*args, **kwargs)
+    return tuple(
+        torch.where(far[..., None], long[..., :-1, :], short) for short, long in zip(output, turned, strict=True)
+    )
+
+
+def _blank_beyond(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
+    """Behind it: NaN for those positions."""
+    positions, (bound, _) = getattr(module, _GIVEN), getattr(module, _LENGTH)
+    if positions is None:
+        return output
+    return tuple(part.masked_fill((positions >= bound)[..., None], torch.nan) for part in output)
+
+
+def _with_positions(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> Any:
+    """The arguments with other positions."""
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": positions}
+    return (args[0], positions, *args[2:]), kwargs

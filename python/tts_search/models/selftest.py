@@ -5,20 +5,24 @@ configuration. So before a decoder is used, two texts that part behind a common 
 of a search do (a beginning, a part of each branch, one more token of each; beside a stranger at the end of the context)
 and through the model with its own eager attention, whole and alone. A decoder that differs by more than rounding is
 refused.
+
+Rotary factors that change with the length of a text (`DecoderShape.switch`) change between the two texts' lengths here,
+so the longer one is read again in the middle; thousands of tokens would be too dear.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from tts_search.models.decoder import Batch, Decoder, KVPool
+from tts_search.models.rotary import rotary_switch, switching_at
 from tts_search.models.transformers import TransformersDecoder, body_of
 
 __all__ = ["QUANTISED", "Answers", "check_decoder", "eager_answers"]
@@ -48,12 +52,15 @@ class Answers:
         Final hidden states [n, H] of each text, float32.
     logits : Tensor or None
         Logits [1, V] of the longer text's last token, if the model has a head.
+    switch : int or None
+        The length at which rotary factors changed for these answers, if the model's do.
     """
 
     texts: tuple[list[int], list[int]]
     common: int
     hidden: tuple[Tensor, Tensor]
     logits: Tensor | None
+    switch: int | None = None
 
 
 @torch.inference_mode()
@@ -66,12 +73,15 @@ def eager_answers(model: Any, max_length: int) -> Answers:
         If it says nothing of a text alone.
     """
     common, texts = _texts(model, max_length)
-    with _eager(model):
+    switch = rotary_switch(model)
+    if switch is not None:
+        switch = sum(map(len, texts)) // 2 if switch < max_length else None
+    with _eager(model), switching_at(model, switch):
         ids = [torch.tensor([text], device=model.device) for text in texts]
         short, long = (body_of(model)(input_ids=each, use_cache=False).last_hidden_state[0].float() for each in ids)
         has_head = model.get_output_embeddings() is not None
         logits = model(input_ids=ids[1], use_cache=False).logits[0, -1:].float() if has_head else None
-    return Answers((texts[0], texts[1]), common, (short, long), logits)
+    return Answers((texts[0], texts[1]), common, (short, long), logits, switch)
 
 
 @torch.inference_mode()
@@ -87,11 +97,14 @@ def check_decoder(decoder: Decoder, expected: Answers, allowed: float | None = N
         If it differs by more than rounding; the message says by how much.
     """
     if isinstance(decoder, TransformersDecoder):
-        decoder.pretended = max(0, decoder.shape.max_length - _LONGEST)
+        shape = decoder.shape
+        decoder.pretended = max(0, shape.max_length - _LONGEST)
+        decoder.shape = replace(shape, switch=expected.switch)
         try:
-            _walk(decoder, expected, allowed)
+            with switching_at(decoder.model, expected.switch):
+                _walk(decoder, expected, allowed)
         finally:
-            decoder.pretended = 0
+            decoder.pretended, decoder.shape = 0, shape
     else:
         _walk(decoder, expected, allowed)
 
@@ -103,12 +116,13 @@ def _walk(decoder: Decoder, expected: Answers, allowed: float | None) -> None:
     root = pool.forest.add_root()
     first = decoder.hidden(pool.pack([root], [short[:start]]), pool.kv)
     branches = pool.forest.fork([root, root])
-    middle = decoder.hidden(_with_stranger(pool, branches, [short[start:-1], long[start:-1]]), pool.kv)
+    new = pool.renewed(branches, [short[start:-1], long[start:-1]])
+    rows = decoder.hidden(_with_stranger(pool, branches, new), pool.kv)
+    middle = torch.split(rows, [*map(len, new), 2])
     last = decoder.hidden(pool.pack(branches, [short[-1:], long[-1:]]), pool.kv)
-    cut = ends[0] - 1 - start
-    parts = [
-        torch.cat([first, middle[:cut], last[:1]]),
-        torch.cat([first, middle[cut : cut + ends[1] - 1 - start], last[1:]]),
+    parts = [  # of a text that was read again, everything from then on
+        torch.cat([first[: end - 1 - len(read)], read, row[None]])
+        for end, read, row in zip(ends, middle, last, strict=False)
     ]
     for got, want in zip(parts, expected.hidden, strict=True):
         _compare("hidden states", got, want, decoder.dtype, allowed)
@@ -137,15 +151,13 @@ def _texts(model: Any, max_length: int) -> tuple[int, list[list[int]]]:
     return common, [[*long[:common], *other], long]
 
 
-def _with_stranger(pool: KVPool, branches: list[int], tokens: list[list[int]]) -> Batch:
+def _with_stranger(pool: KVPool, branches: list[int], tokens: Sequence[Sequence[int]]) -> Batch:
     """A packed forward beside two tokens that stand at the end of the longest text that the model takes."""
-    stranger = pool.forest.add_root()
-    counts = [*map(len, tokens), 2]
-    slots = pool.append([*branches, stranger], counts)
-    ends = [*map(pool.forest.length, branches), pool.shape.max_length]
-    positions = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
-    ids = [*tokens[0], *tokens[1], *tokens[0][:1], *tokens[1][:1]]
-    return pool.batch([*branches, stranger], counts, ids, positions, slots)
+    batch = pool.pack([*branches, pool.forest.add_root()], [*tokens, [*tokens[0][:1], *tokens[1][:1]]])
+    ends = torch.arange(pool.shape.max_length - 2, pool.shape.max_length, device=pool.device)
+    positions = torch.cat([batch.positions[:-2], ends])
+    far = None if batch.far is None else torch.cat([batch.far[:-2], torch.ones_like(ends, dtype=torch.bool)])
+    return replace(batch, positions=positions, far=far)
 
 
 @contextmanager

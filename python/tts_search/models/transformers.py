@@ -23,7 +23,7 @@ from tts_search.models.decoder import Batch, DecoderShape
 from tts_search.models.formats.gguf import gguf_config, is_gguf
 from tts_search.models.formats.gguf_header import read_header
 from tts_search.models.formats.gguf_tokenizer import end_tokens, gguf_tokenizer
-from tts_search.models.rotary import bound_rotary, context_of, rotary_bound
+from tts_search.models.rotary import context_of, follow_rotary, marked, rotary_bound, rotary_switch
 
 try:
     import transformers
@@ -41,7 +41,7 @@ NOT_PLUGGABLE: Final = "its attention does not go through transformers' Attentio
 # TRL's wrapper of a model with a value head may have been saved with its own name in front of the model's.
 _RENAMED: Final = {r"^pretrained_model\.": ""}
 # Keyword arguments of an attention function that change its result in a way that tree_attention cannot follow.
-_UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+_UNSUPPORTED: Final = ("sinks", "position_bias", "indices", "block_indices")
 
 
 def register() -> None:
@@ -85,9 +85,10 @@ class ForestCache(Cache):  # type: ignore[misc]
         """Keyword arguments of a model's forward that run ``batch``."""
         self._slots = batch.slots
         self.appended = self.attended = 0
+        positions = batch.positions if batch.far is None else marked(batch.positions, batch.far)
         return {
             "input_ids": batch.tokens[None],
-            "position_ids": batch.positions[None],
+            "position_ids": positions[None],
             "past_key_values": self,
             "use_cache": True,
             "plan": batch.plan,
@@ -185,11 +186,15 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     plan: tk.AttentionPlan | None = None,
     forest_cache: ForestCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """tree_attention of query [1, Hq, T, D] over the pages that `ForestCache.update` returned -> [1, T, Hq, D]."""
+    """tree_attention of query [1, Hq, T, D] over the pages that `ForestCache.update` returned -> [1, T, Hq, D].
+
+    ``s_aux`` [Hq] are the attention sinks of GPT-OSS and its like.
+    """
     if plan is None or forest_cache is None:
         raise RuntimeError(
             f'attn_implementation="{ATTENTION}" runs as model(**cache.inputs(batch)) with a ForestCache; '
@@ -205,7 +210,14 @@ def _attention(
         raise ValueError(f"{type(module).__name__}: attention with {', '.join(unsupported)} is not supported")
     forest_cache.attended += 1
     out = tk.tree_attention(
-        query[0].transpose(0, 1), key, value, plan, scale=scaling, softcap=softcap or 0.0, window=mask.window
+        query[0].transpose(0, 1),
+        key,
+        value,
+        plan,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        window=mask.window,
+        sinks=None if s_aux is None else s_aux.float().contiguous(),
     )
     return out[None], None
 
@@ -235,7 +247,7 @@ class TransformersDecoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.pretended = 0
-        bound_rotary(model, ATTENTION)
+        follow_rotary(model, ATTENTION)
         self.shape = model_shape(model)
         self.device = torch.device(model.device)
         self.dtype: torch.dtype = model.dtype
@@ -345,16 +357,18 @@ def model_shape(model: PreTrainedModel) -> DecoderShape:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     shared = head is not None and head.weight is embedding.weight
     total = _active_parameters(model, config)
-    bound = rotary_bound(model)
+    bound, switch = rotary_bound(model), rotary_switch(model)
+    max_length = context_of(config) if bound is None else bound
     head_parameters = 0 if head is None else head.weight.numel()
     return DecoderShape(
         num_layers=config.num_hidden_layers,
         num_q_heads=num_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        max_length=context_of(config) if bound is None else bound,
+        max_length=max_length,
         body_parameters=total - embedding.weight.numel() - (0 if shared else head_parameters),
         head_parameters=head_parameters,
+        switch=switch if switch is not None and switch < max_length else None,
     )
 
 

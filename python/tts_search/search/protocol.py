@@ -275,7 +275,8 @@ class Usage:
     peak_logical_kv_tokens : int
         Most that would have been without sharing: the sum of the lengths of the live branches.
     recomputed_tokens : int
-        Tokens forwarded again because their KV cache had to be given up for lack of memory.
+        Tokens forwarded again because their KV cache had to be given up: for lack of memory, or because the branch
+        became longer than the length up to which a ``longrope`` model has its first rotary factors.
     waves : int
         Times that a step gave its KV cache up because memory was full, and waited.
     """
