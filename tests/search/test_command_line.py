@@ -307,3 +307,84 @@ def test_a_reader_that_goes_away(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_the_test_while_loading_can_be_switched_off(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("tts_search.models.loading.check_decoder", lambda *arguments: asked.append(arguments))
+    assert run(*SOLVE, "--n", "1", "--method", "best_of_n", "--no-self-test")[0] == 0
+    assert run(*EVAL, "--verifier", VERIFIER, "--no-self-test")[0] == 0
+    assert not asked
+    assert run(*SOLVE, "--n", "1", "--method", "best_of_n")[0] == 0
+    assert len(asked) == 2
+
+
+def on_a_small_disk(folder: Path, script: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in whose namespace the folder ``disk`` is one of 64 KiB; skip where that is not allowed."""
+    (folder / "disk").mkdir()
+    trial = ["unshare", "--user", "--map-root-user", "--mount"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(
+            [*trial, "mount", "-t", "tmpfs", "tmpfs", str(folder / "disk")], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("no mounts in a namespace on this machine")
+    return subprocess.run(
+        [*trial, "sh", "-ec", script, "sh", *command], cwd=folder, capture_output=True, text=True, check=True
+    )
+
+
+FULL = """
+mount -t tmpfs -o size=64k tmpfs disk
+head -c 36000 /dev/zero > disk/ballast
+status=0; "$@" 2> said > out || status=$?
+echo $status > status
+cp -r disk/out after
+rm disk/ballast
+status=0; "$@" 2>> said_again > out || status=$?
+echo $status > status_again
+cp -r disk/out again
+"""
+READ_ONLY = """
+mount -t tmpfs -o size=64k tmpfs disk
+mkdir disk/out
+mount -o remount,ro disk
+status=0; "$@" 2> said > out || status=$?
+echo $status > status
+cp -r disk/out after
+"""
+
+
+def eval_on_disk(folder: Path) -> list[str]:
+    problems = "".join(json.dumps({"problem": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(30))
+    (folder / "data.jsonl").write_text(problems)
+    program = "from tts_search.cli.main import main; main()"
+    options = ["--policy", POLICY, "--n", "1", "--n", "2", "--out", "disk/out", "--no-self-test"]
+    return [sys.executable, "-c", program, "eval", "data.jsonl", *options]
+
+
+@pytest.mark.slow
+def test_a_disk_that_gets_full_in_mid_run(tmp_path):
+    """One line, whole records; with room again the same command goes on."""
+    on_a_small_disk(tmp_path, FULL, *eval_on_disk(tmp_path))
+    check_line(int((tmp_path / "status").read_text()), (tmp_path / "said").read_text(), "No space left on device")
+    text = (tmp_path / "after" / "results.jsonl").read_bytes()
+    before = read_records(tmp_path / "after" / "results.jsonl")
+    assert text.endswith(b"\n")
+    assert 0 < len(before) == text.count(b"\n") < 60
+    assert (tmp_path / "status_again").read_text() == "0\n"
+    after = read_records(tmp_path / "again" / "results.jsonl")
+    assert after[: len(before)] == before
+    assert len({record.key for record in after}) == len(after) == 60
+
+
+@pytest.mark.slow
+def test_a_disk_that_cannot_be_written(tmp_path):
+    on_a_small_disk(tmp_path, READ_ONLY, *eval_on_disk(tmp_path))
+    check_line(
+        int((tmp_path / "status").read_text()),
+        (tmp_path / "said").read_text(),
+        "--out: expected a folder that can be written",
+    )
+    assert list((tmp_path / "after").iterdir()) == []

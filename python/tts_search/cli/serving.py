@@ -18,6 +18,7 @@ from tts_search.cli.commands import (
     Memory,
     PolicyPath,
     Quantize,
+    SelfTest,
     SystemPrompt,
     VerifierPath,
     app,
@@ -56,6 +57,7 @@ def serve(
     device: Device = None,
     kv_memory: Memory = None,
     quantize: Quantize = None,
+    self_test: SelfTest = True,
 ) -> None:
     """Serve the models over HTTP, as OpenAI's API, as a process reward model and as a search, with a page to watch."""
     for module in ("fastapi", "uvicorn", "prometheus_client"):
@@ -80,7 +82,8 @@ def serve(
         timeout_s=timeout,
         allow_chat_template=allow_chat_template,
     )
-    models = load_checkpoints(policy, verifier, system_prompt, format, dtype, device, kv_memory, quantize)
+    options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
+    models = load_checkpoints(policy, verifier, *options)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{settings.names[0]} at {where}: OpenAI's API under /v1, a page at /", file=sys.stderr)
     if not keys:
