@@ -320,7 +320,7 @@ def test_the_test_while_loading_can_be_switched_off(run, monkeypatch):
 
 
 def on_a_small_disk(folder: Path, script: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script in whose namespace the folder ``disk`` is one of 64 KiB; skip where that is not allowed."""
+    """Run a shell script that may mount the folder ``disk``, in a namespace of its own; skip where none may be."""
     (folder / "disk").mkdir()
     trial = ["unshare", "--user", "--map-root-user", "--mount"]
     if (
@@ -336,8 +336,8 @@ def on_a_small_disk(folder: Path, script: str, *command: str) -> subprocess.Comp
 
 
 FULL = """
-mount -t tmpfs -o size=64k tmpfs disk
-head -c 36000 /dev/zero > disk/ballast
+mount -t tmpfs -o size=1m tmpfs disk
+head -c 1015000 /dev/zero > disk/ballast
 status=0; "$@" 2> said > out || status=$?
 echo $status > status
 cp -r disk/out after
