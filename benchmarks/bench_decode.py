@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a checkpoint; by default random weights of SmolLM2's shape")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--decoder", nargs="+", default=["lean"], choices=["lean", "transformers"])
+    parser.add_argument("--quantize", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="lean only")
     parser.add_argument("--branches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--prefix", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
@@ -179,14 +180,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = options.checkpoint or checkpoint_of_shape(scratch, options.dtype)
         policies = {
-            kind: HFPolicy(path, dtype=options.dtype, kv_memory="16MiB", decoder=kind) for kind in options.decoder
+            kind if bits == "none" else f"{kind}, {bits}": HFPolicy(
+                path, dtype=options.dtype, kv_memory="16MiB", decoder=kind, quantize=None if bits == "none" else bits
+            )
+            for kind in options.decoder
+            for bits in options.quantize
         }
-        decoder = policies[options.decoder[0]].decoder
+        decoder = next(iter(policies.values())).decoder
         model = AutoModelForCausalLM.from_pretrained(path, dtype=decoder.dtype) if options.baseline else None
     for policy in policies.values():
         policy._eos = frozenset()  # every branch runs to its limit
     cases = [Case(branches, prefix) for branches in options.branches for prefix in options.prefix]
-    times = {(case, kind): Times([], []) for case in cases for kind in (*options.decoder, "SDPA")}
+    times = {(case, kind): Times([], []) for case in cases for kind in (*policies, "SDPA")}
     for _ in range(options.repeats):
         for case in cases:
             for kind, policy in policies.items():
@@ -201,7 +206,7 @@ def main() -> None:
     rows = []
     for case in cases:
         bound = bound_ms(decoder, case, options.tokens, read_rate, gemm_rate)
-        for kind in options.decoder:
+        for kind in policies:
             rows.append(times[case, kind].row(case, f"tts_search, {kind}", bound))
         if model is not None:
             rows.append(times[case, "SDPA"].row(case, "transformers, SDPA", bound))

@@ -5,12 +5,13 @@
 
 A neighbour is a process of full weight in a session of its own. With T threads on T cores and K neighbours a step can
 take (T + K) / T times as long, no less: that is the bound of the ratio. Each case runs `bench_decode.py` in a process
-of its own. With several ``--levels`` each runs at each of these instruction sets, in turn.
+of its own, in turn: each of ``--neighbours`` at each of ``--levels`` (instruction sets) on each of ``--weights``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -40,12 +41,12 @@ def neighbours(number: int) -> Iterator[None]:
             process.wait()
 
 
-def steps(options: argparse.Namespace, level: str) -> dict[str, float]:
+def steps(options: argparse.Namespace, level: str, weights: str) -> dict[str, float]:
     """Median milliseconds of a step, by number of branches."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, str(HERE / "bench_decode.py"), "--json", str(out), "--repeats", "1"]
-        command += ["--prefix", str(options.prefix), "--branches", *map(str, options.branches)]
+        command += ["--prefix", str(options.prefix), "--branches", *map(str, options.branches), "--quantize", weights]
         command += ["--checkpoint", options.checkpoint] if options.checkpoint else []
         subprocess.run(command, env={**os.environ, "TTS_KERNELS_CPU_ISA": level}, check=True, capture_output=True)
         return {str(row["branches"]): row["step_ms"] for row in json.loads(out.read_text())["rows"]}
@@ -59,21 +60,22 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=512)
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--levels", nargs="+", default=[tk.backend_info().cpu_isa])
+    parser.add_argument("--weights", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="quantised")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--record", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
 
-    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    cases = list(itertools.product(options.neighbours, options.levels, options.weights))
+    found: dict[tuple[int, str, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(options.repeats):
-        for number in options.neighbours:
-            for level in options.levels:
-                with neighbours(number):
-                    found.setdefault((number, level), []).append(steps(options, level))
+        for number, level, weights in cases:
+            with neighbours(number):
+                found[number, level, weights].append(steps(options, level, weights))
     table: dict[str, dict[str, str | int | float]] = {}
-    for (number, level), runs in found.items():
-        row: dict[str, str | int | float] = {"neighbours": number, "level": level}
+    for (number, level, weights), runs in found.items():
+        row: dict[str, str | int | float] = {"neighbours": number, "level": level, "weights": weights}
         row |= {f"N={n}, ms": round(statistics.median(run[n] for run in runs), 1) for n in runs[0]}
-        table[f"{number} beside, {level}"] = row
+        table[f"{number} beside, {level}, {weights}"] = row
         print(row)
     if options.record:
         record.write(
