@@ -148,7 +148,7 @@ def test_shell(page: Path) -> None:
 def check_options(arguments: list[str], where: str) -> None:
     """Every option of a call of tts-search is one that its command has."""
     import typer
-    from tts_search.cli.commands import app
+    from tts_search.cli.serving import app
 
     command = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
     known = {name for parameter in command.params for name in parameter.opts}

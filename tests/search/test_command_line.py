@@ -260,10 +260,10 @@ def test_help_and_version(run, option):
     assert ("tts-search 0." in out) == (option == "--version")
 
 
-@pytest.mark.parametrize("command", ["demo", "solve", "eval", "report", "study"])
+@pytest.mark.parametrize("command", ["demo", "solve", "eval", "report", "study", "serve"])
 def test_every_command_has_an_example_that_its_options_allow(run, command):
     import typer
-    from tts_search.cli.commands import app
+    from tts_search.cli.serving import app
 
     status, out, _ = run(command, "--help")
     assert status == 0
