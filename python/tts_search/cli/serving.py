@@ -35,7 +35,7 @@ def serve(
     policy: PolicyPath,
     verifier: VerifierPath = None,
     host: Annotated[str, Option(help="Address to listen at; by default only this machine can reach it.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    port: Annotated[int, Option(min=1, max=65535)] = 8000,
     api_key_file: Annotated[
         Path | None, Option(help="File with the keys of those who may use the models, one a line.", dir_okay=False)
     ] = None,
