@@ -43,6 +43,7 @@ def search_iter(
     progress: bool = True,
     max_in_flight: int | None = None,
     max_rows: int | None = None,
+    prefix_cache: bool = True,
 ) -> Iterator[Outcome]:
     """Search many problems; yield (index, result) as they finish, in any order.
 
@@ -71,6 +72,9 @@ def search_iter(
     max_rows : int or None
         There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default. More rows
         make larger batches and need more memory.
+    prefix_cache : bool
+        Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
+        text begins with.
 
     Raises
     ------
@@ -88,6 +92,7 @@ def search_iter(
         progress=progress,
         max_in_flight=max_in_flight,
         max_rows=max_rows,
+        prefix_cache=prefix_cache,
     )
 
 
@@ -99,6 +104,7 @@ class EngineOptions(TypedDict, total=False):
     progress: bool
     max_in_flight: int | None
     max_rows: int | None
+    prefix_cache: bool
 
 
 def asearch_iter(
@@ -144,7 +150,7 @@ def _outcomes(
     extract_answer: Callable[[str], str | None] = boxed,
     equal: Equality | None = None,
     progress: bool = True,
-    **bounds: Any,
+    **engine: Any,
 ) -> Iterator[Outcome]:
     """The outcomes of `search_iter`, or of those problems that end before it is `stopped`."""
     if isinstance(problems, str):
@@ -152,7 +158,7 @@ def _outcomes(
     for own in [config] if isinstance(config, SearchConfig) else _configs_of(config):
         if verifier is None and own.needs_verifier:
             raise SearchError(f"verifier: {own.method} needs one, got None; only best_of_n works without")
-    scheduler = Scheduler(policy, verifier, extract_answer, equal or default_equality(), **bounds)
+    scheduler = Scheduler(policy, verifier, extract_answer, equal or default_equality(), **engine)
 
     def searched(problems: Iterable[str], config: SearchConfig) -> Iterator[Outcome]:
         total = len(problems) if isinstance(problems, Sized) else None

@@ -232,6 +232,7 @@ class TestEngine:
                 engine.generate(request(tokens=())).result(60)
             assert engine.generate(request()).result(60)
             assert engine.num_streams == 0
+        policy.prefix_cache = False
         assert policy._pool.pool.forest.stats().unique_tokens == 0
 
     def test_only_local_models_generate(self):

@@ -56,6 +56,7 @@ def test_a_search_is_the_same_in_a_pool_far_too_small(paths: tuple[str, str], na
     small = search(PROBLEMS, small_policy, small_verifier, config, progress=False)
     assert_same(small, large)
     for each in (policy, verifier, small_policy, small_verifier):
+        each.prefix_cache = False
         assert each._pool.pool.forest.stats().branches == 0
     assert sum(result.stats.recomputed_tokens + result.stats.waves for result in small) > 0
     assert sum(result.stats.recomputed_tokens + result.stats.waves for result in large) == 0

@@ -54,6 +54,9 @@ class Engine:
         Problems are begun while fewer steps than that run or wait, 1024 by default; later ones wait for their turn.
     max_in_flight : int or None
         The most problems that are searched side by side, whatever room there is.
+    prefix_cache : bool
+        Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
+        text begins with.
 
     Raises
     ------
@@ -79,10 +82,17 @@ class Engine:
         equal: Equality | None = None,
         max_rows: int | None = None,
         max_in_flight: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         equal = equal or default_equality()
         self._scheduler = Scheduler(
-            policy, verifier, extract_answer, equal, max_rows=max_rows, max_in_flight=max_in_flight
+            policy,
+            verifier,
+            extract_answer,
+            equal,
+            max_rows=max_rows,
+            max_in_flight=max_in_flight,
+            prefix_cache=prefix_cache,
         )
         self._numbers = itertools.count()
         self._waiting: deque[Handle[Any, Any]] = deque()  # not begun; with `_begun` and the scheduler the thread's own

@@ -90,10 +90,11 @@ class Scheduler:
     equal : callable
         Whether two answers mean the same.
     max_rows : int or None
-        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default. A policy
-        that has such a bound itself (an attribute `max_rows`) gets it.
+        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default.
     max_in_flight : int or None
         And while fewer problems than that are in flight.
+    prefix_cache : bool
+        Whether models find what they read before. This and `max_rows` are set at drivers that have them.
 
     Raises
     ------
@@ -115,12 +116,16 @@ class Scheduler:
         *,
         max_rows: int | None = None,
         max_in_flight: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         _check(max_rows=max_rows, max_in_flight=max_in_flight)
         self.max_rows = max_rows or MAX_ROWS
         self.max_in_flight = max_in_flight
-        if hasattr(policy, "max_rows"):
-            policy.max_rows = self.max_rows
+        options = {"max_rows": self.max_rows, "prefix_cache": prefix_cache}
+        for driver in (policy, verifier):
+            for name, value in options.items():
+                if hasattr(driver, name):
+                    setattr(driver, name, value)
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
         self.extract_answer = extract_answer

@@ -20,6 +20,8 @@ class Meter:
         Tokens forwarded: of the prompt, others, and both kinds again. Their sum is all that was forwarded.
     keys, logit_rows : int
         Pairs of a token forwarded and a key that it sees; rows that got logits.
+    cached : int
+        Tokens that were found in the prefix cache, and not forwarded for this problem.
     waves : int
         As in :class:`~tts_search.Usage`.
     running, running_cached : int
@@ -35,6 +37,7 @@ class Meter:
     recomputed: int = 0
     keys: int = 0
     logit_rows: int = 0
+    cached: int = 0
     waves: int = 0
     running: int = 0
     running_cached: int = 0
@@ -77,4 +80,5 @@ class Meter:
             peak_logical_kv_tokens=self.peak_logical,
             recomputed_tokens=self.recomputed,
             waves=self.waves,
+            cached_tokens=self.cached,
         )

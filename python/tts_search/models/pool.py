@@ -22,6 +22,7 @@ import tts_kernels as tk
 from tts_search.models.decoder import Batch, KVPool
 from tts_search.models.device import upload
 from tts_search.models.meter import Meter
+from tts_search.models.prefix import PrefixCache
 
 if TYPE_CHECKING:
     from tts_search.models.graphs import DecodeGraphs
@@ -62,6 +63,8 @@ class Branch:
         Whether its KV is that of a text beyond the decoder's switch.
     twin : Branch or None
         The same tokens with KV of the other kind, for descendants of that kind.
+    sought : bool
+        The prefix cache was asked for it since it has no KV.
     """
 
     meter: Meter
@@ -79,6 +82,7 @@ class Branch:
     used: int = 0
     far: bool = False
     twin: Branch | None = field(default=None, repr=False)
+    sought: bool = False
 
     def __post_init__(self) -> None:
         self.reached = self.start
@@ -198,6 +202,9 @@ class BranchPool:
         Those whose branches have work; nobody takes the KV of these.
     full : bool
         Set by who found no room; unset as soon as any KV is given back.
+    prefix_cache : bool
+        Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again. Never of
+        a decoder with a switch.
     """
 
     def __init__(self, pool: KVPool, max_tokens: int = MAX_FORWARD_TOKENS, graphs: DecodeGraphs | None = None) -> None:
@@ -209,8 +216,23 @@ class BranchPool:
         self._switch = pool.shape.switch
         self._resident: dict[Branch, None] = {}
         self._guests: set[Branch] = set()  # released ones that are back so that descendants can be forked from them
+        self._cache: PrefixCache | None = None
         self._clock = 0
         self._ticks = 0  # forwards with rows
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether KV that is released stays until its room is wanted."""
+        return self._cache is not None
+
+    @prefix_cache.setter
+    def prefix_cache(self, wanted: bool) -> None:
+        wanted = wanted and self._switch is None  # else equal tokens may have KV of two kinds
+        if wanted == self.prefix_cache:
+            return
+        if self._cache is not None:
+            self._make_free(self.pool.forest.stats().pages_total)
+        self._cache = PrefixCache() if wanted else None
 
     def forward(
         self,
@@ -241,13 +263,17 @@ class BranchPool:
         self._clock += 1
         for branch in branches if self._switch is not None else ():
             self._take_side(branch)
+        if self._cache is not None:
+            for branch in branches:
+                self._seek(branch, self._cache)
         while True:
             takes = self._choose(branches, max(1, self.max_tokens - len(rows.kv)))
             try:
                 slots = self._place(takes, rows)
                 break
             except tk.OutOfPages:
-                if not self._evict(branches, takes):
+                pages = len(rows.kv) + sum(1 + take // self.pool.forest.page_size for take in takes.values())
+                if not (self._make_free(pages) or self._evict(branches, takes)):
                     raise
         try:
             done = [branch for branch in branches if not branch.pending]
@@ -262,6 +288,9 @@ class BranchPool:
         self._ticks += len(rows.kv) > 0
         self._count(takes, places if head else [])
         self._dismiss_guests([branch for branch in branches if branch.pending])
+        for branch in done:
+            if branch.given and branch.parent is None:
+                self._share(branch)
         return Forwarded(outputs, places, done)
 
     def run(self, branches: Sequence[Branch]) -> list[int]:
@@ -300,7 +329,12 @@ class BranchPool:
         """Nobody asks for these branches any more; descendants keep what they read."""
         for branch in branches:
             branch.released = True
-            self._drop_kv(branch)
+            if self._cache is None or branch.kv is None:
+                self._drop_kv(branch)
+            elif self._cache.put(branch.path()[: branch.cached], branch.kv):
+                self._forget_kv(branch)
+            else:
+                self._drop_kv(branch)
 
     def leave(self, worker: Worker, *, keep: bool = True) -> None:
         """A worker is done, or gives its branch up; the KV stays unless somebody wants its room, or not at all."""
@@ -551,14 +585,71 @@ class BranchPool:
 
     def _drop_kv(self, node: Branch) -> None:
         """Free a branch's KV; what descendants read stays."""
-        if node.kv is None:
-            return
-        self.pool.forest.free([node.kv])
+        if node.kv is not None:
+            self.pool.forest.free([node.kv])
+            self._forget_kv(node)
+
+    def _forget_kv(self, node: Branch) -> None:
+        """A branch's KV is not its own any more."""
         del self._resident[node]
         self._guests.discard(node)
-        node.kv = None
+        node.kv, node.sought = None, False
         self._resize(node, 0)
         self.full = False
+
+    def _share(self, prompt: Branch) -> None:
+        """Let others that begin as a prompt does find it while it is still in use."""
+        if self._cache is not None and self._cache.find(prompt.tokens)[1] < prompt.length:
+            self._cache.put(prompt.tokens, self.pool.forest.fork([_kv(prompt)])[0])
+
+    def _make_free(self, pages: int) -> bool:
+        """Take texts out of the prefix cache until so many pages are free: one at least. False if there is none."""
+        if not self._cache:
+            return False
+        forest = self.pool.forest
+        forest.free([self._cache.pop()])
+        while self._cache and forest.stats().pages_free < pages:
+            forest.free([self._cache.pop()])
+        return True
+
+    def _seek(self, branch: Branch, cache: PrefixCache) -> None:
+        """Have a branch that lacks KV, or the nearest ancestor that can, begin with what the prefix cache holds.
+
+        What lies behind a place whose output is wanted is read again.
+        """
+        node: Branch | None = branch
+        while node is not None and node.kv is None and not node.sought:
+            node.sought = True
+            limit = min([node.length - 1, *node.marks])
+            kv, found = cache.find(node.path()[: max(0, limit)])
+            if found > node.start:
+                self._adopt(node, kv, found)
+                return
+            node = None if self._has_source(node) else node.parent
+
+    def _adopt(self, node: Branch, kv: int, length: int) -> None:
+        """Give a branch a part of the KV of the prefix cache, which holds its ancestors' tokens, too."""
+        (node.kv,) = self.pool.forest.fork([kv])
+        if self.pool.forest.length(node.kv) > length:
+            self.pool.forest.truncate(node.kv, length)
+        self._resident[node] = None
+        if node.released:
+            self._guests.add(node)
+        self._resize(node, length)
+        lower, end = node, length
+        while True:
+            lower.meter.cached += max(0, end - lower.reached)
+            lower.reached = max(lower.reached, end)
+            parent = lower.parent
+            if parent is None or lower in parent.holders:
+                return
+            parent.holders.add(lower)
+            held = max(parent.held, lower.start - parent.start)
+            parent.meter.unique += held - parent.held
+            parent.held = held
+            if parent.kv is not None:
+                return
+            lower, end = parent, lower.start
 
     def _resize(self, node: Branch, cached: int) -> None:
         """Set the tokens that have KV through ``node``, and what that changes in the books of its lineage."""

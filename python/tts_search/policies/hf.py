@@ -131,6 +131,15 @@ class HFPolicy:
         self._generation.most = most
 
     @property
+    def prefix_cache(self) -> bool:
+        """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again."""
+        return self._pool.prefix_cache
+
+    @prefix_cache.setter
+    def prefix_cache(self, wanted: bool) -> None:
+        self._pool.prefix_cache = wanted
+
+    @property
     def decoder(self) -> Decoder:
         """The model that samples."""
         return self._lane.decoder

@@ -279,6 +279,8 @@ class Usage:
         became longer than the length up to which a ``longrope`` model has its first rotary factors.
     waves : int
         Times that a step gave its KV cache up because memory was full, and waited.
+    cached_tokens : int
+        Tokens that were not forwarded because the cache still held them, from this problem or another.
     """
 
     tokens: int = 0
@@ -288,6 +290,7 @@ class Usage:
     peak_logical_kv_tokens: int = 0
     recomputed_tokens: int = 0
     waves: int = 0
+    cached_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         """Return what both cost, held side by side: the peaks add up, too."""

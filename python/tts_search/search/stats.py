@@ -39,6 +39,8 @@ class SearchStats:
         Tokens that either model forwarded again because memory had run out.
     waves : int
         Times that a step of either model gave its KV cache up because memory was full, and waited.
+    cached_tokens : int
+        Tokens that neither model forwarded because its cache still held them, from this problem or another.
     """
 
     wall_s: float = 0.0
@@ -56,6 +58,7 @@ class SearchStats:
     verifier_peak_logical_kv_tokens: int = 0
     recomputed_tokens: int = 0
     waves: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def of(
@@ -68,7 +71,7 @@ class SearchStats:
             branches=branches,
             policy_tokens=policy.tokens,
             policy_prefill_tokens=policy.prefill_tokens,
-            policy_logical_tokens=path_tokens + branches * policy.prefill_tokens,
+            policy_logical_tokens=path_tokens + branches * (policy.prefill_tokens + policy.cached_tokens),
             verifier_tokens=verifier.tokens + verifier.prefill_tokens,
             flops_policy=policy.flops,
             flops_verifier=verifier.flops,
@@ -78,6 +81,7 @@ class SearchStats:
             verifier_peak_logical_kv_tokens=verifier.peak_logical_kv_tokens,
             recomputed_tokens=policy.recomputed_tokens + verifier.recomputed_tokens,
             waves=policy.waves + verifier.waves,
+            cached_tokens=policy.cached_tokens + verifier.cached_tokens,
         )
 
     def part(self, share: float, *, verifier_share: float, branches: int) -> SearchStats:

@@ -133,6 +133,15 @@ class HFVerifier:
         self._owners: dict[Stream, list[_Job]] = {}  # who waits for a stream
 
     @property
+    def prefix_cache(self) -> bool:
+        """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again."""
+        return self._pool.prefix_cache
+
+    @prefix_cache.setter
+    def prefix_cache(self, wanted: bool) -> None:
+        self._pool.prefix_cache = wanted
+
+    @property
     def decoder(self) -> Decoder:
         """The model that reads."""
         return self._lane.decoder

@@ -1,0 +1,102 @@
+"""What a KV pool still holds of texts that nobody asks for: found again by the tokens that they begin with."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["PrefixCache"]
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A place in the tree of texts: ``tokens`` lead there from its parent; ``kv`` is kept of the text up to it."""
+
+    parent: _Node | None
+    tokens: tuple[int, ...]
+    kv: int | None = None
+    children: dict[int, _Node] = field(default_factory=dict)
+
+
+class PrefixCache:
+    """A radix tree over texts, each with a forest branch that holds its KV.
+
+    Any token of a text may be the last one that another shares with it. Who is found, or put in, counts as used, with
+    all texts that it begins with, but these a little later: so the one used longest ago is never the beginning of
+    another one, whose pages would be held in any case.
+    """
+
+    def __init__(self) -> None:
+        self._root = _Node(None, ())
+        self._by_use: OrderedDict[_Node, None] = OrderedDict()  # those with KV, the one used longest ago first
+
+    def __len__(self) -> int:
+        return len(self._by_use)
+
+    def put(self, tokens: Sequence[int], kv: int) -> bool:
+        """Keep a text's KV; False if it is kept already, and this one is to be freed. O(tokens)."""
+        node, rest = self._walk(tuple(tokens))
+        if rest:
+            node.children[rest[0]] = node = _Node(node, rest)
+        new = node.kv is None
+        if new:
+            node.kv = kv
+        self._use(node)
+        return new
+
+    def find(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """KV of a text that begins as this one does, and how many of its tokens are the same: the most. O(tokens)."""
+        node, at = self._root, 0
+        while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
+            node = child
+            same = _common(child.tokens, tokens, at)
+            at += same
+            if same < len(child.tokens):
+                break
+        if not at:
+            return -1, 0
+        while node.kv is None:  # any text that goes through here: there is one below, since nodes without any are cut
+            node = next(iter(node.children.values()))
+        self._use(node)
+        return node.kv, at
+
+    def pop(self) -> int:
+        """Forget the text that was used longest ago; its KV is to be freed."""
+        node, _ = self._by_use.popitem(last=False)
+        kv, node.kv = node.kv, None
+        assert kv is not None
+        at: _Node | None = node
+        while at is not None and at.parent is not None and at.kv is None and not at.children:
+            del at.parent.children[at.tokens[0]]
+            at = at.parent
+        return kv
+
+    def _use(self, node: _Node) -> None:
+        at: _Node | None = node
+        while at is not None:
+            if at.kv is not None:
+                self._by_use[at] = None
+                self._by_use.move_to_end(at)
+            at = at.parent
+
+    def _walk(self, tokens: tuple[int, ...]) -> tuple[_Node, tuple[int, ...]]:
+        """The place where a text leaves the tree, which is made if it is between two, and what is left of the text."""
+        node, at = self._root, 0
+        while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
+            same = _common(child.tokens, tokens, at)
+            if same < len(child.tokens):
+                middle = _Node(node, child.tokens[:same], children={child.tokens[same]: child})
+                node.children[tokens[at]] = middle
+                child.parent, child.tokens = middle, child.tokens[same:]
+                child = middle
+            node, at = child, at + same
+        return node, tokens[at:]
+
+
+def _common(edge: tuple[int, ...], tokens: Sequence[int], begin: int) -> int:
+    """How many of an edge's tokens are those of a text from a place on."""
+    part = tuple(tokens[begin : begin + len(edge)])
+    if part == edge:
+        return len(edge)
+    return next((i for i, (mine, other) in enumerate(zip(edge, part, strict=False)) if mine != other), len(part))
