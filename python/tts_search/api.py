@@ -162,7 +162,16 @@ def _outcomes(
 
     def searched(problems: Iterable[str], config: SearchConfig) -> Iterator[Outcome]:
         total = len(problems) if isinstance(problems, Sized) else None
-        return _with_progress(scheduler.run(problems, config, stopped), total, config.method_name, enabled=progress)
+        with progress_bar(total, enabled=progress, label=config.method_name) as bar:
+
+            def is_over() -> bool:
+                bar.tell(scheduler.describe)
+                return stopped()
+
+            with closing(scheduler.run(problems, config, is_over)) as outcomes:
+                for outcome in outcomes:
+                    bar.advance()
+                    yield outcome
 
     return searched(problems, config) if isinstance(config, SearchConfig) else _by_strategy(problems, config, searched)
 
@@ -203,13 +212,6 @@ def _by_strategy(
                 yield index, outcome
             else:
                 yield index, replace(outcome, vote=choice.vote, stats=spent[index] + outcome.stats)
-
-
-def _with_progress(outcomes: Iterator[Outcome], total: int | None, label: str, *, enabled: bool) -> Iterator[Outcome]:
-    with closing(outcomes), progress_bar(total, enabled=enabled, label=label) as advance:  # type: ignore[type-var]
-        for outcome in outcomes:
-            advance()
-            yield outcome
 
 
 def search(

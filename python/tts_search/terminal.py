@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Final
 
-__all__ = ["progress_bar", "sanitize"]
+__all__ = ["Progress", "progress_bar", "sanitize"]
+
+_PERIOD: Final = 0.5  # seconds between two notes
 
 _SEQUENCE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # CSI: colours, cursor, erase
@@ -27,22 +31,56 @@ def sanitize(text: str) -> str:
     return _CONTROL.sub("", _SEQUENCE.sub("", text))
 
 
+class Progress:
+    """How far a series of problems has come; this one shows nothing."""
+
+    def advance(self) -> None:
+        """A problem is done."""
+
+    def tell(self, note: Callable[[], str]) -> None:
+        """Show this beside it, if it is time to; asked for as often as one likes."""
+
+
+class _Bar(Progress):
+    """Shown by rich."""
+
+    def __init__(self, bar: Any, total: int | None, label: str) -> None:
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, note="")
+        self._next = 0.0
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def tell(self, note: Callable[[], str]) -> None:
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + _PERIOD
+            self._bar.update(self._task, note=note())
+
+
 @contextmanager
-def progress_bar(total: int | None, *, enabled: bool, label: str = "search") -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr; the context is a function to call after each of the `total` problems.
+def progress_bar(total: int | None, *, enabled: bool, label: str = "search") -> Iterator[Progress]:
+    """Show a progress bar of `total` problems on stderr, the time that is left and a note beside it.
 
     Nothing is shown if it is not `enabled`, stderr is not a terminal, or rich is not installed.
     """
     if not enabled or not sys.stderr.isatty():
-        yield lambda: None
+        yield Progress()
         return
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
     except ModuleNotFoundError:
-        yield lambda: None
+        yield Progress()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *times,
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar, total, label)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import operator
+import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +35,9 @@ from tts_search import (
     search,
     search_iter,
 )
+from tts_search.engine.scheduler import Scheduler
+from tts_search.search.answers import boxed
+from tts_search.search.protocol import Load
 
 CONFIG = SearchConfig(n=4, expand=2, max_steps=4)
 
@@ -252,16 +258,33 @@ class TestEvents:
 
     def test_they_come_as_they_happen(self):
         with gated() as (gate, _, engine):
-            events = engine.submit("p", CONFIG).events()
-            seen = next(events)
-            assert (seen.kind, [node.id for node in seen.nodes]) == ("expanded", [0])
-            assert next(events).kind == "round"
+            engine.submit("before", CONFIG)
             gate.entered.acquire()
-            gate.open.release()  # the first round
-            kinds = [next(events).kind for _ in range(4)]
+            one, told = engine.submit("p", CONFIG), queue.SimpleQueue[Any]()
+            one._listen(told.put)  # before it begins
+            gate.open.release()
+            kinds = [told.get(timeout=20).kind for _ in range(2)]
+            assert kinds == ["expanded", "round"]
+            gate.entered.acquire()
+            assert told.empty()  # its first call runs
+            gate.open.release()
+            kinds = [told.get(timeout=20).kind for _ in range(4)]
             assert kinds[:3] == ["expanded", "scored", "pruned"]
-            assert gate.entered.acquire(timeout=20)  # and the search is still in the second one
+            assert not one.done()
+            gate.open.release(100)
+            one.result(20)
+            events = list(iter(lambda: told.get(timeout=20), None))
+            assert events[-1].kind in ("pruned", "finished", "scored")
+
+    def test_who_stops_listening_is_forgotten(self):
+        with Engine(*drivers(RandomTree(1, end=0.2))) as engine:
+            one = engine.submit("p", CONFIG)
+            events = one.events()
+            next(events)
             events.close()  # type: ignore[attr-defined]
+            one.result(20)
+            engine.submit("q", CONFIG).result(20)
+            assert not one._listeners
 
     def test_after_the_end_and_after_closing(self):
         with Engine(*drivers(RandomTree(1, end=0.2))) as engine:
@@ -307,6 +330,7 @@ class TestAsyncio:
             raise AssertionError
 
         with gated() as (gate, _, engine):
+            gate.open.release()
             one = engine.submit("p", CONFIG)
             assert asyncio.run(listen(one)).kind == "expanded"
             gate.open.release(100)
@@ -392,3 +416,53 @@ def test_search_takes_max_rows():
     policy, verifier = drivers(RandomTree(1, end=0.3))
     search(PROBLEMS, policy, verifier, CONFIG, progress=False, max_rows=5)
     assert max(len({request.problem for request in call}) for call in policy.calls) == 2
+
+
+class TestProgress:
+    class Busy(ScriptedPolicy):
+        """Says that it samples a thousand tokens in each call."""
+
+        max_rows = 0
+
+        @property
+        def load(self) -> Load:
+            return Load(1000 * len(self.calls), 3, self.max_rows, 25, 100)
+
+    def test_a_local_model_says_how_busy_it_is(self):
+        tree = RandomTree(1, end=0.2)
+        scheduler = Scheduler(self.Busy(tree.step), ScriptedVerifier(tree.scores), boxed, operator.eq, max_rows=8)
+        list(scheduler.start(0, "p", CONFIG))
+        list(scheduler.step())
+        speed, of, kv = scheduler.describe().split(", ")
+        assert speed.endswith(" tokens/s")
+        assert int(speed.split()[0].replace(",", "")) > 0
+        assert (of, kv) == ("3 of 8 rows", "KV 25%")
+        assert scheduler.describe().startswith("0 tokens/s")  # since the last time
+        scheduler.close()
+
+    def test_others_say_what_is_on_its_way(self):
+        scheduler = Scheduler(*drivers(RandomTree(1)), boxed, operator.eq)
+        list(scheduler.start(0, "p", CONFIG))
+        assert scheduler.describe() == "4 steps on their way"
+        scheduler.close()
+
+    def test_the_engine_tells_it(self):
+        policy = self.Busy(RandomTree(1).step)
+        with Engine(policy, ScriptedVerifier(score_names({})), max_rows=5) as engine:
+            assert engine.load == Load(0, 3, 5, 25, 100)
+
+    def test_it_is_shown_on_a_terminal(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "150")
+        tree = RandomTree(1, end=0.2)
+
+        def slow(*args: Any) -> Step:
+            time.sleep(0.02)
+            return tree.step(*args)
+
+        search(PROBLEMS, self.Busy(slow), ScriptedVerifier(tree.scores), CONFIG, max_in_flight=1)
+        shown = capsys.readouterr().err
+        assert "tokens/s, 3 of 1024 rows, KV 25%" in shown
+        assert "/7" in shown

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -14,19 +15,21 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from tts_search.engine.events import SearchEvent, Watch
 from tts_search.engine.scheduler import Scheduler
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, boxed
 from tts_search.search.config import SearchConfig
-from tts_search.search.protocol import Generate, Generated, Policy, Verifier
+from tts_search.search.protocol import Generate, Generated, Load, Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.run import Run
 from tts_search.search.types import Messages
 
 __all__ = ["Engine", "Generation", "Handle", "Search", "default_equality"]
+
+_PERIOD: Final = 1.0  # seconds between two looks at how busy the policy is
 
 Result = TypeVar("Result")
 News = TypeVar("News")
@@ -100,6 +103,7 @@ class Engine:
         self._calls: deque[Callable[[], None]] = deque()  # what other threads want done
         self._wake = threading.Condition()
         self._closed = False
+        self._load = (time.monotonic(), self._scheduler.load)
         self._thread = threading.Thread(target=self._work, name="tts_search.Engine", daemon=True)
         self._thread.start()
 
@@ -164,6 +168,11 @@ class Engine:
         """Steps and texts that run or wait at the policy."""
         return self._scheduler.num_streams
 
+    @property
+    def load(self) -> Load | None:
+        """How busy the policy is, as it was at most a second ago; None unless it is a local model."""
+        return self._load[1]
+
     def close(self) -> None:
         """Cancel all searches that are not done and end the thread; returns when everything is freed."""
         with self._wake:
@@ -194,6 +203,8 @@ class Engine:
                     self._start(self._waiting.popleft())
                 for outcome in self._scheduler.step():
                     self._settle(*outcome)
+                if time.monotonic() - self._load[0] > _PERIOD or not self._begun:
+                    self._load = (time.monotonic(), self._scheduler.load)
         except BaseException as failure:  # of a driver: whoever waits is to know it
             error = SearchError(f"engine: {type(failure).__name__}: {failure}")
             error.__cause__ = failure

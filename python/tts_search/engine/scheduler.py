@@ -22,6 +22,7 @@ from tts_search.search.protocol import (
     Expand,
     Generate,
     Generated,
+    Load,
     Policy,
     Release,
     Request,
@@ -126,6 +127,9 @@ class Scheduler:
             for name, value in options.items():
                 if hasattr(driver, name):
                     setattr(driver, name, value)
+        self._driver = policy
+        load = self.load
+        self._described = (time.perf_counter(), 0 if load is None else load.tokens)  # when `describe` was called last
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
         self.extract_answer = extract_answer
@@ -144,7 +148,26 @@ class Scheduler:
         """Whether another problem should be started."""
         return self.num_streams < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
 
-    def run(self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]) -> Iterator[Outcome]:
+    @property
+    def load(self) -> Load | None:
+        """How busy the policy is, if it is a local model."""
+        load: Load | None = getattr(self._driver, "load", None)
+        return load
+
+    def describe(self) -> str:
+        """Say that in a few words."""
+        load = self.load
+        if load is None:
+            return f"{self.num_streams} steps on their way"
+        now, before = (time.perf_counter(), load.tokens), self._described
+        self._described = now
+        speed = (now[1] - before[1]) / max(1e-9, now[0] - before[0])
+        kv = load.kv_tokens / load.max_kv_tokens
+        return f"{speed:,.0f} tokens/s, {load.rows} of {load.max_rows} rows, KV {kv:.0%}"
+
+    def run(
+        self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]
+    ) -> Generator[Outcome, None, None]:
         """Search a series of problems, read as there is room; end those in flight when closed, or `stopped`."""
         waiting = enumerate(problems)
         try:

@@ -103,10 +103,10 @@ def on_ray(
         )
         try:
             total = len(tasks) * len(experiment.variants)
-            with progress_bar(total, enabled=progress, label=f"{experiment.config.method_name} on {count}") as advance:
+            with progress_bar(total, enabled=progress, label=f"{experiment.config.method_name} on {count}") as bar:
                 for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
                     for line in batch["record"]:
-                        advance()
+                        bar.advance()
                         yield read_record(str(line))
         except ray.exceptions.RayError as error:
             raise SearchError(f"ray: {error}") from error

@@ -117,10 +117,16 @@ class Generation(Streams[Any]):
         A model with its LM head.
     max_rows : int or None
         The most streams that run at a time; others wait.
+
+    Attributes
+    ----------
+    num_drawn : int
+        Tokens drawn so far.
     """
 
     def __init__(self, lane: Lane, max_rows: int | None = None) -> None:
         super().__init__(lane, max_rows or MAX_ROWS)
+        self.num_drawn = 0
         self._streams: list[Sampled] = []  # by row
         self._columns = torch.empty(10, 0, dtype=torch.int64)
         self._logprobs = torch.empty(0, dtype=torch.float64)
@@ -129,7 +135,6 @@ class Generation(Streams[Any]):
         self._sources: dict[Branch, _Source] = {}  # those that have not been read yet
         self._endings: _Table[Ending] = _Table(torch.uint8)
         self._samplings: _Table[Sampling] = _Table(torch.float64)
-        self._drawn = torch.empty(0)  # log-probabilities of the newest tokens
         self._num_top: Counter[int] = Counter()  # of the streams that want the likeliest tokens
         self._options: dict[str, Any] = {}  # of `tts_kernels.sample`, as long as who runs stays the same
 
@@ -197,7 +202,8 @@ class Generation(Streams[Any]):
             self.lane.pool.leave(stream)
 
     @property
-    def _num_running(self) -> int:
+    def num_running(self) -> int:
+        """Streams that run."""
         return len(self._reading) + len(self._streams)
 
     def _begin(self, stream: Any) -> None:
@@ -246,14 +252,17 @@ class Generation(Streams[Any]):
     def _push(self, tokens: Tensor, logprobs: Tensor) -> list[int]:
         """Give each stream its next token; the rows of those that end with it."""
         columns = self._columns
+        self.num_drawn += len(tokens)
         self._new_tokens[columns[_SLOT], columns[_FILL]] = tokens.to(torch.int32)
         columns[: len(_COUNTERS)] += _COUNTERS
         columns[_TOKEN] = tokens
         self._logprobs += logprobs
-        self._drawn = logprobs
         marks = self._endings.values[columns[_ENDING], tokens + 1]
-        looked = torch.nonzero((marks != _PLAIN) | (columns[_LEFT] == 0) | (columns[_KV] == _NO_KV))
-        return [row for row in looked.flatten().tolist() if self._ends(row)]
+        looked = torch.nonzero((marks != _PLAIN) | (columns[_LEFT] == 0) | (columns[_KV] == _NO_KV)).flatten()
+        rows = looked.tolist()
+        self._sync(rows)
+        facts = zip(rows, *(column[looked].tolist() for column in (tokens, logprobs, marks)), strict=True)
+        return [row for row, *fact in facts if self._ends(row, *fact)]
 
     def _settle(self, old: int, ended: Sequence[int]) -> None:
         """Let streams that drew their first token here run, as far as there are rows for them; ended ones leave."""
@@ -271,28 +280,35 @@ class Generation(Streams[Any]):
             self._wait(stream)
         self._ended += over
 
-    def _ends(self, row: int) -> bool:
-        """Look at a stream: whether it ends with its newest token."""
-        stream, token = self._streams[row], int(self._columns[_TOKEN, row])
-        self._sync(row)
+    def _ends(self, row: int, token: int, logprob: float, mark: int) -> bool:
+        """Look at a stream: whether it ends with its newest token, of which this is known."""
+        stream = self._streams[row]
         if token < 0:
             stream.branch.tokens.pop()
             stream.error = FloatingPointError("the model gave no finite logits")
             return True
-        stream.last_logprob = float(self._drawn[row])
-        mark = self._endings.values[self._columns[_ENDING, row], token + 1]
+        stream.last_logprob = logprob
         if not mark:
-            mark.fill_(_LOOK if stream.ending.may_end(token) else _PLAIN)
+            line = self._columns[_ENDING, row]
+            self._endings.values[line, token + 1] = _LOOK if stream.ending.may_end(token) else _PLAIN
         return stream.ends()
 
-    def _sync(self, row: int) -> None:
-        """Give a stream's branch the tokens that it does not have yet."""
-        stream = self._streams[row]
-        _, offset, fill, *_, slot = self._columns[:, row].tolist()
-        stream.branch.tokens += self._new_tokens[slot, :fill].tolist()
-        stream.num_tokens, stream.logprob = offset, float(self._logprobs[row])
-        self._columns[_FILL, row] = 0
-        self._columns[_LEFT, row] = min(stream.limit - offset, stream.pace)
+    def _sync(self, rows: Sequence[int]) -> None:
+        """Give the branches of streams the tokens that they do not have yet."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        if not self._columns[_FILL, index].any():
+            return
+        lines = self._columns[:, index]
+        offsets, fills = lines[_OFFSET].tolist(), lines[_FILL].tolist()
+        drawn, logprobs = self._new_tokens[lines[_SLOT]].tolist(), self._logprobs[index].tolist()
+        left = []
+        for row, offset, fill, tokens, logprob in zip(rows, offsets, fills, drawn, logprobs, strict=True):
+            stream = self._streams[row]
+            stream.branch.tokens += tokens[:fill]
+            stream.num_tokens, stream.logprob = offset, logprob
+            left.append(min(stream.limit - offset, stream.pace))
+        self._columns[_FILL, index] = 0
+        self._columns[_LEFT, index] = torch.tensor(left)
 
     def _put_in(self, streams: Sequence[Sampled]) -> None:
         """Give streams rows behind the others'. Their branches are read up to the last token."""
@@ -329,11 +345,12 @@ class Generation(Streams[Any]):
         self.lane.pool.workers |= dict.fromkeys(streams)
 
     def _take_out(self, rows: Sequence[int]) -> None:
-        """Take streams out; the last ones get their rows."""
-        for row in sorted(rows, reverse=True):
+        """Take streams out; those behind them move up."""
+        if not rows:
+            return
+        self._sync(rows)
+        for row, (position, *_, kv, _, _, _, slot) in zip(rows, self._columns[:, rows].T.tolist(), strict=True):
             stream = self._streams[row]
-            self._sync(row)
-            position, *_, kv, _, _, _, slot = self._columns[:, row].tolist()
             if kv != _NO_KV:
                 self.lane.pool.rest(stream.branch, position)
             self._free_slots.append(slot)
@@ -341,12 +358,12 @@ class Generation(Streams[Any]):
             self._samplings.drop(stream.sampling)
             if stream.num_top:
                 self._num_top -= Counter([stream.num_top])
-            self._columns[:, row] = self._columns[:, -1]
-            self._logprobs[row] = self._logprobs[-1]
-            self._columns, self._logprobs = self._columns[:, :-1], self._logprobs[:-1]
-            self._streams[row] = self._streams[-1]
-            self._streams.pop()
-            self._options = {}
+        gone = set(rows)
+        stay = [row for row in range(len(self._streams)) if row not in gone]
+        index = torch.tensor(stay, dtype=torch.int64)
+        self._columns, self._logprobs = self._columns[:, index], self._logprobs[index]
+        self._streams = [self._streams[row] for row in stay]
+        self._options = {}
 
     def _sample_options(self, device: torch.device) -> dict[str, Any]:
         """Options of `tts_kernels.sample` for the next token of each row: numbers where all agree, else tensors."""

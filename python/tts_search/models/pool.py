@@ -417,6 +417,12 @@ class BranchPool:
         above = self._above(node)
         return above is None or (above.kv is not None and above.cached >= node.start)
 
+    @property
+    def taken_tokens(self) -> int:
+        """Tokens that its pages have room for which are not free."""
+        stats = self.pool.forest.stats()
+        return (stats.pages_total - stats.pages_free) * self.pool.forest.page_size
+
     def _dismiss_guests(self, waiting: Sequence[Branch]) -> None:
         """Let go of released branches that are back, unless one of ``waiting`` is still to be forked from them."""
         if not self._guests:

@@ -95,10 +95,11 @@ class Streams(Generic[S]):
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._ended or self._num_running)
+        return bool(self._waiting or self._ended or self.num_running)
 
     @property
-    def _num_running(self) -> int:
+    def num_running(self) -> int:
+        """Streams that run."""
         return len(self._reading)
 
     def _join(self, stream: S, age: int | None = None) -> None:
@@ -140,7 +141,7 @@ class Streams(Generic[S]):
         pool = self.lane.pool
         self._quota = min(2 * self._quota, _MANY)
         for _ in range(self._quota):
-            if not self._waiting or self._num_running >= self.most or (pool.full and pool.workers):
+            if not self._waiting or self.num_running >= self.most or (pool.full and pool.workers):
                 return
             _, stream = heapq.heappop(self._waiting)
             pool.workers[stream] = None
@@ -156,7 +157,7 @@ class Streams(Generic[S]):
     def _forward(self, model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool) -> Forwarded | None:
         """One forward of all streams that are in, as far as there is room; None if there are none."""
         self._admit()
-        while self._num_running:
+        while self.num_running:
             branches = [stream.branch for stream in sorted(self._reading, key=lambda stream: stream.age)]
             try:
                 return self.lane.pool.forward(branches, model, head, self._rows())

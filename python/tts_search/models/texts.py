@@ -146,8 +146,8 @@ class TextStream(Sampled):
         elif (found := self.stops.find(text := self.text.of(own))) is not None:
             (self.said, self.stop), self.reason = found, "stop"
         elif self.num_tokens == self.limit:
-            self.kept = self.text.whole(own)
-            self.said, self.reason = self.text.of(own[: self.kept]), "length"
+            self.kept = self.text.whole(own) if text.endswith(_PART) else len(own)
+            self.said, self.reason = text if self.kept == len(own) else self.text.of(own[: self.kept]), "length"
         else:
             self.said = text
         return self.reason is not None

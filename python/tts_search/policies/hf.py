@@ -20,7 +20,7 @@ from tts_search.models.pool import Branch, BranchPool
 from tts_search.models.streams import Lane
 from tts_search.models.texts import GrowingText, Stops, Text, TextStream
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
-from tts_search.search.protocol import Expand, Generate, Generated, Usage, answers_of
+from tts_search.search.protocol import Expand, Generate, Generated, Load, Usage, answers_of
 from tts_search.search.types import Messages, Step
 
 if TYPE_CHECKING:
@@ -129,6 +129,12 @@ class HFPolicy:
     @max_rows.setter
     def max_rows(self, most: int) -> None:
         self._generation.most = most
+
+    @property
+    def load(self) -> Load:
+        """How busy the model is."""
+        pool, generation = self._pool, self._generation
+        return Load(generation.num_drawn, generation.num_running, generation.most, pool.taken_tokens, pool.pool_tokens)
 
     @property
     def prefix_cache(self) -> bool:

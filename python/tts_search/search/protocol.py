@@ -32,6 +32,7 @@ __all__ = [
     "Generate",
     "GenerateParams",
     "Generated",
+    "Load",
     "Policy",
     "PruningVerifier",
     "Release",
@@ -301,6 +302,27 @@ class Usage:
         counts = {name: share * value for name, value in asdict(self).items() if name != "prefill_tokens"}
         whole = {name: value if name == "flops" else round(value) for name, value in counts.items()}
         return replace(self, **whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a local model is. A driver that knows has it as its attribute `load`.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens sampled, or read, since it was made.
+    rows, max_rows : int
+        Texts that run now, and the most that can.
+    kv_tokens, max_kv_tokens : int
+        Slots of the KV pool whose pages are taken, and all of them. What is kept for later counts as taken.
+    """
+
+    tokens: int
+    rows: int
+    max_rows: int
+    kv_tokens: int
+    max_kv_tokens: int
 
 
 @runtime_checkable
