@@ -1,9 +1,12 @@
-"""Perplexity of a checkpoint on problems with solutions, as it is and quantised while it is loaded.
+"""Perplexity of a checkpoint on problems with solutions, as it is and in few bits.
 
 python benchmarks/perplexity.py --checkpoint PATH --data math500.jsonl [--limit 200] [--formats bf16 int8 int4]
+    [--gguf Q8_0=PATH ...] [--write NAME]
 
-The text of a problem is the problem, a blank line and the solution; every token but the first counts. Beside the
-perplexity: on how many tokens the likeliest one is that of the first format, and the mean KL divergence from it.
+The text of a problem is the problem, a blank line and the solution, and every token but the first counts; with --chat
+it is the solution behind the problem in the chat template, and the tokens of the solution count. A GGUF file of the
+same model is read twice: by our decoder, and by transformers with its weights in float. Beside the perplexity: on how many
+tokens the likeliest one is that of the first format, and the mean KL divergence from it.
 """
 
 from __future__ import annotations
@@ -11,37 +14,80 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import record
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer
+from tts_search.models import llama
 from tts_search.models.decoder import Decoder, KVPool
+from tts_search.models.formats.opening import open_checkpoint
 from tts_search.models.loading import load_decoder
+from tts_search.models.transformers import load_config
+from tts_search.policies.prompt import prompt_of
 
-import tts_kernels as tk
-
-FORMATS = ("bf16", "fp32", "int8", "int4")
-
-
-def texts(path: Path, limit: int) -> list[str]:
-    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
-    return [f"{one['problem']}\n\n{one['solution']}" for one in problems]
+FORMATS = {
+    "bf16": (None, None), "fp32": (None, None), "int8": ("int8", None), "int4": ("int4", 32), "int4-64": ("int4", 64)
+}  # fmt: skip
+NAMES = {"int4": "int4, groups of 32", "int4-64": "int4, groups of 64"}
+# Log-probabilities [len(ids) - 1, V] of every next token.
+Reader = Callable[[list[int]], Tensor]
 
 
-def load(checkpoint: str, name: str) -> Decoder:
+def texts(path: Path, limit: int, tokenizer: Any, chat: bool) -> list[tuple[list[int], int]]:
+    """The tokens of each text, and the number of the first one that counts."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines()[:limit]:
+        one = json.loads(line)
+        front = prompt_of(one["problem"], None, tokenizer) if chat else f"{one['problem']}\n\n"
+        known, ids = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (front, front + one["solution"])
+        )
+        rows.append((ids[:2048], len(known) if chat else 1))
+    return rows
+
+
+def quantised(checkpoint: str, name: str) -> Reader:
+    quantize, group_size = FORMATS[name]
+    before = llama.INT4_GROUP
+    llama.INT4_GROUP = group_size or before
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
-    return load_decoder(checkpoint, dtype=dtype, device="cpu", decoder="lean", quantize=name if "int" in name else None)
+    decoder = load_decoder(checkpoint, dtype=dtype, device="cpu", decoder="lean", quantize=quantize)
+    llama.INT4_GROUP = before
+    return reader(decoder)
 
 
-@torch.inference_mode()
-def logprobs(decoder: Decoder, pool: KVPool, ids: list[int]) -> Tensor:
-    """Of every next token at every place [len(ids) - 1, V]."""
-    root = pool.forest.add_root()
-    logits = decoder.logits(pool.pack([root], [ids]), pool.kv)
-    pool.forest.free([root])
-    return logits[:-1].float().log_softmax(-1)
+def reader(decoder: Decoder) -> Reader:
+    pool = KVPool(decoder.shape, 160, 16, decoder.dtype, decoder.device)
+
+    @torch.inference_mode()
+    def read(ids: list[int]) -> Tensor:
+        root = pool.forest.add_root()
+        logits = decoder.logits(pool.pack([root], [ids]), pool.kv)
+        pool.forest.free([root])
+        return logits[:-1].float().log_softmax(-1)
+
+    return read
+
+
+def in_transformers(path: str) -> Reader:
+    """The model of transformers on what a file's weights stand for."""
+    checkpoint = open_checkpoint(path)
+    model = transformers.AutoModelForCausalLM.from_config(load_config(path), dtype=torch.bfloat16)
+    model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.names}, strict=False)
+    model.tie_weights()
+
+    @torch.inference_mode()
+    def read(ids: list[int]) -> Tensor:
+        logits: Tensor = model(torch.tensor([ids])).logits[0, :-1]
+        return logits.float().log_softmax(-1)
+
+    return read
 
 
 def main() -> None:
@@ -49,31 +95,57 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
+    parser.add_argument("--gguf", nargs="*", default=[], metavar="TYPE=PATH")
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--what", default="SmolLM2-135M-Instruct", help="the model, for its title")
+    parser.add_argument("--beside", default="nothing")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-    rows = [
-        tokenizer(text, add_special_tokens=False)["input_ids"][:2048] for text in texts(options.data, options.limit)
-    ]
-    decoders = [load(options.checkpoint, name) for name in options.formats]
-    pools = [KVPool(one.shape, 160, 16, one.dtype, one.device) for one in decoders]
-    loss, same, divergence = ([0.0] * len(decoders) for _ in range(3))
-    began = time.perf_counter()
-    for ids in rows:
-        first: Tensor | None = None
-        for i, (decoder, pool) in enumerate(zip(decoders, pools, strict=True)):
-            found = logprobs(decoder, pool, ids)
-            first = found if first is None else first
-            loss[i] -= found.gather(1, torch.tensor(ids[1:])[:, None]).double().sum().item()
-            same[i] += (found.argmax(1) == first.argmax(1)).sum().item()
-            divergence[i] += (first.exp() * (first - found)).sum().item()
-    tokens = sum(len(ids) - 1 for ids in rows)
-    print(f"{len(rows)} texts, {tokens} tokens, level {tk.backend_info().cpu_isa}, {time.perf_counter() - began:.0f} s")
-    for i, name in enumerate(options.formats):
-        print(
-            f"{name}: perplexity {math.exp(loss[i] / tokens):.4f}, likeliest token {same[i] / tokens:.2%} as "
-            f"{options.formats[0]}, KL {divergence[i] / tokens:.5f}"
+    rows = texts(options.data, options.limit, tokenizer, options.chat)
+    readers = {NAMES.get(name, name): quantised(options.checkpoint, name) for name in options.formats}
+    for kind, _, path in (one.partition("=") for one in options.gguf):
+        readers[f"GGUF {kind}"] = reader(load_decoder(path, dtype="bfloat16", device="cpu"))
+        readers[f"GGUF {kind}, float in transformers"] = in_transformers(path)
+    table = measure(readers, rows)
+    if options.write:
+        tokens = sum(len(ids) - start for ids, start in rows)
+        record.write(
+            options.write,
+            what=f"{options.what} on {len(rows)} problems with solutions of {options.data.stem}, {tokens} tokens: "
+            f"perplexity, and tokens beside those of {next(iter(readers))}",
+            command=f"python benchmarks/{' '.join([Path(sys.argv[0]).name, '--checkpoint PATH --data PATH'])}",
+            beside=options.beside,
+            tables={"formats": table},
+            packages=("torch", "transformers"),
         )
+
+
+def measure(readers: dict[str, Reader], rows: list[tuple[list[int], int]]) -> dict[str, dict[str, record.Cell]]:
+    """The table's rows by format."""
+    loss, same, divergence = (dict.fromkeys(readers, 0.0) for _ in range(3))
+    for number, (ids, start) in enumerate(rows, 1):
+        first: Tensor | None = None
+        for name, read in readers.items():
+            found = read(ids)[start - 1 :]
+            first = found if first is None else first
+            loss[name] -= found.gather(1, torch.tensor(ids[start:])[:, None]).double().sum().item()
+            same[name] += (found.argmax(1) == first.argmax(1)).sum().item()
+            divergence[name] += (first.exp() * (first - found)).sum().item()
+        if number % 50 == 0 or number == len(rows):
+            tokens = sum(len(one) - start for one, start in rows[:number])
+            print(number, tokens, {name: round(math.exp(loss[name] / tokens), 4) for name in readers}, flush=True)
+    return {
+        name: {
+            "weights": name,
+            "perplexity": round(math.exp(loss[name] / tokens), 3),
+            "worse by, %": round(100 * (math.exp((loss[name] - loss[next(iter(readers))]) / tokens) - 1), 2),
+            "same likeliest token, %": round(100 * same[name] / tokens, 1),
+            "KL divergence": round(divergence[name] / tokens, 4),
+        }
+        for name in readers
+    }
 
 
 if __name__ == "__main__":

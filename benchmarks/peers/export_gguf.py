@@ -1,4 +1,4 @@
-"""Write a GGUF file again with plain weights of one type, rounded to bfloat16 first: all engines hold equal ones."""
+"""Write a GGUF file again with weights of one type, rounded to bfloat16 first: all engines hold equal ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize, quantize
 
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q8_0": 7}
 
 
 def export(source: Path, target: Path, kind: str) -> None:
@@ -29,8 +29,11 @@ def export(source: Path, target: Path, kind: str) -> None:
             writer.add_tensor(tensor.name, values)
         elif kind == "bf16":
             writer.add_tensor(tensor.name, rounded, raw_dtype=Type.BF16)
-        else:
+        elif kind == "f16":
             writer.add_tensor(tensor.name, values.astype(np.float16))
+        else:
+            of = Type[kind.upper()]
+            writer.add_tensor(tensor.name, quantize(values, of), raw_dtype=of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,6 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, lit
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -40,6 +41,7 @@ _OTHERS: Final = {
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SIZE: Final = struct.Struct("<Q")
 _STRING: Final = 8
 _ARRAY: Final = 9
 _LARGEST_DIMENSION: Final = 2**31
@@ -106,6 +108,12 @@ def read_header(path: str) -> GGUFHeader:
         If it is not a GGUF file of version 2 or 3, holds a tensor of a type that is not in `BLOCKS`, or is broken; with
         its name.
     """
+    stat = Path(path).stat()
+    return _read_header(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=2)  # configuration, tokenizer and weights are asked for one after another
+def _read_header(path: str, *_: int) -> GGUFHeader:
     try:
         with Path(path).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return GGUFHeader(path, *_Reader(mapped).header())
@@ -178,7 +186,18 @@ class _Reader:
             return list(struct.unpack(f"<{self._count(count, size)}{_NUMBERS[of]}", self._take(count * size)))
         if of != _STRING:
             raise ValueError(f"unknown type {of} of a list's values before byte {self.at}")
-        return [self._text() for _ in range(self._count(count, least=8))]
+        return self._texts(self._count(count, least=8))
+
+    def _texts(self, count: int) -> list[str]:
+        """Many texts, of which a vocabulary has a hundred thousand."""
+        data, at, end, texts = self.data, self.at, len(self.data), []
+        for _ in range(count):
+            if at + 8 > end or at + 8 + (size := _SIZE.unpack_from(data, at)[0]) > end:
+                raise ValueError(f"it ends within what begins at byte {at}")
+            texts.append(data[at + 8 : at + 8 + size].decode("utf-8"))
+            at += 8 + size
+        self.at = at
+        return texts
 
     def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name, num_dims = self._text(), self._number("I")
