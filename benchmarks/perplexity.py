@@ -5,8 +5,8 @@ python benchmarks/perplexity.py --checkpoint PATH --data math500.jsonl [--limit 
 
 The text of a problem is the problem, a blank line and the solution, and every token but the first counts; with --chat
 it is the solution behind the problem in the chat template, and the tokens of the solution count. A GGUF file of the
-same model is read twice: by our decoder, and by transformers with its weights in float. Beside the perplexity: on how many
-tokens the likeliest one is that of the first format, and the mean KL divergence from it.
+same model is read twice: by our decoder, and by transformers with its weights in float. Beside the perplexity: on how
+many tokens the likeliest one is that of the first format, and the mean KL divergence from it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     if config is None:
         return plain
     method = config.get("quant_method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(
             f"{path_or_id}: expected weights that are not quantised, or by {', '.join(_METHODS)}, got quant_method "
             f"{method!r}"
