@@ -115,11 +115,17 @@ def main() -> None:
             options.write,
             what=f"{options.what} on {len(rows)} problems with solutions of {options.data.stem}, {tokens} tokens: "
             f"perplexity, and tokens beside those of {next(iter(readers))}",
-            command=f"python benchmarks/{' '.join([Path(sys.argv[0]).name, '--checkpoint PATH --data PATH'])}",
+            command=f"python benchmarks/perplexity.py {' '.join(_hidden(one) for one in sys.argv[1:])}",
             beside=options.beside,
             tables={"formats": table},
             packages=("torch", "transformers"),
         )
+
+
+def _hidden(argument: str) -> str:
+    """An argument, with PATH for where a file lies on this machine."""
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}PATH" if Path(path).is_absolute() else argument
 
 
 def measure(readers: dict[str, Reader], rows: list[tuple[list[int], int]]) -> dict[str, dict[str, record.Cell]]:
