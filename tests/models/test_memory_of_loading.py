@@ -45,6 +45,7 @@ def save(folder: Path, width: int, layers: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("quantize", "share"), [("int8", 0.5), ("int4", 0.33)])
 def test_quantising_holds_no_second_copy(quantize: str, share: float, tmp_path: Path) -> None:
     """Of a file in bfloat16 8 bits are a half and 4 bits a third, with scales. On top come two layers in float for the
