@@ -70,8 +70,8 @@ def search_iter(
     max_in_flight : int or None
         The most problems that are searched side by side; by default as many as there is room for.
     max_rows : int or None
-        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default. More rows
-        make larger batches and need more memory.
+        There is room for a problem while fewer steps than that run or wait at the policy, and fewer candidates at the
+        verifier, 1024 by default. More rows make larger batches and need more memory.
     prefix_cache : bool
         Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
         text begins with.

@@ -86,7 +86,7 @@ def run(scheduler: Scheduler, config: SearchConfig, in_flight: int, cancel: dict
         if not scheduler.num_problems and not waiting:
             break
         outcomes |= dict(scheduler.step())
-    assert scheduler.num_streams == 0
+    assert scheduler.num_streams == scheduler.num_candidates == 0
     return outcomes
 
 
@@ -144,6 +144,28 @@ def test_a_problem_does_not_wait_for_another():
     assert sorted(done) == [1, 2]
     scheduler.close()
     assert not policy.problems
+
+
+@pytest.mark.parametrize("prunes", [False, True])
+def test_problems_do_not_pile_up_before_a_verifier_that_is_slow(prunes):
+    class Stuck(ShuffledPruner if prunes else Shuffled):  # type: ignore[misc]
+        def step(self):
+            return []
+
+    verifier = (Pruner if prunes else ScriptedVerifier)(score_names({}))
+    args: Any = (verifier, random.Random(0)) if prunes else (verifier, "score", random.Random(0))
+    scheduler = Scheduler(ScriptedPolicy(by_name()), Stuck(*args), boxed, operator.eq, max_rows=10)
+    config = SearchConfig(n=4, expand=2, max_steps=5)
+    begun = 0
+    for _ in range(30):
+        while scheduler.has_room:
+            list(scheduler.start(begun, f"problem {begun}", config))
+            begun += 1
+        list(scheduler.step())
+    assert begun == 3
+    assert (scheduler.num_streams, scheduler.num_candidates) == (0, 12)
+    scheduler.close()
+    assert (scheduler.num_streams, scheduler.num_candidates) == (0, 0)
 
 
 def test_a_driver_that_raises_fails_who_waits_for_it_alone():

@@ -54,7 +54,8 @@ class Engine:
     equal : callable or None
         Whether two answers mean the same; by default :func:`tts_search.equivalent`.
     max_rows : int or None
-        Problems are begun while fewer steps than that run or wait, 1024 by default; later ones wait for their turn.
+        Problems are begun while fewer steps than that run or wait at the policy, and fewer candidates at the verifier,
+        1024 by default; later ones wait for their turn. No forward of a local policy samples for more.
     max_in_flight : int or None
         The most problems that are searched side by side, whatever room there is.
     prefix_cache : bool

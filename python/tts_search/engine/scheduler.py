@@ -27,6 +27,7 @@ from tts_search.search.protocol import (
     Release,
     Request,
     Score,
+    ScoreAndPrune,
     Usage,
     Verifier,
 )
@@ -91,7 +92,8 @@ class Scheduler:
     equal : callable
         Whether two answers mean the same.
     max_rows : int or None
-        There is room for a problem while fewer steps than that run or wait at the policy, 1024 by default.
+        There is room for a problem while fewer steps than that run or wait at the policy, and fewer candidates at the
+        verifier; 1024 by default.
     max_in_flight : int or None
         And while fewer problems than that are in flight.
     prefix_cache : bool
@@ -104,8 +106,8 @@ class Scheduler:
 
     Attributes
     ----------
-    num_streams : int
-        Steps and texts that run or wait at the policy.
+    num_streams, num_candidates : int
+        Steps and texts that run or wait at the policy, and candidates at the verifier.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Scheduler:
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
         self.extract_answer = extract_answer
         self.equal = equal
-        self.num_streams = 0
+        self.num_streams = self.num_candidates = 0
         self._flights: dict[int, _Flight] = {}
         self._generations: dict[int, _Generation] = {}
 
@@ -146,7 +148,8 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether another problem should be started."""
-        return self.num_streams < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
+        waiting = max(self.num_streams, self.num_candidates)
+        return waiting < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
 
     @property
     def load(self) -> Load | None:
@@ -270,7 +273,7 @@ class Scheduler:
                 continue
             flight = self._flights[request.problem]
             flight.answers[id(request)] = answer
-            self.num_streams -= _streams(request)
+            self._count([request], -1)
             if len(flight.answers) == len(flight.requests):
                 ripe.append(flight)
         for flight in ripe:
@@ -316,7 +319,7 @@ class Scheduler:
         driver = self.policy if isinstance(flight.requests[0], Expand) else self.verifier
         assert driver is not None, "an algorithm asked for scores without a verifier"
         driver.submit(flight.requests)
-        self.num_streams += sum(map(_streams, flight.requests))
+        self._count(flight.requests, 1)
         return None
 
     def _release(self, flight: _Flight, branches: Sequence[int]) -> None:
@@ -354,20 +357,25 @@ class Scheduler:
             self._close(flight)
             yield flight.run.problem, outcome
 
+    def _count(self, requests: Sequence[Request], sign: int) -> None:
+        """Enter requests that are on their way (1) or are not any more (-1)."""
+        for request in requests:
+            if isinstance(request, Expand):
+                self.num_streams += sign * len(request.children)
+            elif isinstance(request, ScoreAndPrune):
+                self.num_candidates += sign * sum(isinstance(each, Score) for each in request.candidates)
+            else:
+                self.num_candidates += sign
+
     def _close(self, flight: _Flight) -> None:
         number = flight.run.problem
         del self._flights[number]
-        self.num_streams -= sum(map(_streams, flight.unanswered))
+        self._count(flight.unanswered, -1)
         flight.moves.close()
         for driver in flight.begun:
             with suppress(Exception):  # the problem has its result or its error already
                 driver.cancel(number)
                 driver.end(number)
-
-
-def _streams(request: Request) -> int:
-    """How many steps a request has sampled."""
-    return len(request.children) if isinstance(request, Expand) else 0
 
 
 def _text_of(problem: str | Messages) -> str:
