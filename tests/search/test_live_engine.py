@@ -151,11 +151,16 @@ def test_waiting_has_a_limit_that_does_not_end_the_search():
 def test_closing_cancels_and_frees():
     gate, verifier, searches = Gate(), ScriptedVerifier(score_names({})), []
 
+    def open_when_closed(engine: Engine) -> None:
+        while engine.is_open:
+            time.sleep(0.001)
+        gate.open.release(10**6)
+
     def fail_in_the_middle() -> None:
         with Engine(gate, verifier, max_rows=4) as engine:  # type: ignore[arg-type]
             searches.extend(engine.submit(problem, CONFIG) for problem in PROBLEMS)
             gate.entered.acquire()
-            gate.open.release(10**6)
+            threading.Thread(target=open_when_closed, args=(engine,)).start()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -329,12 +334,16 @@ class TestAsyncio:
                 return event
             raise AssertionError
 
-        with gated() as (gate, _, engine):
-            gate.open.release()
-            one = engine.submit("p", CONFIG)
+        def step(*_: Any) -> Step:
+            time.sleep(0.001)
+            return Step("y\n\n", False)
+
+        with Engine(ScriptedPolicy(step), ScriptedVerifier(score_names({}))) as engine:
+            one = engine.submit("p", SearchConfig(n=2, expand=2, max_steps=10**6))
             assert asyncio.run(listen(one)).kind == "expanded"
-            gate.open.release(100)
-            assert one.result(20).problem == "p"
+            time.sleep(0.05)  # it goes on
+            assert not one.done()
+            assert one.cancel()
 
     @pytest.mark.parametrize("config", [CONFIG, RuleStrategy(3e9, n=8, samples=2)])
     def test_asearch_iter_is_search_iter(self, config):
