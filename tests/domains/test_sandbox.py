@@ -1,5 +1,8 @@
 """Attacks on the sandbox: none succeeds, and none leaves a process or a file."""
 
+# An attack is a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import json
@@ -11,7 +14,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from tts_search.domains.code import Judge, Level, Limits, Sandbox, SandboxError
 from tts_search.domains.code import sandbox as sandbox_module
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program
@@ -66,8 +68,11 @@ def names() -> set[str]:
         ("while True:\n    pass", "timeout"),
         ("time.sleep(60)", "timeout"),
         ("found = []\nfor i in range(200):\n    found.append(open(f'{i}', 'w'))", "OSError"),
-        ("with open('large', 'wb') as file:\n    while True:\n        file.write(bytes(10**6)); file.flush()", "OSError"),
-        ("value = []\nfor i in range(10**5):\n    value = [value]\nreturn value", "NotPlain"),
+        (
+            "with open('large', 'wb') as file:\n    while True:\n        file.write(bytes(10**6)); file.flush()",
+            "OSError",
+        ),
+        ("value = []\nfor i in range(10**5):\n    value = [value]\nreturn value", "NotPlainError"),
         # Files.
         ("return open('/etc/passwd').read()", "PermissionError"),
         (f"return open({str(CHECKOUT)!r}).read()", "PermissionError"),
@@ -122,10 +127,14 @@ def test_signals_cannot_stretch_the_time():
 
 def test_threads_cannot_stretch_the_time():
     """Where threads are allowed: one that works on while the main thread sleeps ends with it."""
-    body = "for i in range(4):\n    threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()\ntime.sleep(60)"
+    body = (
+        "for i in range(4):\n    threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()\ntime.sleep(60)"
+    )
     before = children()
     assert attempt(body, Sandbox(SMALL, threads=True)).kind in ("timeout", "raised")
-    assert attempt("thread = threading.Thread(target=print)\nthread.start()\nthread.join()", Sandbox(SMALL, threads=True)).is_value
+    assert attempt(
+        "thread = threading.Thread(target=print)\nthread.start()\nthread.join()", Sandbox(SMALL, threads=True)
+    ).is_value
     assert attempt("return os.fork()", Sandbox(SMALL, threads=True)).kind == "raised"
     assert children() == before
 
@@ -230,7 +239,9 @@ def test_what_holds_is_found_out_and_not_believed():
 
 def test_less_than_what_is_required_runs_nothing(monkeypatch):
     without = "import tts_search.domains.code.confine as c; c._landlock = lambda *a: None\n"
-    start = sandbox_module._START.replace("from tts_search.domains.code.worker", without + "from tts_search.domains.code.worker")
+    start = sandbox_module._START.replace(
+        "from tts_search.domains.code.worker", without + "from tts_search.domains.code.worker"
+    )
     monkeypatch.setattr(sandbox_module, "_START", start)
     before = children()
     with pytest.raises(SandboxError, match=r"expected level FULL, got LIMITS.*files.*Level\.LIMITS"):

@@ -23,7 +23,7 @@ from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
 from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.tables import accuracy_table, cost_table
-from tts_search.evaluation.tasks import load_tasks
+from tts_search.evaluation.tasks import Task, load_tasks
 from tts_search.search.config import METHODS, SearchConfig, options_of
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
@@ -204,10 +204,16 @@ def solve(
 def evaluate_(
     data: Annotated[
         str,
-        Argument(help="MATH-500, AIME24, GSM8K, a JSONL file with problem, answer and perhaps level, or owner/name."),
+        Argument(
+            help="MATH-500, AIME24, GSM8K, humaneval, a JSONL file with problem, answer and perhaps level (or in the "
+            "fields of HumanEval, MBPP, LiveCodeBench), or owner/name."
+        ),
     ],
     policy: PolicyPath,
-    verifier: VerifierPath = None,
+    verifier: Annotated[
+        str | None,
+        Option("--verifier", help="Checkpoint of the process verifier; execution: the public tests of a program."),
+    ] = None,
     method: Annotated[list[str], _method(f"May be given several times; of {', '.join(METHODS)}.")] = ["best_of_n"],
     n: Annotated[list[int], Option("--n", min=1, help="May be given several times.")] = [16],
     seed: Annotated[list[int], Option(help="May be given several times.")] = [0],
@@ -256,7 +262,7 @@ def evaluate_(
         tasks = load_tasks(data, limit)
     _check_folder(out)
     options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
-    load = partial(load_checkpoints, policy, verifier, *options)
+    load = partial(load_checkpoints, policy, verifier, *options, tasks=tasks)
     models: tuple[Policy | None, Verifier | None] = (None, None)
     if ray is None:
         _check_device_is_there(device)
@@ -428,8 +434,10 @@ def load_checkpoints(
     kv_memory: str | None,
     quantize: str | None,
     self_test: bool,
+    *,
+    tasks: Sequence[Task] = (),
 ) -> tuple[Policy, Verifier | None]:
-    """Return the models of the options.
+    """Return the models of the options; the verifier ``execution`` knows the tests of the tasks.
 
     Raises
     ------
@@ -452,7 +460,19 @@ def load_checkpoints(
     if verifier is None:
         return loaded, None
     with naming(f"--verifier: {verifier}"):
+        if verifier == "execution":
+            return loaded, _execution(tasks)
         return loaded, HFVerifier(verifier, format=format, **own)
+
+
+def _execution(tasks: Sequence[Task]) -> Verifier:
+    from tts_search.domains.code.tasks import task_of
+    from tts_search.verifiers.execution import ExecutionVerifier
+
+    code = [task_of(task.details, task.id) for task in tasks if task.grader == "code"]
+    if not code or len(code) < len(tasks):
+        raise SearchError("expected tasks of programming, which have public tests")
+    return ExecutionVerifier(code)
 
 
 def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) -> str:

@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from tts_search.api import search_iter
-from tts_search.domains.mathematics import equivalent
+from tts_search.domains.grading import Grader
 from tts_search.errors import SearchError
 from tts_search.evaluation.experiment import Experiment, instruction_set
 from tts_search.evaluation.manifest import read_configs, write_manifest
 from tts_search.evaluation.records import Journal, Record, read_records
 from tts_search.evaluation.tasks import Task
 from tts_search.search.result import SearchResult
+from tts_search.search.types import Completion
 from tts_search.search.voting import VOTES
 from tts_search.strategy import estimate_pass_rate
 
@@ -125,14 +126,28 @@ def run_here(
     begin = time.perf_counter()
     for index, outcome in outcomes:
         begin, seconds = time.perf_counter(), time.perf_counter() - begin
+        grader = tasks[index].make_grader()
+        if isinstance(outcome, SearchResult):
+            outcome = _with_answers(outcome, grader)
         for variant in experiment.variants:
             own = outcome
             if isinstance(outcome, SearchResult) and variant.config.n < experiment.config.n:
                 own = outcome.first(variant.config.n)
-            yield replace(_record(variant, tasks[index], own), seconds=seconds if variant.timed else None)
+            yield replace(_record(variant, tasks[index], own, grader), seconds=seconds if variant.timed else None)
 
 
-def _record(experiment: Experiment, task: Task, outcome: SearchResult | SearchError) -> Record:
+def _with_answers(outcome: SearchResult, grader: Grader) -> SearchResult:
+    """A result whose answers are what the task's grader takes for them."""
+
+    def own(completion: Completion) -> Completion:
+        answer = grader.extract(completion.text)
+        return completion if answer is None else replace(completion, answer=answer)
+
+    completions = [own(completion) for completion in outcome.completions]
+    return replace(outcome, completions=completions, best=own(outcome.best), equal=grader.equal)
+
+
+def _record(experiment: Experiment, task: Task, outcome: SearchResult | SearchError, grader: Grader) -> Record:
     config = experiment.config
     names = (
         *(experiment.key, task.id, experiment.label, task.level, task.problem, task.answer),
@@ -144,11 +159,11 @@ def _record(experiment: Experiment, task: Task, outcome: SearchResult | SearchEr
     answers = {vote: outcome.answer(vote) for vote in votes}
     score = outcome.best.score
     right = Counter(one.answer for one in outcome.completions)
-    num_correct = sum(count for answer, count in right.items() if equivalent(task.answer, answer))
+    num_correct = sum(count for answer, count in right.items() if grader.correct(answer))
     return Record(
         *names,
         answers=answers,
-        correct={vote: equivalent(task.answer, answer) for vote, answer in answers.items()},
+        correct={vote: grader.correct(answer) for vote, answer in answers.items()},
         solved=num_correct > 0,
         num_completions=len(outcome.completions),
         num_correct=num_correct,

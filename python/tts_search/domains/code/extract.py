@@ -13,12 +13,12 @@ _BEGIN = re.compile(r"^(?:async def |def |class |import |from \S+ import |@\w)",
 
 
 def code_blocks(text: str) -> list[str]:
-    """Return the fenced blocks of Python, or of no language, in order; the last one may still be open. O(len(text)).
+    r"""Return the fenced blocks of Python, or of no language, in order; the last one may still be open. O(len(text)).
 
     Examples
     --------
-    >>> code_blocks("So:\\n```python\\nx = 1\\n```\\nand\\n```sh\\nls\\n```\\n```\\ny =")
-    ['x = 1\\n', 'y =']
+    >>> code_blocks("So:\n```python\nx = 1\n```\nand\n```sh\nls\n```\n```\ny =")
+    ['x = 1\n', 'y =']
     """
     blocks: list[str] = []
     opened: re.Match[str] | None = None

@@ -188,11 +188,11 @@ _ASSERT = re.compile(r"^\s*(assert\b.+)$", re.MULTILINE)
 
 
 def written_tests(text: str, entry: str, limit: int = 5) -> list[str]:
-    """Return the assertions about a function that a policy wrote, a line each, the first ones.
+    r"""Return the assertions about a function that a policy wrote, a line each, the first ones.
 
     Examples
     --------
-    >>> written_tests("Tests:\\n    assert f(1) == 2\\n    assert g(1)\\n    assert f(", "f")
+    >>> written_tests("Tests:\n    assert f(1) == 2\n    assert g(1)\n    assert f(", "f")
     ['assert f(1) == 2']
     """
     found: list[str] = []

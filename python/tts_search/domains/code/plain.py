@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-__all__ = ["NotPlain", "from_json", "same_value", "to_json"]
+__all__ = ["NotPlainError", "from_json", "same_value", "to_json"]
 
 MAX_DEPTH: Final = 100
 MAX_ITEMS: Final = 1_000_000
@@ -18,7 +18,7 @@ _EXACT: Final = 2**53  # integers below it are numbers of JSON for everybody
 _TOLERANCE: Final = 1e-9  # of floats: the last digits of a sum depend on its order
 
 
-class NotPlain(ValueError):
+class NotPlainError(ValueError):
     """A value is no plain data, or too large."""
 
 
@@ -27,11 +27,11 @@ def to_json(value: Any, depth: int = 0) -> Any:
 
     Raises
     ------
-    NotPlain
+    NotPlainError
         If it is something else, nested deeper than 100 levels, or longer than a million items.
     """
     if depth > MAX_DEPTH:
-        raise NotPlain(f"expected a value of at most {MAX_DEPTH} levels")
+        raise NotPlainError(f"expected a value of at most {MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -45,9 +45,9 @@ def to_json(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": bytes(value).hex()}
     if not isinstance(value, (list, tuple, set, frozenset, dict)):
-        raise NotPlain(f"expected plain data, got a {type(value).__name__}")
+        raise NotPlainError(f"expected plain data, got a {type(value).__name__}")
     if len(value) > MAX_ITEMS:
-        raise NotPlain(f"expected at most {MAX_ITEMS} items, got {len(value)}")
+        raise NotPlainError(f"expected at most {MAX_ITEMS} items, got {len(value)}")
     if isinstance(value, dict):
         return {"dict": [[to_json(key, depth + 1), to_json(item, depth + 1)] for key, item in value.items()]}
     kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
@@ -60,7 +60,7 @@ def from_json(data: Any) -> Any:
 
     Raises
     ------
-    NotPlain
+    NotPlainError
         If it gave no such thing: the other side of the pipe may send anything.
     """
     if isinstance(data, list):
@@ -73,7 +73,7 @@ def from_json(data: Any) -> Any:
             return _made(kind, parts)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise NotPlain("expected a value, got an object of another kind")
+    raise NotPlainError("expected a value, got an object of another kind")
 
 
 def _made(kind: str, parts: Any) -> Any:

@@ -22,12 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from tts_search.domains.code.plain import NotPlain, from_json, to_json
+from tts_search.domains.code.plain import NotPlainError, from_json, to_json
+from tts_search.errors import SearchError
 
 __all__ = ["Level", "Limits", "Outcome", "Sandbox", "SandboxError", "Session"]
 
 
-class SandboxError(RuntimeError):
+class SandboxError(SearchError):
     """No sandbox of the level that is required can be had here."""
 
 
@@ -123,7 +124,7 @@ _STARVED: Final = 60  # times the seconds that it may wait: nobody gets a proces
 
 
 class Sandbox:
-    """Starts processes in which code is run.
+    r"""Starts processes in which code is run.
 
     Parameters
     ----------
@@ -146,7 +147,7 @@ class Sandbox:
     Examples
     --------
     >>> with Sandbox().open() as session:
-    ...     session.load("def double(x):\\n    return 2 * x").kind
+    ...     session.load("def double(x):\n    return 2 * x").kind
     ...     session.call("double", (21,)).value
     'value'
     42
@@ -206,7 +207,9 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -252,7 +255,7 @@ class Session:
         while isinstance(reply, dict) and "ask" in reply:
             try:
                 outcome = under_test.call(name, from_json(reply["ask"]), from_json(reply.get("kwargs", {"dict": []})))
-            except (NotPlain, TypeError, ValueError) as error:
+            except (NotPlainError, TypeError, ValueError) as error:
                 return self._end("died", f"the tests asked for something else: {error}")
             if outcome.is_value:
                 reply = self._exchange({"value": to_json(outcome.value)})
@@ -294,8 +297,8 @@ class Session:
         if "value" in reply:
             try:
                 return Outcome("value", from_json(reply["value"]))
-            except (NotPlain, RecursionError) as error:
-                return Outcome("raised", text=f"NotPlain: {error}")
+            except (NotPlainError, RecursionError) as error:
+                return Outcome("raised", text=f"NotPlainError: {error}")
         if "syntax" in reply:
             return Outcome("syntax", text=str(reply["syntax"])[:200])
         return Outcome("raised", text=f"{reply.get('raised')}: {reply.get('text')}"[:300])

@@ -174,9 +174,7 @@ def _mbpp_task(entry: Mapping[str, Any], number: str) -> CodeTask:
         for test in tests:
             yield _as_call(test, name) or Asserts(test, setup)
 
-    return CodeTask(
-        str(entry.get("task_id", number)), problem, name, tuple(asserts(tests[:1])), tuple(asserts(hidden))
-    )
+    return CodeTask(str(entry.get("task_id", number)), problem, name, tuple(asserts(tests[:1])), tuple(asserts(hidden)))
 
 
 def _called(test: str) -> str:
@@ -189,7 +187,22 @@ def _called(test: str) -> str:
 
 
 _BUILT_IN: Final = frozenset(
-    ("set", "list", "tuple", "sorted", "round", "abs", "len", "str", "int", "float", "sum", "dict", "isinstance", "bool")
+    (
+        "set",
+        "list",
+        "tuple",
+        "sorted",
+        "round",
+        "abs",
+        "len",
+        "str",
+        "int",
+        "float",
+        "sum",
+        "dict",
+        "isinstance",
+        "bool",
+    )
 )
 
 
@@ -238,8 +251,10 @@ def _livecodebench_task(entry: Mapping[str, Any], number: str) -> CodeTask:
 
 
 def _cases(cases: Any, name: str) -> list[Mapping[str, str]]:
-    """Test cases, as JSON in a text; in the published files the private ones are a compressed pickle, which is refused:
-    to read a pickle is to run it."""
+    """Test cases, as JSON in a text.
+
+    In the published files the private ones are a compressed pickle, which is refused: to read a pickle is to run it.
+    """
     if isinstance(cases, str):
         try:
             cases = json.loads(cases)
@@ -275,13 +290,13 @@ _WORDS: Final = {"true": "True", "false": "False", "null": "None"}
 
 
 def examples_in(text: str, name: str) -> list[Call]:
-    """Return the examples that a text gives of a function: ``f(...) == ...``, ``>>> f(...)`` and the like.
+    r"""Return the examples that a text gives of a function: ``f(...) == ...``, ``>>> f(...)`` and the like.
 
     Only literals count. What is said twice counts once.
 
     Examples
     --------
-    >>> examples_in(">>> add(1, 2)\\n3\\nadd([], 0) ➞ None, and so on", "add")
+    >>> examples_in(">>> add(1, 2)\n3\nadd([], 0) ➞ None, and so on", "add")
     [Call(args=(1, 2), expected=3), Call(args=([], 0), expected=None)]
     """
     found: dict[str, Call] = {}

@@ -1,8 +1,8 @@
 """The process in the sandbox: it confines itself, says what held, and then does what it is asked to.
 
 Questions and answers are frames of their own pipes: a length in four bytes, and JSON. What candidate code prints goes
-elsewhere. It could find the pipe and write an answer of its own; but an answer is only what a function returns, which it
-may choose anyway: whether that is right is decided by whoever asks, who never says what would be.
+elsewhere. It could find the pipe and write an answer of its own; but an answer is only what a function returns, which
+it may choose anyway: whether that is right is decided by whoever asks, who never says what would be.
 """
 
 from __future__ import annotations

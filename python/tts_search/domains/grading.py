@@ -1,0 +1,75 @@
+"""What makes an answer right, by the name that a task gives it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+__all__ = ["GRADERS", "Grader", "grader_of"]
+
+GRADERS: Final = ("mathematics", "code")
+
+
+class Grader(Protocol):
+    """Takes answers out of completions and judges them."""
+
+    def extract(self, text: str) -> str | None:
+        """Return the answer of a completion's text, empty if it has none; None: as the search took it out."""
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two answers count as one in a vote."""
+
+    def correct(self, answer: str) -> bool:
+        """Whether an answer is right."""
+
+
+def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
+    """Return the grader of a task.
+
+    Parameters
+    ----------
+    name : str
+        One of `GRADERS`.
+    gold : str
+        The right answer.
+    details : mapping
+        What else the task says, as in its file.
+
+    Raises
+    ------
+    ValueError
+        If there is no such grader, or a detail is not what it should be.
+    """
+    if name == "mathematics":
+        return _Mathematics(gold)
+    if name == "code":
+        from tts_search.domains.code import CodeGrader
+        from tts_search.domains.code.tasks import task_of
+
+        return CodeGrader(task_of(details, ""), _judge())
+    raise ValueError(f"grader: expected one of {', '.join(GRADERS)}, got {name!r}")
+
+
+@functools.cache
+def _judge() -> Any:
+    """One for the process: programs of a task come again, in votes and for other budgets."""
+    from tts_search.domains.code import Judge
+
+    return Judge()
+
+
+class _Mathematics:
+    def __init__(self, gold: str) -> None:
+        self._gold = gold
+
+    def extract(self, _text: str) -> str | None:
+        return None
+
+    def equal(self, one: str, other: str) -> bool:
+        from tts_search.domains.mathematics import equivalent
+
+        return equivalent(one, other)
+
+    def correct(self, answer: str) -> bool:
+        return self.equal(self._gold, answer)

@@ -1,0 +1,80 @@
+"""A verifier that runs what a policy wrote on a problem's public tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tts_search.domains.code.judging import Judge
+from tts_search.domains.code.tasks import CodeTask
+from tts_search.search.protocol import Score, Usage
+
+__all__ = ["ExecutionVerifier"]
+
+
+class ExecutionVerifier:
+    """Scores a step by the text up to it: the share of the public tests that the program in it passes.
+
+    A step up to which there is a program that defines what is asked for is a runnable prefix, and has a score of its
+    own. Up to any other step nothing is known, and the score is `pending`: between a program that fails every test (or
+    does not compile, or takes too long), 0, and one that passes some. Hidden tests are never run.
+
+    Parameters
+    ----------
+    tasks : iterable of CodeTask
+        Those that will be searched, known by their problem's text.
+    judge : Judge or None
+        Runs programs; by default in a sandbox of the full level.
+    pending : float
+        The score of a step without a program.
+
+    Raises
+    ------
+    ValueError
+        If two tasks have the same text and other tests.
+
+    Examples
+    --------
+    >>> from tts_search.domains.code import humaneval  # doctest: +SKIP
+    >>> verifier = ExecutionVerifier(humaneval())  # doctest: +SKIP
+    """
+
+    def __init__(self, tasks: Iterable[CodeTask], judge: Judge | None = None, *, pending: float = 0.1) -> None:
+        self.judge = judge or Judge()
+        self.pending = pending
+        self._tasks: dict[str, CodeTask] = {}
+        for task in tasks:
+            if self._tasks.setdefault(task.problem, task).public != task.public:
+                raise ValueError(f"tasks: expected one task for a text, got two for {task.problem[:60]!r}")
+        self._problems: dict[int, CodeTask] = {}
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem.
+
+        Raises
+        ------
+        ValueError
+            If none of the tasks has this text.
+        """
+        if text not in self._tasks:
+            raise ValueError(f"an ExecutionVerifier knows the tests of its own tasks only; none is {text[:60]!r}")
+        self._problems[problem] = self._tasks[text]
+
+    def score(self, requests: Sequence[Score]) -> list[list[float]]:
+        """Answer requests of any number of problems."""
+        return [self._scores(self._problems[each.problem], each.steps + each.lookahead) for each in requests]
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Do nothing: a program is not a branch."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget the problem; no token was read."""
+        self._problems.pop(problem, None)
+        return Usage()
+
+    def _scores(self, task: CodeTask, steps: Sequence[str]) -> list[float]:
+        text, scores = "", []
+        for step in steps:
+            text += step
+            program = task.program_of(text)
+            scores.append(self.judge.public(task, program).share if program else self.pending)
+        return scores
