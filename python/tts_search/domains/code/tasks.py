@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -136,7 +136,7 @@ def task_of(entry: Mapping[str, Any], number: str) -> CodeTask:
         raise ValueError(f"a task of programming: {type(error).__name__}: {error}") from None
 
 
-def _shape(entry: Mapping[str, Any]) -> Any:
+def _shape(entry: Mapping[str, Any]) -> Callable[[Mapping[str, Any], str], CodeTask] | None:
     for fields, read in (
         (("prompt", "entry_point", "test"), _humaneval_task),
         (("test_list",), _mbpp_task),
