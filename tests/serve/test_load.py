@@ -1,0 +1,108 @@
+"""Many clients at once, some of which hang up or talk nonsense: every answer is its own, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from typing import Any
+
+import httpx2
+import pytest
+
+CLIENTS = int(os.environ.get("TTS_LOAD_CLIENTS", "24"))
+REQUESTS = int(os.environ.get("TTS_LOAD_REQUESTS", "10"))
+PROBLEMS = [f"Start with {k}, add 5, multiply by 3. What is the result modulo 100?" for k in range(11, 19)]
+
+
+def kinds(rng: random.Random) -> tuple[str, str, dict[str, Any]]:
+    """A kind of request, its route and body; few different ones, so that each has its known answer."""
+    problem, seed = rng.choice(PROBLEMS), rng.randrange(2)
+    turns = [{"role": "user", "content": problem}]
+    solution = [*turns, {"role": "assistant", "content": "11 + 5 = 16\n\n16 * 3 = 48"}]
+    kind = rng.choice(["chat", "stream", "scored", "searched"])
+    if kind == "scored":
+        return kind, "/pooling", {"messages": solution}
+    if kind == "searched":
+        fields = {"problem": problem, "method": rng.choice(["beam_search", "best_of_n"]), "n": 8}
+        return kind, "/v1/search", {**fields, "max_step_tokens": 48, "seed": seed}
+    body = {"messages": turns, "n": rng.choice([1, 4, 16]), "max_tokens": 48, "seed": seed}
+    return kind, "/v1/chat/completions", body if kind == "chat" else {**body, "stream": True}
+
+
+def told(kind: str, text: str) -> Any:
+    """What an answer says, without what differs each time."""
+    if kind == "stream":
+        parts: dict[int, str] = defaultdict(str)
+        for block in text.split("\n\n")[:-2]:
+            for choice in json.loads(block.removeprefix("data: "))["choices"]:
+                parts[choice["index"]] += choice["delta"].get("content", "")
+        return dict(parts)
+    data = json.loads(text)
+    if kind == "searched":
+        return data["completions"], data["answer"]
+    return data["data"] if kind == "scored" else [choice["message"]["content"] for choice in data["choices"]]
+
+
+def resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def one_client(url: str, number: int, expected: dict[str, Any], times: dict[str, list[float]]) -> None:
+    rng = random.Random(number)
+    async with httpx2.AsyncClient(base_url=url, timeout=300) as client:
+        for _ in range(REQUESTS):
+            kind, route, body = kinds(rng)
+            fate = rng.random()
+            if fate < 0.1:  # goes away in the middle
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(client.post(route, json=body), 0.05)
+            elif fate < 0.2:
+                reply = await client.post(route, content=b'{"messages": [' * rng.randrange(1, 9))
+                assert reply.status_code == 400
+            else:
+                begun = time.monotonic()
+                reply = await client.post(route, json=body)
+                times[kind].append(time.monotonic() - begun)
+                assert reply.status_code == 200, reply.text
+                assert told(kind, reply.text) == expected[json.dumps([route, body])]
+
+
+@pytest.mark.slow
+def test_many_clients(live, local, service, capsys):
+    expected: dict[str, Any] = {}
+    for number in range(CLIENTS):  # one after the other, in process
+        rng = random.Random(number)
+        for _ in range(REQUESTS):
+            kind, route, body = kinds(rng)
+            if 0.1 <= rng.random() < 0.2:
+                rng.randrange(1, 9)
+            key = json.dumps([route, body])
+            if key not in expected:
+                expected[key] = told(kind, local.post(route, json=body).text)
+    before = resident()
+    times: dict[str, list[float]] = defaultdict(list)
+
+    async def run() -> None:
+        await asyncio.gather(*(one_client(live, number, expected, times) for number in range(CLIENTS)))
+
+    begun = time.monotonic()
+    asyncio.run(run())
+    wall = time.monotonic() - begun
+    deadline = time.monotonic() + 60
+    while service.engine.num_in_flight or service.engine.num_streams:
+        assert time.monotonic() < deadline, "what clients left behind is freed"
+        time.sleep(0.05)
+    with capsys.disabled():
+        print(f"\n{CLIENTS} clients x {REQUESTS} requests in {wall:.1f} s; memory {resident() / before:.3f} of before")
+        for kind, values in sorted(times.items()):
+            values.sort()
+            last = values[int(0.99 * (len(values) - 1))]
+            print(f"{kind:9} {len(values):5}  p50 {statistics.median(values):.3f} s  p99 {last:.3f} s")
+    assert resident() < 1.3 * before
