@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tts_search.policies.text import TextPolicy, TextVerifier
     from tts_search.strategy import FittedStrategy, RuleStrategy, Strategy
     from tts_search.verifiers.hf import HFVerifier
+    from tts_search.verifiers.mixed import MixedVerifier
 
 __all__ = [
     "VOTES",
@@ -38,6 +39,7 @@ __all__ = [
     "HFPolicy",
     "HFVerifier",
     "MissingExtraError",
+    "MixedVerifier",
     "Policy",
     "RuleStrategy",
     "Search",
@@ -72,6 +74,7 @@ _ON_USE = {  # what needs more than the engine and the search: where it is
     "FittedStrategy": "strategy",
     "HFPolicy": "policies.hf",
     "HFVerifier": "verifiers.hf",
+    "MixedVerifier": "verifiers.mixed",
     "RuleStrategy": "strategy",
     "Strategy": "strategy",
     "TextPolicy": "policies.text",
