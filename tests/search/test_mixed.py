@@ -144,7 +144,7 @@ def best_weights() -> list[float]:
 
 
 def gains(seeds) -> dict[str, float]:
-    """Accuracies on 300 problems of each seed: of a verifier alone (the mean, and the best one), and of mixtures of all."""
+    """Accuracies on 300 problems of each seed: of verifiers alone (their mean, the best) and of mixtures."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
         problems = simulated(300, random.Random(seed))
