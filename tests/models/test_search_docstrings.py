@@ -28,7 +28,12 @@ transformers = pytest.importorskip("transformers")
 FOUND = [one.name for one in pkgutil.walk_packages(tts_search.__path__, "tts_search.") if not one.ispkg]
 MODULES = ["tts_search", *(name for name in FOUND if not name.endswith("__main__"))]
 # What no stand-in can be: a server, vLLM, a cluster, a framework of others.
-ELSEWHERE = ("tts_search.policies.vllm", "tts_search.adapters.its_hub", "tts_search.evaluation.ray.on_ray")
+ELSEWHERE = (
+    "tts_search.policies.vllm",
+    "tts_search.adapters.its_hub",
+    "tts_search.evaluation.ray.on_ray",
+    "tts_search.verifiers.execution",
+)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 

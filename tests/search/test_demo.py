@@ -164,7 +164,7 @@ def generate(requests):
         raise KeyboardInterrupt
     return [[Step(r"\\boxed{1}", True)] * request.num_samples for request in requests]
 
-commands.load_checkpoints = lambda *_: (TextPolicy(generate), None)
+commands.load_checkpoints = lambda *_, **__: (TextPolicy(generate), None)
 sys.argv = ["tts-search", "eval", *sys.argv[1:]]
 cli.main()
 """

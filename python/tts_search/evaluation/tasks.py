@@ -118,7 +118,7 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     ...     _ = file.write(b'{"problem": "What is 1 + 1?", "answer": 2}\n')
     ...     file.flush()
     ...     load_tasks(file.name)
-    [Task(id='0', problem='What is 1 + 1?', answer='2', level='')]
+    [Task(id='0', problem='What is 1 + 1?', answer='2', level='', grader='mathematics')]
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected an int >= 1, got {limit!r}")

@@ -201,7 +201,7 @@ class MixedVerifier:
     --------
     >>> from tts_search import TextVerifier
     >>> a, b = (TextVerifier(lambda branches, x=x: [[x] * len(s) for _, s in branches]) for x in (0.2, 0.8))
-    >>> MixedVerifier([a, b], weights=[1, 3]).mixture.mean([0.2, 0.8])
+    >>> round(MixedVerifier([a, b], weights=[1, 3]).mixture.mean([0.2, 0.8]), 6)
     0.65
     """
 

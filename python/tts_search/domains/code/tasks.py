@@ -344,6 +344,8 @@ def _example(call: str, rest: str, name: str) -> Call | None:
     words, cut = line.strip(), ""
     while words and not re.match(r"\s*[-+*/%=<>]", cut):  # 1 + 2 = 3 is no 1
         try:
+            if words.rstrip().endswith(","):  # which would make a tuple of what is before it
+                raise SyntaxError
             left, right = (ast.parse(part, mode="eval").body for part in (call, _WORDS.get(words, words)))
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             left = right = None  # type: ignore[assignment]
