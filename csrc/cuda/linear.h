@@ -9,6 +9,7 @@ namespace tts::cuda {
 
 // Columns of x that are summed by themselves; their sums are added in ascending order. On tensor cores a
 // chunk begins by waiting for its first slice, so it is long; sums in float32 stay more exact in short ones.
+// An even number of QuantizedTile's slices.
 TTS_HD constexpr int64_t linear_chunk(DType dtype) { return dtype == DType::f32 ? 256 : 1024; }
 
 // Blocks that share a tile's depth, a chunk each, where rows are few. Each leaves its sums in `parts`

@@ -71,7 +71,9 @@ struct QuantizedTile : TensorTile<T, kRows> {
     using Tile = TensorTile<T, kRows>;
     static constexpr int kStages = 2, kSlice = Tile::kSlice, kSharedBytes = kStages * kSlice;
 
-    // a(row) as in TensorTile, of columns [first_k, first_k + width); `column` is the weight's first one.
+    // a(row) as in TensorTile, of columns [first_k, first_k + width); `column` is the weight's first one. A
+    // call may follow one whose width has an even number of slices: its first slice goes where the last but
+    // one was.
     template <class A>
     __device__ __forceinline__ void multiply(A a, const QuantizedWeight& weight, int64_t column,
                                              int64_t columns, int64_t first_k, int64_t width, void* shared) {
@@ -102,7 +104,6 @@ struct QuantizedTile : TensorTile<T, kRows> {
             fetch(s + 1);
             this->use(slice);
         }
-        __syncthreads();
     }
 
   private:

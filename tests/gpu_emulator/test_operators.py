@@ -21,7 +21,7 @@ from gpu_emulator.rounding import fusible
 
 pytestmark = [pytest.mark.skipif(nvcc() is None, reason="no nvcc"), pytest.mark.timeout(3600)]
 TESTS = HERE.parent
-ALL = [name for name in operators() if name != "linear"]  # a CPU's has another weight: linear.py here
+ALL = [name for name in operators() if name != "linear"]  # which has tests of its own below
 LONG = ("sample", "tree_attention")  # minutes: many draws, many large kernels
 # What an operator's tests compare it with, to the bit.
 PARTS = {"score_and_prune": ("step_scores", "aggregate_steps", "prune")}
@@ -44,10 +44,15 @@ FEW = {
 }
 
 
+def tests_of(operator: str) -> str:
+    """The file of an operator's tests: the CPU's own, but for linear, whose weight is another on a GPU."""
+    return str(HERE / "linear.py" if operator == "linear" else TESTS / f"test_{operator}.py")
+
+
 def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
     options = ["-p", "gpu_emulator.plugin", "--emulate", ",".join([operator, *PARTS.get(operator, ())]), *arguments]
-    run_tests(options, tests or str(TESTS / f"test_{operator}.py"), only, but)
+    run_tests(options, tests or tests_of(operator), only, but)
 
 
 def run_tests(options: Sequence[str], tests: str, only: str, but: Sequence[str]) -> None:
@@ -84,17 +89,17 @@ def test_no_rounding_is_left_to_the_compiler(source: Path) -> None:
     [(0, "test_ and not dtype2"), *(pytest.param(seed, "test_", marks=pytest.mark.slow) for seed in (3, 11))],
 )
 def test_linear_as_a_gpu_does_it(seed: int, only: str) -> None:
-    run("linear", "--emulate-seed", str(seed), tests=str(HERE / "linear.py"), only=only)
+    run("linear", "--emulate-seed", str(seed), only=only)
 
 
 @pytest.mark.skipif(clang() is None, reason="no clang")
 @pytest.mark.parametrize("sanitizer", [pytest.param("address", marks=pytest.mark.slow), "thread"])
 def test_linear_under_a_sanitizer(sanitizer: str) -> None:
-    run("linear", "--emulate-sanitize", sanitizer, tests=str(HERE / "linear.py"), only="zero_points[4-dtype1")
+    run("linear", "--emulate-sanitize", sanitizer, only="zero_points[4-dtype1")
 
 
 def test_launches() -> None:
-    run(",".join(ALL), tests=str(HERE / "launches.py"))
+    run(",".join(operators()), tests=str(HERE / "launches.py"))
 
 
 @pytest.mark.parametrize("only", ["64", pytest.param("128 or 20", marks=pytest.mark.slow)])
