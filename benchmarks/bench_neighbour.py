@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--record", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no neighbour is left behind
 
     cases = list(itertools.product(options.neighbours, options.levels, options.weights))
     found: dict[tuple[int, str, str], list[dict[str, float]]] = {case: [] for case in cases}
