@@ -52,14 +52,14 @@ def recorded(path: str) -> tuple[HFPolicy, DecodeGraphs, Recording]:
 def test_tokens_are_the_same_as_without(path: str) -> None:
     policy, graphs, recording = recorded(path)
     wanted = search(PROBLEMS, HFPolicy(path, kv_memory="4MiB"), None, CONFIG, progress=False)
-    alone = {"progress": False, "prefix_cache": False}  # the cache would change the second run's forwards
-    assert_same(search(PROBLEMS, policy, None, CONFIG, **alone), wanted)
+    # The prefix cache would change the second run's forwards.
+    assert_same(search(PROBLEMS, policy, None, CONFIG, progress=False, prefix_cache=False), wanted)
     assert recording.replays > 20
     assert recording.captures == len(graphs._steps)
     assert set(graphs._steps) <= {1, 2, 4, 8, 16, 32}
     assert len(graphs._steps) >= 2
     before = {size: [t.data_ptr() for t in buffers(graphs, size)] for size in graphs._steps}
-    again = search(PROBLEMS, policy, None, CONFIG, **alone)
+    again = search(PROBLEMS, policy, None, CONFIG, progress=False, prefix_cache=False)
     assert_same(again, wanted)
     assert recording.captures == len(graphs._steps)  # nothing was recorded anew, ...
     assert before == {size: [t.data_ptr() for t in buffers(graphs, size)] for size in graphs._steps}  # ... or moved
