@@ -26,7 +26,7 @@ def named(found):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_whole(name):
-    record.read(name)
+    assert record.read(name)["tables"]
 
 
 @pytest.mark.parametrize("page", named(pages.PAGES))

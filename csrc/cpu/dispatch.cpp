@@ -131,7 +131,7 @@ constexpr Fastest kFastest[] = {
      "Emerald Rapids: vdpbf16ps does 45 G multiply-adds a second and core, fp32 89 G; a step takes 80 ms at "
      "avx512, 128 ms at avx512_bf16; whole numbers by VNNI"},
     {"GenuineIntel", 6, 167, "amx",
-     "a Xeon with AMX that names itself model 167: a step takes 45 ms at amx, 102 ms at avx512, 125 ms at "
+     "a Xeon with AMX that names itself model 167: a step takes 58 ms at amx, 139 ms at avx512, 162 ms at "
      "avx512_bf16"},
     {"GenuineIntel", -1, -1, "avx512_vnni",
      "not measured; on the Intel cores that were, vdpbf16ps runs at half of fp32's rate"},

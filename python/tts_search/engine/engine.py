@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -247,7 +248,7 @@ class Engine:
         handle._settle(None)
 
 
-class Handle(Generic[Result, News]):
+class Handle(ABC, Generic[Result, News]):
     """What was handed to an :class:`Engine`; all of it may be used from any thread.
 
     ``await handle`` is its result, as :meth:`result` says; a task that is cancelled while it waits cancels what it
@@ -315,13 +316,13 @@ class Handle(Generic[Result, News]):
     def __await__(self) -> Generator[Any, None, Result]:
         return asyncio.wrap_future(self._future).__await__()
 
+    @abstractmethod
     def _begin(self, scheduler: Scheduler) -> None:
         """Get it on its way, in the engine's thread."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _reader(self) -> Reader[News]:
         """A function that yields what has happened since it was called the last time."""
-        raise NotImplementedError
 
     def _listen(self, listener: Listener) -> None:
         def begin() -> None:

@@ -6,6 +6,7 @@ Python: a table says of each token whether a step may end there, and only then a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
@@ -52,7 +53,7 @@ class Sampling:
 
 
 @dataclass(slots=True, eq=False)
-class Sampled(Stream):
+class Sampled(Stream, ABC):
     """A branch that grows by sampled tokens.
 
     Attributes
@@ -92,9 +93,9 @@ class Sampled(Stream):
         """Those whose next token is drawn from this branch's logits."""
         return [self]
 
+    @abstractmethod
     def ends(self) -> bool:
         """Whether it ends with the newest token of its branch, which may be taken off again."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True, eq=False)
