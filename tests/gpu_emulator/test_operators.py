@@ -44,7 +44,7 @@ FEW = {
 }
 
 
-def tests_of(operator: str) -> str:
+def file_of(operator: str) -> str:
     """The file of an operator's tests: the CPU's own, but for linear, whose weight is another on a GPU."""
     return str(HERE / "linear.py" if operator == "linear" else TESTS / f"test_{operator}.py")
 
@@ -52,7 +52,7 @@ def tests_of(operator: str) -> str:
 def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
     options = ["-p", "gpu_emulator.plugin", "--emulate", ",".join([operator, *PARTS.get(operator, ())]), *arguments]
-    run_tests(options, tests or tests_of(operator), only, but)
+    run_tests(options, tests or file_of(operator), only, but)
 
 
 def run_tests(options: Sequence[str], tests: str, only: str, but: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from gpu_emulator import clang, nvcc
 from gpu_emulator.build import HERE, _cached
 from gpu_emulator.library import CSRC
 
-from .test_operators import FEW, tests_of
+from .test_operators import FEW, file_of
 
 pytestmark = [pytest.mark.skipif(nvcc() is None, reason="no nvcc"), pytest.mark.timeout(3600)]
 needs_clang = pytest.mark.skipif(clang() is None, reason="no clang")
@@ -87,7 +87,7 @@ def run(p: Plant) -> str:
     options = ["-p", "gpu_emulator.plugin", "--emulate", p.operator, "--emulate-sources", str(plant(p))]
     options += ["--emulate-sanitize", p.sanitizer] if p.sanitizer else []
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--timeout", "3000", *options]
-    command += ["-k", p.only, tests_of(p.operator)]
+    command += ["-k", p.only, file_of(p.operator)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout[-8000:] + done.stderr[-2000:]

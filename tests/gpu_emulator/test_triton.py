@@ -10,7 +10,7 @@ import torch
 
 from gpu_emulator import Kernel, clang, load
 from gpu_emulator.build import HERE
-from gpu_emulator.test_operators import run_tests, tests_of
+from gpu_emulator.test_operators import file_of, run_tests
 
 pytest.importorskip("triton", reason="no triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -147,7 +147,7 @@ def test_kernels_of_the_ops(op: str, way: str) -> None:
     if way in ("address", "thread") and clang() is None:
         pytest.skip("no clang")
     only = FEW.get(op, OPS[op]) if way in ("address", "thread") else OPS[op]
-    run_tests([*EMULATED, *WAYS[way]], tests_of(op), only, ())
+    run_tests([*EMULATED, *WAYS[way]], file_of(op), only, ())
 
 
 @pytest.mark.slow
