@@ -24,9 +24,9 @@ def tool() -> ModuleType:
 
 
 def test_some_types(tool: ModuleType) -> None:
-    found = tool.sweep(["llama", "falcon", "mamba", "fuyu"])
+    found = tool.sweep(["llama", "falcon", "mamba", "musicgen"])
     assert {kind: what for kind, (what, _) in found.items()} == {
-        "llama": "followed", "falcon": "refused", "mamba": "refused", "fuyu": "not checked",
+        "llama": "followed", "falcon": "refused", "mamba": "refused", "musicgen": "not checked",
     }  # fmt: skip
     page = tool.table(found)
     assert "**Followed** (1): `llama`." in page
