@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 import torch
 from tts_search.cli.main import main
 from tts_search.evaluation.evaluate import read_records
+from tts_search.evaluation.records import Journal
 from tts_search.lab import MODELS_DIR
 
 POLICY, VERIFIER = str(MODELS_DIR / "policy-0.1m"), str(MODELS_DIR / "prm-strong")
@@ -297,6 +298,24 @@ def test_output_that_cannot_be_written(tmp_path):
     check_line(done.returncode, done.stderr, "No space left on device")
     assert len(done.stderr.splitlines()) == 1
     assert len(read_records(tmp_path / "out" / "results.jsonl")) == 2
+
+
+def test_a_folder_that_vanishes_in_mid_run(run, monkeypatch):
+    """One line says so; the same command then makes the folder anew and finds nothing that the first left."""
+    append = Journal.append
+
+    def once_removed(journal, record):
+        if Path("out").exists() and journal.records:
+            shutil.rmtree("out")
+        return append(journal, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", once_removed)
+        status, _, errors = run(*EVAL)
+    check_line(status, errors, "vanished .*results.jsonl")
+    assert not Path("out").exists()
+    assert run(*EVAL)[0] == 0
+    assert len(read_records("out/results.jsonl")) == 2
 
 
 def test_a_reader_that_goes_away(tmp_path):
