@@ -329,6 +329,37 @@ def study(
     print(plan_as_text(grid)) if plan else run_study(grid, out, part=part)
 
 
+@app.command(epilog="Example: tts-search study-code --policy path/to/policy --dtype bfloat16")
+def study_code(
+    policy: PolicyPath,
+    out: Annotated[
+        Path, Option(help="Folder of the samples; what it holds is not done again.", file_okay=False)
+    ] = Path("study-code-results"),
+    n: Annotated[int, Option("--n", min=16, help="Programs of each problem, a multiple of 16.")] = 64,
+    seed: Annotated[int, Option(help="Fixes every draw.")] = 0,
+    limit: Annotated[int | None, Option(min=1, help="Only the first problems.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    kv_memory: Memory = None,
+    quantize: Quantize = None,
+    self_test: SelfTest = True,
+) -> None:
+    """Draw n programs for each problem of HumanEval, and choose one by public tests, by likelihood, by a vote."""
+    from tts_search.domains.code import humaneval
+    from tts_search.lab.humaneval import run_study, table_as_text
+    from tts_search.policies.hf import HFPolicy
+
+    tasks = humaneval()[:limit]
+    with naming(f"--policy: {policy}"):
+        loaded = HFPolicy(
+            policy, dtype=dtype, device=device, kv_memory=kv_memory, quantize=quantize, self_test=self_test
+        )
+    loaded.max_rows = 128  # programs differ in length: those that end make room for others
+    about = ", ".join(filter(None, (Path(policy).name, dtype, quantize)))
+    found = run_study(tasks, loaded, out, n=n, seed=seed, about=about)
+    print("\n\n".join(f"{name}\n{table_as_text(rows)}" for name, rows in found.items()))
+
+
 @contextmanager
 def naming(name: str) -> Iterator[None]:
     """Name the option that an error is about.

@@ -20,7 +20,7 @@ from typing import Any, Final
 from tts_search.domains.code.extract import code_of, defines
 from tts_search.errors import require
 
-__all__ = ["Asserts", "Call", "CodeTask", "Program", "examples_in", "humaneval", "is_code", "task_of"]
+__all__ = ["Asserts", "Call", "CodeTask", "Program", "examples_in", "humaneval", "is_code", "repeated", "task_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,3 +354,31 @@ def _example(call: str, rest: str, name: str) -> Call | None:
         shorter = re.sub(r"(?:[\s,;.]+|[^\s,;.]+)$", "", words)
         words, cut = shorter, words[len(shorter) :] if words[len(shorter) :].strip() else cut
     return None
+
+
+def repeated(task: CodeTask) -> tuple[int, int]:
+    """Return how many hidden assertions are about a call that the problem's text shows, and how many there are.
+
+    An assertion counts once, whatever its form: as repeated if it calls the function with literal arguments that a
+    public example has.
+    """
+    shown = {repr(test.args) for test in task.public if isinstance(test, Call)}
+    again = total = 0
+    for test in task.hidden:
+        if isinstance(test, Call):
+            again, total = again + (repr(test.args) in shown), total + 1
+        elif isinstance(test, Asserts):
+            for node in ast.walk(ast.parse(test.source)):
+                if isinstance(node, ast.Assert):
+                    again, total = again + bool(shown & set(_argument_lists(node, task.entry))), total + 1
+    return again, total
+
+
+def _argument_lists(node: ast.AST, name: str) -> Iterator[str]:
+    """The literal arguments of each call of a function (HumanEval's tests call it ``candidate``)."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in (name, "candidate"):
+            try:
+                yield repr(tuple(map(ast.literal_eval, call.args)))
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                continue

@@ -1,0 +1,196 @@
+"""Samples of a policy, kept in a file: what a study selects from, drawn once.
+
+The first line of the file says how they were drawn. Every other line is a few completions of one problem and what they
+cost. Completions are drawn in rounds over all problems, so a file that is not whole yet has equally many of each. The
+draws are those of a best-of-N of the same seed: any smaller budget is the beginning of a larger one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tts_search.engine.drivers import lift
+from tts_search.errors import SearchError
+from tts_search.search.protocol import Expand, Policy
+from tts_search.search.seeds import Seeds
+from tts_search.search.types import Step, StepParams
+
+__all__ = ["Drawn", "appending", "draw", "read_head", "read_lines", "read_samples"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Some completions of a problem.
+
+    Attributes
+    ----------
+    id : str
+        Of the task.
+    first : int
+        Number of the first of them among all completions of the problem.
+    steps : tuple of Step
+        The completions, a step each.
+    tokens, prefill_tokens : int
+        Sampled; of the prompt.
+    flops : float
+        Of all forwards.
+    seconds : float
+        Since the line before was done: problems are drawn side by side.
+    """
+
+    id: str
+    first: int
+    steps: tuple[Step, ...]
+    tokens: int
+    prefill_tokens: int
+    flops: float
+    seconds: float
+
+
+def draw(
+    policy: Policy,
+    problems: Mapping[str, str],
+    path: str | Path,
+    *,
+    n: int,
+    seed: int = 0,
+    params: StepParams,
+    about: str = "",
+    each: int = 16,
+    in_flight: int = 16,
+) -> list[Drawn]:
+    """Draw n completions of each problem into a file; what the file holds already is not drawn again.
+
+    Parameters
+    ----------
+    policy : Policy
+        Samples.
+    problems : mapping of str to str
+        Texts by id.
+    path : str or Path
+        JSONL; each line is on disk as soon as it is done.
+    n : int
+        Completions of a problem; a multiple of `each`.
+    seed : int
+        Fixes the draws.
+    params : StepParams
+        How to sample, without a delimiter.
+    about : str
+        What else the samples depend on, such as the checkpoint and its precision.
+    each : int
+        Completions of a line.
+    in_flight : int
+        Lines drawn side by side.
+
+    Returns
+    -------
+    list of Drawn
+        Those of a problem one after the other, problems in order.
+
+    Raises
+    ------
+    ValueError
+        If `each` does not divide `n`, or the file holds what was drawn in another way.
+    SearchError
+        If the policy fails for a problem.
+    """
+    if n < 1 or n % each:
+        raise ValueError(f"n: expected a multiple of {each}, got {n}")
+    path = Path(path)
+    head = {"about": about, "seed": seed, "each": each, "params": asdict(params), "problems": dict(problems)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {(one.id, one.first): one for one in read_samples(path, head)}
+    with appending(path) as write:
+        if path.stat().st_size == 0:
+            write(head)
+        lines = [(name, first) for first in range(0, n, each) for name in problems if (name, first) not in known]
+        for one in _drawn(policy, problems, lines, each, seed, params, in_flight):
+            write(asdict(one))
+            known[one.id, one.first] = one
+    return [known[name, first] for name in problems for first in range(0, n, each)]
+
+
+def _drawn(
+    policy: Policy,
+    problems: Mapping[str, str],
+    lines: Sequence[tuple[str, int]],
+    each: int,
+    seed: int,
+    params: StepParams,
+    in_flight: int,
+) -> Iterator[Drawn]:
+    driver = lift(policy)
+    waiting, running = iter(range(len(lines))), set[int]()
+    before = time.perf_counter()
+    try:
+        while True:
+            while len(running) < in_flight and (number := next(waiting, None)) is not None:
+                name, first = lines[number]
+                seeds = Seeds(seed, problems[name])
+                driver.begin(number, problems[name])
+                running.add(number)
+                drawn = tuple(seeds.of((first + child,)) for child in range(each))
+                driver.submit([Expand(number, 0, tuple(range(1, each + 1)), (), drawn, params)])
+            if not running:
+                return
+            for request, answer in driver.step():
+                running.remove(request.problem)
+                usage = driver.end(request.problem)
+                name, first = lines[request.problem]
+                if isinstance(answer, Exception):
+                    raise SearchError(f"{name}: {type(answer).__name__}: {answer}") from answer
+                before, seconds = time.perf_counter(), time.perf_counter() - before
+                yield Drawn(name, first, tuple(answer), usage.tokens, usage.prefill_tokens, usage.flops, seconds)
+    finally:
+        for number in running:
+            driver.end(number)
+
+
+def read_samples(path: str | Path, head: Mapping[str, Any] | None = None) -> list[Drawn]:
+    """Read a file of samples; no file has none.
+
+    Raises
+    ------
+    ValueError
+        If it was not drawn as `head` says.
+    """
+    first, *entries = read_lines(path) or [head]
+    if head is not None and first != head:
+        differing = [name for name, value in head.items() if first.get(name) != value]
+        raise ValueError(f"{path}: expected samples drawn in the same way, got another {', '.join(differing)}")
+    return [Drawn(**{**entry, "steps": tuple(Step(**step) for step in entry["steps"])}) for entry in entries]
+
+
+def read_head(path: str | Path) -> dict[str, Any]:
+    """Return how a file's samples were drawn."""
+    head: dict[str, Any] = read_lines(path)[0]
+    return head
+
+
+def read_lines(path: str | Path) -> list[Any]:
+    """Return the values of the lines of a file; lines that a crash left half-written are passed over."""
+    values = []
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else ():
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    return values
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Any], None]]:
+    """What appends a value to a file, a line each, on disk at once."""
+    with open(path, "a", encoding="utf-8") as file:
+        if path.read_bytes()[-1:] not in (b"", b"\n"):  # half a line
+            file.write("\n")
+
+        def write(value: Any) -> None:
+            file.write(json.dumps(value) + "\n")
+            file.flush()
+
+        yield write
