@@ -3,7 +3,7 @@
 Hq 32, Hkv 8, D 128, bfloat16. Each test times one series; its exponent is the slope of log(time) over log(size) where
 size matters, fitted by least squares. Attention over a shared prefix should grow with branches x prefix in arithmetic
 but less at few branches, where reading the prefix dominates; a fork must not grow with length at all; memory must
-grow with the unique tokens and less than a page a branch.
+grow with the unique tokens and less than a page per branch.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def linear(rows: int, width: int, columns: int, bits: int = 16) -> list[Launch]:
 
 
 def aggregate_steps(scores: int, chains: int) -> list[Launch]:
-    """A thread a chain: one score after another."""
+    """A thread per chain: one score after another."""
     return [Launch(r"^aggregate_kernel", ceil_div(chains, 128), 128 * 4, 4 * scores + 12 * chains)]
 
 

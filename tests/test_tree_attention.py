@@ -121,7 +121,7 @@ def test_ragged_prefill(dtype: torch.dtype) -> None:
     assert_attends(tree, list(tree.kv_lens), (8, 4), 64, dtype)
 
 
-SINKS = torch.tensor([0.0, 5.0, -5.0, 100.0, -torch.inf, 1.5, -1.5, 0.3])  # one a query head
+SINKS = torch.tensor([0.0, 5.0, -5.0, 100.0, -torch.inf, 1.5, -1.5, 0.3])  # one per query head
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

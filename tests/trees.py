@@ -27,8 +27,8 @@ class Tree:
 
 
 def grow(page_size: int, parents: Sequence[int], lengths: Sequence[int], seed: int = 0, spare: int = 3) -> Tree:
-    """A branch at every node without children (parent -1: a root), `lengths` tokens a node; a node that others continue
-    is filled up to whole pages. Page ids are shuffled."""
+    """A branch at every node without children (parent -1: a root), `lengths` tokens per node; a node that others
+    continue is filled up to whole pages. Page ids are shuffled."""
     rng = random.Random(seed)
     sizes = [-(-n // page_size) for n in lengths]
     ids = list(range(sum(sizes) + spare))

@@ -8,7 +8,7 @@
 // without contraction, so that every instruction set rounds alike. Per-row activation scales: Dettmers et
 // al., arXiv 2208.07339. A row with NaN or an infinity is NaN.
 //
-// Few rows are bound by reading W, a byte or half of one an element; a tile of rows passes a group of panels
+// Few rows are bound by reading W, a byte or half of one per element; a tile of rows passes a group of panels
 // while they are in cache (int_tile.h).
 #include "linear_quantized.h"
 

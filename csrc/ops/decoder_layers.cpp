@@ -4,7 +4,7 @@
 //   x = x + down(swiglu(gate_up(norm(x))))      in each layer
 //
 // Nothing but the operators one after another, without the interpreter between them: beside a stream of
-// weights through the cache, a call from Python costs 10 us and more, and a decode step makes nine a layer.
+// weights through the cache, a call from Python costs 10 us and more, and a decode step makes nine per layer.
 #include <algorithm>
 #include <cmath>
 

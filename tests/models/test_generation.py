@@ -167,7 +167,7 @@ def test_a_long_text_is_decoded_in_pieces(policy):
         (request(tokens=()), "the prompt has no tokens"),
         (request(tokens=(10**6,)), "tokens: expected ids from 0 to"),
         (request(tokens=(5,) * 512), "leaves no room in the model's context of 512 tokens"),
-        (replace(request(), seeds=(1, 2)), "seeds: expected 1, one a sample, got 2"),
+        (replace(request(), seeds=(1, 2)), "seeds: expected 1, one per sample, got 2"),
         (request(max_tokens=0), "max_tokens: expected at least 1, got 0"),
         (request(stop=("",)), "stop: expected texts that are not empty"),
         (request(temperature=-1.0), "temperature: "),

@@ -406,7 +406,7 @@ class TestBadDrivers:
             def expand(self, requests):
                 return [steps[:-1] for steps in super().expand(requests)]
 
-        with pytest.raises(SearchError, match=r"round 1: policy: expected 4 steps for branch 0, one a sample, got 3"):
+        with pytest.raises(SearchError, match=r"round 1: policy: expected 4 steps for branch 0, one per sample, got 3"):
             search(["p"], Short(by_name()), ScriptedVerifier(score_names({})), SearchConfig(n=4), progress=False)
 
     def test_policy_returns_no_steps(self):

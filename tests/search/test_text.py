@@ -123,9 +123,9 @@ def test_a_function_that_fails_for_one_problem(kind):
 
 
 def test_wrong_number_of_lists():
-    with pytest.raises(SearchError, match=r"round 1: ValueError: fn: expected 1 lists, one a request, got 2"):
+    with pytest.raises(SearchError, match=r"round 1: ValueError: fn: expected 1 lists, one per request, got 2"):
         search(["a"], TextPolicy(lambda _: [[], []]), TextVerifier(Server().score), CONFIG, progress=False)
-    with pytest.raises(SearchError, match=r"round 1: ValueError: fn: expected 4 lists, one a request, got 0"):
+    with pytest.raises(SearchError, match=r"round 1: ValueError: fn: expected 4 lists, one per request, got 0"):
         search(["a"], TextPolicy(Server().generate), TextVerifier(lambda _: []), CONFIG, progress=False)
 
 

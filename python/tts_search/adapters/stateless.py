@@ -329,7 +329,7 @@ class StepScorer:
                 raise SearchError(f"{type(scores).__name__}: {scores}") from scores
             if len(scores) != len(steps) or not all(math.isfinite(score) for score in scores):
                 raise SearchError(
-                    f"verifier: expected {len(steps)} finite scores, one a step, got {list(scores)!r:.200}"
+                    f"verifier: expected {len(steps)} finite scores, one per step, got {list(scores)!r:.200}"
                 )
             tree = self._problems.trees[problem][1]
             tree.branches[steps] = request.branch

@@ -37,7 +37,7 @@ def serve(
     host: Annotated[str, Option(help="Address to listen at; by default only this machine can reach it.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535)] = 8000,
     api_key_file: Annotated[
-        Path | None, Option(help="File with the keys of those who may use the models, one a line.", dir_okay=False)
+        Path | None, Option(help="File with the keys of those who may use the models, one per line.", dir_okay=False)
     ] = None,
     served_model_name: Annotated[
         list[str], Option(help="What requests call the policy; may be given several times.")

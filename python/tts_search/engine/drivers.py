@@ -97,7 +97,7 @@ def _answers(call: Callable[[Any], Sequence[Any]], batch: list[Any]) -> Sequence
     try:
         answers = call(batch)
         if len(answers) != len(batch):
-            raise ValueError(f"expected {len(batch)} answers, one a request, got {len(answers)}")
+            raise ValueError(f"expected {len(batch)} answers, one per request, got {len(answers)}")
     except Exception as error:
         return [error] * len(batch)
     return answers

@@ -1,4 +1,4 @@
-"""Records: what became of each task, a line of a results file each, and the file that processes append them to."""
+"""Records: what became of each task, each one line of a results file, and the file that processes append them to."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ __all__ = ["inference_flops", "pretraining_flops", "total_flops"]
 
 
 def pretraining_flops(parameters: float, tokens: float) -> float:
-    """Return 6 * parameters * tokens (Kaplan et al., arXiv 2001.08361): forward 2, backward 4 a weight and token.
+    """Return 6 * parameters * tokens (Kaplan et al., arXiv 2001.08361): forward 2, backward 4 per weight and token.
 
     Examples
     --------

@@ -54,7 +54,7 @@ class DecoderShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
     def flops(self, tokens: int, keys: int, logit_rows: int) -> float:
-        """Operations of a forward: 2 a weight and token, and q.k and p.v of each query head for each of ``keys``.
+        """Operations of a forward: 2 per weight and token, and q.k and p.v of each query head for each of ``keys``.
 
         ``keys`` is the number of (token, key that it sees) pairs; a sliding window is not taken off.
         """

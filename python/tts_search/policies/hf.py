@@ -369,7 +369,7 @@ def _fault(request: Generate, vocabulary: int) -> str:
     checks = (
         (
             len(request.seeds) == request.num_samples,
-            f"seeds: expected {request.num_samples}, one a sample",
+            f"seeds: expected {request.num_samples}, one per sample",
             len(request.seeds),
         ),
         (

@@ -156,7 +156,7 @@ def _call(fn: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
         answers = _wait_for(answers)
     answers = list(answers)
     if len(answers) != len(items):
-        raise ValueError(f"fn: expected {len(items)} lists, one a request, got {len(answers)}")
+        raise ValueError(f"fn: expected {len(items)} lists, one per request, got {len(answers)}")
     return answers
 
 

@@ -62,7 +62,7 @@ def expand(
     for family, request, steps in zip(families.values(), requests, answers, strict=True):
         if len(steps) != len(family):
             raise run.error(
-                f"policy: expected {len(family)} steps for branch {request.branch}, one a sample, got {len(steps)}"
+                f"policy: expected {len(family)} steps for branch {request.branch}, one per sample, got {len(steps)}"
             )
         for child, step in zip(family, steps, strict=True):
             run.grow(child, step, request.params.delimiter, last=last)
@@ -217,7 +217,7 @@ def _checked(run: Run, request: Score, scores: Sequence[float]) -> tuple[float, 
     expected = len(request.steps) + len(request.lookahead)
     if len(scores) != expected:
         raise run.error(
-            f"verifier: expected {expected} scores for branch {request.branch}, one a step, got {len(scores)}"
+            f"verifier: expected {expected} scores for branch {request.branch}, one per step, got {len(scores)}"
         )
     try:
         numbers = tuple(map(float, scores))

@@ -4,8 +4,8 @@ An algorithm is a generator for one problem. It yields lists of requests of one 
 answers; it does no I/O, knows no model and no other problem::
 
     requests -> answers
-    [Expand, ...] -> [list of Step, one a child]
-    [Score, ...] -> [list of float, one a step, or an exception]
+    [Expand, ...] -> [list of Step, one per child]
+    [Score, ...] -> [list of float, one per step, or an exception]
     [ScoreAndPrune, ...] -> [Scored, ...]
     [Release, ...] -> [None, ...]
 
@@ -50,7 +50,7 @@ Asked = TypeVar("Asked", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Expand:
-    """Sample one step for each child of a branch. Answer: a list of :class:`~tts_search.Step`, one a child.
+    """Sample one step for each child of a branch. Answer: a list of :class:`~tts_search.Step`, one per child.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Expand:
     steps : tuple of str
         The texts on the parent's path as they were generated.
     seeds : tuple of int
-        One a child, ``0 <= seed < 2**63``: all that the child's draws depend on.
+        One per child, ``0 <= seed < 2**63``: all that the child's draws depend on.
     params : StepParams
         How to sample.
     """
@@ -207,7 +207,7 @@ class Generate:
     num_samples : int
         How many texts.
     seeds : tuple of int
-        One a sample, ``0 <= seed < 2**63``: all that its draws depend on.
+        One per sample, ``0 <= seed < 2**63``: all that its draws depend on.
     problem : int
         What cancels it: a number like those of problems, of which it is none; the engine gives it.
     """

@@ -115,7 +115,7 @@ class SearchTree:
         return cls(nodes)
 
     def render(self, *, width: int = 100, max_nodes: int = 60) -> str:
-        """Return the tree as text for a terminal, one line a node: state, score, the beginning of its text.
+        """Return the tree as text for a terminal, one line per node: state, score, the beginning of its text.
 
         Leaves are marked ``*`` finished, ``x`` pruned, ``?`` open. About `max_nodes` are shown, those on the way to the
         best finished answers first; ``(+3 more)`` counts children that are not. Texts are sanitized.

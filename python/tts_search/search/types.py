@@ -76,7 +76,7 @@ class StepRequest:
     branch : int
         Number of the branch that is continued, unique within its problem (a server may key its cache by it).
     seeds : tuple of int
-        One a sample, ``0 <= seed < 2**63``.
+        One per sample, ``0 <= seed < 2**63``.
     params : StepParams
         How to sample.
     """
@@ -100,7 +100,7 @@ class Completion:
     steps : tuple of str
         The text cut into steps, none of them blank.
     step_scores : tuple of float
-        The verifier's scores when it last read this branch: one a step, then one for each step of lookahead that it
+        The verifier's scores when it last read this branch: one per step, then one for each step of lookahead that it
         read. Without a verifier, empty.
     score : float
         Aggregate of `step_scores`; -inf without any step, NaN without a verifier.

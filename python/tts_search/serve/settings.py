@@ -52,7 +52,7 @@ def default_name(path_or_id: str) -> str:
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one a line; empty lines and those that begin with ``#`` say nothing.
+    """The keys of a file, one per line; empty lines and those that begin with ``#`` say nothing.
 
     Raises
     ------

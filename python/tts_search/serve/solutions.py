@@ -45,7 +45,7 @@ def solution_of_pair(service: Service, problem: str, text: str) -> Solution:
 def solution_of_messages(service: Service, messages: Sequence[Any]) -> Solution:
     """A conversation: the user states the problem, the assistant solves it.
 
-    Or the user does both, a step a message, each followed by a mark of the assistant's, in whose place the verifier
+    Or the user does both, a step per message, each followed by a mark of the assistant's, in whose place the verifier
     scores; the first message is then the problem and the first step.
 
     Raises
