@@ -168,7 +168,7 @@ def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
     if packed.weight.dim() == 2:
         return packed.weight.index_select(0, rows)
     # [panels, steps, lanes, numbers of a step]: a lane's numbers of a step are one word. `gather` of a vector runs on
-    # this thread; after an op on torch's own threads those would spin on the cores that the kernels' threads shall have.
+    # this thread; after an op on torch's own threads those would spin on the cores that the kernels' threads need.
     _, steps, lanes, width = packed.weight.shape
     words = packed.weight if width == 1 else packed.weight.view(torch.int32)
     first = rows // lanes * (steps * lanes) + rows % lanes
