@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 
 __all__ = ["GRADERS", "Grader", "grader_of"]
 
-GRADERS: Final = ("mathematics", "code")
+GRADERS: Final = ("mathematics", "code", "choice", "numeric")
 
 
 class Grader(Protocol):
@@ -34,7 +34,7 @@ def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
     gold : str
         The right answer.
     details : mapping
-        What else the task says, as in its file.
+        What else the task says: of a program as in its file, of a question of science what its grader takes.
 
     Raises
     ------
@@ -48,6 +48,10 @@ def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
         from tts_search.domains.code.tasks import task_of
 
         return CodeGrader(task_of(details, ""), _judge())
+    if name in ("choice", "numeric"):
+        from tts_search.domains.science import ChoiceGrader, NumericGrader
+
+        return ChoiceGrader(gold, **details) if name == "choice" else NumericGrader(gold, **details)
     raise ValueError(f"grader: expected one of {', '.join(GRADERS)}, got {name!r}")
 
 

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from tts_search.domains import science
 from tts_search.domains.code.tasks import is_code, task_of
 from tts_search.domains.grading import Grader, grader_of
 from tts_search.errors import require
@@ -36,7 +37,7 @@ class Task:
     grader : str
         What makes an answer right: one of :data:`tts_search.domains.grading.GRADERS`.
     details : mapping
-        What the grader needs besides, as in the file.
+        What the grader needs besides.
     """
 
     id: str
@@ -101,7 +102,8 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
         ``extracted_groundtruth``, or a ``solution`` with a ``\boxed`` answer) and, if it likes, ``level`` and ``id``
         (or ``unique_id``; by default its number). Answer, level and id are texts or numbers. Of a GSM8K solution, the
         answer is what follows ``####``. Entries in the fields of HumanEval, MBPP or LiveCodeBench are tasks of
-        programming.
+        programming; those in the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or with a ``grader`` of ``"choice"``
+        or ``"numeric"``, questions of science.
 
     Raises
     ------
@@ -225,6 +227,8 @@ class _Entry:
             raise self._error("", f"got {_kind(self.fields)}")
         if is_code(self.fields):
             return self._code_task(number)
+        if science.is_science(self.fields):
+            return self._science_task(number)
         name, problem = self._first(_PROBLEMS)
         if not isinstance(problem, str) or not problem.strip():
             raise self._error(name, f"expected a text, got {_kind(problem)}")
@@ -237,6 +241,13 @@ class _Entry:
         except ValueError as error:
             raise ValueError(f"{self.place}: {error}") from None
         return Task(task.id, task.problem, task.fingerprint, task.level, "code", self.fields)
+
+    def _science_task(self, number: int) -> Task:
+        try:
+            one = science.task_of(self.fields, str(number))
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from None
+        return Task(one.id, one.problem, one.answer, one.level, one.grader, one.details)
 
     def _answer(self) -> str:
         name, answer = self._first((*_ANSWERS, "solution"))

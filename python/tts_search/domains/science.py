@@ -1,0 +1,387 @@
+r"""Science: numbers with units and a tolerance, and multiple choice.
+
+Readers of the published shapes, each in its own fields: GPQA, MMLU-Pro, SciBench, ChemBench; and tasks that name their
+grader. An answer stands in ``[ANSWER]`` tags, as in ChemBench, in a box, or behind "answer is" or "Answer:".
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tts_search.search.answers import boxed, normalize
+
+__all__ = ["ChoiceGrader", "NumericGrader", "Quantity", "ScienceTask", "answer_in", "is_science", "quantity", "task_of"]
+
+_LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_TAGGED: Final = re.compile(r"\[ANSWER\](.*?)\[/ANSWER\]", re.DOTALL | re.IGNORECASE)
+_SAID: Final = re.compile(r"\banswer(?:\s+is\b:?|\**:\**)[ \t]*", re.IGNORECASE)
+_ASKED: Final = "End with it in tags: [ANSWER]your answer[/ANSWER]."
+
+
+@dataclass(frozen=True, slots=True)
+class ScienceTask:
+    """A question of science.
+
+    Attributes
+    ----------
+    id, problem, answer : str
+        Its name, what a policy is told, the right answer: letters such as ``"A"`` or ``"A,C"``, or a number.
+    grader : str
+        ``"choice"`` or ``"numeric"``.
+    details : mapping
+        Of a choice the ``options``, texts; of a number its ``unit`` and the relative ``tolerance``.
+    level : str
+        What the data set calls its field or difficulty.
+    """
+
+    id: str
+    problem: str
+    answer: str
+    grader: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    level: str = ""
+
+
+def answer_in(text: str) -> str:
+    r"""Return what a text says the answer is, by the last of its tags, else boxes, else sentences; empty if nothing.
+
+    Examples
+    --------
+    >>> answer_in("It is [ANSWER] 3.2 kJ [/ANSWER], not \\boxed{4}."), answer_in("The answer is (B).")
+    ('3.2 kJ', '(B).')
+    """
+    if tagged := _TAGGED.findall(text):
+        return str(tagged[-1]).strip()
+    *_, said = [None, *_SAID.finditer(text)]
+    return boxed(text) or ("" if said is None else text[said.end() : said.end() + 200].partition("\n")[0].strip())
+
+
+class ChoiceGrader:
+    """Multiple choice: the set of letters decides.
+
+    Parameters
+    ----------
+    gold : str
+        The right letters, ``"A"`` or ``"A,C"``.
+    options : sequence of str
+        Texts of the options, A first; one of them, said word for word, counts as its letter.
+
+    Raises
+    ------
+    ValueError
+        If `gold` is no such text, or names an option that is not there.
+    """
+
+    def __init__(self, gold: str, options: Sequence[str]) -> None:
+        self._options = {
+            normalize(option).casefold(): letter for option, letter in zip(options, _LETTERS, strict=False)
+        }
+        self._known = _LETTERS[: len(options)]
+        self._gold = self._letters(gold)
+        if not self._gold:
+            raise ValueError(f"answer: expected letters up to {self._known[-1:]}, got {gold!r}")
+
+    def extract(self, text: str) -> str:
+        """Return the letters of a completion, in order; empty if it names none."""
+        return self._letters(answer_in(text))
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two answers are the same letters."""
+        return self._letters(one) == self._letters(other) != ""
+
+    def correct(self, answer: str) -> bool:
+        """Whether an answer is all of the right letters and no other."""
+        return self._letters(answer) == self._gold
+
+    def _letters(self, text: str) -> str:
+        text = normalize(text)
+        if (word := self._options.get(text.rstrip(".").casefold())) is not None:
+            return word
+        found = _CHOSEN.match(text)
+        letters = sorted(set(re.findall(r"[A-Z]", found[1]))) if found else []
+        return ",".join(letters) if set(letters) <= set(self._known) else ""
+
+
+# Letters, followed by nothing or by what ends a label: "A force acts" chooses nothing.
+_CHOSEN: Final = re.compile(r"\W*([A-Z]\)?(?:\s*(?:[,;&]|and)\s*\(?[A-Z]\)?)*)(?:[.:)]|\W*$)")
+
+
+class NumericGrader:
+    """A number, right within a relative tolerance; in another unit it is converted.
+
+    Parameters
+    ----------
+    gold : str
+        The right number, perhaps with its unit.
+    unit : str
+        Its unit, if `gold` has none. An answer without a unit is taken to be in it.
+    tolerance : float
+        Relative to the larger of two numbers (``math.isclose``). In a vote numbers within a tenth of it are one answer.
+
+    Raises
+    ------
+    ValueError
+        If `gold` is no number or `tolerance` not in [0, 1).
+
+    Notes
+    -----
+    Units other than the expected one need pint (extra ``science``); without it an answer in such a unit is wrong.
+    """
+
+    def __init__(self, gold: str, unit: str = "", tolerance: float = 0.01) -> None:
+        known = quantity(gold)
+        if known is None:
+            raise ValueError(f"answer: expected a number, got {gold!r}")
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance: expected a number in [0, 1), got {tolerance!r}")
+        self._gold = known if known.unit else Quantity(known.value, unit_of(unit))
+        self._tolerance = tolerance
+
+    def extract(self, text: str) -> str:
+        """Return the number of a completion with its unit, as it was written; empty if it says none."""
+        answer = answer_in(text)
+        return answer if quantity(answer) is not None else ""
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two answers are about the same number."""
+        return self._close(quantity(one), quantity(other), self._tolerance / 10)
+
+    def correct(self, answer: str) -> bool:
+        """Whether an answer is right within the tolerance."""
+        return self._close(quantity(answer), self._gold, self._tolerance)
+
+    def _close(self, one: Quantity | None, other: Quantity | None, tolerance: float) -> bool:
+        values = [None if each is None else each.in_unit(self._gold.unit) for each in (one, other)]
+        if values[0] is None or values[1] is None:
+            return False
+        return math.isclose(values[0], values[1], rel_tol=tolerance)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number with a unit as pint writes it, or without one."""
+
+    value: float
+    unit: str = ""
+
+    def in_unit(self, unit: str) -> float | None:
+        """Return the number in another unit; None if it is of another kind, or pint is not there to tell."""
+        if not self.unit or not unit or self.unit == unit:
+            return self.value
+        return _converted(self.value, self.unit, unit)
+
+
+@functools.lru_cache(4096)
+def _converted(value: float, unit: str, wanted: str) -> float | None:
+    if importlib.util.find_spec("pint") is None:
+        return None
+    import pint
+
+    try:
+        return float(_units().Quantity(value, unit).to(wanted).magnitude)
+    except pint.DimensionalityError:
+        return None
+    except Exception:  # no unit: words that went on behind the number
+        return value
+
+
+@functools.cache
+def _units() -> Any:
+    import pint
+
+    return pint.UnitRegistry()
+
+
+_EXPONENT: Final = r"\s*(?:\^|\*\*)\s*\{?\s*([-+−–]?\d{1,3})\s*\}?"
+_FLOAT: Final = r"[-+−–]?\s*(?:\d{1,3}(?:,\d{3})+|\d{1,40})?(?:\.\d{1,40})?"
+_INTEGER: Final = r"[-+−–]?\d{1,20}"
+_NUMBER: Final = re.compile(
+    rf"([-+−–]?)\s*\\[dt]?frac\{{(\d{{1,20}})\}}\{{(\d{{1,20}})\}}"
+    rf"|({_INTEGER})\s*/\s*(\d{{1,20}})"
+    rf"|10{_EXPONENT}"
+    rf"|({_FLOAT})(?:[eE]([-+−–]?\d{{1,3}})|\s*(?:\\times|\\cdot|[x×*·⋅])\s*10{_EXPONENT})?"
+)
+_LEAD: Final = re.compile(
+    r"^\s*(?:(?:[A-Za-z\\][\w\\{}]*\s*)?(?:=|\\approx|≈|~)\s*|about |approximately )?", re.IGNORECASE
+)
+
+
+def quantity(text: str) -> Quantity | None:
+    r"""Return the number at the beginning of a text and the unit behind it; None if there is no number.
+
+    Examples
+    --------
+    >>> quantity(r"E = 1.5 \times 10^{-3} \mathrm{~kJ} \mathrm{~mol}^{-1}"), quantity("1,200"), quantity("B")
+    (Quantity(value=0.0015, unit='kJ*mol**-1'), Quantity(value=1200.0, unit=''), None)
+    """
+    text = text.strip().strip("$").replace("\\,", "").replace("{,}", ",")
+    start = _LEAD.match(text)
+    found = _NUMBER.match(text, start.end() if start else 0)
+    if found is None or not any(letter.isdigit() for letter in found[0]):
+        return None
+    value = _value(found)
+    return None if value is None else Quantity(value, unit_of(text[found.end() :]))
+
+
+def _value(found: re.Match[str]) -> float | None:
+    sign, top, bottom, whole, part, power, number, exponent, times = found.groups()
+    ratio = (f"{sign}{top}", bottom) if top else (whole, part)
+    try:
+        if ratio[0]:
+            return float(_plain(ratio[0])) / float(ratio[1])
+        return float(f"{'1' if number is None else _plain(number)}e{_plain(power or exponent or times or '0')}")
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[−–]", "-", text).replace(",", "").replace(" ", "")
+
+
+_UNIT_WORDS: Final = (
+    (r"\\(?:mathrm|mathit|mathbf|text|rm|operatorname|mbox|hbox)\b", ""),
+    (r"\\(?:mu|upmu)(?![A-Za-z])\s*|[µμ]", "u"),
+    (r"\\Omega(?![A-Za-z])|[ΩΩ]", "ohm"),
+    (r"(?:\^?\{?\\circ\}?|\\degree|°|º)\s*([CF])\b", r"deg\1"),
+    (r"(?:\^?\{?\\circ\}?|\\degree|°|º)", "degree"),
+    (r"\\AA(?![A-Za-z])|[ÅÅ]", "angstrom"),
+    (r"\\?%", "percent"),
+    (r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|[·⋅×]", "*"),
+    (r"[~$]|\\[,;: ]", " "),
+    (r"\*\*|\^", "^"),
+    (r"[−–⁻]", "-"),
+    (r"²", "^2"),
+    (r"³", "^3"),
+    (r"[{}]", ""),
+)
+_UNIT: Final = re.compile(
+    r"[A-Za-z]+(?:\s*\^\s*-?\d{1,2}|-?\d{1,2}(?![\d.]))?(?:\s*[*/ ]\s*\(?[A-Za-z]+(?:\s*\^\s*-?\d{1,2}|-?\d{1,2})?\)?)*"
+)
+
+
+def unit_of(text: str) -> str:
+    r"""Return a unit as pint writes it; empty if the text is none.
+
+    Only words, products, quotients and small powers are taken: nothing that would take long to evaluate.
+
+    Examples
+    --------
+    >>> unit_of(r"$\mathrm{m} \mathrm{~s}^{-2}$"), unit_of("J/(mol K)"), unit_of("= 3, so")
+    ('m*s**-2', 'J/(mol*K)', '')
+    """
+    for pattern, word in _UNIT_WORDS:
+        text = re.sub(pattern, word, text)
+    text = " ".join(text.split()).rstrip(".,;:")
+    if len(text) > 60 or not _UNIT.fullmatch(text) or text.count("(") != text.count(")"):
+        return ""
+    text = re.sub(r"([A-Za-z])(-?\d)", r"\1^\2", text)
+    text = re.sub(r"\s*([*/^])\s*", r"\1", text)
+    return re.sub(r" +", "*", text).replace("^", "**")
+
+
+def is_science(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a file is in a shape that is known, or names one of these graders."""
+    return _shape(entry) is not None
+
+
+def task_of(entry: Mapping[str, Any], number: str) -> ScienceTask:
+    """Return the task of an entry in the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or that names its grader.
+
+    Raises
+    ------
+    ValueError
+        If it is of none of these shapes, or a field is not what it should be; the message names it.
+    """
+    read = _shape(entry)
+    if read is None:
+        raise ValueError("expected the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or a grader")
+    try:
+        return read(entry, number)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}: expected in a question of science, got none") from None
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"a question of science: {type(error).__name__}: {error}") from None
+
+
+def _shape(entry: Mapping[str, Any]) -> Callable[[Mapping[str, Any], str], ScienceTask] | None:
+    if entry.get("grader") in ("choice", "numeric"):
+        return _own
+    for fields, read in (
+        (("Question", "Correct Answer"), _gpqa),
+        (("problem_text", "answer_number"), _scibench),
+        (("examples", "preferred_score"), _chembench),
+        (("question", "options", "answer"), _mmlu_pro),
+    ):
+        if all(entry.get(field) is not None for field in fields):
+            return read
+    return None
+
+
+def _own(entry: Mapping[str, Any], number: str) -> ScienceTask:
+    name, text = str(entry.get("id", number)), entry.get("problem") or entry["question"]
+    if entry["grader"] == "choice":
+        return _choice(name, text, entry["options"], str(entry["answer"]), str(entry.get("level") or ""))
+    return _number(
+        name, text, str(entry["answer"]), str(entry.get("unit") or ""), float(entry.get("tolerance", 0.01)),
+        str(entry.get("level") or ""),
+    )  # fmt: skip
+
+
+def _gpqa(entry: Mapping[str, Any], number: str) -> ScienceTask:
+    """The order of the options is a hash of their texts: they have none of their own."""
+    wrong = [entry[f"Incorrect Answer {place}"] for place in (1, 2, 3)]
+    options = sorted((str(option).strip() for option in (entry["Correct Answer"], *wrong)), key=_hash)
+    gold = _LETTERS[options.index(str(entry["Correct Answer"]).strip())]
+    return _choice(
+        str(entry.get("Record ID", number)), entry["Question"], options, gold, str(entry.get("Subdomain") or "")
+    )
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+
+
+def _mmlu_pro(entry: Mapping[str, Any], number: str) -> ScienceTask:
+    name, level = str(entry.get("question_id", number)), str(entry.get("category") or "")
+    return _choice(name, entry["question"], entry["options"], str(entry["answer"]), level)
+
+
+def _scibench(entry: Mapping[str, Any], number: str) -> ScienceTask:
+    name, level = str(entry.get("problemid") or number).strip(), str(entry.get("source") or "")
+    return _number(name, entry["problem_text"], str(entry["answer_number"]), str(entry.get("unit") or ""), 0.05, level)
+
+
+def _chembench(entry: Mapping[str, Any], number: str) -> ScienceTask:
+    """One example of a task: its target, or scores of options, of which those of 1 are right."""
+    example, name = entry["examples"][0], str(entry.get("uuid") or entry.get("name") or number)
+    scores = example.get("target_scores")
+    if scores is None:
+        tolerance = float(entry.get("relative_tolerance") or 0.01)
+        return _number(name, example["input"], str(example["target"]), "", tolerance, "")
+    right = [letter for letter, score in zip(_LETTERS, scores.values(), strict=False) if float(score) == 1]
+    return _choice(name, example["input"], list(scores), ",".join(right), "")
+
+
+def _choice(name: str, text: str, options: Sequence[str], gold: str, level: str) -> ScienceTask:
+    if not 2 <= len(options) <= len(_LETTERS):
+        raise ValueError(f"options: expected 2 to {len(_LETTERS)} of them, got {len(options)}")
+    options = [str(option).strip() for option in options]
+    ChoiceGrader(gold, options)
+    several = "all letters that are right, separated by commas" if "," in gold else "the letter of the right option"
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(_LETTERS, options, strict=False))
+    problem = f"{text.strip()}\n\n{listed}\n\nThe answer is {several}. {_ASKED}"
+    return ScienceTask(name, problem, gold, "choice", {"options": options}, level)
+
+
+def _number(name: str, text: str, gold: str, unit: str, tolerance: float, level: str) -> ScienceTask:
+    NumericGrader(gold, unit, tolerance)
+    hint = f" The unit of the answer is {unit.strip()}." if unit.strip() else ""
+    problem = f"{text.strip()}{hint}\n\nThe answer is a number. {_ASKED}"
+    return ScienceTask(name, problem, gold, "numeric", {"unit": unit, "tolerance": tolerance}, level)
