@@ -117,3 +117,32 @@ def test_no_room_for_an_analysis(tmp_path: Path) -> None:
     verifier.begin(0, "Which?")
     (answer,) = verifier.score([Score(0, 1, ("x" * 2030,), 0)])
     assert "no room for an analysis in its context of 2048 tokens" in str(answer)
+
+
+@pytest.mark.parametrize("name", ["outcome", "outcome_judge"])
+def test_an_outcome_is_asked_for_once(tmp_path: Path, name: str) -> None:
+    """The score of every step is what the model says behind the last one; earlier scores stay."""
+    save(tmp_path, qwen_tokenizer(), "qwen2", max_position_embeddings=4096)
+    entry, judge = FORMATS[name], FORMATS[name].judge
+    if judge is not None:
+        entry = replace(entry, judge=replace(judge, temperature=0.0, max_tokens=4))
+    verifier = HFVerifier(str(tmp_path), format=entry, kv_memory="16MiB")
+    by_step = HFVerifier(str(tmp_path), format=replace(entry, outcome=False), kv_memory="16MiB")
+    steps = ("So.\n\n", "Then.\n\n", "It is 5.")
+    for each in (verifier, by_step):
+        each.begin(0, "Which?")
+    (known,) = by_step.score([Score(0, 1, steps, 0)])
+    (first,) = verifier.score([Score(0, 1, steps[:2], 0)])
+    assert first == pytest.approx([known[1]] * 2, abs=1e-6)
+    (whole,) = verifier.score([Score(0, 2, steps, 1)])
+    assert whole == pytest.approx([known[1], known[1], known[2]], abs=1e-6)
+    (ahead,) = verifier.score([Score(0, 3, steps[:1], 0, steps[1:])])
+    assert ahead == pytest.approx([known[2]] * 3, abs=1e-6)
+    costs = [each.end(0) for each in (verifier, by_step)]
+    assert verifier._pool.pool.forest.stats().branches == 0
+    assert costs[0].tokens > 0
+
+
+def test_an_outcome_has_a_question() -> None:
+    with pytest.raises(ValueError, match="outcome: expected score_at closing"):
+        VerifierFormat("x", "label_pair", outcome=True)

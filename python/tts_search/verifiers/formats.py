@@ -152,6 +152,9 @@ class VerifierFormat:
         For generative verifiers, whose head is a label pair.
     generation_prompt : bool
         With False, a user's message at the end of a chat is left open: neither its end nor a generation prompt follows.
+    outcome : bool
+        The text behind the steps is read once, behind the last one, and what it says is the score of every step that
+        had none: a verdict on a completion, not on its steps.
     ids : tuple of str
         Recognition: parts of the names of checkpoints, in lower case, each beginning at the start of a word.
     architectures, tensors : tuple of str
@@ -197,6 +200,7 @@ class VerifierFormat:
     reference: str | None = None
     judge: Judge | None = None
     generation_prompt: bool = True
+    outcome: bool = False
     ids: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
@@ -231,6 +235,9 @@ class VerifierFormat:
             )
         if self.judge is not None and (self.head != "label_pair" or self.score_at != "closing"):
             raise ValueError(f"format {self.name!r}, judge: expected head label_pair and score_at closing")
+        asks_ahead = self.judge is not None and STEP in self.judge.question
+        if self.outcome and (self.score_at != "closing" or asks_ahead):
+            raise ValueError(f"format {self.name!r}, outcome: expected score_at closing, and no {STEP} in a question")
         if self.head == "log_ratio" and self.score_at != "boundary":
             raise ValueError(f"format {self.name!r}: expected score_at boundary with head log_ratio")
 

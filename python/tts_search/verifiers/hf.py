@@ -333,6 +333,9 @@ class HFVerifier:
                 self._add(job, steps[number], number)
                 if number + 1 == len(request.steps):
                     job.node = _Node(job.chain[-1], job.tail, request.steps, [])
+            if self.format.outcome and job.chain:
+                self._ask(job, len(steps) - 1)
+                job.places *= len(steps) - len(base.steps)
         except ValueError as error:  # an empty step
             job.error = error
         longest = max((branch.length for branch in job.asked), default=0)
@@ -362,7 +365,7 @@ class HFVerifier:
         if self.format.score_at == "boundary":
             last.marks.append(last.length - 1)
             job.places.append((last, last.length - 1))
-        elif not asks_ahead:
+        elif not asks_ahead and not self.format.outcome:
             self._ask(job, number)
 
     def _ask(self, job: _Job, number: int, step: str = "") -> None:

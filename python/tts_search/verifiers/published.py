@@ -325,3 +325,31 @@ register_format(
         score_at="closing",
     )
 )
+
+# Verdicts on a whole completion, of any chat model: at once, or behind an analysis that it writes.
+_OUTCOME: Final = "Problem:\n{problem}\n\nSolution:\n{steps}\n\nIs the final answer of this solution right? "
+
+register_format(
+    VerifierFormat(
+        name="outcome",
+        head="label_pair",
+        labels=("Yes", "No"),
+        chat=(("user", _OUTCOME + "Answer with Yes or No."),),
+        separator="\n\n",
+        score_at="closing",
+        outcome=True,
+    )
+)
+
+register_format(
+    VerifierFormat(
+        name="outcome_judge",
+        head="label_pair",
+        labels=(" Yes", " No"),
+        chat=(("user", _OUTCOME + "Check it, and end with the line: Verdict: Yes or Verdict: No."),),
+        separator="\n\n",
+        score_at="closing",
+        outcome=True,
+        judge=Judge(question="", stop=("Verdict:",), decision="\nVerdict:", max_tokens=1024),
+    )
+)
