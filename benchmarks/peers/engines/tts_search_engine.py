@@ -1,35 +1,27 @@
-"""Our engine: `HFPolicy.expand`, which is what a search calls for a step."""
+"""Our engine: a request for N texts behind a prompt, which is forked after it was read once."""
 
 from __future__ import annotations
 
 import sys
 
 from serve import Job, serve
-from tts_search import HFPolicy, StepParams
-from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch
-from tts_search.policies import hf
-from tts_search.search.protocol import Expand
+from tts_search import Engine, HFPolicy
+from tts_search.search.protocol import Generate, GenerateParams
 
 
-def main(checkpoint: str, dtype: str) -> None:
-    policy = HFPolicy(checkpoint, dtype=dtype, kv_memory="2GiB")
-    policy._eos = frozenset()  # every continuation runs to its limit
-    policy._whole_characters = lambda _, own: len(own)  # and is not cut back to whole characters there
+def main(checkpoint: str, dtype: str, quantize: str = "none") -> None:
+    policy = HFPolicy(
+        checkpoint, dtype=dtype, kv_memory="2GiB", quantize={"none": None, "int8": "int8", "int4": "int4"}[quantize]
+    )
+    with Engine(policy) as engine:
 
-    def run(job: Job) -> list[list[int]]:
-        root = Branch(Meter(), tokens=job.prompt(), given=job.prefix)
-        problem = hf._Problem(root, {0: hf._Node(root, "")})
-        policy._problems[0] = problem
-        children = tuple(range(1, job.branches + 1))
-        seeds = tuple(1000 * job.fresh + child for child in children)
-        params = StepParams(job.temperature, job.top_p, 0, job.tokens, None)
-        policy.expand([Expand(0, 0, children, (), seeds, params)])
-        continuations = [problem.nodes[child].branch.path()[job.prefix :] for child in children]
-        policy.end(0)
-        return continuations
+        def run(job: Job) -> list[list[int]]:
+            params = GenerateParams(job.temperature, job.top_p, max_tokens=job.tokens, ignore_eos=True, stream=False)
+            seeds = tuple(1000 * job.fresh + number for number in range(job.branches))
+            samples = engine.generate(Generate(tuple(job.prompt()), params, job.branches, seeds)).result()
+            return [list(sample.tokens) for sample in samples]
 
-    serve(run)
+        serve(run)
 
 
 if __name__ == "__main__":
