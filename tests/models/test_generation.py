@@ -81,6 +81,8 @@ def say(policy: HFPolicy, pieces: list[str | int]) -> list[int]:
         ({"max_tokens": 3}, "ab", 3, "length", None),  # half of a character is no text
         ({"max_tokens": 5}, "abé.", 5, "length", None),
         ({"ignore_eos": True, "max_tokens": 13}, "abé.##c#x\n\nd", 13, "length", None),
+        ({"stop": ("#",), "min_tokens": 7}, "abé.#", 7, "stop", "#"),
+        ({"stop": ("##c",), "min_tokens": 7}, "abé.##c#x\n\nd", 13, "eos", EOS),  # a part of it came too early
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [True, False])
@@ -129,6 +131,50 @@ def test_draws_and_logprobs_are_those_of_the_model_itself(shared):
             values, ids = logits.log_softmax(-1)[0].topk(3)
             assert [each for each, _ in found.top[at]] == ids.tolist()
             assert [value for _, value in found.top[at]] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_what_ends_a_text_is_not_drawn_before_its_time(policy):
+    say(policy, ["a", EOS, "b", EOS, *"cdabcd"])
+    for least in (0, 1, 2, 5):
+        (found,) = whole(parts_of(policy, request(temperature=0.0, min_tokens=least, max_tokens=8))[-1])
+        early = [token for token in found.tokens[:least] if token == EOS]
+        assert not early
+        assert len(found.tokens) >= max(2, least)
+
+
+def test_prompts_are_told_of_as_the_model_itself_finds_them(shared):
+    plain = talkative(tiny_model())
+    prompt = (*PROMPT, *range(40, 70))
+    expected = plain(torch.tensor([prompt]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    for _ in range(2):  # what the cache holds changes nothing
+        shared.prefix_cache = True
+        alone, found = parts_of(
+            shared, request(0, 2, prompt, max_tokens=3), request(1, 2, prompt, prompt_logprobs=3, max_tokens=3)
+        ).values()
+        assert [one.text for one in whole(found)] == [one.text for one in whole(alone)]
+        told = whole(found)[0].prompt
+        assert whole(found)[1].prompt == whole(alone)[0].prompt == ()
+        assert [value for value, _ in told] == pytest.approx(
+            expected[range(len(prompt) - 1), list(prompt[1:])].tolist(), abs=1e-3
+        )
+        values, ids = expected.topk(3)
+        assert [[token for token, _ in top] for _, top in told] == ids.tolist()
+        assert [[value for _, value in top] for _, top in told] == [
+            pytest.approx(line, abs=1e-3) for line in values.tolist()
+        ]
+    shared.prefix_cache = False
+    shared.submit([request(5, 1, prompt, prompt_logprobs=0)])
+    shared.cancel(5)
+    assert not shared._told
+    assert shared._pool.pool.forest.stats().branches == 0
+
+
+def test_certain_tokens_are_told_of(shared):
+    plain = talkative(tiny_model())
+    (found,) = whole(parts_of(shared, request(0, 1, logprobs=1, logprobs_of=(50, 3), max_tokens=2))[0])
+    expected = plain(torch.tensor([PROMPT]), use_cache=False).logits[0, -1].log_softmax(-1)
+    assert [token for token, _ in found.top[0]] == [int(expected.argmax()), 50, 3]
+    assert [value for _, value in found.top[0][1:]] == pytest.approx(expected[[50, 3]].tolist(), abs=1e-3)
 
 
 def test_streamed_or_at_once_alone_or_beside_others_it_is_the_same_text(shared):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -67,7 +68,9 @@ def test_a_stream_tells_the_same(local, route, more):
     body = {**CHAT, "prompt": PROBLEM, **more}
     whole = local.post(route, json=body).json()
     told = chunks(local, route, {**body, "stream_options": {"include_usage": True}})
-    assert told.pop()["usage"] == whole["usage"]
+    told_usage = told.pop()["usage"]
+    assert told_usage["prompt_tokens_details"]["cached_tokens"] == told_usage["prompt_tokens"] - 1
+    assert {**told_usage, "prompt_tokens_details": None} == {**whole["usage"], "prompt_tokens_details": None}
     texts = [""] * len(whole["choices"])
     ends = [None] * len(whole["choices"])
     for chunk in told:
@@ -196,7 +199,9 @@ def test_a_search_by_extra_body_by_name_and_by_budget(local):
         ("chat", {"max_tokens": 0}, "max_tokens"),
         ("chat", {"presence_penalty": 0.5}, "presence_penalty"),
         ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
-        ("chat", {"prompt_logprobs": 1}, "prompt_logprobs"),
+        ("chat", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ("chat", {"logprobs": True, "logprob_token_ids": [10**6]}, "logprobs_of"),
+        ("chat", {"min_tokens": -1}, "min_tokens"),
         ("chat", {"chat_template": "{{ messages }}"}, "chat_template"),
         ("chat", {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
         ("chat", {"messages": []}, "messages"),
@@ -212,7 +217,7 @@ def test_a_search_by_extra_body_by_name_and_by_budget(local):
         ("plain", {"prompt": [10**6]}, "tokens"),
         ("plain", {"prompt": [[]]}, "prompt"),
         ("plain", {"prompt": ["a"] * 200, "n": 4}, "n"),
-        ("plain", {"echo": True, "logprobs": 1}, "echo"),
+        ("plain", {"echo": True, "logprobs": 1, "stream": True}, "echo"),
         ("plain", {"suffix": "x"}, "suffix"),
     ],
 )
@@ -222,6 +227,81 @@ def test_what_is_wrong_is_named(local, route, changes, named):
     reply = local.post(url, json={**base, **changes})
     assert reply.status_code in (400, 404), reply.text
     assert named in reply.json()["error"]["message"]
+
+
+def test_an_echo_tells_of_the_prompt_as_of_an_answer(local):
+    """What a prompt's tokens are told is what they were told when they were drawn."""
+    drawn = complete(local, prompt="20 +", logprobs=2, temperature=0, max_tokens=8, return_token_ids=True)["choices"][0]
+    prompt = [*drawn["prompt_token_ids"], *drawn["token_ids"]]
+    (choice,) = complete(local, prompt=prompt, echo=True, logprobs=2, temperature=0, max_tokens=1)["choices"]
+    told, old = choice["logprobs"], drawn["logprobs"]
+    assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
+    assert len(told["tokens"]) == len(prompt) + 1 == len(told["text_offset"])
+    assert told["token_logprobs"][-9:-1] == pytest.approx(old["token_logprobs"], abs=1e-5)
+    assert [sorted(top) for top in told["top_logprobs"][-9:-1]] == [sorted(top) for top in old["top_logprobs"]]
+    ends = [*told["text_offset"][1:], len(choice["text"])]
+    pieces = [choice["text"][begin:end] for begin, end in zip(told["text_offset"], ends, strict=True)]
+    assert "".join(pieces) == choice["text"]
+    assert pieces[-9:-1] == old["tokens"]
+
+
+def test_prompt_logprobs_as_vllm_tells_them(local):
+    """reward_hub's DrSow asks for `true` and one token; every answer to a prompt is told of it."""
+    reply = chat(local, prompt_logprobs=True, max_completion_tokens=1, n=2, return_token_ids=True)
+    first, *others = reply["prompt_logprobs"]
+    assert first is None
+    assert len(others) == len(reply["prompt_token_ids"]) - 1
+    for token, place in zip(reply["prompt_token_ids"][1:], others, strict=True):
+        best = next(entry for entry in place.values() if entry["rank"] == 1)
+        assert place[str(token)]["logprob"] <= best["logprob"] <= 0
+        assert len(place) <= 2
+    assert "stop_reason" in reply["choices"][0]
+    several = complete(local, prompt=["20 +", "7"], n=2, prompt_logprobs=0, max_tokens=1)["choices"]
+    assert several[0]["prompt_logprobs"] == several[1]["prompt_logprobs"] != several[2]["prompt_logprobs"]
+    assert chat(local, max_tokens=1)["prompt_logprobs"] is None
+
+
+def test_usage_tells_what_the_cache_held(local):
+    turns = [{"role": "user", "content": "Nobody has asked this before."}]
+    first, second = (chat(local, messages=turns, max_tokens=2)["usage"] for _ in range(2))
+    assert second["prompt_tokens"] == first["prompt_tokens"]
+    assert first["prompt_tokens_details"]["cached_tokens"] < second["prompt_tokens_details"]["cached_tokens"]
+    assert second["prompt_tokens_details"]["cached_tokens"] == second["prompt_tokens"] - 1  # the last one is read
+
+
+def test_an_answer_has_the_tokens_that_it_is_to_have(local):
+    usual = chat(local, temperature=0, max_tokens=64)
+    ended = usual["usage"]["completion_tokens"]
+    assert usual["choices"][0]["finish_reason"] == "stop"
+    longer = chat(local, temperature=0, max_tokens=64, min_tokens=ended + 3)
+    assert longer["usage"]["completion_tokens"] >= ended + 3
+
+
+def test_generative_scoring(local):
+    """The first label's share is what the policy's own log-probabilities of both labels say."""
+    texts = ["20 + 5 = 25", "1", "The answer"]
+    labels = [*local.post("/tokenize", json={"prompt": "25", "add_special_tokens": False}).json()["tokens"][:1], 7]
+    body = {"query": "Is it so? ", "items": texts, "label_token_ids": labels}
+    share, alone = (
+        [
+            one["score"]
+            for one in local.post("/generative_scoring", json={**body, "apply_softmax": softmax}).json()["data"]
+        ]
+        for softmax in (True, False)
+    )
+    for item, score, single in zip(texts, share, alone, strict=True):
+        (choice,) = complete(
+            local, prompt=f"Is it so? {item}", add_special_tokens=False, logprobs=0, logprob_token_ids=labels,
+            temperature=0, max_tokens=1, return_token_ids=True,
+        )["choices"]  # fmt: skip
+        names = [local.post("/detokenize", json={"tokens": [label]}).json()["prompt"] for label in labels]
+        first, second = (math.exp(choice["logprobs"]["top_logprobs"][0][name]) for name in names)
+        assert single == pytest.approx(first, rel=1e-4)
+        assert score == pytest.approx(first / (first + second), rel=1e-4)
+    one = local.post("/v1/generative_scoring", json={**body, "items": texts[1], "item_first": True}).json()
+    assert len(one["data"]) == 1
+    for wrong in ({"label_token_ids": []}, {"items": []}, {"label_token_ids": [10**6]}):
+        assert local.post("/generative_scoring", json={**body, **wrong}).status_code == 400
 
 
 def test_a_template_of_a_request_only_if_it_is_allowed(service):

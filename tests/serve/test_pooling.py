@@ -28,8 +28,8 @@ def alone():
     return scores
 
 
-def turns(text: str) -> list[dict]:
-    return [{"role": "user", "content": PROBLEM}, {"role": "assistant", "content": text}]
+def turns(text: str, problem: str = PROBLEM) -> list[dict]:
+    return [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]
 
 
 def test_pooling_gives_a_pair_for_each_step(local, alone):
@@ -47,6 +47,36 @@ def test_several_at_once_and_equal_ones(local, alone):
     reply = local.post("/v1/pooling", json={"messages": [turns(text) for text in texts]}).json()
     expected = [alone(PROBLEM, STEPS), alone(PROBLEM, STEPS[:1]), alone(PROBLEM, STEPS), alone(PROBLEM, ("25",))]
     assert [[pair[-1] for pair in entry["data"]] for entry in reply["data"]] == expected
+
+
+def read(reply: dict) -> int:
+    """Tokens that the verifier read for a reply."""
+    usage = reply["usage"]
+    return usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_a_solution_that_goes_on_costs_its_new_steps(local, alone):
+    """16 candidates of 12 steps, the whole texts each time: each token is read once."""
+    candidates = [[f"{number} + {step} = {number + step}\n\n" for step in range(12)] for number in range(30, 46)]
+    problem = "Nobody has asked for this one."
+    replies = []
+    for count in range(1, 13):
+        bodies = {"messages": [turns("".join(steps[:count]), problem) for steps in candidates]}
+        replies.append(local.post("/pooling", json=bodies).json())
+    assert [[pair[-1] for pair in entry["data"]] for entry in replies[-1]["data"]] == [
+        alone(problem, tuple(steps)) for steps in candidates
+    ]
+    known = replies[0]["usage"]["prompt_tokens_details"]["cached_tokens"]  # how all problems begin
+    assert sum(map(read, replies)) == replies[-1]["usage"]["prompt_tokens"] - known  # the problem is in it once
+    again = local.post("/pooling", json=bodies).json()
+    assert again["data"] == replies[-1]["data"]
+    assert read(again) == 0
+
+
+def test_one_that_cannot_be_read_fails_its_request(local):
+    reply = local.post("/pooling", json={"messages": [turns("a"), turns("a b\n\n" * 600)]})
+    assert reply.status_code == 400
+    assert "context" in reply.json()["error"]["message"]
 
 
 def test_score_is_the_aggregate(local, alone):

@@ -20,7 +20,7 @@ from tts_search.models.device import read_tokens, upload
 from tts_search.models.pool import Branch, Forwarded, Rows
 from tts_search.models.streams import Lane, Stream, Streams
 
-__all__ = ["Ending", "Generation", "Sampled", "Sampling"]
+__all__ = ["Ending", "Generation", "Sampled", "Sampling", "likeliest"]
 
 MAX_ROWS: Final = 1024
 
@@ -70,11 +70,16 @@ class Sampled(Stream, ABC):
         It is looked at after so many tokens, if nothing says so before.
     num_top : int
         How many of the likeliest tokens are wanted in the place of each one drawn.
+    wanted : tuple of int
+        Tokens whose log-probabilities are wanted there, too.
+    barred, free_after : tuple of int, int
+        Tokens that are not drawn before so many others.
     num_tokens, logprob : int, float
         Tokens drawn, the one that ended it included, and the sum of their log-probabilities; up to date when it is
         looked at, and when it has ended.
     last_logprob, top : float, list of (int, float)
-        Of the newest token, when it is looked at: its log-probability, and the likeliest in its place with theirs.
+        Of the newest token, when it is looked at: its log-probability, and the likeliest in its place with theirs,
+        then the wanted ones.
     """
 
     seed: int
@@ -83,6 +88,9 @@ class Sampled(Stream, ABC):
     ending: Ending
     pace: int = field(init=False, default=_BUFFER)
     num_top: int = field(init=False, default=0)
+    wanted: tuple[int, ...] = field(init=False, default=())
+    barred: tuple[int, ...] = field(init=False, default=())
+    free_after: int = field(init=False, default=0)
     last_logprob: float = field(init=False, default=0.0)
     top: list[tuple[int, float]] = field(init=False, default_factory=list)
     num_tokens: int = field(init=False, default=0)
@@ -92,6 +100,11 @@ class Sampled(Stream, ABC):
     def children(self) -> list[Sampled]:
         """Those whose next token is drawn from this branch's logits."""
         return [self]
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is told about other tokens than the one drawn."""
+        return bool(self.num_top or self.wanted)
 
     @abstractmethod
     def ends(self) -> bool:
@@ -136,7 +149,7 @@ class Generation(Streams[Any]):
         self._sources: dict[Branch, _Source] = {}  # those that have not been read yet
         self._endings: _Table[Ending] = _Table(torch.uint8)
         self._samplings: _Table[Sampling] = _Table(torch.float64)
-        self._num_top: Counter[int] = Counter()  # of the streams that want the likeliest tokens
+        self._num_special = 0  # streams that are told about other tokens, or may not draw some
         self._options: dict[str, Any] = {}  # of `tts_kernels.sample`, as long as who runs stays the same
 
     def submit(self, source: Branch, children: Sequence[Sampled]) -> None:
@@ -235,20 +248,35 @@ class Generation(Streams[Any]):
             if wanted != list(range(len(logits))):
                 logits = logits.index_select(0, upload(torch.tensor(wanted), logits.device))
         if self._streams:
-            self._rank(logits)
+            if self._num_special:
+                self._rank(logits)
+                logits = self._barred(logits)
             ended = self._push(*read_tokens(tk.sample(logits, **self._sample_options(logits.device))))
             self._settle(old, ended)
 
     def _rank(self, logits: Tensor) -> None:
-        """Tell the streams that want to know which tokens are the likeliest."""
-        if not self._num_top:
+        """Tell the streams that want to know which tokens are the likeliest, and how likely certain ones are."""
+        rows = [row for row, stream in enumerate(self._streams) if stream.tells]
+        if not rows:
             return
-        rows = [row for row, stream in enumerate(self._streams) if stream.num_top]
-        own = logits.index_select(0, upload(torch.tensor(rows), logits.device)).float()
-        values, ids = own.log_softmax(-1).topk(min(max(self._num_top), own.shape[1]))
-        for row, best, scores in zip(rows, ids.tolist(), values.tolist(), strict=True):
+        own = logits.index_select(0, upload(torch.tensor(rows), logits.device)).float().log_softmax(-1)
+        most = max(self._streams[row].num_top for row in rows)
+        for row, best, line in zip(rows, likeliest(own, most), own, strict=True):
             stream = self._streams[row]
-            stream.top = list(zip(best, scores, strict=True))[: stream.num_top]
+            stream.top = best[: stream.num_top]
+            if stream.wanted:
+                values = line[upload(torch.tensor(stream.wanted), line.device)].tolist()
+                stream.top += zip(stream.wanted, values, strict=True)
+
+    def _barred(self, logits: Tensor) -> Tensor:
+        """Logits in which no stream can draw what it may not draw yet."""
+        counts = self._columns[_OFFSET].tolist()
+        early = [row for row, stream in enumerate(self._streams) if counts[row] < stream.free_after]
+        places = [(row, token) for row in early for token in self._streams[row].barred]
+        if not places:
+            return logits
+        rows, tokens = (upload(torch.tensor(column), logits.device) for column in zip(*places, strict=True))
+        return logits.index_put((rows, tokens), logits.new_tensor(-torch.inf))
 
     def _push(self, tokens: Tensor, logprobs: Tensor) -> list[int]:
         """Give each stream its next token; the rows of those that end with it."""
@@ -335,7 +363,7 @@ class Generation(Streams[Any]):
         self._columns = torch.cat([self._columns, torch.tensor(lines).T], dim=1)
         self._logprobs = torch.cat([self._logprobs, self._logprobs.new_tensor([each.logprob for each in streams])])
         self._streams += streams
-        self._num_top.update(stream.num_top for stream in streams if stream.num_top)
+        self._num_special += sum(_is_special(stream) for stream in streams)
         self._options = {}
 
     def _run(self, rows: Sequence[int]) -> None:
@@ -357,8 +385,7 @@ class Generation(Streams[Any]):
             self._free_slots.append(slot)
             self._endings.drop(stream.ending)
             self._samplings.drop(stream.sampling)
-            if stream.num_top:
-                self._num_top -= Counter([stream.num_top])
+            self._num_special -= _is_special(stream)
         gone = set(rows)
         stay = [row for row in range(len(self._streams)) if row not in gone]
         index = torch.tensor(stay, dtype=torch.int64)
@@ -379,6 +406,16 @@ class Generation(Streams[Any]):
                     dtype = torch.int64 if field_.name == "top_k" else torch.float32
                     self._options[field_.name] = upload(value.to(dtype).contiguous(), device)
         return {**self._options, "offsets": upload(self._columns[_OFFSET], device)}
+
+
+def likeliest(logprobs: Tensor, most: int) -> list[list[tuple[int, float]]]:
+    """Of each row [V], the likeliest tokens with their log-probabilities, best first."""
+    values, ids = logprobs.topk(min(most, logprobs.shape[1]))
+    return [list(zip(*line, strict=True)) for line in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def _is_special(stream: Sampled) -> bool:
+    return stream.tells or stream.free_after > 0
 
 
 Key = TypeVar("Key", bound=Hashable)

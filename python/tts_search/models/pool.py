@@ -240,6 +240,7 @@ class BranchPool:
         model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor],
         head: bool,
         rows: Rows = NO_ROWS,
+        most: int | None = None,
     ) -> Forwarded:
         """Run one token of each row, and the pending tokens of as many branches as fit a forward, the first ones first.
 
@@ -253,6 +254,8 @@ class BranchPool:
             Whether it is the latter.
         rows : Rows
             Branches that run.
+        most : int or None
+            The most tokens of this forward, if fewer than usual.
 
         Raises
         ------
@@ -267,7 +270,7 @@ class BranchPool:
             for branch in branches:
                 self._seek(branch, self._cache)
         while True:
-            takes = self._choose(branches, max(1, self.max_tokens - len(rows.kv)))
+            takes = self._choose(branches, max(1, min(self.max_tokens, most or self.max_tokens) - len(rows.kv)))
             try:
                 slots = self._place(takes, rows)
                 break
@@ -361,6 +364,16 @@ class BranchPool:
         """Keep the parent's KV for a branch that has none of its own yet, whatever becomes of the parent."""
         if branch.kv is None and branch.parent is not None and self._has_source(branch):
             self._give_kv([branch], [self._above(branch)])
+
+    @staticmethod
+    def skip(branch: Branch) -> None:
+        """Enter in the books that a branch is not read, because what that would give is known."""
+        node: Branch | None = branch
+        end = branch.length
+        while node is not None and end > node.reached:
+            node.meter.cached += end - node.reached
+            node.reached = end
+            end, node = node.start, node.parent
 
     def close(self, meter: Meter) -> None:
         """Release all branches of a problem."""

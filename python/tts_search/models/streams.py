@@ -154,13 +154,15 @@ class Streams(Generic[S]):
         """The branches that grow by a token each."""
         return NO_ROWS
 
-    def _forward(self, model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool) -> Forwarded | None:
+    def _forward(
+        self, model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool, most: int | None = None
+    ) -> Forwarded | None:
         """One forward of all streams that are in, as far as there is room; None if there are none."""
         self._admit()
         while self.num_running:
             branches = [stream.branch for stream in sorted(self._reading, key=lambda stream: stream.age)]
             try:
-                return self.lane.pool.forward(branches, model, head, self._rows())
+                return self.lane.pool.forward(branches, model, head, self._rows(), most)
             except tk.OutOfPages:
                 self.lane.pool.make_room()
         return None

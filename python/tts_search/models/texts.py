@@ -128,6 +128,8 @@ class TextStream(Sampled):
         Why it has ended: "eos", "stop" or "length".
     stop : int or str or None
         The token or the piece of text that ended it.
+    unstopped : int
+        Characters in which no piece ends it.
     """
 
     text: Text = field(repr=False)
@@ -136,6 +138,7 @@ class TextStream(Sampled):
     kept: int | None = field(init=False, default=None)
     reason: Literal["eos", "stop", "length"] | None = field(init=False, default=None)
     stop: int | str | None = field(init=False, default=None)
+    unstopped: int = field(init=False, default=0)
 
     def ends(self) -> bool:
         """Whether it ends with its newest token."""
@@ -143,7 +146,7 @@ class TextStream(Sampled):
         if (token := own[-1]) in self.stops.tokens:
             own.pop()
             self.said, self.reason, self.stop = self.text.of(own), "eos" if token in self.stops.eos else "stop", token
-        elif (found := self.stops.find(text := self.text.of(own))) is not None:
+        elif (found := self._stop(text := self.text.of(own))) is not None:
             (self.said, self.stop), self.reason = found, "stop"
         elif self.num_tokens == self.limit:
             self.kept = self.text.whole(own) if text.endswith(_PART) else len(own)
@@ -151,3 +154,11 @@ class TextStream(Sampled):
         else:
             self.said = text
         return self.reason is not None
+
+    def _stop(self, text: str) -> tuple[str, str] | None:
+        """The text up to where it ends, and the piece that ends it. Pieces count from where it may end on."""
+        if self.num_tokens < self.free_after:
+            self.unstopped = len(text)
+            return None
+        found = self.stops.find(text[self.unstopped :])
+        return None if found is None else (text[: self.unstopped] + found[0], found[1])

@@ -15,6 +15,7 @@ from tts_search.models.decoder import pool_for
 from tts_search.models.endings import Endings
 from tts_search.models.generation import Generation, Sampling
 from tts_search.models.graphs import decode_graphs
+from tts_search.models.likelihood import Prompt, Prompts
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool
 from tts_search.models.streams import Lane
@@ -120,6 +121,8 @@ class HFPolicy:
         self._jobs: dict[_Job, None] = {}
         self._answered: list[_Job] = []
         self._news: dict[_Sample, None] = {}  # samples of which there is something to tell
+        self._prompts = Prompts(self._lane)
+        self._told: dict[Prompt, _Job] = {}  # prompts that are read for what is told of their tokens
 
     @property
     def max_rows(self) -> int:
@@ -187,7 +190,10 @@ class HFPolicy:
             self._jobs[job] = None
             if job.error is None and job.children and job.children[0].limit > 0:
                 job.running = set(job.children)
-                self._generation.submit(job.parent, job.children)
+                if isinstance(request, Generate) and request.params.prompt_logprobs is not None:
+                    self._told[self._prompts.submit(job.parent, request.params.prompt_logprobs)] = job
+                else:
+                    self._generation.submit(job.parent, job.children)
             else:
                 self._answered.append(job)
 
@@ -196,6 +202,8 @@ class HFPolicy:
 
         Of an `Expand` the steps, or an exception, as `expand` answers it; of a `Generate` each part of each sample.
         """
+        for prompt in self._prompts.step():
+            self._go_on(self._told.pop(prompt), prompt)
         for child in self._generation.step():
             assert isinstance(child, (_Child, _Sample))
             self._end(child.job, child)
@@ -273,9 +281,12 @@ class HFPolicy:
         for number, seed in enumerate(request.seeds):
             text = GrowingText(self._decode, root.path)
             sample = _Sample(job.branch(), seed, limit, sampling, ending, text, stops, job, number, self._news)
-            if params.stream or params.logprobs is not None:
+            if params.stream or params.logprobs is not None or params.logprobs_of or params.min_tokens:
                 sample.pace = 1
-            sample.num_top = params.logprobs or 0
+            sample.num_top, sample.wanted = params.logprobs or 0, params.logprobs_of
+            if params.min_tokens:
+                sample.free_after = params.min_tokens
+                sample.barred = tuple(token for token in stops.tokens if token < len(self.tokenizer))
             job.children.append(sample)
         return job
 
@@ -319,8 +330,26 @@ class HFPolicy:
         if not job.running:
             self._answered.append(job)
 
+    def _go_on(self, job: _Job, prompt: Prompt) -> None:
+        """The prompt of a request was read, or could not be: sample behind it."""
+        if prompt.error is None and not all(math.isfinite(value) for value, _ in prompt.told):
+            prompt.error = FloatingPointError("the model gave no finite logits")
+        if prompt.error is not None:
+            job.error = prompt.error
+            self._stop(job)
+            self._answered.append(job)
+            return
+        first = job.children[0]
+        assert isinstance(first, _Sample)
+        first.part = replace(first.part, prompt=tuple(prompt.told))
+        self._generation.submit(job.parent, job.children)
+
     def _stop(self, job: _Job) -> None:
         """Sample no more for a request."""
+        gone = [prompt for prompt, other in self._told.items() if other is job]
+        self._prompts.cancel(gone)
+        for prompt in gone:
+            del self._told[prompt]
         self._generation.cancel(job.running)
         job.state.sampled += sum(child.num_tokens for child in job.running)
         job.running = set()
@@ -384,6 +413,13 @@ def _fault(request: Generate, vocabulary: int) -> str:
         (params.top_k >= 0, "top_k: expected an int >= 0", params.top_k),
         (0 <= params.min_p <= 1, "min_p: expected a number in [0, 1]", params.min_p),
         ((params.logprobs or 0) >= 0, "logprobs: expected an int >= 0", params.logprobs),
+        ((params.prompt_logprobs or 0) >= 0, "prompt_logprobs: expected an int >= 0", params.prompt_logprobs),
+        (params.min_tokens >= 0, "min_tokens: expected an int >= 0", params.min_tokens),
+        (
+            all(0 <= token < vocabulary for token in params.logprobs_of),
+            f"logprobs_of: expected ids from 0 to {vocabulary - 1}",
+            params.logprobs_of,
+        ),
     )
     return next((f"{expected}, got {got!r:.200}" for holds, expected, got in checks if not holds), "")
 
@@ -472,9 +508,10 @@ class _Sample(TextStream):
             text=part.text + self.said[self.told : end],
             tokens=part.tokens + fresh,
             logprobs=part.logprobs if params.logprobs is None else (*part.logprobs, self.last_logprob),
-            top=(*part.top, tuple(self.top)) if params.logprobs else part.top,
+            top=(*part.top, tuple(self.top)) if self.tells else part.top,
             reason=self.reason,
             stop=self.stop,
+            cached_tokens=self.job.state.root.meter.cached if over else 0,
         )
         self.told = end
         if over or params.stream:

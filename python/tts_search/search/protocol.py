@@ -175,6 +175,12 @@ class GenerateParams:
         Whether the text has the piece that ended it.
     logprobs : int or None
         None: no log-probabilities are told; k: those of each token and of the k likeliest ones in its place.
+    logprobs_of : tuple of int
+        Tokens whose log-probabilities are told in the place of each token, behind the likeliest ones.
+    prompt_logprobs : int or None
+        The same of the tokens given, from the second on: k likeliest ones in the place of each.
+    min_tokens : int
+        Tokens before which nothing ends it: the tokens that would are not drawn, pieces of text do not count.
     stream : bool
         Tell each token as it comes; else all of a sample at its end.
     """
@@ -189,6 +195,9 @@ class GenerateParams:
     ignore_eos: bool = False
     keep_stop: bool = False
     logprobs: int | None = None
+    logprobs_of: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    min_tokens: int = 0
     stream: bool = True
 
 
@@ -239,6 +248,11 @@ class Generated:
         None: it goes on. ``"eos"``, ``"stop"`` or ``"length"``: this is its last part.
     stop : int or str or None
         The token or the text that ended it.
+    cached_tokens : int
+        Of its last part: tokens of the prompt that were not forwarded because the cache held them.
+    prompt : tuple of (float, tuple of (int, float))
+        Of the first part of sample 0, if asked for: each prompt token's log-probability and the likeliest ones in its
+        place, from the second token on.
     """
 
     sample: int
@@ -248,6 +262,8 @@ class Generated:
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     reason: str | None = None
     stop: int | str | None = None
+    cached_tokens: int = 0
+    prompt: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Generated]) -> Generated:
@@ -256,7 +272,8 @@ class Generated:
         tokens, logprobs, top = (
             tuple(chain.from_iterable(getattr(part, name) for part in parts)) for name in ("tokens", "logprobs", "top")
         )
-        return replace(last, text="".join(part.text for part in parts), tokens=tokens, logprobs=logprobs, top=top)
+        text, prompt = "".join(part.text for part in parts), parts[0].prompt
+        return replace(last, text=text, tokens=tokens, logprobs=logprobs, top=top, prompt=prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
-from tts_search.serve.generation import Answers, Prompt, finish_reason, stop_reason, told
+from tts_search.serve.generation import Answers, Prompt, finish_reason, stop_reason, told, told_of_prompt
 from tts_search.serve.guards import while_wanted
 from tts_search.serve.schemas import Chat
 from tts_search.serve.searched import chat_of_search, search_asked_for
@@ -61,6 +61,7 @@ async def chat(
             "choices": [_choice(service, body, part) for part in parts],
             "usage": answers.usage(),
             "prompt_token_ids": answers.prompt_of(0).tokens if body.return_token_ids else None,
+            "prompt_logprobs": told_of_prompt(service.texts, answers.prompt_of(0).tokens, parts[0]),
         }
     )
 

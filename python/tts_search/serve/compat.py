@@ -12,7 +12,6 @@ from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
 from tts_search.serve.generation import Answers, Prompt, finish_reason, stop_reason
 from tts_search.serve.guards import while_wanted
-from tts_search.serve.pooling import scores_of
 from tts_search.serve.schemas import Conversation, Request, Sampling, Text, TokenIds
 from tts_search.serve.service import Served, Service
 from tts_search.serve.solutions import (
@@ -128,8 +127,8 @@ async def worker_reward(body: WorkerReward, service: Served, request: HttpReques
     """Score the steps of solutions."""
     several = [body.input_str] if isinstance(body.input_str, str) else body.input_str
     solutions = [_solution(service, each) for each in several]
-    results = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
-    return {"reward": [list(scores_of(result)) for result in results]}
+    reading = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
+    return {"reward": [list(one.step_scores) for one in reading.completions]}
 
 
 def _solution(service: Service, given: Any) -> Solution:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
-from tts_search.serve.generation import Answers, Prompt, finish_reason, stop_reason
+from tts_search.serve.generation import LEAST, Answers, Prompt, finish_reason, stop_reason, told_of_prompt
 from tts_search.serve.guards import while_wanted
 from tts_search.serve.schemas import Sampling, Text, TokenIds
 from tts_search.serve.service import Served, Service
@@ -43,8 +43,9 @@ class Completion(Sampling):
 async def complete(body: Completion, service: Served, request: HttpRequest) -> Response:
     """Continue prompts; the answers to the first one come first."""
     service.check_model(body.model)
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo: expected false with logprobs, which are told of new tokens alone", "echo")
+    tells_echo = body.echo and body.logprobs is not None
+    if tells_echo and body.stream:
+        raise ApiError(400, "echo: expected false in a stream with logprobs", "echo")
     prompts = _prompts(service, body)
     answers = Answers(
         service,
@@ -52,6 +53,7 @@ async def complete(body: Completion, service: Served, request: HttpRequest) -> R
         prompts,
         max_tokens=_SHORT if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if tells_echo and body.prompt_logprobs is None else None,
     )
     timeout_s = service.settings.timeout_s
     if body.stream:
@@ -96,14 +98,20 @@ def _choice(
     """A part of an answer; the `first` one has the prompt before it, if that is to be echoed."""
     tokens = answers.prompt_of(part.sample).tokens
     echoed = service.texts.decode(tokens) if body.echo and first else ""
+    told = None
+    if body.logprobs is not None:
+        told = _logprobs(service, part, offset + len(echoed))
+        if echoed and part.prompt:
+            told = _echoed_logprobs(service, tokens, part, body.logprobs, told)
     return {
         "index": part.sample,
         "text": echoed + part.text,
-        "logprobs": None if body.logprobs is None else _logprobs(service, part, offset + len(echoed)),
+        "logprobs": told,
         "finish_reason": finish_reason(part),
         "stop_reason": stop_reason(part),
         "token_ids": list(part.tokens) if body.return_token_ids else None,
         "prompt_token_ids": tokens if body.return_token_ids and first else None,
+        "prompt_logprobs": told_of_prompt(service.texts, tokens, part) if body.prompt_logprobs is not None else None,
     }
 
 
@@ -113,12 +121,33 @@ def _logprobs(service: Service, part: Generated, offset: int) -> dict[str, Any]:
     tops = part.top or ((),) * len(part.tokens)
     return {
         "tokens": names,
-        "token_logprobs": list(part.logprobs),
+        "token_logprobs": [max(value, LEAST) for value in part.logprobs],
         "top_logprobs": [
-            {service.texts.decode([other], skip_special=False): value for other, value in (*top, (token, logprob))}
+            {
+                service.texts.decode([other], skip_special=False): max(value, LEAST)
+                for other, value in (*top, (token, logprob))
+            }
             for token, logprob, top in zip(part.tokens, part.logprobs, tops, strict=True)
         ],
         "text_offset": list(accumulate(map(len, names), initial=offset))[: len(names)],
+    }
+
+
+def _echoed_logprobs(
+    service: Service, prompt: Sequence[int], part: Generated, most: int, new: dict[str, Any]
+) -> dict[str, Any]:
+    """What is told of the tokens of an echoed prompt, of the first one nothing, and then of the new ones."""
+    values, tops = zip(*part.prompt, strict=True)
+    old = _logprobs(
+        service, Generated(part.sample, "", tuple(prompt[1:]), values, tuple(top[:most] for top in tops)), 0
+    )  # fmt: skip
+    first = service.texts.decode(prompt[:1], skip_special=False)
+    offsets = accumulate((len(service.texts.decode([token])) for token in prompt), initial=0)
+    return {
+        "tokens": [first, *old["tokens"], *new["tokens"]],
+        "token_logprobs": [None, *old["token_logprobs"], *new["token_logprobs"]],
+        "top_logprobs": [None, *old["top_logprobs"], *new["top_logprobs"]],
+        "text_offset": [*list(offsets)[: len(prompt)], *new["text_offset"]],
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from tts_search.engine.engine import Generation
 from tts_search.errors import SearchError
@@ -18,7 +18,9 @@ from tts_search.serve.schemas import Sampling, fresh_seed
 from tts_search.serve.service import Service
 from tts_search.serve.texts import Texts
 
-__all__ = ["Answers", "Prompt", "finish_reason", "stop_reason", "told"]
+__all__ = ["LEAST", "Answers", "Prompt", "finish_reason", "stop_reason", "told", "told_of_prompt"]
+
+LEAST: Final = -9999.0  # what is told of a token that cannot be drawn: JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Answers:
         Tokens of an answer; None: as many as there is room for.
     logprobs : int or None
         How many of the likeliest tokens to tell in the place of each; None: no log-probabilities at all.
+    prompt_logprobs : int or None
+        The same of the prompts' tokens; None: as `sampling` says.
 
     Attributes
     ----------
@@ -66,6 +70,7 @@ class Answers:
         *,
         max_tokens: int | None,
         logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         most = service.settings.max_n
         if len(prompts) * sampling.n > most:
@@ -74,6 +79,7 @@ class Answers:
             _check_length(prompt, service.texts.max_length)
         self.seed = fresh_seed(sampling.seed)
         self.num_tokens = 0
+        self._cached = [0] * len(prompts)
         self._service = service
         self._sampling = sampling
         self._prompts = prompts
@@ -85,6 +91,9 @@ class Answers:
             max_tokens=max_tokens,
             stop=tuple(sampling.stop),
             stop_ids=tuple(sampling.stop_token_ids),
+            min_tokens=sampling.min_tokens,
+            logprobs_of=tuple(sampling.logprob_token_ids) if logprobs is not None else (),
+            prompt_logprobs=sampling.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
             ignore_eos=sampling.ignore_eos,
             keep_stop=sampling.include_stop_str_in_output,
             logprobs=logprobs,
@@ -118,8 +127,11 @@ class Answers:
                 metrics.generation_tokens.inc(len(part.tokens))
                 if part.reason is not None:
                     metrics.finished(finish_reason(part) or "")
+                    self._cached[number] = part.cached_tokens
                 yield replace(part, sample=number * self._sampling.n + part.sample)
             await asyncio.gather(*running)
+            metrics.queried_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
+            metrics.cached_tokens.inc(sum(self._cached))
             metrics.whole.observe(time.monotonic() - begun)
         except SearchError as error:
             raise refusal(error) from error
@@ -132,7 +144,9 @@ class Answers:
         parts: list[list[Generated]] = [[] for _ in range(len(self._prompts) * self._sampling.n)]
         async for part in self.parts():
             parts[part.sample].append(part)
-        return [Generated.joined(each) for each in parts]
+        answers = [Generated.joined(each) for each in parts]
+        n = self._sampling.n  # what is told of a prompt came with the first answer to it
+        return [replace(one, prompt=answers[index // n * n].prompt) for index, one in enumerate(answers)]
 
     def usage(self) -> dict[str, Any]:
         """What the request cost, as clients count it: a prompt counts once, however many answers it has."""
@@ -141,6 +155,7 @@ class Answers:
             "prompt_tokens": prompt,
             "completion_tokens": self.num_tokens,
             "total_tokens": prompt + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
         }
 
     def _begin(self) -> list[Generation]:
@@ -206,6 +221,26 @@ def told(texts: Texts, part: Generated) -> list[dict[str, Any]]:
     ]
 
 
+def told_of_prompt(texts: Texts, tokens: Sequence[int], part: Generated) -> list[dict[str, Any] | None] | None:
+    """The log-probabilities of a prompt's tokens as vLLM tells them, of the first one nothing; None without any."""
+    if not part.prompt:
+        return None
+    places: list[dict[str, Any] | None] = [None]
+    for token, (logprob, top) in zip(tokens[1:], part.prompt, strict=True):
+        ranks = {other: rank for rank, (other, _) in enumerate(top, 1)}
+        places.append(
+            {
+                str(other): {
+                    "logprob": max(value, LEAST),
+                    "rank": ranks.get(other),
+                    "decoded_token": texts.decode([other], skip_special=False),
+                }
+                for other, value in {**dict(top), token: logprob}.items()
+            }
+        )
+    return places
+
+
 def _token(texts: Texts, token: int, logprob: float) -> dict[str, Any]:
     text = texts.decode([token], skip_special=False)
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode())}

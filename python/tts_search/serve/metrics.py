@@ -37,6 +37,12 @@ class Metrics:
         self.queried_tokens = self._counter("vllm:prefix_cache_queries", "Tokens of prompts that were looked up.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens sampled.")
         self.verifier_tokens = self._counter("tts_search:verifier_tokens", "Tokens that the verifier read.")
+        self.unique_kv_tokens = self._counter(
+            "tts_search:search_unique_kv_tokens", "The most KV tokens that searches held at once, each token once."
+        )
+        self.logical_kv_tokens = self._counter(
+            "tts_search:search_logical_kv_tokens", "What these would have been without sharing."
+        )
         self.searches = self._counter("tts_search:searches", "Searches that came to a result.")
         self.succeeded = Counter(
             "vllm:request_success", "Answers, by what ended them.", ["model_name", "finished_reason"],

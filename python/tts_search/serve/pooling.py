@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -9,15 +10,16 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import AliasChoices, Field
 
-from tts_search.search.result import SearchResult
 from tts_search.serve.errors import ApiError
+from tts_search.serve.generation import Answers, Prompt
 from tts_search.serve.guards import while_wanted
-from tts_search.serve.schemas import Conversation, Request, Text
+from tts_search.serve.schemas import Conversation, Request, Sampling, Text, TokenIds
 from tts_search.serve.service import Served, Service
-from tts_search.serve.solutions import read_all, solution_of_messages, solution_of_pair
+from tts_search.serve.solutions import Reading, read_all, solution_of_messages, solution_of_pair
 from tts_search.serve.streams import new_id, now
+from tts_search.serve.texts import Texts as ModelTexts
 
-__all__ = ["routes", "scores_of"]
+__all__ = ["routes"]
 
 routes = APIRouter()
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=4096)]
@@ -39,6 +41,16 @@ class Scoring(Request):
     aggregate: Literal["last", "min", "prod", "mean", "max", "sum"] = "last"
 
 
+class GenerativeScoring(Request):
+    """A query, items, and the tokens between which the policy decides about each."""
+
+    query: Text | TokenIds
+    items: Texts | Annotated[list[TokenIds], Field(min_length=1, max_length=4096)]
+    label_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=128)]
+    apply_softmax: bool = True
+    item_first: bool = False
+
+
 @routes.post("/pooling")
 @routes.post("/v1/pooling")
 async def pooling(body: Pooling, service: Served, request: HttpRequest) -> dict[str, Any]:
@@ -46,12 +58,12 @@ async def pooling(body: Pooling, service: Served, request: HttpRequest) -> dict[
     service.check_model(body.model, service.settings.verifier_names)
     conversations = body.messages if isinstance(body.messages[0], list) else [body.messages]
     solutions = [solution_of_messages(service, each) for each in conversations]
-    results = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
+    reading = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
     data = [
-        {"index": index, "object": "pooling", "data": [_both_classes(service, score) for score in scores_of(result)]}
-        for index, result in enumerate(results)
+        {"index": index, "object": "pooling", "data": [_both_classes(service, score) for score in one.step_scores]}
+        for index, one in enumerate(reading.completions)
     ]
-    return _reply(service, "pool", data, results)
+    return _reply(service, "pool", data, reading)
 
 
 @routes.post("/score")
@@ -60,16 +72,49 @@ async def score(body: Scoring, service: Served, request: HttpRequest) -> dict[st
     """Score solutions: the aggregate of the scores of their steps."""
     service.check_model(body.model, service.settings.verifier_names)
     solutions = [solution_of_pair(service, *pair) for pair in _pairs(body.queries, body.documents)]
-    results = await while_wanted(request, read_all(service, solutions, body.aggregate), service.settings.timeout_s)
-    data = [
-        {"index": index, "object": "score", "score": result.best.score} for index, result in enumerate(results)
-    ]  # fmt: skip
-    return _reply(service, "score", data, results)
+    reading = await while_wanted(request, read_all(service, solutions, body.aggregate), service.settings.timeout_s)
+    data = [{"index": index, "object": "score", "score": one.score} for index, one in enumerate(reading.completions)]
+    return _reply(service, "score", data, reading)
 
 
-def scores_of(result: SearchResult) -> Sequence[float]:
-    """The scores of the steps of a solution that was read."""
-    return result.best.step_scores
+@routes.post("/generative_scoring")
+@routes.post("/v1/generative_scoring")
+async def generative_scoring(body: GenerativeScoring, service: Served, request: HttpRequest) -> dict[str, Any]:
+    """Score items by how likely the policy goes on with the first label, behind the query and the item."""
+    service.check_model(body.model)
+    texts = service.texts
+    items: Sequence[str | list[int]] = [body.items] if isinstance(body.items, str) else body.items
+    pieces = [[_ids(texts, part) for part in (body.query, item)] for item in items]
+    prompts = [Prompt([*second, *first] if body.item_first else [*first, *second]) for first, second in pieces]
+    texts.check(body.label_token_ids)
+    sampling = Sampling(temperature=0.0, seed=0, logprob_token_ids=body.label_token_ids)
+    answers = Answers(service, sampling, prompts, max_tokens=1, logprobs=0)
+    parts = await while_wanted(request, answers.whole(), service.settings.timeout_s)
+    scores = [_label_score([value for _, value in part.top[0]], normalised=body.apply_softmax) for part in parts]
+    return {
+        "id": new_id("generative-scoring"),
+        "object": "list",
+        "created": now(),
+        "model": service.name,
+        "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
+        "usage": answers.usage(),
+    }
+
+
+def _ids(texts: ModelTexts, part: str | list[int]) -> list[int]:
+    if isinstance(part, str):
+        return texts.encode(part, special=False)
+    texts.check(part)
+    return part
+
+
+def _label_score(logprobs: Sequence[float], *, normalised: bool) -> float:
+    """The first label's probability: among the labels, or among all tokens."""
+    if not normalised:
+        return math.exp(logprobs[0])
+    highest = max(logprobs)
+    weights = [math.exp(value - highest) for value in logprobs] if highest > -math.inf else [1.0] * len(logprobs)
+    return weights[0] / sum(weights)
 
 
 def _both_classes(service: Service, score: float) -> list[float]:
@@ -88,13 +133,18 @@ def _pairs(queries: str | list[str], documents: str | list[str]) -> list[tuple[s
     return list(zip(first * (len(second) if len(first) == 1 else 1), second, strict=True))
 
 
-def _reply(service: Service, kind: str, data: list[dict[str, Any]], results: Sequence[SearchResult]) -> dict[str, Any]:
-    tokens = sum(result.stats.verifier_tokens for result in results)
+def _reply(service: Service, kind: str, data: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:
+    tokens = reading.tokens + reading.cached_tokens
     return {
         "id": new_id(kind),
         "object": "list",
         "created": now(),
         "model": service.settings.verifier_names[0],
         "data": data,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+        "usage": {
+            "prompt_tokens": tokens,
+            "total_tokens": tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": {"cached_tokens": reading.cached_tokens},
+        },
     }

@@ -42,10 +42,7 @@ _UNKNOWN: Final[dict[str, tuple[Any, ...]]] = {
     "guided_grammar": (),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
-    "logprob_token_ids": ([],),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "min_tokens": (0,),
     "thinking_token_budget": (),
     "truncate_prompt_tokens": (-1,),
     "cache_salt": (),
@@ -118,6 +115,20 @@ class Sampling(Request):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
+    min_tokens: int = Field(default=0, ge=0, lt=1 << 31)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprob_token_ids: Annotated[TokenIds, Field(max_length=128)] = []
+
+    @field_validator("prompt_logprobs", mode="before")
+    @classmethod
+    def _counted(cls, wanted: Any) -> Any:
+        return (1 if wanted else None) if isinstance(wanted, bool) else wanted
+
+    @model_validator(mode="after")
+    def _possible(self) -> Sampling:
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: expected none in a stream")
+        return self
 
     @field_validator("stop", mode="before")
     @classmethod

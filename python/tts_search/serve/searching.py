@@ -135,6 +135,8 @@ def _count(service: Service, result: SearchResult) -> None:
     metrics.generation_tokens.inc(stats.policy_tokens)
     metrics.prompt_tokens.inc(stats.policy_prefill_tokens)
     metrics.verifier_tokens.inc(stats.verifier_tokens)
+    metrics.unique_kv_tokens.inc(stats.peak_unique_kv_tokens)
+    metrics.logical_kv_tokens.inc(stats.peak_logical_kv_tokens)
     metrics.finished("stop" if result.best.finished else "length")
 
 

@@ -92,8 +92,12 @@ class Service:
         raise ApiError(404, f"model: expected one of {', '.join(self.model_names)}, got {name:.80}", "model")
 
     def _activity(self) -> dict[str, tuple[str, float]]:
-        waiting = self.engine.num_waiting
+        waiting, load = self.engine.num_waiting, self.engine.load
+        rows = 0.0 if load is None else load.rows / load.max_rows
+        kv = 0.0 if load is None else load.kv_tokens / load.max_kv_tokens
         return {
+            "vllm:kv_cache_usage_perc": ("Part of the policy's KV pool that is taken, 1 being all of it.", kv),
+            "tts_search:slot_use": ("Part of the rows of a forward that are sampled for, 1 being all of them.", rows),
             "vllm:num_requests_running": ("Requests that run.", max(0, self.num_requests - waiting)),
             "vllm:num_requests_waiting": ("Requests that wait.", waiting),
             "tts_search:streams": ("Steps and texts that are sampled now.", self.engine.num_streams),

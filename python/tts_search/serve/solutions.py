@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tts_search.search.config import SearchConfig
@@ -11,15 +12,33 @@ from tts_search.search.moves import Algorithm, Moves, score
 from tts_search.search.result import SearchResult
 from tts_search.search.run import Branch, Run
 from tts_search.search.steps import split_steps
-from tts_search.search.types import Step
+from tts_search.search.types import Completion, Step
 from tts_search.serve.errors import ApiError
 from tts_search.serve.searching import found
 from tts_search.serve.service import Service
 
-__all__ = ["Solution", "read_all", "solution_of_messages", "solution_of_pair", "solution_of_text"]
+__all__ = ["Reading", "Solution", "read_all", "solution_of_messages", "solution_of_pair", "solution_of_text"]
 
 Solution = tuple[str, tuple[str, ...]]
 """A problem and the steps of its solution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Solutions with their scores.
+
+    Attributes
+    ----------
+    completions : list of Completion
+        One a solution, in order.
+    tokens, cached_tokens : int
+        Tokens that were read for them, and that were known from earlier.
+    """
+
+    completions: list[Completion]
+    tokens: int
+    cached_tokens: int
+
 
 _DELIMITER = "\n\n"
 
@@ -76,8 +95,8 @@ def solution_of_text(service: Service, text: str) -> Solution:
     return solution_of_pair(service, problem, solution)
 
 
-async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> list[SearchResult]:
-    """Have solutions scored, all at once; the result of each has one completion.
+async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> Reading:
+    """Have solutions scored, all at once: those of one problem share what is read of it.
 
     Raises
     ------
@@ -88,27 +107,47 @@ async def read_all(service: Service, solutions: Sequence[Solution], aggregate: s
         raise ApiError(404, "this server has no verifier")
     if len(solutions) > service.settings.max_n:
         raise ApiError(400, f"expected at most {service.settings.max_n} solutions, got {len(solutions)}")
+    numbers: dict[str, list[int]] = {}
+    for number, (problem, _) in enumerate(solutions):
+        numbers.setdefault(problem, []).append(number)
     tasks = [
-        asyncio.ensure_future(found(service, problem, SearchConfig(_reading(steps), n=1, aggregate=aggregate)))
-        for problem, steps in solutions
+        asyncio.ensure_future(_read(service, problem, [solutions[number][1] for number in own], aggregate))
+        for problem, own in numbers.items()
     ]
     try:
-        return list(await asyncio.gather(*tasks))
+        results = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
+    completions: dict[int, Completion] = {}
+    for own, result in zip(numbers.values(), results, strict=True):
+        completions.update(zip(own, result.completions, strict=True))
+    return Reading(
+        [completions[number] for number in range(len(solutions))],
+        sum(result.stats.verifier_tokens for result in results),
+        sum(result.stats.cached_tokens for result in results),
+    )
 
 
-def _reading(steps: tuple[str, ...]) -> Algorithm:
+async def _read(service: Service, problem: str, solutions: Sequence[tuple[str, ...]], aggregate: str) -> SearchResult:
+    """Have solutions of one problem scored. It fails if one of them cannot be."""
+    result = await found(service, problem, SearchConfig(_reading(solutions), n=len(solutions), aggregate=aggregate))
+    if why := next((node.why for node in result.tree.nodes if node.why), None):
+        raise ApiError(400, why)
+    return result
+
+
+def _reading(solutions: Sequence[tuple[str, ...]]) -> Algorithm:
     """The search that has these steps scored and samples nothing."""
 
     def reading(run: Run) -> Moves[list[Branch]]:
         run.round = 1
-        branch = run.add_child(run.root)
-        run.grow(branch, Step("".join(steps), finished=True), run.config.delimiter, last=True)
-        branch.steps = steps
-        yield from score(run, [branch], last=True)
-        return [branch]
+        branches = [run.add_child(run.root) for _ in solutions]
+        for branch, steps in zip(branches, solutions, strict=True):
+            run.grow(branch, Step("".join(steps), finished=True), run.config.delimiter, last=True)
+            branch.steps = steps
+        yield from score(run, branches, last=True)
+        return branches
 
     return reading
 

@@ -16,6 +16,7 @@ from tts_search.models.decoder import pool_for
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
+from tts_search.models.reading import Place
 from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate
@@ -23,6 +24,7 @@ from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
 from tts_search.verifiers.heads import lm_head, load_head
 from tts_search.verifiers.judge import JudgeScorer
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
+from tts_search.verifiers.memory import ScoreMemory, keys_of
 from tts_search.verifiers.reader import Reader, Tail
 from tts_search.verifiers.tasks import Contest, HeadScorer, Stages, Task, branch_at
 
@@ -131,15 +133,23 @@ class HFVerifier:
         self._problems: dict[int, dict[int, _Node]] = {}
         self._asked: dict[_Asked, None] = {}
         self._owners: dict[Stream, list[_Job]] = {}  # who waits for a stream
+        self._memory: ScoreMemory | None = None
 
     @property
     def prefix_cache(self) -> bool:
-        """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again."""
+        """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again.
+
+        Scores are remembered with it, so that a text that extends one that was read costs its new steps.
+        """
         return self._pool.prefix_cache
 
     @prefix_cache.setter
     def prefix_cache(self, wanted: bool) -> None:
         self._pool.prefix_cache = wanted
+        if not self._pool.prefix_cache or not isinstance(self._scorer, HeadScorer):
+            self._memory = None  # a ratio is a sum over all tokens: there is no score of a text without its states
+        elif self._memory is None:
+            self._memory = ScoreMemory()
 
     @property
     def decoder(self) -> Decoder:
@@ -187,6 +197,8 @@ class HFVerifier:
             jobs = {number: self._job(each) for number, each in enumerate(candidates) if isinstance(each, Score)}
             self._asked[_Asked(request, jobs)] = None
             for job in jobs.values():
+                if self._memory is not None and isinstance(request, Score):
+                    self._recall(job, self._memory)
                 if job.error is None:
                     job.stages = self._scorer.stages(job)
                     self._proceed(job)
@@ -368,6 +380,24 @@ class HFVerifier:
         elif not asks_ahead and not self.format.outcome:
             self._ask(job, number)
 
+    def _recall(self, job: _Job, memory: ScoreMemory) -> None:
+        """Fill in the scores of a job's first steps that were given before, so that nothing is read for their sake."""
+        if job.error is not None:
+            return
+        job.keys = keys_of(job.places)
+        for place in job.places:
+            score = memory.get(job.keys[place])
+            if score is None:
+                break
+            job.found[place] = score
+        wanted = {branch for branch, _ in job.places[len(job.found) :]}
+        for branch, position in job.found:
+            if branch not in wanted:
+                job.settled.add(branch)
+                self._pool.skip(branch)
+            elif branch.marks:
+                branch.marks.remove(position)
+
     def _ask(self, job: _Job, number: int, step: str = "") -> None:
         """Put the question behind the steps so far, about the last of them, or about ``step`` after them."""
         last = job.chain[-1] if job.chain else job.base.branch
@@ -386,6 +416,9 @@ class HFVerifier:
             self._release([*job.questions, *job.chain])
             return job.error
         self._release([*replaced, *(branch for branch in job.chain if branch is not job.node.branch)])
+        if self._memory is not None:
+            for place, key in job.keys.items():
+                self._memory.put(key, job.found[place])
         scores = job.base.scores + [job.found[place] for place in job.places]
         job.node.scores = scores[: len(job.request.steps)]
         nodes[number] = job.node
@@ -421,6 +454,8 @@ class _Job(Task):
         What it builds on, and what stays in the tree for the request's branch.
     tail : Tail
         The end of the text so far.
+    keys : dict
+        Of each place, what its score is remembered by, if it is.
     stages, waiting : iterator, set of Stream
         What it goes through, and what it waits for now.
     """
@@ -429,6 +464,7 @@ class _Job(Task):
     base: _Node
     node: _Node
     tail: Tail = field(init=False)
+    keys: dict[Place, bytes] = field(init=False, default_factory=dict)
     stages: Stages | None = field(init=False, default=None)
     waiting: set[Stream] = field(init=False, default_factory=set)
 

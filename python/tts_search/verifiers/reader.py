@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from tts_search.verifiers.formats import NUMBER, PROBLEM, STEP, STEPS, VerifierFormat
@@ -15,6 +16,7 @@ __all__ = ["Reader", "Tail"]
 # Stand for the steps while a chat template is rendered: no template and no problem writes them.
 _MARK: Final = "\ue0f0steps\ue0f1"
 _NEXT: Final = "\ue0f0next\ue0f1"
+_PIECES, _SHORT = 4096, 1024  # whose tokens are kept: how many, and characters of each at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Reader:
     def __init__(self, tokenizer: Any, entry: VerifierFormat) -> None:
         self.tokenizer = tokenizer
         self.format = entry
+        self._encoded = lru_cache(_PIECES)(lambda text: tuple(self.encode(text)))
         if missing := [token for token in entry.tokens if token not in tokenizer.get_vocab()]:
             tokenizer.add_special_tokens({"additional_special_tokens": missing})
         self._front = _beginning(tokenizer, entry)
@@ -107,6 +110,10 @@ class Reader:
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
+    def _piece(self, text: str) -> Sequence[int]:
+        """The same of a piece; those of boundaries, and of steps that come again with each longer text, are known."""
+        return self._encoded(text) if len(text) <= _SHORT else self.encode(text)
+
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -134,7 +141,7 @@ class Reader:
 
     def _extend(self, tail: Tail, parts: Sequence[str]) -> tuple[int, list[int], Tail]:
         if self.format.encoding != "text":
-            tokens = [token for part in parts if part for token in self.encode(part)]
+            tokens = [token for part in parts if part for token in self._piece(part)]
             return tail.token, tokens, Tail("", tail.token + len(tokens), [], tail.closing)
         text = tail.text + "".join(parts)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

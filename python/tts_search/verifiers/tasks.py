@@ -39,6 +39,8 @@ class Task:
         What was read for it.
     found : dict
         What came out, by place.
+    settled : set of Branch
+        Those of which nothing is wanted: their scores are known from earlier.
     error : Exception or None
         Set by whoever finds that it cannot be answered.
     """
@@ -49,12 +51,13 @@ class Task:
     tails: dict[Branch, tuple[Tail, int]] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     found: dict[Place, float] = field(default_factory=dict)
+    settled: set[Branch] = field(default_factory=set)
     error: Exception | None = None
 
     @property
     def asked(self) -> list[Branch]:
         """The branches whose outputs are scored."""
-        return self.questions or self.chain
+        return [branch for branch in self.questions or self.chain if branch not in self.settled]
 
 
 Stages = Generator[list[Stream], None, None]

@@ -1,0 +1,76 @@
+"""Streams that are read for the log-probabilities of their own tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from tts_search.models.device import upload
+from tts_search.models.generation import likeliest
+from tts_search.models.pool import Branch
+from tts_search.models.streams import Stream, Streams
+
+__all__ = ["Prompt", "Prompts", "TokenLogprob"]
+
+_MOST: Final = 256  # tokens of a forward: each has a row of logits
+
+TokenLogprob = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log-probability, and the likeliest tokens in its place with theirs."""
+
+
+@dataclass(slots=True, eq=False)
+class Prompt(Stream):
+    """A root branch whose tokens are to be told about, from the second on.
+
+    Attributes
+    ----------
+    num_top : int
+        How many of the likeliest tokens to tell in the place of each.
+    told : list
+        What there is to tell, token by token.
+    """
+
+    num_top: int
+    told: list[TokenLogprob] = field(init=False, default_factory=list)
+
+    def give_up(self) -> None:
+        """Let go of the branch's KV and wait until there is room to read it from its start."""
+        self.told = []
+        Stream.give_up(self)
+
+
+class Prompts(Streams[Prompt]):
+    """Reads prompts a few tokens at a time, so that their logits take little room."""
+
+    def submit(self, branch: Branch, num_top: int) -> Prompt:
+        """Have a branch without KV read."""
+        branch.marks = list(range(branch.length - 1))
+        stream = Prompt(branch, num_top)
+        self._join(stream)
+        return stream
+
+    def step(self) -> list[Prompt]:
+        """Run one forward; the prompts that are done, or failed, since the last step."""
+        forwarded = self._forward(self.lane.decoder.logits, head=True, most=_MOST)
+        if forwarded is not None:
+            reading = {stream.branch: stream for stream in self._reading}
+            rows = [row for row, (branch, at) in enumerate(forwarded.places) if at < branch.length - 1]
+            places = [forwarded.places[row] for row in rows]
+            device = forwarded.outputs.device
+            logprobs = forwarded.outputs[upload(torch.tensor(rows, dtype=torch.int64), device)].float().log_softmax(-1)
+            targets = upload(torch.tensor([[branch.tokens[at + 1]] for branch, at in places]).view(-1, 1), device)
+            own = logprobs.gather(1, targets).flatten().tolist()
+            best = likeliest(logprobs, max((reading[branch].num_top for branch, _ in places), default=0))
+            for (branch, _), value, top in zip(places, own, best, strict=True):
+                stream = reading[branch]
+                stream.told.append((value, tuple(top[: stream.num_top])))
+            for branch in forwarded.done:
+                stream = reading[branch]
+                del self._reading[stream]
+                branch.marks = []
+                self.lane.pool.leave(stream)
+                self._ended.append(stream)
+        ended, self._ended = self._ended, []
+        return ended
