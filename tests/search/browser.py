@@ -25,7 +25,7 @@ class Page:
     Attributes
     ----------
     complaints : list of str
-        Exceptions and errors on the console, dialogs, and requests but for the page itself and what is below it.
+        Exceptions and errors on the console, dialogs, and requests but for the page itself and what is in it or below it.
     """
 
     def __init__(self, program: str, page: Path | str, profile: Path) -> None:
@@ -90,7 +90,7 @@ class Page:
             self.complaints.append(f"{method}: {params}")
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.complaints.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self.url):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith((self.url, "data:")):
             self.complaints.append(f"request: {params['request']['url']}")
 
     def evaluate(self, expression: str) -> Any:

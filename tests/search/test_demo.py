@@ -220,7 +220,7 @@ def test_report_of_a_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 tasks; intervals: 95%, Wilson's over tasks" in done.stdout
     assert not set(done.stdout) & set("\x1b\x9b")
-    assert (tmp_path / "out" / "report" / "trees.html").exists()
+    assert (tmp_path / "out" / "report" / "index.html").exists()
 
 
 def test_plan_of_the_study():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import random
 from dataclasses import asdict, replace
@@ -11,7 +13,7 @@ from browser import Page, find_chromium
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step
 from tts_search.evaluation.evaluate import Experiment, Record, evaluate, write_manifest
-from tts_search.evaluation.page import tree_page
+from tts_search.evaluation.page import VIEW, report_page
 from tts_search.evaluation.report import write_report
 from tts_search.evaluation.rows import Difficulty, read_folder, rows_of, strategy_map
 from tts_search.evaluation.tables import comparisons_table, report_tables, rivals_table, strategy_table
@@ -204,11 +206,17 @@ def test_report_and_plots(folder, tmp_path):
 
 
 def test_the_page_holds_texts_as_data_only(folder):
-    page = tree_page(read_folder(folder))
+    page = report_page(read_folder(folder))
     body, _, rest = page.partition('<script type="application/json" id="data">')
     data, _, script = rest.partition("</script>")
     assert not set(data) & set("<>&")
     assert page.count("<script") == page.count("</script>") == 2
+    policy = page.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0]
+    assert "unsafe" not in policy
+    for tag in ("script", "style"):
+        text = page.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+    assert (VIEW / "tree.js").read_text(encoding="utf-8") in page  # the drawing that the server's page shows
     assert "owned" not in body
     assert "owned" not in script
     searches = json.loads(data)
@@ -216,70 +224,75 @@ def test_the_page_holds_texts_as_data_only(folder):
     assert "</script><script>" in json.dumps(searches)  # it is all there, as text
     assert not any(character in json.dumps(searches, ensure_ascii=False) for character in "\u202e\u2028\x1b\x9b")
     assert (
-        len(json.loads(tree_page(read_folder(folder), max_trees=3).split('id="data">')[1].split("</script>")[0])) == 3
+        len(json.loads(report_page(read_folder(folder), max_trees=3).split('id="data">')[1].split("</script>")[0])) == 3
     )
 
 
 def test_lone_surrogates_can_be_written(tmp_path):
     tree = {"format": 1, "nodes": [{"id": 0, "parent": None, "text": "a\ud800"}]}
     one = Record("e", "t", "label \ud800", "", "\udfff", "", tree=json.dumps(tree))
-    (tmp_path / "trees.html").write_text(tree_page([one]), encoding="utf-8")
-    assert "\\ufffd" in (tmp_path / "trees.html").read_text(encoding="utf-8")
+    (tmp_path / "index.html").write_text(report_page([one]), encoding="utf-8")
+    assert "\\ufffd" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
-def test_the_page_in_a_browser(folder, tmp_path):
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium to look at the page with: apt-get install chromium")
-    file = tmp_path / "trees.html"
-    file.write_text(tree_page(read_folder(folder)))
-    with Page(program, file, tmp_path / "profile") as page:
+@pytest.fixture
+def chromium():
+    return find_chromium() or pytest.skip("no Chromium to look at the page with: apt-get install chromium")
+
+
+def test_the_page_in_a_browser(chromium, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_report(folder, tmp_path / "report")
+    with Page(chromium, tmp_path / "report" / "index.html", tmp_path / "profile") as page:
+        assert "accuracy %" in page.evaluate("document.querySelector('#tables pre').textContent")
+        assert page.evaluate("[...document.images].every(one => one.complete && one.naturalWidth > 0)")
+        assert page.evaluate("document.images.length") == len(list((tmp_path / "report").glob("*.svg")))
         count = "document.querySelectorAll('.node').length"
         assert page.evaluate("document.querySelectorAll('#search option').length") == 128
         page.type("#find", "beam_search, n=8")
         assert page.evaluate("document.querySelectorAll('#search option').length") == 16
         assert page.evaluate("current.title.startsWith('beam_search, n=8')")
         nodes = page.evaluate("current.nodes")
-        assert page.evaluate(count) == len(nodes) - 1
+        assert page.evaluate(count) == len(nodes)
         lost = next(node for node in nodes if node["state"] == "pruned" and "by score" in node["why"])
-        page.click(f".node[data-id='{lost['id']}']")
+        page.evaluate(f"view.choose({lost['id']})")
         detail = page.evaluate("document.getElementById('detail').textContent")
         assert f"pruned in round {lost['pruned_in']}" in detail
         assert lost["why"] in detail
         step = page.evaluate("document.querySelector('#detail pre').textContent")
         assert step == lost["text"]  # markup and all, as text
-        assert page.evaluate("document.querySelectorAll('#detail pre *, .text *').length") == 0
+        assert page.evaluate("document.querySelectorAll('#detail pre *, #tables pre *').length") == 0
         parent = next(node for node in nodes[1:] if node["state"] == "expanded")
         page.click(f".node[data-id='{parent['id']}']")
-        assert "branches read its 7 tokens" in page.evaluate("document.getElementById('detail').textContent")
-        page.screenshot(tmp_path / "page.png")
-        page.click(f"li:has(> .row > .node[data-id='{parent['id']}']) > .row > .fold")
+        detail = page.evaluate("document.getElementById('detail').textContent")
+        inner = {node["parent"] for node in nodes}
         below = {parent["id"]}
         for node in nodes:
             if node["parent"] in below:
                 below.add(node["id"])
-        assert page.evaluate(count) == len(nodes) - len(below)
-        page.click(f"li:has(> .row > .node[data-id='{parent['id']}']) > .row > .fold")
+        assert f"{len(below - inner)} branches read its 7 tokens" in detail
+        best = max((node for node in nodes if node["state"] == "finished"), key=lambda node: node["score"])
+        assert page.evaluate("document.querySelectorAll('.node.best').length") == page.evaluate(
+            f"view.pathTo({best['id']}).length"
+        )
+        page.screenshot(tmp_path / "page.png")
         page.click("#pruned")
-        assert page.evaluate(count) == sum(node["state"] != "pruned" for node in nodes[1:])
+        assert page.evaluate(count) == sum(node["state"] != "pruned" for node in nodes)
         page.click("#pruned")
-        page.evaluate("document.getElementById('round').value = 1; document.getElementById('round').oninput()")
-        assert page.evaluate(count) == sum(node["round"] == 1 for node in nodes)
-        assert page.evaluate("document.title") == "Search trees"
+        page.evaluate("at('round').value = 1; at('round').dispatchEvent(new Event('input'))")
+        assert page.evaluate(count) == sum(node["round"] <= 1 for node in nodes)
+        assert page.evaluate("document.title") == "Report"
         page.type("#find", " nothing like it")
         assert page.evaluate(count) == 0
         assert page.complaints == []
         page.evaluate(
             "var s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
         )
-        assert page.evaluate("document.title") == "Search trees"  # the policy lets no other script run
+        assert page.evaluate("document.title") == "Report"  # the policy lets no other script run
 
 
-def test_the_page_knows_when_a_node_was_pruned(tmp_path):
+def test_the_page_knows_when_a_node_was_pruned(chromium, tmp_path):
     """Node 1 was made in round 1 and lost in round 2; node 2's tree was written before trees said so."""
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium to look at the page with: apt-get install chromium")
     rest = {"text": "a", "scores": [0.5], "score": 0.5, "num_tokens": 1}
     nodes = [
         {"id": 0, "parent": None, "round": 0, "state": "expanded", **rest},
@@ -287,19 +300,27 @@ def test_the_page_knows_when_a_node_was_pruned(tmp_path):
         {"id": 2, "parent": 0, "round": 1, "state": "pruned", "why": "at once", **rest},
         {"id": 3, "parent": 0, "round": 2, "state": "finished", "why": "", "pruned_in": None, **rest},
     ]
-    file = tmp_path / "trees.html"
-    file.write_text(tree_page([Record("e", "t", "l", "", "", "", tree=json.dumps({"format": 1, "nodes": nodes}))]))
-    states = "[...document.querySelectorAll('.node')].map(one => one.className).join()"
-    with Page(program, file, tmp_path / "profile") as page:
-        assert page.evaluate(states) == "node pruned,node pruned,node finished"
+    file = tmp_path / "index.html"
+    file.write_text(report_page([Record("e", "t", "l", "", "", "", tree=json.dumps({"format": 1, "nodes": nodes}))]))
+    states = "[...document.querySelectorAll('.node')].slice(1).map(one => one.getAttribute('class')).join()"
+    with Page(chromium, file, tmp_path / "profile") as page:
+        assert page.evaluate(states) == "node pruned,node pruned,node finished best"
         for node, number in ((1, 2), (2, 1)):
-            page.click(f".node[data-id='{node}']")
+            page.evaluate(f"view.choose({node})")
             assert f"pruned in round {number}" in page.evaluate("document.getElementById('detail').textContent")
-        page.evaluate("document.getElementById('round').value = 1; document.getElementById('round').oninput()")
+        page.evaluate("at('round').value = 1; at('round').dispatchEvent(new Event('input'))")
         assert page.evaluate(states) == "node open,node pruned"
         page.click("#pruned")
         assert page.evaluate(states) == "node open"
         assert page.complaints == []
+
+
+def test_tables_and_names_are_text_on_the_page(tmp_path):
+    plot = tmp_path / 'a"><b>.svg'
+    plot.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    page = report_page([], "a <b>&@DATA@\x1b[1m\u202e", [plot])
+    assert "<pre>a &lt;b&gt;&amp;@DATA@\ufffd[1m\ufffd</pre>" in page
+    assert "<b>" not in page
 
 
 def searched(key, seed=0, correct=None, models=("p", "v"), config=None, instruction_set="avx2", **settings):
@@ -362,12 +383,12 @@ def test_votes_are_checked(folder):
 def test_the_page_takes_trees_of_all_experiments():
     tree = json.dumps({"format": 1, "nodes": [{"id": 0, "parent": None, "text": ""}]})
     records = [Record(name, str(task), name, "", "", "", tree=tree) for name in "ab" for task in range(4)]
-    page = tree_page(records, max_trees=5)
+    page = report_page(records, max_trees=5)
     searches = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [one["title"] for one in searches] == ["a: 0", "a: 1", "a: 2", "b: 0", "b: 1"]
     assert "5 of 8 searches." in page
-    assert "8 searches." in tree_page(records)
-    assert "of 8 searches." not in tree_page(records)
+    assert "8 searches." in report_page(records)
+    assert "of 8 searches." not in report_page(records)
 
 
 def test_tables_on_disk_hold_no_control_sequences(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import arithmetic_models
@@ -44,6 +45,9 @@ SAMPLING = {
     "include_stop_str_in_output": st.booleans() | JUNK,
     "model": st.sampled_from(["policy", "verifier", "policy@dvts-4"]) | JUNK,
     "logit_bias": JUNK,
+    "min_tokens": st.integers(-1, 4) | JUNK,
+    "prompt_logprobs": st.integers(-1, 21) | st.booleans() | JUNK,
+    "logprob_token_ids": st.lists(st.integers(-1, 300), max_size=2) | JUNK,
 }
 SEARCH = {
     "n": st.integers(0, 8) | TEXT,
@@ -72,6 +76,11 @@ BODIES = {
     ),
     "/pooling": ({"messages": MESSAGES | st.lists(MESSAGES, max_size=2)}, {"model": SAMPLING["model"], "task": JUNK}),
     "/score": ({"queries": TEXT | JUNK, "documents": TEXT | JUNK}, {"aggregate": JUNK}),
+    "/generative_scoring": (
+        {"query": TEXT | JUNK, "items": st.lists(TEXT, max_size=2) | JUNK},
+        {"label_token_ids": st.lists(st.integers(-1, 300), max_size=2) | JUNK, "apply_softmax": JUNK,
+         "item_first": JUNK, "model": SAMPLING["model"]},
+    ),
     "/tokenize": ({}, {"prompt": TEXT | JUNK, "messages": MESSAGES, "return_token_strs": JUNK}),
     "/detokenize": ({"tokens": st.lists(st.integers(-2, 300), max_size=4) | JUNK}, {}),
     "/worker_generate": ({"prompt": TEXT | JUNK, "max_new_tokens": SAMPLING["max_tokens"]}, SAMPLING),
@@ -88,27 +97,52 @@ def bodies(needed: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrateg
     return st.fixed_dictionaries(needed, optional=others) | JUNK
 
 
-def check(client: TestClient, route: str, body: Any) -> None:
-    reply = client.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
+def check(client: TestClient, route: str, body: Any, encode: Callable[[str], bytes] = str.encode) -> None:
+    """Ask for something; ``encode`` may make bytes of its JSON that are none."""
+    content = encode(json.dumps(body))
+    reply = client.post(route, content=content, headers={"content-type": "application/json"}, timeout=60)
     assert reply.status_code < 500, (route, body, reply.text)
     if reply.status_code >= 400:
         assert reply.json()["error"]["message"]
 
 
+def broken(cuts: tuple[int, int, bytes] | None) -> Callable[[str], bytes]:
+    """Replaces a part of a body: (where, how much, by what)."""
+
+    def encode(text: str) -> bytes:
+        data = text.encode()
+        if cuts is None:
+            return data
+        at, count, other = cuts
+        at %= len(data)
+        return data[:at] + other + data[at + count :]
+
+    return encode
+
+
+BROKEN = st.none().map(broken) | st.tuples(st.integers(0, 500), st.integers(0, 5), st.binary(max_size=4)).map(broken)
+MANY = 100_000 // (len(BODIES) + 1)
+EXAMPLES = pytest.mark.parametrize(
+    "examples", [40, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(0)])]
+)
+
+
+@EXAMPLES
 @pytest.mark.parametrize("route", BODIES)
-def test_a_local_model(local, route):
+def test_a_local_model(local, route, examples):
     needed, optional = BODIES[route]
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(bodies(needed, optional))
-    def run(body: Any) -> None:
-        check(local, route, body)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(bodies(needed, optional), BROKEN)
+    def run(body: Any, encode: Callable[[str], bytes]) -> None:
+        check(local, route, body, encode)
 
     run()
     assert local.post("/v1/completions", json={"prompt": "20 + 5 =", "max_tokens": 4}).status_code == 200
 
 
-def test_searches():
+@EXAMPLES
+def test_searches(examples):
     with Engine(arithmetic_models.policy(0.3), arithmetic_models.verifier(0.1)) as engine:
         models = Settings(names=("policy",), max_n=64)
         service = Service(engine, arithmetic_models.policy(0.3), arithmetic_models.verifier(0.1), models)
@@ -116,7 +150,7 @@ def test_searches():
         problem = st.just("Start with 20, add 5. What is the result modulo 100?")
         needed = {"problem": problem, "max_steps": SEARCH["max_steps"], "n": SEARCH["n"]}
 
-        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(bodies(needed, SEARCH))
         def run(given_: Any) -> None:
             check(client, "/v1/search", given_)

@@ -1,11 +1,11 @@
-"""The report of an evaluation's folder: tables, a page of search trees, plots."""
+"""The report of an evaluation's folder: tables, plots, and a page with both and the search trees."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tts_search.evaluation.manifest import read_configs
-from tts_search.evaluation.page import tree_page
+from tts_search.evaluation.page import report_page
 from tts_search.evaluation.rows import read_folder, rows_of
 from tts_search.evaluation.tables import report_tables
 from tts_search.terminal import sanitize
@@ -14,7 +14,9 @@ __all__ = ["write_report"]
 
 
 def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None, plots: bool = True) -> str:
-    """Write ``tables.txt``, ``trees.html`` and, with matplotlib, plots of an evaluation's folder; return the tables.
+    """Write ``index.html``, ``tables.txt`` and, with matplotlib, plots of an evaluation's folder; return the tables.
+
+    The page holds the tables, the plots and the search trees, and needs no other file.
 
     Raises
     ------
@@ -30,9 +32,10 @@ def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None
     out.mkdir(parents=True, exist_ok=True)
     tables = sanitize(report_tables(records, vote))  # labels and levels may be anybody's words
     (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
-    (out / "trees.html").write_text(tree_page(records), encoding="utf-8")
+    drawn: list[Path] = []
     if plots:
         from tts_search.evaluation.plots import draw_plots
 
-        draw_plots(rows_of(records, vote), out)
+        drawn = draw_plots(rows_of(records, vote), out)
+    (out / "index.html").write_text(report_page(records, tables, drawn), encoding="utf-8")
     return tables

@@ -23,7 +23,8 @@ const SHAPES = {
 class TreeView {
   /**
    * @param {HTMLElement} box where it is drawn
-   * @param {(node: object, path: object[]) => void} onChoose told of the node that is looked at, and the nodes before it
+   * @param {(node: object, path: object[], below: number) => void} onChoose told of the node that is looked at, the
+   *   nodes on the way to it, and how many branches go through it
    */
   constructor(box, onChoose) {
     this.box = box;
@@ -73,7 +74,18 @@ class TreeView {
     this._attributes(now.shape, {tabindex: 0, "aria-selected": "true"});
     this.chosen = id;
     if (focus) now.shape.focus();
-    this.onChoose(this.nodes.get(id), this.pathTo(id));
+    this.onChoose(this.nodes.get(id), this.pathTo(id), this._branchesBelow(id));
+  }
+
+  /** How many branches end below a node, or at it. */
+  _branchesBelow(id) {
+    const through = new Set([id]), parents = new Set();
+    for (const at of this.order) {  // parents come before children
+      const {parent} = this.nodes.get(at);
+      if (through.has(parent)) through.add(at);
+      parents.add(parent);
+    }
+    return [...through].filter(at => !parents.has(at)).length;
   }
 
   /** Where everything goes: leaves one below the other, parents in the middle of their children. */
@@ -185,19 +197,20 @@ class TreeView {
   }
 }
 
-/** What is known of a step, its text and the text up to its end, as elements. */
-function stepDetail(node, path) {
+/** What is known of a step through which so many branches go, its text and the text up to its end, as elements. */
+function stepDetail(node, path, below = 1) {
   const make = (tag, text) => Object.assign(document.createElement(tag), {textContent: text});
   if (!node || node.parent === null) return [make("p", "The problem. Choose a step to read it.")];
   const tokens = path.reduce((sum, one) => sum + one.num_tokens, 0);
   const facts = document.createElement("dl");
   const fact = (name, value) => facts.append(make("dt", name), make("dd", value));
   fact("state", node.state);
-  if (node.why) fact("because", visible(node.why));
+  if (node.why) fact(node.state === "pruned" ? `pruned in round ${node.pruned_in ?? node.round}` : "because", visible(node.why));
   fact("round", String(node.round));
   fact("score", scoreText(node.score));
   fact("scores of its steps", node.scores.map(scoreText).join("  ") || "-");
   fact("tokens", `${node.num_tokens}, ${tokens} with those before it`);
+  if (below > 1) fact("shared KV", `${below} branches read its ${node.num_tokens} tokens: ${(below - 1) * node.num_tokens} saved`);
   return [facts, make("h3", "Step"), make("pre", visible(node.text)), make("h3", "Branch"),
     make("pre", visible(path.map(one => one.text).join("")))];
 }

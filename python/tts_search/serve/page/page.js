@@ -106,7 +106,7 @@ function busy(is) {
 }
 
 async function setUp() {
-  view = new TreeView(at("tree"), (node, path) => at("detail").replaceChildren(...stepDetail(node, path)));
+  view = new TreeView(at("tree"), (...chosen) => at("detail").replaceChildren(...stepDetail(...chosen)));
   at("detail").replaceChildren(...stepDetail(null, []));
   const about = await (await fetch("page/about.json")).json();
   at("model").textContent = about.verifier ? `${about.policy}, scored by ${about.verifier}` : `${about.policy}, without a verifier`;

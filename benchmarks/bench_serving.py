@@ -1,0 +1,184 @@
+"""The verifier over HTTP beside reading whole texts, and the engine over HTTP beside the engine itself.
+
+    python benchmarks/bench_serving.py --out serving
+    python benchmarks/bench_serving.py --model path/to/model --layers 4 --out serving
+
+``pooling``: 16 candidates of 20 steps are scored through `/pooling` step by step, the whole text of all of them each
+time, as frameworks do that call a process reward model over HTTP. Ours reads what is new in them; with
+``prefix_cache=False`` the server reads whole texts, as vLLM does for token-pooling tasks, on the same kernels.
+
+``streams``: 64 texts of 128 tokens at once, by chats of a client on the loopback interface that streams them (one chat with ``n`` of
+64, and 64 chats), and by `Engine.generate` in the same process, in turns; the bound is the engine's own throughput.
+
+The models are the demo's smallest, unless a checkpoint is given for the verifier: then a bigger body shows what reading costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+import uvicorn
+from tts_search import Engine, HFVerifier
+from tts_search.lab.checkpoints import load_models
+from tts_search.search.protocol import Generate, GenerateParams
+from tts_search.serve.app import create_app
+from tts_search.serve.service import Service
+from tts_search.serve.settings import Settings
+
+sys.path.append(str(Path(__file__).parent))
+import record
+
+CANDIDATES, STEPS = 16, 20
+STREAMS, TOKENS = 64, 128
+PROBLEM = "Start with 20, add 5, multiply by 3. What is the result modulo 100?"
+"""The beginning of every text."""
+
+
+@contextmanager
+def served(policy: Any, verifier: Any, **options: Any) -> Iterator[tuple[httpx2.Client, Engine]]:
+    """A server on a socket of this machine, and a client of it."""
+    with Engine(policy, verifier, **options) as engine:
+        app = create_app(Service(engine, policy, verifier, Settings(timeout_s=3600)))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, access_log=False, log_config=None))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx2.Client(base_url=url, timeout=3600) as client:
+            yield client, engine
+        server.should_exit = True
+        thread.join()
+
+
+def candidates(rng: random.Random) -> list[list[str]]:
+    """Solutions that differ from the first step on."""
+    return [
+        [f"{number} + {rng.randrange(100)} = {rng.randrange(100)}\n\n" for _ in range(STEPS)]
+        for number in range(10, 10 + CANDIDATES)
+    ]
+
+
+def pooling(policy: Any, verifier: Any, prefix_cache: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Score the candidates step by step; their scores, and what it cost."""
+    solutions = candidates(random.Random(0))
+    read = logical = 0
+    with served(policy, verifier, prefix_cache=prefix_cache) as (client, _):
+        begun = time.perf_counter()
+        for count in range(1, STEPS + 1):
+            turns = [
+                [{"role": "user", "content": PROBLEM}, {"role": "assistant", "content": "".join(steps[:count])}]
+                for steps in solutions
+            ]
+            reply = client.post("/pooling", json={"messages": turns}).json()
+            usage = reply["usage"]
+            logical += usage["prompt_tokens"]
+            read += usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+        seconds = time.perf_counter() - begun
+    verifier.prefix_cache = False
+    return reply["data"], {"tokens read": read, "tokens of the texts": logical, "seconds": round(seconds, 3)}
+
+
+def chats(client: httpx2.Client, each: int) -> int:
+    """Have `STREAMS` texts streamed by chats of `each` answers; the tokens that came."""
+    counts: list[int] = []
+
+    def one(seed: int) -> None:
+        body = {
+            "messages": [{"role": "user", "content": PROBLEM}], "n": each, "max_tokens": TOKENS, "ignore_eos": True,
+            "seed": seed, "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            *_, last = (line for line in reply.iter_lines() if line.startswith("data: {"))
+        counts.append(json.loads(last[6:])["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(STREAMS // each)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts)
+
+
+def generated(engine: Engine, tokens: list[int], each: int) -> int:
+    """The same in process, each token told as it comes."""
+    params = GenerateParams(max_tokens=TOKENS, ignore_eos=True)
+    running = [
+        engine.generate(Generate(tuple(tokens), params, each, tuple(range(seed, seed + each))))
+        for seed in range(STREAMS // each)
+    ]
+    return sum(len(part.tokens) for one in running for part in one.events())
+
+
+def throughput(action: Callable[[], int]) -> float:
+    """Tokens a second."""
+    begun = time.perf_counter()
+    return action() / (time.perf_counter() - begun)
+
+
+def streams(policy: Any, rounds: int) -> dict[str, dict[str, Any]]:
+    """Throughput over HTTP and in process, in turns."""
+    lines = {}
+    with served(policy, None) as (client, engine):
+        ids = client.post("/tokenize", json={"messages": [{"role": "user", "content": PROBLEM}]}).json()["tokens"]
+        for name, each in (("one chat with n = 64", STREAMS), ("64 chats", 1)):
+            pairs = []
+            for _ in range(rounds + 1):
+                engine_speed = throughput(lambda: generated(engine, ids, each))
+                pairs.append((engine_speed, throughput(lambda: chats(client, each))))
+            alone, over = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
+            share = statistics.median(http / engine_speed for engine_speed, http in pairs[1:])
+            lines[name] = {
+                "engine, tokens/s": round(alone), "HTTP, tokens/s": round(over), "share": round(share, 3)
+            }  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    """Measure and print; with ``--out`` write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", help="a causal language model that judges steps by yes or no, in the verifier's place"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", default="pooling,streams")
+    parser.add_argument("--out", help="name of the record")
+    given = parser.parse_args()
+    torch.set_num_threads(int(torch.get_num_threads()))
+    models = load_models()
+    policy, demo = models.policies["policy-0.1m"], models.verifiers["prm-weak"]
+    tables: dict[str, Any] = {}
+    if "pooling" in given.parts:
+        verifiers = {"demo": demo}
+        if given.model:
+            verifiers[Path(given.model).name] = HFVerifier(given.model, format="yes_no", kv_memory="512MiB")
+        for name, verifier in verifiers.items():
+            scores, ours = pooling(policy, verifier, True)
+            others, whole = pooling(policy, verifier, False)
+            if scores != others:
+                raise SystemExit(f"{name}: scores differ")
+            tables[f"pooling {name}"] = {"what is new": ours, "whole texts": whole}
+    if "streams" in given.parts:
+        tables["streams"] = streams(policy, given.rounds)
+    print(json.dumps(tables, indent=1))
+    if given.out:
+        record.write(
+            given.out, what=__doc__.partition("\n")[0], command=f"python {' '.join(sys.argv)}", beside="",
+            tables=tables, packages=("torch", "fastapi", "uvicorn"),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
