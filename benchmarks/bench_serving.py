@@ -7,10 +7,10 @@
 time, as frameworks do that call a process reward model over HTTP. Ours reads what is new in them; with
 ``prefix_cache=False`` the server reads whole texts, as vLLM does for token-pooling tasks, on the same kernels.
 
-``streams``: 64 texts of 128 tokens at once, by chats of a client on the loopback interface that streams them (one chat with ``n`` of
-64, and 64 chats), and by `Engine.generate` in the same process, in turns; the bound is the engine's own throughput.
+``streams``: 64 texts of 128 tokens at once, streamed to a client on the loopback interface (one chat with ``n`` of 64,
+and 64 chats), and by `Engine.generate` in the same process, in turns; the bound is the engine's own throughput.
 
-The models are the demo's smallest, unless a checkpoint is given for the verifier: then a bigger body shows what reading costs.
+The models are the demo's smallest; with ``--model`` another checkpoint is a verifier, too.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
 import uvicorn
 from tts_search import Engine, HFVerifier
 from tts_search.lab.checkpoints import load_models
@@ -136,8 +136,8 @@ def streams(policy: Any, rounds: int) -> dict[str, dict[str, Any]]:
         for name, each in (("one chat with n = 64", STREAMS), ("64 chats", 1)):
             pairs = []
             for _ in range(rounds + 1):
-                engine_speed = throughput(lambda: generated(engine, ids, each))
-                pairs.append((engine_speed, throughput(lambda: chats(client, each))))
+                engine_speed = throughput(partial(generated, engine, ids, each))
+                pairs.append((engine_speed, throughput(partial(chats, client, each))))
             alone, over = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
             share = statistics.median(http / engine_speed for engine_speed, http in pairs[1:])
             lines[name] = {
@@ -156,7 +156,6 @@ def main() -> None:
     parser.add_argument("--parts", default="pooling,streams")
     parser.add_argument("--out", help="name of the record")
     given = parser.parse_args()
-    torch.set_num_threads(int(torch.get_num_threads()))
     models = load_models()
     policy, demo = models.policies["policy-0.1m"], models.verifiers["prm-weak"]
     tables: dict[str, Any] = {}

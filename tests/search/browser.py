@@ -25,7 +25,7 @@ class Page:
     Attributes
     ----------
     complaints : list of str
-        Exceptions and errors on the console, dialogs, and requests but for the page itself and what is in it or below it.
+        Exceptions and errors on the console, dialogs, and requests but for the page and what is in it or below it.
     """
 
     def __init__(self, program: str, page: Path | str, profile: Path) -> None:
