@@ -38,12 +38,14 @@ def write(
     tables: Mapping[str, Mapping[str, Mapping[str, Cell]]],
     texts: Mapping[str, Sequence[str]] | None = None,
     packages: Sequence[str] = ("torch",),
+    software: Mapping[str, str] | None = None,
     threads: int | None = None,
     folder: Path = FOLDER,
 ) -> Path:
     """Write a measurement of this machine, this commit and today; return its file.
 
-    `packages` are those whose versions belong to it, `threads` torch's number unless given.
+    `packages` are those whose versions belong to it, `software` versions of packages in other environments, `threads`
+    torch's number unless given.
     """
     import torch
 
@@ -53,7 +55,11 @@ def write(
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "software": {"python": platform.python_version(), **{one: metadata.version(one) for one in packages}},
+        "software": {
+            "python": platform.python_version(),
+            **{one: metadata.version(one) for one in packages},
+            **(software or {}),
+        },
         "threads": torch.get_num_threads() if threads is None else threads,
         "beside": beside,
         "tables": tables,

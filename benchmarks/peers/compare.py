@@ -26,13 +26,18 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+import record  # noqa: E402
+from bench_neighbour import neighbours  # noqa: E402
+
 CASES = [(512, 1), (512, 4), (512, 16), (512, 64), (2048, 16), (2048, 64)]  # P, N
 TORCH = "torch==2.13.0"  # before a peer asks for a range that admits a CUDA build
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]  # vLLM asks for them, but their builds on PyPI want a GPU
@@ -129,9 +134,8 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        os.killpg(self.process.pid, signal.SIGCONT)
-        self.process.stdin.close()
+        """Ends it, with all that it has started, whatever state it is in."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def _read(self) -> dict[str, Any]:
@@ -178,8 +182,10 @@ def export(work: Path, gguf: Path) -> dict[str, Path]:
     return {"hf": checkpoint, "w8a8": w8a8, **{f"gguf-{kind}": path for kind, path in models.items()}}
 
 
-def start(names: list[str], kind: str, work: Path, models: dict[str, Path], threads: int) -> dict[str, Worker]:
-    """The engines that offer a precision, loaded."""
+def start(
+    names: list[str], kind: str, work: Path, models: dict[str, Path], threads: int, running: ExitStack
+) -> dict[str, Worker]:
+    """The engines that offer a kind of weights, loaded; `running` ends them."""
     workers = {}
     for name in names:
         engine = ENGINES[name]
@@ -189,30 +195,32 @@ def start(names: list[str], kind: str, work: Path, models: dict[str, Path], thre
             log = work / f"{name.replace(' ', '_').replace(',', '')}-{kind}.log"
             print(f"== starting {name}, {kind}", file=sys.stderr)
             workers[name] = Worker(python, HERE / "engines" / f"{engine.script}_engine.py", arguments, threads, log)
+            running.callback(workers[name].close)
     return workers
 
 
-def time_decoding(workers: dict[str, Worker], rounds: int, top_p: float) -> list[dict[str, Any]]:
+def time_decoding(workers: dict[str, Worker], kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds of a decode step of every engine and case, engines in turn within each round."""
     fresh = itertools.count(1)
     rows = []
-    for prefix, branches in CASES:
-        print(f"== {branches} branches on {prefix} tokens", file=sys.stderr)
+    for number, (prefix, branches) in itertools.product(options.neighbours, options.cases):
+        print(f"== {kind}: {branches} branches on {prefix} tokens, {number} processes beside", file=sys.stderr)
         steps: dict[str, list[float]] = {name: [] for name in workers}
         peaks: dict[str, int] = {}
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             for name, worker in workers.items():
                 times = {}
-                with worker.turn():
+                with worker.turn(), neighbours(number):
                     for tokens in (WARM_UP, SHORT, LONG):
                         job = {"prefix": prefix, "branches": branches, "tokens": tokens, "fresh": next(fresh)}
-                        answer = worker.run(**job, temperature=0.8, top_p=top_p)
+                        answer = worker.run(**job, temperature=0.8, top_p=options.top_p)
                         times[tokens], peaks[name] = answer["seconds"], answer["peak_mb"]
                 steps[name].append(1000 * (times[LONG] - times[SHORT]) / (LONG - SHORT))
         medians = {name: statistics.median(samples) for name, samples in steps.items()}
         for name, median in medians.items():
-            row = {"P": prefix, "N": branches, "engine": name, "step_ms": round(median, 1)}
-            row |= {"tokens_per_s": round(1000 * branches / median), "peak_mb": peaks[name]}
+            row = {"weights": kind, "beside": number, "P": prefix, "N": branches, "engine": name}
+            row |= {"a step, ms": round(median, 1), "tokens a second": round(1000 * branches / median)}
+            row |= {"peak MB": peaks[name]}
             row |= {"times ours": round(median / medians["tts_search"], 2)}
             rows.append(row)
             print(row, file=sys.stderr)
@@ -232,6 +240,22 @@ def compare_greedy(workers: dict[str, Worker], tokens: int = 32) -> list[dict[st
     return rows
 
 
+def case(text: str) -> tuple[int, int]:
+    """Two numbers with a comma between them."""
+    prefix, branches = map(int, text.split(","))
+    return prefix, branches
+
+
+def versions(work: Path, names: list[str]) -> dict[str, str]:
+    """Of the packages that the engines' environments are made for."""
+    found = {}
+    for env in sorted({ENGINES[name].env for name in names} - {None}):
+        package = env.replace("_", "-") if env != "llama_cpp" else "llama-cpp-python"
+        program = f"import importlib.metadata as found; print(found.version({package!r}))"
+        found[package] = subprocess.check_output([work / env / "bin" / "python", "-c", program], text=True).strip()
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
@@ -244,23 +268,39 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="environments, models, logs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", type=case, nargs="+", default=CASES, help="P,N: N branches behind P tokens")
+    parser.add_argument("--neighbours", type=int, nargs="+", default=[0], help="processes of full weight beside")
+    parser.add_argument("--record", help="write benchmarks/results/NAME.json")
     parser.add_argument("--top-p", type=float, default=0.95, help="1.0: without, which some samplers are slow at")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="f32: text, the others: speed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no engine is left behind
     names = ["tts_search", *(name for name in options.engines if name != "tts_search")]
     options.work.mkdir(parents=True, exist_ok=True)
     models = export(options.work, options.gguf)
 
     results = {}
     for kind in options.kinds:
-        workers = start(names, kind, options.work, models, options.threads)
-        timed = kind != "f32"
-        results[kind] = time_decoding(workers, options.rounds, options.top_p) if timed else compare_greedy(workers)
-        for worker in workers.values():
-            worker.close()
+        with ExitStack() as running:
+            workers = start(names, kind, options.work, models, options.threads, running)
+            timed = kind != "f32"
+            results[kind] = time_decoding(workers, kind, options) if timed else compare_greedy(workers)
         print(table(results[kind]), end="\n\n")
     (options.work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if options.record:
+        timed_rows = itertools.chain.from_iterable(rows for kind, rows in results.items() if kind != "f32")
+        record.write(
+            options.record,
+            what="Decode steps of SmolLM2-135M-Instruct beside other engines: the same weights and prompts, N branches "
+            f"behind P shared tokens, the engines in turn, sampling included, top-p {options.top_p:g}; medians of "
+            f"{options.rounds} rounds",
+            command=" ".join(["python benchmarks/peers/compare.py", "MODEL.gguf", *sys.argv[2:]]),
+            beside="as each row says",
+            tables={"steps": {" ".join(map(str, list(row.values())[:5])): row for row in timed_rows}},
+            software=versions(options.work, names),
+            threads=options.threads,
+        )
 
 
 if __name__ == "__main__":
