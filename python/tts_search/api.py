@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tts_search.engine.engine import default_equality
-from tts_search.engine.scheduler import Outcome, Scheduler
+from tts_search.engine.scheduler import Outcome, Scheduler, Speculate
 from tts_search.errors import SearchError
 from tts_search.search import voting
 from tts_search.search.answers import Equality, boxed
@@ -44,6 +44,7 @@ def search_iter(
     max_in_flight: int | None = None,
     max_rows: int | None = None,
     prefix_cache: bool = True,
+    speculate: Speculate = "auto",
 ) -> Iterator[Outcome]:
     """Search many problems; yield (index, result) as they finish, in any order.
 
@@ -75,6 +76,8 @@ def search_iter(
     prefix_cache : bool
         Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
         text begins with.
+    speculate : {"auto"} or bool
+        Whether steps are sampled, and candidates read, before they are asked for, as :class:`Engine` says.
 
     Raises
     ------
@@ -93,6 +96,7 @@ def search_iter(
         max_in_flight=max_in_flight,
         max_rows=max_rows,
         prefix_cache=prefix_cache,
+        speculate=speculate,
     )
 
 
@@ -105,6 +109,7 @@ class EngineOptions(TypedDict, total=False):
     max_in_flight: int | None
     max_rows: int | None
     prefix_cache: bool
+    speculate: Speculate
 
 
 def asearch_iter(

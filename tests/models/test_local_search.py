@@ -118,7 +118,7 @@ def test_one_call_scores_and_prunes(
 
     count("step_scores")
     count("score_and_prune")
-    found = search(PROBLEMS, policy, verifier, config, progress=False)
+    found = search(PROBLEMS, policy, verifier, config, progress=False, speculate=False)
     rounds = [result.stats.rounds for result in found]
     (count_of,) = calls.values()
     assert calls.keys() == {"step_scores" if how == "mean" else "score_and_prune"}

@@ -56,7 +56,7 @@ def alone(dtype: str, number: int, config: int) -> Any:
     """A problem by itself: what it comes to, and the longest branch of either model, in pages."""
     drivers = models(dtype)
     give_pools(drivers, 2000, 2000)
-    scheduler = Scheduler(*drivers, boxed, operator.eq, prefix_cache=False)
+    scheduler = Scheduler(*drivers, boxed, operator.eq, prefix_cache=False, speculate=False)
     ((_, outcome),) = scheduler.run([PROBLEMS[number]], CONFIGS[config], lambda: False)
     return content(outcome)
 
@@ -89,6 +89,7 @@ def check(
     room: tuple[int, int],
     bounds: tuple[int, int],
     prefix_cache: bool,
+    speculate: Any,
     threads: int,
 ) -> None:
     expected = [alone(dtype, *each) for each in wanted]
@@ -97,9 +98,8 @@ def check(
     torch.set_num_threads(threads)
     try:
         rows, in_flight = bounds
-        scheduler = Scheduler(
-            *drivers, boxed, operator.eq, max_rows=rows, max_in_flight=in_flight, prefix_cache=prefix_cache
-        )
+        options: dict[str, Any] = {"prefix_cache": prefix_cache, "speculate": speculate}
+        scheduler = Scheduler(*drivers, boxed, operator.eq, max_rows=rows, max_in_flight=in_flight, **options)
         found = dict(together(scheduler, wanted, cancel, texts))
     finally:
         torch.set_num_threads(1)
@@ -121,6 +121,7 @@ CASES = given(
     st.tuples(st.sampled_from([24, 32, 60, 1000]), st.sampled_from([60, 90, 1000])),
     st.tuples(st.sampled_from([1, 2, 3, 7, 40]), st.sampled_from([1, 2, 10])),
     st.booleans(),
+    st.sampled_from([False, "auto", True, True]),
     st.sampled_from([1, 2]),
 )
 

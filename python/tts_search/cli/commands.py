@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from typer import Argument, BadParameter, Exit, Option, Typer
 
 from tts_search.api import search
+from tts_search.engine.scheduler import Speculate
 from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
 from tts_search.evaluation.runs import check_success, failures, run_experiments
@@ -136,6 +137,11 @@ SelfTest = Annotated[
     bool,
     Option("--self-test/--no-self-test", help="Compare each model with its own eager attention while it loads."),
 ]
+Speculating = Annotated[
+    Literal["auto", "on", "off"],
+    Option("--speculate", help="Sample what a search will probably ask for next; auto: where that pays."),
+]
+SPECULATE: dict[str, Speculate] = {"auto": "auto", "on": True, "off": False}
 Budgets = Annotated[str, Option(help="Sizes of the search, such as 1,4,16,64.")]
 Seed = Annotated[int, Option(help="Fixes every draw, and the problems where they are made.")]
 Problems = Annotated[int, Option(min=1, help="Problems of each level.")]
@@ -176,6 +182,7 @@ def solve(
     vote: Vote = None,
     tree: Annotated[bool, Option("--tree", help="Show the search tree.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the whole result as JSON.")] = False,
+    speculate: Speculating = "auto",
     system_prompt: SystemPrompt = None,
     format: Format = "auto",
     dtype: Dtype = None,
@@ -194,7 +201,7 @@ def solve(
     _check_device_is_there(device)
     options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
     models = load_checkpoints(policy, verifier, *options)
-    result = search([text], *models, config)[0]
+    result = search([text], *models, config, speculate=SPECULATE[speculate])[0]
     print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
 
 
@@ -226,6 +233,7 @@ def evaluate_(
     in_flight: Annotated[
         int | None, Option(min=1, help="Problems searched side by side; by default, by their size.")
     ] = None,
+    speculate: Speculating = "auto",
     vote: Vote = None,
     trees: Annotated[bool, Option("--trees", help="Keep the search trees.")] = False,
     ray: Annotated[
@@ -267,7 +275,7 @@ def evaluate_(
     if ray is None:
         _check_device_is_there(device)
         models = load()
-        run: Runner = partial(run_here, max_in_flight=in_flight)
+        run: Runner = partial(run_here, max_in_flight=in_flight, speculate=SPECULATE[speculate])
     else:
         from tts_search.evaluation.ray import on_ray
 

@@ -12,6 +12,7 @@ from typing import Annotated
 from typer import Option
 
 from tts_search.cli.commands import (
+    SPECULATE,
     Device,
     Dtype,
     Format,
@@ -19,6 +20,7 @@ from tts_search.cli.commands import (
     PolicyPath,
     Quantize,
     SelfTest,
+    Speculating,
     SystemPrompt,
     VerifierPath,
     app,
@@ -46,6 +48,7 @@ def serve(
     max_queue: Annotated[int, Option(min=1, help="Requests at a time; more are sent away.")] = 256,
     max_n: Annotated[int, Option(min=1, help="Answers of one request, or candidates of a search.")] = 256,
     max_rows: Annotated[int | None, Option(min=1, help="Steps that are sampled at a time.")] = None,
+    speculate: Speculating = "auto",
     timeout: Annotated[float, Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[int, Option(min=0, help="Seconds to wait for answers under way when it is to end.")] = 600,
     allow_chat_template: Annotated[
@@ -88,5 +91,5 @@ def serve(
     print(f"{settings.names[0]} at {where}: OpenAI's API under /v1, a page at /", file=sys.stderr)
     if not keys:
         print("warning: no --api-key-file: whoever reaches this address may use the models", file=sys.stderr)
-    with Engine(*models, max_rows=max_rows) as engine:
+    with Engine(*models, max_rows=max_rows, speculate=SPECULATE[speculate]) as engine:
         serve_(Service(engine, *models, settings), host=host, port=port, drain_s=drain)

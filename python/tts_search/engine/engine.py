@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
 from tts_search.engine.events import SearchEvent, Watch
-from tts_search.engine.scheduler import Scheduler
+from tts_search.engine.scheduler import Scheduler, Speculate
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, boxed
 from tts_search.search.config import SearchConfig
@@ -62,11 +62,15 @@ class Engine:
     prefix_cache : bool
         Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
         text begins with.
+    speculate : {"auto"} or bool
+        Whether steps that a beam search or DVTS will probably ask for are sampled by a local policy, and candidates
+        read, while their round waits for others: "auto" where that pays, with few rows and a local verifier. It changes
+        no result; ``stats.speculated_tokens`` says what was in vain.
 
     Raises
     ------
     SearchError
-        If a bound is no int of at least 1.
+        If a bound is no int of at least 1, or `speculate` neither "auto" nor a bool.
 
     Examples
     --------
@@ -88,6 +92,7 @@ class Engine:
         max_rows: int | None = None,
         max_in_flight: int | None = None,
         prefix_cache: bool = True,
+        speculate: Speculate = "auto",
     ) -> None:
         equal = equal or default_equality()
         self._scheduler = Scheduler(
@@ -98,6 +103,7 @@ class Engine:
             max_rows=max_rows,
             max_in_flight=max_in_flight,
             prefix_cache=prefix_cache,
+            speculate=speculate,
         )
         self._numbers = itertools.count()
         self._waiting: deque[Handle[Any, Any]] = deque()  # not begun; with `_begun` and the scheduler the thread's own

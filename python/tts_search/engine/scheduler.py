@@ -9,10 +9,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from tts_search.engine.drivers import Driver, Lifted, lift
 from tts_search.engine.sharing import SharedVerifier
+from tts_search.engine.speculation import AUTO_ROWS, Speculation, can_speculate
 from tts_search.errors import SearchError
 from tts_search.search.algorithms import algorithm_of
 from tts_search.search.answers import Equality
@@ -36,11 +37,12 @@ from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
 from tts_search.search.types import Messages
 
-__all__ = ["Outcome", "Scheduler"]
+__all__ = ["Outcome", "Scheduler", "Speculate"]
 
 MAX_ROWS: Final = 1024
 
 Outcome = tuple[int, "SearchResult | SearchError"]
+Speculate = Literal["auto"] | bool
 
 
 @dataclass(eq=False)
@@ -98,11 +100,14 @@ class Scheduler:
         And while fewer problems than that are in flight.
     prefix_cache : bool
         Whether models find what they read before. This and `max_rows` are set at drivers that have them.
+    speculate : {"auto"} or bool
+        Whether a local policy samples ahead (:class:`~tts_search.engine.speculation.Speculation`): with `max_rows` at
+        most, or where both models are local ("auto") while few rows run.
 
     Raises
     ------
     SearchError
-        If a bound is no int of at least 1.
+        If a bound is no int of at least 1, or `speculate` neither "auto" nor a bool.
 
     Attributes
     ----------
@@ -120,8 +125,11 @@ class Scheduler:
         max_rows: int | None = None,
         max_in_flight: int | None = None,
         prefix_cache: bool = True,
+        speculate: Speculate = "auto",
     ) -> None:
         _check(max_rows=max_rows, max_in_flight=max_in_flight)
+        if speculate not in ("auto", True, False):
+            raise SearchError(f"speculate: expected 'auto', True or False, got {speculate!r}")
         self.max_rows = max_rows or MAX_ROWS
         self.max_in_flight = max_in_flight
         options = {"max_rows": self.max_rows, "prefix_cache": prefix_cache}
@@ -134,6 +142,10 @@ class Scheduler:
         self._described = (time.perf_counter(), 0 if load is None else load.tokens)  # when `describe` was called last
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
+        self.speculation: Speculation | None = None
+        if self.verifier is not None and can_speculate(policy, verifier, speculate):
+            rows = min(self.max_rows, AUTO_ROWS) if speculate == "auto" else self.max_rows
+            self.policy = self.speculation = Speculation(policy, self.verifier, rows)
         self.extract_answer = extract_answer
         self.equal = equal
         self.num_streams = self.num_candidates = 0
@@ -268,6 +280,8 @@ class Scheduler:
                 driver.cancel(number)
         ripe = []
         for request, answer in answered:
+            if self.speculation is not None and self.speculation.heard(request, answer):
+                continue
             if isinstance(request, Generate):
                 self._tell(request, answer)
                 continue
@@ -292,6 +306,8 @@ class Scheduler:
         generation.on_news(news)
 
     def _begin(self, flight: _Flight) -> SearchResult | None:
+        if self.speculation is not None:
+            self.speculation.follow(flight.run)
         for driver, problem in ((self.policy, flight.prompt), (self.verifier, flight.text)):
             if driver is not None:
                 driver.begin(flight.run.problem, problem)

@@ -81,13 +81,13 @@ class SharedVerifier:
     def _ask(self) -> None:
         """Ask the verifier for the texts that requests need and nobody has asked for."""
         for asked in self._asked:
-            if asked.is_sent or asked.waits:
+            if asked.is_sent:
                 continue
             asked.is_sent = True
-            fresh = asked.fresh
+            fresh, waits = asked.fresh, asked.waits
             for reading in fresh:
                 reading.is_sent = True
-            if fresh and self._prunes and isinstance(asked.request, ScoreAndPrune):
+            if fresh and not waits and self._prunes and isinstance(asked.request, ScoreAndPrune):
                 self._send(asked.folded(asked.request), asked)
             else:
                 for reading in fresh:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tts_search.api import search_iter
 from tts_search.domains.grading import Grader
+from tts_search.engine.scheduler import Speculate
 from tts_search.errors import SearchError
 from tts_search.evaluation.experiment import Experiment, instruction_set
 from tts_search.evaluation.manifest import read_configs, write_manifest
@@ -104,7 +105,12 @@ def _is_done(journal: Journal, experiment: Experiment, task: Task) -> bool:
 
 
 def run_here(
-    experiment: Experiment, tasks: Sequence[Task], *, progress: bool = True, max_in_flight: int | None = None
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    *,
+    progress: bool = True,
+    max_in_flight: int | None = None,
+    speculate: Speculate = "auto",
 ) -> Iterator[Record]:
     """Run an experiment in this process; yield the records of a task (one for each budget) as it finishes.
 
@@ -122,6 +128,7 @@ def run_here(
         experiment.config,
         progress=progress,
         max_in_flight=max_in_flight,
+        speculate=speculate,
     )
     begin = time.perf_counter()
     for index, outcome in outcomes:

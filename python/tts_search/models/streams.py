@@ -102,6 +102,11 @@ class Streams(Generic[S]):
         """Streams that run."""
         return len(self._reading)
 
+    @property
+    def num_waiting(self) -> int:
+        """Streams that wait for room."""
+        return len(self._waiting)
+
     def _join(self, stream: S, age: int | None = None) -> None:
         stream.streams = self  # type: ignore[assignment]  # a stream knows no more of it than `Streams` has
         stream.age = next(self.lane.ages) if age is None else age

@@ -137,7 +137,14 @@ class HFPolicy:
     def load(self) -> Load:
         """How busy the model is."""
         pool, generation = self._pool, self._generation
-        return Load(generation.num_drawn, generation.num_running, generation.most, pool.taken_tokens, pool.pool_tokens)
+        return Load(
+            generation.num_drawn,
+            generation.num_running,
+            generation.most,
+            pool.taken_tokens,
+            pool.pool_tokens,
+            generation.num_waiting,
+        )
 
     @property
     def prefix_cache(self) -> bool:
@@ -219,13 +226,20 @@ class HFPolicy:
 
     def cancel(self, problem: int) -> None:
         """Forget the requests of a problem that are not answered yet."""
-        for job in [job for job in self._jobs if job.request.problem == problem]:
+        self.withdraw([job.request for job in self._jobs if job.request.problem == problem])
+
+    def withdraw(self, requests: Sequence[Expand | Generate]) -> int:
+        """Forget requests that are not answered yet; how many tokens were sampled for them."""
+        gone = set(map(id, requests))
+        jobs = [job for job in self._jobs if id(job.request) in gone]
+        for job in jobs:
             self._stop(job)
             self._forget(job)
             del self._jobs[job]
         self._answered = [job for job in self._answered if job in self._jobs]
         for sample in [sample for sample in self._news if sample.job not in self._jobs]:
             del self._news[sample]
+        return sum(child.num_tokens for job in jobs for child in job.children)
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""

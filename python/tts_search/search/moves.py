@@ -14,7 +14,7 @@ from tts_search.search.run import Branch, Run
 from tts_search.search.types import StepParams
 from tts_search.search.voting import aggregate
 
-__all__ = ["Algorithm", "Moves", "expand", "release", "score", "score_and_prune"]
+__all__ = ["Algorithm", "Moves", "expand", "foresee", "release", "score", "score_and_prune"]
 
 T = TypeVar("T")
 Moves = Generator[Sequence[Request], Sequence[Any], T]
@@ -67,6 +67,12 @@ def expand(
         for child, step in zip(family, steps, strict=True):
             run.grow(child, step, request.params.delimiter, last=last)
     return children
+
+
+def foresee(run: Run, parent: Branch, number: int, name: int) -> Expand:
+    """Return what `expand` will ask for in the next round as child `number` of a branch, under the number `name`."""
+    child = Branch(name, parent, (*parent.path, number), run.round + 1)
+    return _request(run, [child], partial(_params, run, child.round == run.config.max_steps))
 
 
 def _params(run: Run, last: bool, parent: Branch) -> StepParams:

@@ -299,6 +299,8 @@ class Usage:
         Times that a step gave its KV cache up because memory was full, and waited.
     cached_tokens : int
         Tokens that were not forwarded because the cache still held them, from this problem or another.
+    speculated_tokens : int
+        Tokens sampled ahead for steps that nobody asked for; not among `tokens`.
     """
 
     tokens: int = 0
@@ -309,6 +311,7 @@ class Usage:
     recomputed_tokens: int = 0
     waves: int = 0
     cached_tokens: int = 0
+    speculated_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         """Return what both cost, held side by side: the peaks add up, too."""
@@ -331,6 +334,8 @@ class Load:
         Tokens sampled, or read, since it was made.
     rows, max_rows : int
         Texts that run now, and the most that can.
+    waiting : int
+        Texts for which there is no room now.
     kv_tokens, max_kv_tokens : int
         Slots of the KV pool whose pages are taken, and all of them. What is kept for later counts as taken.
     """
@@ -340,6 +345,7 @@ class Load:
     max_rows: int
     kv_tokens: int
     max_kv_tokens: int
+    waiting: int = 0
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, Equivalence, boxed, same
@@ -203,6 +203,18 @@ class Run:
         tokens_left = self.tokens_left(branch)
         branch.ended = branch.finished or branch.stopped or last or (tokens_left is not None and tokens_left <= 0)
         branch.state = "finished" if branch.finished else "open"
+
+    def foreseen(self, branch: Branch, step: Step, delimiter: str | None) -> Branch:
+        """Return what a new branch will be when it has grown by a step; the branch itself stays as it is.
+
+        Raises
+        ------
+        SearchError
+            As `grow` does.
+        """
+        copy = replace(branch)
+        self.grow(copy, step, delimiter, last=delimiter is None)
+        return copy
 
     def write(self, branch: Branch, text: str, *, instead_of: str) -> None:
         """Write a text for the policy at the end of a branch, in the place of `instead_of` if its text has that."""

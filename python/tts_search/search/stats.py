@@ -41,6 +41,8 @@ class SearchStats:
         Times that a step of either model gave its KV cache up because memory was full, and waited.
     cached_tokens : int
         Tokens that neither model forwarded because its cache still held them, from this problem or another.
+    speculated_tokens : int
+        Tokens sampled ahead for steps that the search did not ask for; not among `policy_tokens`.
     """
 
     wall_s: float = 0.0
@@ -59,6 +61,7 @@ class SearchStats:
     recomputed_tokens: int = 0
     waves: int = 0
     cached_tokens: int = 0
+    speculated_tokens: int = 0
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class SearchStats:
             recomputed_tokens=policy.recomputed_tokens + verifier.recomputed_tokens,
             waves=policy.waves + verifier.waves,
             cached_tokens=policy.cached_tokens + verifier.cached_tokens,
+            speculated_tokens=policy.speculated_tokens,
         )
 
     def part(self, share: float, *, verifier_share: float, branches: int) -> SearchStats:

@@ -1,0 +1,340 @@
+"""Speculation: what a search will probably ask for next is sampled and read while its round waits for others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from tts_search.engine.drivers import Driver, lift
+from tts_search.errors import SearchError
+from tts_search.search.moves import foresee
+from tts_search.search.protocol import Expand, Score, Usage
+from tts_search.search.run import Branch, Run
+from tts_search.search.types import Step
+from tts_search.search.voting import aggregate
+
+__all__ = ["AUTO_ROWS", "Speculation", "can_speculate"]
+
+AUTO_ROWS: Final = 32  # up to here rows were measured to cost little: benchmarks/bench_speculation.py
+
+_FORESEEN: Final = ("beam_search", "dvts")  # whose next requests follow from ranks
+_FIRST: Final = 1 << 31  # the policy's branches that have no number in a search yet are numbered from here
+
+
+def can_speculate(policy: Any, verifier: Any, wanted: object) -> bool:
+    """Whether a policy can take requests back, and the verifier is a local model or any will do (True)."""
+    able = hasattr(policy, "withdraw") and verifier is not None
+    return able and bool(wanted) and (wanted != "auto" or lift(verifier) is verifier)
+
+
+class Speculation:
+    """Stands between searches and a local policy, for which it asks ahead.
+
+    While a round waits for its slowest candidate, those that have ended are read by the verifier, and steps below the
+    best `keep` of their group so far are sampled in idle rows. A step's draws are fixed by its path, so one that is
+    asked for later is what it would have been; others are withdrawn as soon as their candidate cannot survive. Nothing
+    is foreseen of searches that look ahead, and of others than beam search and DVTS.
+
+    Parameters
+    ----------
+    policy : Driver
+        One that has `load`, and `withdraw`, which takes requests back.
+    verifier : Driver
+        Is asked ahead for scores that will be asked for in any case.
+    rows : int
+        The most streams of the policy beside which one is sampled ahead. None is while others wait for room.
+    """
+
+    def __init__(self, policy: Any, verifier: Driver, rows: int) -> None:
+        self._policy, self._verifier, self._rows = policy, verifier, rows
+        self._searches: dict[int, _Search] = {}
+        self._steps: dict[int, _Step] = {}  # on their way, by the identity of the request
+        self._reads: dict[int, tuple[Score, _Candidate]] = {}  # likewise
+        self._answered: list[_Job] = []
+        self._numbers = itertools.count(_FIRST)
+
+    def follow(self, run: Run) -> None:
+        """Foresee what a search will ask for, if that can be."""
+        if run.config.method in _FORESEEN and not run.config.lookahead:
+            self._searches[run.problem] = _Search(run)
+
+    def begin(self, problem: int, text: Any) -> None:
+        """Announce a problem."""
+        self._policy.begin(problem, text)
+
+    def submit(self, requests: Sequence[Any]) -> None:
+        """Take requests in, all of a search's round at once; what is there or on its way is not sampled again."""
+        search = self._searches.get(requests[0].problem)
+        if search is None:
+            self._policy.submit(requests)
+            return
+        search.ended.clear()
+        fresh = list(self._taken_in(search, requests))
+        self._withdraw(search, list(search.guesses))
+        self._policy.submit(fresh)
+
+    def step(self) -> list[tuple[Any, Any]]:
+        """Let the policy take a step, and ask ahead; the requests that are answered now."""
+        told = []
+        found = [(request, answer, self._steps.pop(id(request), None)) for request, answer in self._policy.step()]
+        for request, answer, step in found:
+            if step is None:
+                told.append((request, answer))
+            else:
+                self._take(step, answer)
+        answered, self._answered = self._answered, []
+        for job in answered:
+            job.search.num_waiting -= 1
+            told.append((job.request, job.error or job.steps))
+        self._ask_ahead()
+        return told
+
+    def heard(self, request: Any, answer: Any) -> bool:
+        """Take an answer of the verifier; False if it is not to a question from here."""
+        _, candidate = self._reads.pop(id(request), (None, None))
+        if candidate is not None:
+            candidate.score = _value(answer, candidate.search.run.config.aggregate)
+        return candidate is not None
+
+    def cancel(self, problem: int) -> None:
+        """Forget the requests of a problem that are not answered yet."""
+        self._policy.cancel(problem)
+        if (search := self._searches.get(problem)) is not None:
+            search.guesses = {key: step for key, step in search.guesses.items() if step.answer is not None}
+        self._steps = {key: step for key, step in self._steps.items() if step.request.problem != problem}
+        self._reads = {key: read for key, read in self._reads.items() if read[0].problem != problem}
+        self._answered = [job for job in self._answered if job.request.problem != problem]
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget branches."""
+        search = self._searches.get(problem)
+        if search is not None:
+            branches = [search.names.pop(branch, branch) for branch in branches]
+            self._withdraw(search, [key for key in search.guesses if key.branch in branches])
+        self._policy.release(problem, branches)
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of a problem; what it cost."""
+        search = self._searches.pop(problem, None)
+        if search is None:
+            return self._policy.end(problem)  # type: ignore[no-any-return]
+        self._withdraw(search, list(search.guesses))
+        if any(read.problem == problem for read, _ in self._reads.values()):
+            self._verifier.cancel(problem)
+        self.cancel(problem)
+        usage: Usage = self._policy.end(problem)
+        return replace(usage, tokens=usage.tokens - search.in_vain, speculated_tokens=search.in_vain)
+
+    def _taken_in(self, search: _Search, requests: Iterable[Expand]) -> Iterator[Expand]:
+        """Take the requests of a round in, child by child; yield what the policy is to be asked for."""
+        for request in requests:
+            job = _Job(search, request)
+            search.num_waiting += 1
+            parent = search.names.get(request.branch, request.branch)
+            for place, (child, seed) in enumerate(zip(request.children, request.seeds, strict=True)):
+                single = replace(request, branch=parent, children=(child,), seeds=(seed,))
+                step = search.guesses.pop(_key(single), None)
+                if step is None:
+                    self._steps[id(single)] = step = _Step(single)
+                    yield single
+                else:
+                    search.names[child] = step.request.children[0]
+                step.job, step.place = job, place
+                if step.answer is not None:
+                    self._take(step, [step.answer])
+
+    def _take(self, step: _Step, answer: Any) -> None:
+        """A step has come, or why it does not. The first failure is the answer to its request."""
+        job, failed = step.job, isinstance(answer, Exception)
+        if job is None:
+            if failed:  # whoever asks for it will be told
+                del self._searches[step.request.problem].guesses[_key(step.request)]
+            else:
+                (step.answer,) = answer
+        elif job.error is None:
+            job.steps[step.place] = None if failed else answer[0]
+            if failed:
+                job.error = answer
+                self._policy.withdraw([each.request for each in self._steps.values() if each.job is job])
+                self._steps = {key: each for key, each in self._steps.items() if each.job is not job}
+            else:
+                job.search.end(job.request, step.place, answer[0])
+            if failed or None not in job.steps:
+                self._answered.append(job)
+
+    def _ask_ahead(self) -> None:
+        """Use the rows that are idle; give those back that are not any more."""
+        load = self._policy.load
+        room = self._rows - load.rows
+        if load.waiting or room < 0:
+            for search in self._searches.values():
+                self._withdraw(search, [key for key, step in search.guesses.items() if step.answer is None])
+            return
+        for search in self._searches.values():
+            if search.ended and room:
+                self._read_ahead(search)
+                guesses = list(itertools.islice(self._foreseen(search), room))
+                room -= len(guesses)
+                for guess in guesses:
+                    self._steps[id(guess)] = search.guesses[_key(guess)] = _Step(guess)
+                if guesses:
+                    self._policy.submit(guesses)
+
+    def _read_ahead(self, search: _Search) -> None:
+        """Have candidates read that have ended before the last one of their round."""
+        for candidate in search.ended.values() if search.num_waiting else ():
+            branch, parent = candidate.branch, candidate.branch.parent
+            assert parent is not None
+            if not candidate.is_asked and len(branch.steps) > len(parent.steps):
+                score = Score(search.run.problem, branch.id, branch.steps, parent.scored_id)
+                self._reads[id(score)] = score, candidate
+                self._verifier.submit([score])
+            candidate.is_asked = True
+
+    def _foreseen(self, search: _Search) -> Iterator[Expand]:
+        """Yield requests for steps below those who are likely to survive, the best first; those who cannot lose theirs.
+
+        A candidate's are asked for once, even if they were withdrawn.
+        """
+        best, lost = search.ranked()
+        out = {search.names.get(candidate.branch.id, candidate.branch.id) for candidate in lost}
+        self._withdraw(search, [key for key in search.guesses if key.branch in out])
+        for candidate in best:
+            branch = candidate.branch
+            while not branch.ended and candidate.num_children < search.family:
+                request = foresee(search.run, branch, candidate.num_children, next(self._numbers))
+                candidate.num_children += 1
+                yield replace(request, branch=search.names.get(branch.id, branch.id))
+
+    def _withdraw(self, search: _Search, keys: Iterable[Expand]) -> None:
+        """Nobody will ask for these steps."""
+        steps = [search.guesses.pop(key) for key in keys]
+        running = [step.request for step in steps if step.answer is None]
+        for request in running:
+            del self._steps[id(request)]
+        done = [step for step in steps if step.answer is not None]
+        search.in_vain += sum(step.answer.num_tokens for step in done if step.answer is not None)
+        if running:
+            search.in_vain += self._policy.withdraw(running)
+        if done:
+            self._policy.release(search.run.problem, [step.request.children[0] for step in done])
+
+
+@dataclass(eq=False, slots=True)
+class _Step:
+    """A step of one child, asked of the policy: for a request, or ahead of it."""
+
+    request: Expand
+    job: _Job | None = None
+    place: int = 0  # in the request
+    answer: Step | None = None  # while nobody has asked for it
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A request of a search on its way."""
+
+    search: _Search
+    request: Expand
+    steps: list[Step | None] = field(init=False)
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.steps = [None] * len(self.request.children)
+
+
+@dataclass(eq=False, slots=True)
+class _Candidate:
+    """A candidate that has ended, as the search will find it.
+
+    Attributes
+    ----------
+    branch : Branch
+        A copy of the search's, which has grown.
+    is_asked : bool
+        The verifier was asked for it.
+    score : float or None
+        What it said.
+    num_children : int
+        Steps that were sampled ahead below it.
+    """
+
+    search: _Search
+    branch: Branch
+    is_asked: bool = False
+    score: float | None = None
+    num_children: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Search:
+    """A search that is followed.
+
+    Attributes
+    ----------
+    run : Run
+        The search.
+    names : dict
+        What the policy calls a branch, if that is not the search's number.
+    ended : dict
+        By number, the candidates of the round that have ended.
+    guesses : dict
+        Steps that nobody has asked for yet.
+    num_waiting : int
+        Requests that are not answered.
+    in_vain : int
+        Tokens of steps that were withdrawn.
+    """
+
+    run: Run
+    names: dict[int, int] = field(default_factory=dict)
+    ended: dict[int, _Candidate] = field(default_factory=dict)
+    guesses: dict[Expand, _Step] = field(default_factory=dict)
+    num_waiting: int = 0
+    in_vain: int = 0
+
+    @property
+    def family(self) -> int:
+        """How many children a survivor will have, unless fewer survive than can."""
+        return -(-self.run.config.width // self.run.config.places)
+
+    def end(self, request: Expand, place: int, step: Step) -> None:
+        """A candidate has ended."""
+        branch = self.run.branches[request.children[place]]
+        with suppress(SearchError):  # the search will see to it
+            self.ended[branch.id] = _Candidate(self, self.run.foreseen(branch, step, request.params.delimiter))
+
+    def ranked(self) -> tuple[list[_Candidate], list[_Candidate]]:
+        """Who would survive if the round were over, the best first, and who cannot survive any more."""
+        config, groups = self.run.config, dict[int, list[_Candidate]]()
+        for candidate in self.ended.values():
+            leaves = candidate.branch.ended and config.completed == "leave"
+            if candidate.score is not None and not leaves:
+                groups.setdefault(candidate.branch.path[0] // config.width, []).append(candidate)
+        for group in groups.values():
+            group.sort(key=_rank)
+        best = [candidate for group in groups.values() for candidate in group[: config.places]]
+        return sorted(best, key=_rank), [each for group in groups.values() for each in group[config.places :]]
+
+
+def _rank(candidate: _Candidate) -> tuple[float, int]:
+    assert candidate.score is not None
+    return -candidate.score, candidate.branch.id
+
+
+def _key(request: Expand) -> Expand:
+    """What requests that get the same answer have in common."""
+    return replace(request, children=())
+
+
+def _value(scores: Any, how: str) -> float:
+    """What a candidate's scores come to; the lowest if they are none, which is for the search to find."""
+    value = -math.inf
+    if not isinstance(scores, Exception):
+        with suppress(TypeError, ValueError):
+            value = float(aggregate(scores, how))
+    return value if value == value else -math.inf
