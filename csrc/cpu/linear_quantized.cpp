@@ -1,12 +1,16 @@
-// linear on weights of 8 or 4 bits: rows of x become whole numbers of 8 bits too, so sums are exact.
+// linear on weights of 8 or 4 bits: rows of x become whole numbers too, so sums are exact.
 //
-//   x [T, K] -> q [T, K] int8, s [T]:  s = max(|x|, 2**-100) / 127,  q = round(x (127 / max(|x|, 2**-100)))
+//   x [T, K] -> q [T, K] whole, s [T]:  s = bound / 127,  q = round(x (127 / bound))
+//   bound = 8 mean |x|, but within max |x| / 128 and max |x|; 2**-100 at least
 //   out = s sum over groups g of ((sum of q w over g) - zero[g] (sum of q over g)) scale[g]  + bias +
 //   residual
 //
+// So nearly all of a row's numbers have 8 bits. The few outliers have up to 15 and a sign: a bound that they
+// fit into would make the steps of all the others coarse.
+//
 // Groups are added in ascending order, each by a multiplication and an addition: this file is compiled
-// without contraction, so that every instruction set rounds alike. Per-row activation scales: Dettmers et
-// al., arXiv 2208.07339. A row with NaN or an infinity is NaN.
+// without contraction, so that every instruction set rounds alike. Scales of rows, and outliers apart from
+// the rest: Dettmers et al., arXiv 2208.07339. A row with NaN or an infinity is NaN.
 //
 // Few rows are bound by reading W, a byte or half of one per element; a tile of rows passes a group of panels
 // while they are in cache (int_tile.h).
@@ -25,6 +29,8 @@ namespace {
 
 constexpr int64_t kBlockBytes = 1 << 20;  // rows of a block stay in L2 while the panels pass
 constexpr float kSmallest = 0x1p-100f;    // so that neither the scale nor its inverse leaves the normal range
+constexpr float kUsual = 8.0f;            // times the mean magnitude is what 8 bits reach
+constexpr float kSmaller = 0x1p-17f;      // a sum of 2**16 magnitudes times that is one of float32
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -37,16 +43,41 @@ int64_t tile_of(const RowTiles& tiles, int64_t row) {
     return tile;
 }
 
-// The largest magnitude of a row; NaN if the row has a NaN or an infinity.
+// What a row's largest number of 8 bits stands for; NaN if the row has a NaN or an infinity. The mean is a
+// sum of 16 lanes for every instruction set, small enough not to overflow.
 template <class T>
-float magnitude(const T* x, int64_t depth) {
-    Vec top = Vec::zero(), spoilt = Vec::zero();
-    for_vectors(depth, [&](int64_t k, int n) {
-        const Vec v = load(x + k, n);
-        top = max(max(v, Vec::zero() - v), top);
+float bound_of(const T* x, int64_t depth) {
+    constexpr int kLanes = 16, kVecs = kLanes / Vec::width;
+    Vec top = Vec::zero(), spoilt = Vec::zero(), sums[kVecs];
+    for (Vec& sum : sums) sum = Vec::zero();
+    const auto take = [&](Vec v, Vec& sum) {
+        const Vec size = max(v, Vec::zero() - v);
+        top = max(size, top);
         spoilt = spoilt + v * Vec::zero();
-    });
-    return reduce_max(top) + reduce_add(spoilt);
+        sum = sum + size * Vec::all(kSmaller);
+    };
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) {
+        for (int v = 0; v < kVecs; ++v) take(Vec::load(x + k + v * Vec::width), sums[v]);
+    }
+    for_vectors(depth - k, [&](int64_t j, int n) { take(load(x + k + j, n), sums[j / Vec::width]); });
+    float lanes[kLanes];
+    for (int v = 0; v < kVecs; ++v) sums[v].store(lanes + v * Vec::width);
+    for (int half = kLanes / 2; half; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    const float largest = reduce_max(top) + reduce_add(spoilt), least = largest / kIntOutlier;
+    const float usual = lanes[0] * (kUsual / kSmaller / static_cast<float>(depth));
+    const float bound = usual < least ? least : usual < largest ? usual : largest;
+    return bound < kSmallest ? kSmallest : bound;
+}
+
+// Appends the four elements at `step`, if their high parts are not all 0.
+void append_outlier(const int8_t* high, int64_t step, Outlier* list, int32_t& count) {
+    int32_t word;
+    __builtin_memcpy(&word, high, sizeof word);
+    list[count] = {static_cast<int32_t>(step), word};
+    count += word != 0;
 }
 
 // Row i of a tile of `height` rows.
@@ -54,24 +85,50 @@ template <class T>
 void quantize_row(const LinearQuantizedArgs& args, const T* x, int64_t row, int64_t i, int64_t height,
                   int8_t* tile) {
     const QuantizedWeight& weight = args.weight;
-    const float top = magnitude(x, args.depth), bound = top > kSmallest ? top : kSmallest;
-    const bool finite = !is_nan(top);
-    args.scales[row] = finite ? bound / 127.0f : top;
-    const Vec inverse = Vec::all(127.0f / bound);
+    const float bound = bound_of(x, args.depth);
+    const bool finite = !is_nan(bound);
+    args.scales[row] = bound / kIntTop;
+    const Vec inverse = Vec::all(kIntTop / bound);
     int32_t* totals = args.totals + row * weight.groups;
-    for (int64_t g = 0; g < weight.groups; ++g) totals[g] = 0;
+    Outlier* outliers = args.outliers + row * args.cut.outliers;
+    int32_t* starts = args.starts + row * (weight.groups + 1);
+    int32_t count = 0;
+    for (int64_t g = 0; g < weight.groups; ++g) {
+        totals[g] = 0;
+        starts[g] = starts[g + 1] = 0;
+    }
     for (int64_t k = 0; k < weight.depth; k += kIntBlock) {
-        alignas(64) int8_t block[kIntBlock] = {};
+        alignas(64) int16_t block[kIntBlock] = {};
+        alignas(64) IntNumber low[kIntBlock];
+        alignas(64) int8_t high[kIntBlock];
         if (finite) {
             for_vectors(least(kIntBlock, args.depth - k),
                         [&](int64_t j, int n) { store_rounded(load(x + k + j, n) * inverse, block + j); });
         }
-        put_block(block, k, i, height, weight.depth, tile);
+        const bool any = split(block, low, high);
+        put_block(low, k, i, height, weight.depth, tile);
         for (int64_t half = 0; half < kIntBlock; half += kIntGroup) {
+            const int64_t g = (k + half) / weight.group;
             int32_t total = 0;
             for (int64_t j = half; j < half + kIntGroup; ++j) total += block[j];
-            totals[(k + half) / weight.group] += total;
+            totals[g] += total;
+            for (int64_t j = half; any && j < half + kIntGroup; j += kIntStep) {
+                append_outlier(high + j, (k + j) / kIntStep, outliers, count);
+            }
+            starts[g + 1] = count;
         }
+    }
+}
+
+// sums += the products of the rows' outliers in a group.
+template <int Bits, int P>
+void add_outliers_of(const LinearQuantizedArgs& args, int64_t row, int64_t height, const uint8_t* data,
+                     int64_t panel, int64_t g, int32_t* sums) {
+    for (int64_t i = 0; i < height; ++i) {
+        const int32_t* starts = args.starts + (row + i) * (args.weight.groups + 1) + g;
+        const Outlier* of_row = args.outliers + (row + i) * args.cut.outliers;
+        if (starts[0] == starts[1]) continue;
+        add_outliers<Bits, P>(of_row + starts[0], of_row + starts[1], data, panel, sums + i * P * kIntPanel);
     }
 }
 
@@ -112,6 +169,7 @@ void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int6
         const int64_t begin = g * weight.group, end = least(begin + weight.group, weight.depth);
         const uint8_t* data = weight.data + panel * bytes;
         int_tile<Bits, R, P>(rows, weight.depth, data, apart * bytes, begin, end, sums);
+        if (kIntSplit) add_outliers_of<Bits, P>(args, row, height, data, apart * bytes, g, sums);
         add_group<P>(args, sums, row, height, panel, apart, g, acc);
     }
     use(acc, P * kIntPanel, panel, alone ? 1 : P);
@@ -207,7 +265,8 @@ QuantizedCut linear_quantized_cut(int64_t rows, int64_t columns, int64_t depth) 
     const int64_t fit = kBlockBytes / (kIntRows * row_bytes + 1);
     const int64_t block = least(tiles, fit < 1 ? 1 : fit);
     const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;
-    return {tiles, block, panels, group, units, row_bytes, round_up(rows, kIntUnit)};
+    const int64_t outliers = kIntSplit ? depth / kIntStep + 1 : 0;  // and one that is overwritten
+    return {tiles, block, panels, group, units, row_bytes, round_up(rows, kIntUnit), outliers};
 }
 
 void linear_quantize_x(const LinearQuantizedArgs& args, int64_t begin, int64_t end) {

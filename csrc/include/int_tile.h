@@ -1,4 +1,5 @@
-// Register tiles of the product X W^T of whole numbers: X of 8 bits, W of 8 or 4, exact sums of 32.
+// Register tiles of the product X W^T of whole numbers: X of 8 bits and a few of 15, W of 8 or 4, exact sums
+// of 32.
 //
 //   rows     R <= kIntRows rows of X, signed, in blocks of 64 along the depth, in the tile's own order
 //   weights  panels of 16 rows of W, unsigned: [steps][16][4], a step being 4 elements of the depth. In 4
@@ -10,21 +11,29 @@
 // A vector of weights is one step of 16 outputs, which `vpdpbusd` multiplies by a broadcast word of a row:
 // unsigned times signed is what it takes. Before VNNI, `vpmaddwd` takes weights and rows of 16 bits, since
 // `vpmaddubsw` would saturate. AMX takes 16 steps of a panel as a tile as they lie there.
+//
+// A number beyond 127 needs those 16 bits. VNNI and AMX take it as low + 128 high: the low part stands in its
+// place among the others, the high parts of a row are a short list of steps, whose products are added later.
 #pragma once
 
 #include <cstdint>
 
 #include "amx_tiles.h"
+#include "args/linear_quantized.h"
 #include "isa.h"
 #include "vec.h"
 
 namespace tts {
 
-inline constexpr int64_t kIntPanel = 16;       // rows of W in a panel
-inline constexpr int64_t kIntStep = 4;         // elements of the depth in a step
-inline constexpr int64_t kIntBlock = 64;       // to which the depth is padded: the depth of an AMX tile
-inline constexpr int64_t kIntDepth = 1 << 16;  // no sum of 32 bits overflows up to here
-inline constexpr int64_t kIntGroup = 32;       // of the depth at least have a scale of their own
+inline constexpr int64_t kIntPanel = 16;  // rows of W in a panel
+inline constexpr int64_t kIntStep = 4;    // elements of the depth in a step
+inline constexpr int64_t kIntBlock = 64;  // to which the depth is padded: the depth of an AMX tile
+inline constexpr int64_t kIntGroup = 32;  // of the depth at least have a scale of their own
+
+// No sum of 32 bits overflows up to here: a row's numbers are 127 in the mean at most, weights 255.
+inline constexpr int64_t kIntDepth = 1 << 16;
+inline constexpr float kIntTop = 127.0f;      // the largest number of 8 bits
+inline constexpr float kIntOutlier = 128.0f;  // so many times it is the largest one of all
 
 }  // namespace tts
 
@@ -33,6 +42,213 @@ TTS_BEGIN_ISA
 // Bytes of a panel's step.
 template <int Bits>
 inline constexpr int64_t kIntLine = kIntPanel * kIntStep * Bits / 8;
+
+// ---- one step of 16 outputs, by instruction set -----------------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+
+struct IntStep {
+    using Number = int8_t;
+    using Word = int32_t;  // a row's 4 elements
+    using Weights = __m512i;
+    using Sums = __m512i;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        const __m512i bytes = _mm512_loadu_si512(line);
+        if constexpr (Bits == 8) return bytes;
+        return _mm512_and_si512(Half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(0x0f));
+    }
+    static Sums zero() { return _mm512_setzero_si512(); }
+    static Sums add(Word x, Weights w, Sums sums) {
+        return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x));
+    }
+    static void store(Sums sums, int32_t* out) { _mm512_storeu_si512(out, sums); }
+};
+
+#elif defined(__AVX512BW__)
+
+// Lanes hold the sums of the even and of the odd pairs of an output, side by side.
+struct IntStep {
+    using Number = int16_t;
+    using Word = int64_t;  // 4 elements of 16 bits
+    struct Weights {
+        __m512i v[2];
+    };
+    using Sums = Weights;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < 2; ++i) {
+            __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+            if constexpr (Bits == 4) {
+                bytes = _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(0x0f));
+            }
+            w.v[i] = _mm512_cvtepu8_epi16(bytes);
+        }
+        return w;
+    }
+    static Sums zero() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
+    static Sums add(Word x, Weights w, Sums sums) {
+        const __m512i value = _mm512_set1_epi64(x);
+        for (int i = 0; i < 2; ++i) {
+            sums.v[i] = _mm512_add_epi32(sums.v[i], _mm512_madd_epi16(w.v[i], value));
+        }
+        return sums;
+    }
+    static void store(Sums sums, int32_t* out) {
+        const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        const __m512i a = _mm512_permutex2var_epi32(sums.v[0], even, sums.v[1]);
+        const __m512i b = _mm512_permutex2var_epi32(sums.v[0], odd, sums.v[1]);
+        _mm512_storeu_si512(out, _mm512_add_epi32(a, b));
+    }
+};
+
+#elif defined(__AVXVNNI__)
+
+struct IntStep {
+    using Number = int8_t;
+    using Word = int32_t;
+    struct Weights {
+        __m256i v[2];
+    };
+    using Sums = Weights;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < 2; ++i) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+            w.v[i] = Bits == 8 ? bytes
+                               : _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes,
+                                                  _mm256_set1_epi8(0x0f));
+        }
+        return w;
+    }
+    static Sums zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+    static Sums add(Word x, Weights w, Sums sums) {
+        const __m256i value = _mm256_set1_epi32(x);
+        for (int i = 0; i < 2; ++i) sums.v[i] = _mm256_dpbusd_avx_epi32(sums.v[i], w.v[i], value);
+        return sums;
+    }
+    static void store(Sums sums, int32_t* out) {
+        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, sums.v[i]);
+    }
+};
+
+#elif defined(__AVX2__)
+
+// As with AVX-512; a vector is 4 outputs.
+struct IntStep {
+    using Number = int16_t;
+    using Word = int64_t;
+    struct Weights {
+        __m256i v[4];
+    };
+    using Sums = Weights;
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < 4; ++i) {
+            __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + i);
+            if constexpr (Bits == 4) {
+                bytes = _mm_and_si128(Half ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(0x0f));
+            }
+            w.v[i] = _mm256_cvtepu8_epi16(bytes);
+        }
+        return w;
+    }
+    static Sums zero() {
+        const __m256i none = _mm256_setzero_si256();
+        return {{none, none, none, none}};
+    }
+    static Sums add(Word x, Weights w, Sums sums) {
+        const __m256i value = _mm256_set1_epi64x(x);
+        for (int i = 0; i < 4; ++i) {
+            sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(w.v[i], value));
+        }
+        return sums;
+    }
+    static void store(Sums sums, int32_t* out) {
+        for (int i = 0; i < 2; ++i) {  // outputs 0 1 4 5 | 2 3 6 7
+            const __m256i pairs = _mm256_hadd_epi32(sums.v[2 * i], sums.v[2 * i + 1]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, _mm256_permute4x64_epi64(pairs, 0xd8));
+        }
+    }
+};
+
+#else
+
+struct IntStep {
+    using Number = int16_t;
+    using Word = int64_t;
+    struct Weights {
+        int16_t v[kIntPanel * kIntStep];
+    };
+    struct Sums {
+        int32_t v[kIntPanel];
+    };
+    template <int Bits, int Half>
+    static Weights load(const uint8_t* line) {
+        Weights w;
+        for (int i = 0; i < kIntPanel * kIntStep; ++i) {
+            w.v[i] = Bits == 8 ? line[i] : Half ? line[i] >> 4 : line[i] & 0x0f;
+        }
+        return w;
+    }
+    static Sums zero() { return {}; }
+    static Sums add(Word x, const Weights& w, Sums sums) {
+        int16_t value[kIntStep];
+        __builtin_memcpy(value, &x, sizeof x);
+        for (int c = 0; c < kIntPanel; ++c) {
+            const int16_t* at = w.v + c * kIntStep;
+            sums.v[c] += at[0] * value[0] + at[1] * value[1] + at[2] * value[2] + at[3] * value[3];
+        }
+        return sums;
+    }
+    static void store(const Sums& sums, int32_t* out) { __builtin_memcpy(out, sums.v, sizeof sums.v); }
+};
+
+#endif
+
+// ---- numbers of more than 8 bits --------------------------------------------------------------------------
+
+// What stands in a number's place, all of it or its low part.
+using IntNumber = IntStep::Number;
+inline constexpr bool kIntSplit = sizeof(IntNumber) == 1;
+
+// A block as low + 128 high; whether any high part is not 0.
+inline bool split(const int16_t* block, IntNumber* low, int8_t* high) {
+    int any = 0;
+    for (int64_t j = 0; j < kIntBlock; ++j) {
+        const int value = block[j];
+        const int upper = kIntSplit && (value > 127 || value < -127) ? (value + 64) >> 7 : 0;
+        low[j] = static_cast<IntNumber>(value - 128 * upper);
+        high[j] = static_cast<int8_t>(upper);
+        any |= upper;
+    }
+    return any != 0;
+}
+
+// sums [P][16] += 128 times the products of a row's outliers and P panels.
+template <int Bits, int P>
+inline void add_outliers(const Outlier* begin, const Outlier* end, const uint8_t* weights, int64_t panel,
+                         int32_t* sums) {
+    IntStep::Sums acc[P];
+    for (auto& sum : acc) sum = IntStep::zero();
+    for (; begin < end; ++begin) {
+        const uint8_t* line = weights + (Bits == 8 ? begin->step : begin->step / 2) * kIntLine<8>;
+        const bool odd = Bits == 4 && begin->step % 2;
+        for (int p = 0; p < P; ++p, line += panel) {
+            const auto w = odd ? IntStep::load<Bits, 1>(line) : IntStep::load<Bits, 0>(line);
+            acc[p] = IntStep::add(begin->word, w, acc[p]);
+        }
+    }
+    for (int p = 0; p < P; ++p) {
+        int32_t part[kIntPanel];
+        IntStep::store(acc[p], part);
+        for (int64_t c = 0; c < kIntPanel; ++c) sums[p * kIntPanel + c] += 128 * part[c];
+    }
+}
 
 #if defined(__AMX_TILE__)
 
@@ -104,206 +320,39 @@ inline void int_tile(const int8_t* rows, int64_t depth, const uint8_t* weights, 
 
 #else
 
-// ---- one step of 16 outputs, by instruction set -----------------------------------------------------------
-
-#if defined(__AVX512VNNI__)
-
-inline constexpr int kIntRows = 14;
-inline constexpr int int_panels(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 4 : rows <= 9 ? 3 : 2; }
-
-struct IntStep {
-    using Word = int32_t;  // a row's 4 elements
-    using Weights = __m512i;
-    using Sums = __m512i;
-    template <int Bits, int Half>
-    static Weights load(const uint8_t* line) {
-        const __m512i bytes = _mm512_loadu_si512(line);
-        if constexpr (Bits == 8) return bytes;
-        return _mm512_and_si512(Half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(0x0f));
-    }
-    static Sums zero() { return _mm512_setzero_si512(); }
-    static Sums add(Word x, Weights w, Sums sums) {
-        return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x));
-    }
-    static void store(Sums sums, int32_t* out) { _mm512_storeu_si512(out, sums); }
-};
-
-#elif defined(__AVX512BW__)
-
-inline constexpr int kIntRows = 12;
-inline constexpr int int_panels(int) { return 1; }
-
-// Lanes hold the sums of the even and of the odd pairs of an output, side by side.
-struct IntStep {
-    using Word = int64_t;  // 4 elements of 16 bits
-    struct Weights {
-        __m512i v[2];
-    };
-    using Sums = Weights;
-    template <int Bits, int Half>
-    static Weights load(const uint8_t* line) {
-        Weights w;
-        for (int i = 0; i < 2; ++i) {
-            __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
-            if constexpr (Bits == 4) {
-                bytes = _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(0x0f));
-            }
-            w.v[i] = _mm512_cvtepu8_epi16(bytes);
-        }
-        return w;
-    }
-    static Sums zero() { return {{_mm512_setzero_si512(), _mm512_setzero_si512()}}; }
-    static Sums add(Word x, Weights w, Sums sums) {
-        const __m512i value = _mm512_set1_epi64(x);
-        for (int i = 0; i < 2; ++i) {
-            sums.v[i] = _mm512_add_epi32(sums.v[i], _mm512_madd_epi16(w.v[i], value));
-        }
-        return sums;
-    }
-    static void store(Sums sums, int32_t* out) {
-        const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-        const __m512i a = _mm512_permutex2var_epi32(sums.v[0], even, sums.v[1]);
-        const __m512i b = _mm512_permutex2var_epi32(sums.v[0], odd, sums.v[1]);
-        _mm512_storeu_si512(out, _mm512_add_epi32(a, b));
-    }
-};
-
-#elif defined(__AVXVNNI__)
-
-inline constexpr int kIntRows = 6;
-inline constexpr int int_panels(int rows) { return rows <= 3 ? 2 : 1; }
-
-struct IntStep {
-    using Word = int32_t;
-    struct Weights {
-        __m256i v[2];
-    };
-    using Sums = Weights;
-    template <int Bits, int Half>
-    static Weights load(const uint8_t* line) {
-        Weights w;
-        for (int i = 0; i < 2; ++i) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
-            w.v[i] = Bits == 8 ? bytes
-                               : _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes,
-                                                  _mm256_set1_epi8(0x0f));
-        }
-        return w;
-    }
-    static Sums zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-    static Sums add(Word x, Weights w, Sums sums) {
-        const __m256i value = _mm256_set1_epi32(x);
-        for (int i = 0; i < 2; ++i) sums.v[i] = _mm256_dpbusd_avx_epi32(sums.v[i], w.v[i], value);
-        return sums;
-    }
-    static void store(Sums sums, int32_t* out) {
-        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, sums.v[i]);
-    }
-};
-
-#elif defined(__AVX2__)
-
-inline constexpr int kIntRows = 3;
-inline constexpr int int_panels(int) { return 1; }
-
-// As with AVX-512; a vector is 4 outputs.
-struct IntStep {
-    using Word = int64_t;
-    struct Weights {
-        __m256i v[4];
-    };
-    using Sums = Weights;
-    template <int Bits, int Half>
-    static Weights load(const uint8_t* line) {
-        Weights w;
-        for (int i = 0; i < 4; ++i) {
-            __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + i);
-            if constexpr (Bits == 4) {
-                bytes = _mm_and_si128(Half ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(0x0f));
-            }
-            w.v[i] = _mm256_cvtepu8_epi16(bytes);
-        }
-        return w;
-    }
-    static Sums zero() {
-        const __m256i none = _mm256_setzero_si256();
-        return {{none, none, none, none}};
-    }
-    static Sums add(Word x, Weights w, Sums sums) {
-        const __m256i value = _mm256_set1_epi64x(x);
-        for (int i = 0; i < 4; ++i) {
-            sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(w.v[i], value));
-        }
-        return sums;
-    }
-    static void store(Sums sums, int32_t* out) {
-        for (int i = 0; i < 2; ++i) {  // outputs 0 1 4 5 | 2 3 6 7
-            const __m256i pairs = _mm256_hadd_epi32(sums.v[2 * i], sums.v[2 * i + 1]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, _mm256_permute4x64_epi64(pairs, 0xd8));
-        }
-    }
-};
-
-#else
-
-inline constexpr int kIntRows = 2;
-inline constexpr int int_panels(int) { return 1; }
-
-struct IntStep {
-    using Word = int64_t;
-    struct Weights {
-        int16_t v[kIntPanel * kIntStep];
-    };
-    struct Sums {
-        int32_t v[kIntPanel];
-    };
-    template <int Bits, int Half>
-    static Weights load(const uint8_t* line) {
-        Weights w;
-        for (int i = 0; i < kIntPanel * kIntStep; ++i) {
-            w.v[i] = Bits == 8 ? line[i] : Half ? line[i] >> 4 : line[i] & 0x0f;
-        }
-        return w;
-    }
-    static Sums zero() { return {}; }
-    static Sums add(Word x, const Weights& w, Sums sums) {
-        int16_t value[kIntStep];
-        __builtin_memcpy(value, &x, sizeof x);
-        for (int c = 0; c < kIntPanel; ++c) {
-            const int16_t* at = w.v + c * kIntStep;
-            sums.v[c] += at[0] * value[0] + at[1] * value[1] + at[2] * value[2] + at[3] * value[3];
-        }
-        return sums;
-    }
-    static void store(const Sums& sums, int32_t* out) { __builtin_memcpy(out, sums.v, sizeof sums.v); }
-};
-
-#endif
-
 // ---- the tile ---------------------------------------------------------------------------------------------
 
 inline constexpr int kIntUnit = 1;
+
+#if defined(__AVX512VNNI__)
+inline constexpr int kIntRows = 14;
+inline constexpr int int_panels(int rows) { return rows <= 6 ? 4 : rows <= 9 ? 3 : 2; }
+#elif defined(__AVX512BW__)
+inline constexpr int kIntRows = 12;
+inline constexpr int int_panels(int) { return 1; }
+#elif defined(__AVXVNNI__)
+inline constexpr int kIntRows = 6;
+inline constexpr int int_panels(int rows) { return rows <= 3 ? 2 : 1; }
+#elif defined(__AVX2__)
+inline constexpr int kIntRows = 3;
+inline constexpr int int_panels(int) { return 1; }
+#else
+inline constexpr int kIntRows = 2;
+inline constexpr int int_panels(int) { return 1; }
+#endif
 
 inline constexpr int64_t int_row_bytes(int64_t depth) {
     return depth / kIntStep * static_cast<int64_t>(sizeof(IntStep::Word));
 }
 
 // A block of row i of a tile goes to its place: [depth / 4][height] words.
-inline void put_block(const int8_t* block, int64_t k, int64_t i, int64_t height, int64_t /*depth*/,
+inline void put_block(const IntNumber* block, int64_t k, int64_t i, int64_t height, int64_t /*depth*/,
                       int8_t* rows) {
     using Word = IntStep::Word;
     auto* to = reinterpret_cast<Word*>(rows) + k / kIntStep * height + i;
     for (int64_t s = 0; s < kIntBlock / kIntStep; ++s) {
-        Word word;
-        if constexpr (sizeof(Word) == kIntStep) {
-            __builtin_memcpy(&word, block + s * kIntStep, sizeof word);
-        } else {
-            int16_t wide[kIntStep];
-            for (int j = 0; j < kIntStep; ++j) wide[j] = block[s * kIntStep + j];
-            __builtin_memcpy(&word, wide, sizeof word);
-        }
-        to[s * height] = word;
+        static_assert(sizeof(Word) == kIntStep * sizeof(IntNumber));
+        __builtin_memcpy(to + s * height, block + s * kIntStep, sizeof(Word));
     }
 }
 

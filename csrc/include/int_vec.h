@@ -1,4 +1,4 @@
-// Between floats and whole numbers of 8 and 32 bits. All of it is exact, or rounds as IEEE 754 does.
+// Between floats and whole numbers of 16 and 32 bits. All of it is exact, or rounds as IEEE 754 does.
 #pragma once
 
 #include <cstdint>
@@ -8,18 +8,18 @@
 
 TTS_BEGIN_ISA
 
-// Stores Vec::width floats, each within [-128, 127], rounded to the nearest even whole number.
-inline void store_rounded(Vec x, int8_t* out) {
+// Stores Vec::width floats, each within 15 bits and a sign, rounded to the nearest even whole number.
+inline void store_rounded(Vec x, int16_t* out) {
 #if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
 #elif defined(__AVX2__)
     const __m256i whole = _mm256_cvtps_epi32(x.v);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), words);
 #else
     const Vec whole = round(x);
-    for (int i = 0; i < Vec::width; ++i) out[i] = static_cast<int8_t>(whole.v[i]);
+    for (int i = 0; i < Vec::width; ++i) out[i] = static_cast<int16_t>(whole.v[i]);
 #endif
 }
 

@@ -59,6 +59,8 @@ struct Linear {
                 .packed = nullptr,
                 .scales = nullptr,
                 .totals = nullptr,
+                .outliers = nullptr,
+                .starts = nullptr,
                 .out = out.mutable_data_ptr()};
     }
 

@@ -68,6 +68,8 @@ Tensor linear_logprob_quantized(const Tensor& hidden_in, const Tensor& weight, c
                                          .packed = nullptr,
                                          .scales = nullptr,
                                          .totals = nullptr,
+                                         .outliers = nullptr,
+                                         .starts = nullptr,
                                          .out = nullptr},
                               .targets = indices(targets),
                               .inv_temperature = static_cast<float>(1.0 / temperature),

@@ -9,10 +9,14 @@ QuantizedRows quantize_rows(const Tensor& x, LinearQuantizedArgs& args) {
     args.cut = kernels().linear_quantized_cut(args.rows, args.columns, args.weight.depth);
     QuantizedRows rows{empty(x, {args.cut.packed_rows * args.cut.row_bytes}, ScalarType::Char),
                        empty(x, {args.rows}, ScalarType::Float),
-                       empty(x, {args.rows, args.weight.groups}, ScalarType::Int)};
+                       empty(x, {args.rows, args.weight.groups}, ScalarType::Int),
+                       empty(x, {args.rows, args.cut.outliers, 2}, ScalarType::Int),
+                       empty(x, {args.rows, args.weight.groups + 1}, ScalarType::Int)};
     args.packed = data<int8_t>(rows.packed);
     args.scales = data<float>(rows.scales);
     args.totals = data<int32_t>(rows.totals);
+    args.outliers = reinterpret_cast<Outlier*>(data<int32_t>(rows.outliers));
+    args.starts = data<int32_t>(rows.starts);
     const int64_t grain = 1 + (1 << 14) / (args.depth + 1);
     parallel_for(0, args.rows, grain,
                  [&](int64_t begin, int64_t end) { kernels().linear_quantize_x(args, begin, end); });

@@ -7,7 +7,7 @@ namespace tts::ops {
 
 // Rows of x in whole numbers, beside the memory that holds them.
 struct QuantizedRows {
-    Tensor packed, scales, totals;
+    Tensor packed, scales, totals, outliers, starts;
 };
 
 // Sets args.cut and the workspaces, and quantises the rows.

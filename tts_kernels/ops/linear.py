@@ -209,10 +209,11 @@ def _check_depth(name: str, depth: int) -> None:
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias + residual``, summed in float32 and rounded once.
 
-    On a weight of 8 or 4 bits each row of x becomes whole numbers of 8 bits, by the scale that its largest magnitude
-    gives it. Their products are summed exactly in each group of columns, groups are added in float32 in ascending
-    order: every instruction set gives the same bits. A row with NaN or an infinity is NaN. On a GPU the rows stay as
-    they are and meet dequantised weights.
+    On a weight of 8 or 4 bits each row of x becomes whole numbers: of 8 bits, by a scale of its own that reaches to 8
+    mean magnitudes of the row (or to the largest one), and of up to 15 bits and a sign where an element is beyond that.
+    Their products are summed exactly in each group of columns, groups are added in float32 in ascending order: every
+    instruction set gives the same bits. A row with NaN or an infinity is NaN. On a GPU the rows stay as they are and
+    meet dequantised weights.
 
     On a CPU a row's result does not depend on the other rows, on their number, or on the number of threads, to the bit.
     On a GPU torch's library multiplies, which may choose another order of summation for another number of rows: not so

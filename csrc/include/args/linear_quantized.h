@@ -18,6 +18,12 @@ struct QuantizedWeight {
     int64_t groups;
 };
 
+// Four elements of a row, of which 128 times `word`'s bytes come on top of what stands in their place.
+struct Outlier {
+    int32_t step;  // their place along the depth, by fours
+    int32_t word;
+};
+
 // How the work is cut, by the instruction set: a unit is a block of row tiles through a group of panels.
 struct QuantizedCut {
     int64_t tiles, block;   // row tiles in all, and in a block
@@ -25,6 +31,7 @@ struct QuantizedCut {
     int64_t units;
     int64_t row_bytes;    // of a row in a tile's order
     int64_t packed_rows;  // all rows, the last tile filled up
+    int64_t outliers;     // of a row at most; 0 where rows are held in 16 bits
 };
 
 struct LinearQuantizedArgs {
@@ -38,10 +45,12 @@ struct LinearQuantizedArgs {
     const void* residual;  // [T, N] of x's type, or null
     int64_t residual_stride;
     QuantizedCut cut;
-    int8_t* packed;   // workspace: rows of x in whole numbers, tile by tile
-    float* scales;    // workspace [T]: what a row's whole numbers are multiples of
-    int32_t* totals;  // workspace [T, groups]: their sum in each group
-    void* out;        // [T, N]
+    int8_t* packed;     // workspace: rows of x in whole numbers, tile by tile
+    float* scales;      // workspace [T]: what a row's whole numbers are multiples of
+    int32_t* totals;    // workspace [T, groups]: their sum in each group
+    Outlier* outliers;  // workspace [T, cut.outliers]: a row's, in the order of their steps
+    int32_t* starts;    // workspace [T, groups + 1]: where those of a group begin
+    void* out;          // [T, N]
 };
 
 // linear_logprob on such weights: the rows and the weight are those of `linear`, the rest as in
