@@ -308,3 +308,12 @@ def test_codet_prefers_the_larger_agreement():
     assert written_tests(
         "assert larger(1, 2) == 2\nassert other(1)\nassert larger(1, 2) == 2\nassert larger((1", "larger"
     ) == ["assert larger(1, 2) == 2"]
+
+
+@needs_sandbox
+def test_a_number_of_many_digits_is_a_behaviour():
+    """Python refuses to write it out in decimal."""
+    task = CodeTask("t", "p", "f", (Call((), 1),), ())
+    verdict = Judge().public(task, "def f(): return [10 ** 5000]")
+    assert verdict.passed == (False,)
+    assert verdict.outcomes == (f"list({hex(10**5000)})",)

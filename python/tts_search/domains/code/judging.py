@@ -16,6 +16,7 @@ from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, Test
 __all__ = ["CodeGrader", "Judge", "Verdict", "codet_scores", "written_tests"]
 
 _REMEMBERED: Final = 65536
+_DECIMAL_BITS: Final = 4096  # Python refuses to write the digits of integers of more than some 14,000 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,8 @@ def _stable(value: Any) -> str:
         return f"{type(value).__name__}({', '.join(map(_stable, value))})"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.9g}"
+    if isinstance(value, int) and value.bit_length() > _DECIMAL_BITS:
+        return hex(value)
     return repr(value)
 
 
