@@ -520,10 +520,10 @@ def _write_pqm(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _write_trl(folder: Path) -> None:
-    tokenizer = llama3_tokenizer()
+def _write_trl(folder: Path, kind: str = "llama") -> None:
+    tokenizer = llama3_tokenizer() if kind == "llama" else qwen_tokenizer()
     torch.manual_seed(0)
-    config = config_of("llama", tokenizer, num_labels=2)
+    config = config_of(kind, tokenizer, num_labels=2)
     AutoModelForTokenClassification.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -557,6 +557,7 @@ LAYOUTS = [
     ),
     Layout("PQM-zeta-4", "pqm", _write_pqm, pqm),
     Layout("Qwen2.5-Math-7B-PRM-TRL", "two_class", _write_trl, trl),
+    Layout("Qwen3-0.6B-PRM", "two_class", lambda folder: _write_trl(folder, "qwen3"), trl),
     Layout("llemma-7b-prm-prm800k-level-1to3-hf", "llemma", _written(sentence_piece, "llama"), llemma),
     Layout("llemma-ets", "llemma_logit", lambda folder: save(folder, sentence_piece(size=8200), "llama"), llemma_logit),
 ]

@@ -129,7 +129,8 @@ def ab_mcts(generator: Generator, *, budget: int, batch: int = 5, algorithm: Any
     if budget < 1 or batch < 1:
         raise ValueError(f"budget, batch: expected at least 1, got {budget!r} and {batch!r}")
     algorithm = require("treequest", "treequest").ABMCTSA() if algorithm is None else algorithm
-    state, found = algorithm.init_tree(), []
+    state = algorithm.init_tree()
+    found: list[tuple[Answer, float]] = []
     while len(found) < budget:
         state, trials = algorithm.ask_batch(state, batch_size=min(batch, budget - len(found)), actions=[_ACTION])
         results = generator.many([trial.parent_state for trial in trials])

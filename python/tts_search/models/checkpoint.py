@@ -55,6 +55,11 @@ class Checkpoint:
         return False
 
     @property
+    def merged(self) -> bool:
+        """Whether weights are made of several tensors of files, so that nobody but this class reads them."""
+        return False
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the first tensor."""
         return self.tensor(next(iter(self.files)).removeprefix(WRAPPER)).dtype

@@ -12,6 +12,7 @@ from tts_search.models import transformers as adapter
 from tts_search.models.checkpoint import Checkpoint
 from tts_search.models.decoder import Decoder, DecoderKind
 from tts_search.models.formats.gguf import is_gguf
+from tts_search.models.formats.lora import base_of
 from tts_search.models.formats.opening import open_checkpoint
 from tts_search.models.llama import LlamaConfig, LlamaDecoder, Quantize
 from tts_search.models.quantised import Loader
@@ -91,11 +92,13 @@ def load_decoder(
         raise ValueError(f"quantize: expected 'int8', 'int4' or None, got {quantize!r}")
     if quantize is not None and decoder == "transformers":
         raise ValueError(f"quantize: expected None with decoder='transformers', got {quantize!r}")
-    if decoder == "transformers" and is_gguf(path_or_id):
+    if decoder == "transformers" and (is_gguf(path_or_id) or base_of(path_or_id) != path_or_id):
         raise ValueError(f"decoder: expected 'auto' or 'lean' for the weights of {path_or_id}, got 'transformers'")
     # Modules of transformers read what transformers reads.
     checkpoint = None if decoder == "transformers" else open_checkpoint(path_or_id)
-    if checkpoint is not None and (quantize is not None or is_gguf(path_or_id) or checkpoint.few_bits):
+    if checkpoint is not None and (
+        quantize is not None or is_gguf(path_or_id) or checkpoint.few_bits or checkpoint.merged
+    ):
         return _streamed(checkpoint, causal_lm, dtype, device, quantize, self_test)
     general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
     model = general.model

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.checkpoint import Checkpoint
 from tts_search.models.decoder import Batch, DecoderShape
 from tts_search.models.formats.gguf import gguf_config, is_gguf
 from tts_search.models.formats.gguf_header import read_header
 from tts_search.models.formats.gguf_tokenizer import end_tokens, gguf_tokenizer
+from tts_search.models.formats.lora import adapter_config, base_of
 from tts_search.models.rotary import context_of, follow_rotary, marked, rotary_bound, rotary_switch
 
 try:
@@ -409,7 +411,8 @@ def load_tokenizer(path_or_id: str) -> Any:
     _check_exists(path_or_id)
     if is_gguf(path_or_id):
         return gguf_tokenizer(read_header(path_or_id))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id)
+    own = Checkpoint(path_or_id).file("tokenizer.json") is not None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_id if own else base_of(path_or_id))
     if not tokenizer.is_fast:
         raise ValueError(f"{path_or_id}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
     return tokenizer
@@ -420,7 +423,12 @@ def load_config(path_or_id: str) -> Any:
     _check_exists(path_or_id)
     if is_gguf(path_or_id):
         return gguf_config(read_header(path_or_id))
-    return transformers.AutoConfig.from_pretrained(path_or_id)
+    config = transformers.AutoConfig.from_pretrained(base_of(path_or_id))
+    adapter = adapter_config(Checkpoint(path_or_id))
+    if adapter is not None and adapter.get("task_type") == "TOKEN_CLS":  # what the adapter made of the model
+        names = config.architectures or ()
+        config.architectures = [name.replace("ForCausalLM", "ForTokenClassification") for name in names]
+    return config
 
 
 def _check_exists(path_or_id: str) -> None:
@@ -437,7 +445,7 @@ def eos_tokens(path_or_id: str, tokenizer: Any) -> frozenset[int]:
     if is_gguf(path_or_id):
         return frozenset(end_tokens(read_header(path_or_id)))
     try:
-        generation = transformers.GenerationConfig.from_pretrained(path_or_id)
+        generation = transformers.GenerationConfig.from_pretrained(base_of(path_or_id))
     except OSError:
         generation = transformers.GenerationConfig.from_model_config(load_config(path_or_id))
     ids: set[int] = set()

@@ -1,4 +1,4 @@
-"""The checkpoint behind a path: a GGUF file, a folder whose weights have few bits, or one as transformers writes it."""
+"""The checkpoint behind a path: a GGUF file, an adapter, weights of few bits, or a folder as transformers writes it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tts_search.models.formats.compressed_tensors import CompressedCheckpoint
 from tts_search.models.formats.few_bits import FewBitsCheckpoint
 from tts_search.models.formats.gguf import GGUFCheckpoint, is_gguf
 from tts_search.models.formats.gptq import GPTQCheckpoint
+from tts_search.models.formats.lora import LoRACheckpoint, adapter_config
 
 __all__ = ["open_checkpoint"]
 
@@ -33,6 +34,8 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     if is_gguf(path_or_id):
         return GGUFCheckpoint(path_or_id)
     plain = Checkpoint(path_or_id)
+    if (adapter := adapter_config(plain)) is not None:
+        return LoRACheckpoint(path_or_id, adapter, open_checkpoint(adapter["base_model_name_or_path"]))
     config = _quantization(plain)
     if config is None:
         return plain
