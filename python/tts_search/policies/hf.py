@@ -48,8 +48,8 @@ class HFPolicy:
     path_or_id : str
         Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer; a chat template if it has one.
         Without one, the prompt is the system prompt and the problem, each followed by a blank line. Or a GGUF file of
-        a model of the Llama family, ``"model.gguf"``, which has all of that in it. Or a LoRA adapter of peft for a model
-        of the lean decoder's families, which is merged into that model's weights.
+        a model of the Llama family, ``"model.gguf"``, which has all of that in it. Or a LoRA adapter of peft for a
+        model of the lean decoder's families, which is merged into that model's weights.
     system_prompt : str or None
         The system message before the problem; by default none.
     dtype : torch.dtype or str or None
