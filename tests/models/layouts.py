@@ -339,7 +339,8 @@ def trl(folder: Path) -> Published:
     plain = Plain(folder, auto=AutoModelForTokenClassification)
 
     def score(problem: str, steps: Sequence[str]) -> list[float]:
-        ids = [plain.tokenizer.bos_token_id, *plain.ids(problem, special=False)]
+        bos = plain.tokenizer.bos_token_id  # Qwen's tokenizers have none
+        ids = [*([] if bos is None else [bos]), *plain.ids(problem, special=False)]
         places = []
         for step in steps:
             ids += plain.ids(step.strip(), special=False) + plain.ids("\n", special=False)
