@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--beside", default="nothing", help="what else ran on the machine")
     options = parser.parse_args()
-    tasks, samples = humaneval(), read_samples(options.folder / "samples.jsonl")
+    tasks, drawn = humaneval(), read_samples(options.folder / "samples.jsonl")
+    whole = min(sum(len(one.steps) for one in drawn if one.id == task.id) for task in tasks)
+    samples = [one for one in drawn if one.first < whole]  # the rounds that all problems have had
     about = read_head(options.folder / "samples.jsonl")["about"]
     judged = judge_samples(tasks, samples, options.folder / "judged.jsonl")
     record.write(
