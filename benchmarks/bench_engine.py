@@ -2,6 +2,8 @@
 
     python benchmarks/bench_engine.py host          # Python of a decode step: what is left of it without the kernels
     python benchmarks/bench_engine.py simulated     # problems on a device whose step costs the same for up to 256 rows
+    python benchmarks/bench_engine.py rows          # a decode step of 1 to 64 rows: where speculation is cheap
+    python benchmarks/bench_engine.py speculation   # one problem, with speculation and without
 
 ``host``: N streams of the smallest demo policy decode on one thread. The time of the kernels (forward, planning,
 appending to the forest, sampling) is taken off each step; what is left is the host's. Steps at which nothing ends give
@@ -11,6 +13,9 @@ the cost of a stream and token; those of streams of random lengths, of which a f
 lognormal distribution with the median, mean and 99th percentile of Qwen2.5-1.5B-Instruct on MATH-500 (35, 45 and 179
 tokens, 800 at most; 11 steps a solution), and time is counted in device steps of at most 256 rows. The baseline is the
 same search in lock-step, where a round lasts as long as its longest step, 16 problems at a time.
+
+``rows`` and ``speculation`` take a policy, and a verifier, of the user's (``--policy``, ``--verifier``); by default the
+demo's.
 """
 
 from __future__ import annotations
@@ -29,13 +34,14 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from tts_search import HFPolicy, SearchConfig, Step, StepParams, Usage
+from tts_search import HFPolicy, HFVerifier, SearchConfig, Step, StepParams, Usage, search
 from tts_search.engine.scheduler import Scheduler
 from tts_search.search.protocol import Expand, Score
 
 import tts_kernels as tk
 
 ROWS = 256
+MODELS = files("tts_search.lab") / "models"
 
 
 class Clock:
@@ -43,12 +49,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.calls = 0
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The function, on the clock."""
 
         def run(*args: Any, **options: Any) -> Any:
             begin = time.perf_counter()
+            self.calls += 1
             try:
                 return call(*args, **options)
             finally:
@@ -59,7 +67,7 @@ class Clock:
 
 def host_cost(streams: int, tokens: int) -> dict[str, float]:
     """Microseconds of the host for N streams that sample so many tokens each."""
-    policy = HFPolicy(str(files("tts_search.lab") / "models" / "policy-0.1m"), kv_memory="2GiB")
+    policy = HFPolicy(str(MODELS / "policy-0.1m"), kv_memory="2GiB")
     policy._eos = frozenset()  # a stream ends at its limit alone
     quiet = [1e6 * host / running for host, running, ended in steps_of(policy, [tokens] * streams) if not ended]
     plain = statistics.median(quiet)
@@ -97,6 +105,46 @@ def steps_of(policy: HFPolicy, limits: Sequence[int]) -> list[tuple[float, int, 
     forest.plan, forest.append, tk.sample = plan, append, sample  # type: ignore[method-assign]
     policy.end(0)
     return steps[2:]
+
+
+def step_cost(policy: HFPolicy, rows: int, steps: int) -> dict[str, float]:
+    """Milliseconds of a decode step of so many rows."""
+    policy.begin(0, "12+34=")
+    seeds = tuple(range(rows))
+    params = StepParams(temperature=1.0, max_tokens=2 * steps, delimiter=None)
+    policy.submit([Expand(0, 0, tuple(range(1, rows + 1)), (), seeds, params)])
+    seconds = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        policy.step()
+        seconds.append(time.perf_counter() - begin)
+    policy.end(0)
+    return {"rows": rows, "ms_per_step": round(1e3 * statistics.median(seconds[2:]), 2)}
+
+
+def one_problem(policy: HFPolicy, verifier: HFVerifier, problem: str, config: SearchConfig) -> Iterator[dict[str, Any]]:
+    """One search without speculation and with it: seconds, forwards of both models, tokens sampled in vain."""
+    trees = set()
+    for speculate in (False, True):
+        clocks = Clock(), Clock()
+        logits, hidden = policy.decoder.logits, verifier.decoder.hidden
+        policy.decoder.logits = clocks[0].timed(logits)  # type: ignore[method-assign]
+        verifier.decoder.hidden = clocks[1].timed(hidden)  # type: ignore[method-assign]
+        begin = time.perf_counter()
+        options: dict[str, Any] = {"speculate": speculate, "prefix_cache": False, "progress": False}
+        (result,) = search([problem], policy, verifier, config, **options)
+        seconds = time.perf_counter() - begin
+        policy.decoder.logits, verifier.decoder.hidden = logits, hidden  # type: ignore[method-assign]
+        trees.add(result.tree.to_json())
+        yield {
+            "speculate": speculate,
+            "seconds": round(seconds, 2),
+            "policy_forwards": clocks[0].calls,
+            "verifier_forwards": clocks[1].calls,
+            "policy_tokens": result.stats.policy_tokens,
+            "speculated_tokens": result.stats.speculated_tokens,
+        }
+    assert len(trees) == 1, "speculation has changed a result"
 
 
 class Device:
@@ -203,13 +251,29 @@ def simulate(policy: Any, problems: int, in_flight: int) -> None:
 
 
 def main() -> None:
-    """Run one of the two and print JSON lines."""
+    """Run one of them and print JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["host", "simulated"])
+    parser.add_argument("what", choices=["host", "simulated", "rows", "speculation"])
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--problems", type=int, default=40)
+    parser.add_argument("--policy", default=str(MODELS / "policy-0.1m"))
+    parser.add_argument("--verifier", default=str(MODELS / "prm-weak"))
+    parser.add_argument("--format", default="auto")
+    parser.add_argument("--problem", default="90-17+4*3*(2+5)=")
     options = parser.parse_args()
+    if options.what == "rows":
+        policy = HFPolicy(options.policy, kv_memory="512MiB")
+        policy._eos = frozenset()
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            print(json.dumps(step_cost(policy, rows, options.tokens)))
+        return
+    if options.what == "speculation":
+        models = HFPolicy(options.policy), HFVerifier(options.verifier, format=options.format)
+        config = SearchConfig(n=16, max_steps=8, max_step_tokens=256)
+        for line in one_problem(*models, options.problem, config):
+            print(json.dumps(line))
+        return
     if options.what == "host":
         torch.set_num_threads(1)
         for streams in options.streams:

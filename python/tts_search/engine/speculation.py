@@ -19,7 +19,7 @@ from tts_search.search.voting import aggregate
 
 __all__ = ["AUTO_ROWS", "Speculation", "can_speculate"]
 
-AUTO_ROWS: Final = 32  # up to here rows were measured to cost little: benchmarks/bench_speculation.py
+AUTO_ROWS: Final = 32  # up to here a row adds little to a step: `benchmarks/bench_engine.py rows` measures it
 
 _FORESEEN: Final = ("beam_search", "dvts")  # whose next requests follow from ranks
 _FIRST: Final = 1 << 31  # the policy's branches that have no number in a search yet are numbered from here
