@@ -221,6 +221,12 @@ def test_auto_is_for_local_models_and_few_rows():
     assert not can_speculate(Timed({}), None, True)
     assert not can_speculate(ScriptedPolicy(lambda *_: Step("", True)), local, True)
 
+    class Tiny(Timed):
+        token_flops = 1e6
+
+    assert not can_speculate(Tiny({}), local, "auto")
+    assert can_speculate(Tiny({}), local, True)
+
     class Busy(Timed):
         load = Load(0, AUTO_ROWS, 1000, 0, 1)  # type: ignore[assignment]
 

@@ -21,14 +21,18 @@ __all__ = ["AUTO_ROWS", "Speculation", "can_speculate"]
 
 AUTO_ROWS: Final = 32  # up to here a row adds little to a step: `benchmarks/bench_engine.py rows` measures it
 
+_AUTO_FLOPS: Final = 1e8  # a token's; of a model of 0.1M parameters the verifier's smaller forwards cost more
+_SHARES: Final = 4  # in which a round is read ahead: a forward for each candidate would cost more than it saves
 _FORESEEN: Final = ("beam_search", "dvts")  # whose next requests follow from ranks
 _FIRST: Final = 1 << 31  # the policy's branches that have no number in a search yet are numbered from here
 
 
 def can_speculate(policy: Any, verifier: Any, wanted: object) -> bool:
-    """Whether a policy can take requests back, and the verifier is a local model or any will do (True)."""
-    able = hasattr(policy, "withdraw") and verifier is not None
-    return able and bool(wanted) and (wanted != "auto" or lift(verifier) is verifier)
+    """Whether a policy can take requests back; for "auto", whether its tokens cost much and the verifier is local."""
+    if not wanted or verifier is None or not hasattr(policy, "withdraw"):
+        return False
+    pays = lift(verifier) is verifier and getattr(policy, "token_flops", math.inf) >= _AUTO_FLOPS
+    return wanted != "auto" or pays
 
 
 class Speculation:
@@ -185,11 +189,14 @@ class Speculation:
                     self._policy.submit(guesses)
 
     def _read_ahead(self, search: _Search) -> None:
-        """Have candidates read that have ended before the last one of their round."""
-        for candidate in search.ended.values() if search.num_waiting else ():
+        """Have candidates read that have ended before the last one of their round, a share of it at a time."""
+        unread = [candidate for candidate in search.ended.values() if not candidate.is_asked]
+        if not search.num_waiting or len(unread) < max(1, search.run.config.n // _SHARES):
+            return
+        for candidate in unread:
             branch, parent = candidate.branch, candidate.branch.parent
             assert parent is not None
-            if not candidate.is_asked and len(branch.steps) > len(parent.steps):
+            if len(branch.steps) > len(parent.steps):
                 score = Score(search.run.problem, branch.id, branch.steps, parent.scored_id)
                 self._reads[id(score)] = score, candidate
                 self._verifier.submit([score])

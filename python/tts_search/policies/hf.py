@@ -148,6 +148,11 @@ class HFPolicy:
         )
 
     @property
+    def token_flops(self) -> float:
+        """Floating-point operations of a token."""
+        return self.decoder.shape.flops(1, 0, 1)
+
+    @property
     def prefix_cache(self) -> bool:
         """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again."""
         return self._pool.prefix_cache
