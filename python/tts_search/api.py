@@ -285,6 +285,7 @@ class BeamOptions(SamplingOptions, total=False):
     sort_completed: bool
     stop_when_full: bool
     agree_margin: int | None
+    budget_tokens: int | None
 
 
 def best_of_n(

@@ -319,6 +319,21 @@ def test_every_method_stops_when_answers_agree(method):
     assert result.answer("majority") == "4"
 
 
+@pytest.mark.parametrize("method", ["beam_search", "dvts", "rebase", "ets", "particle_filtering", "puct"])
+@pytest.mark.parametrize("budget", [1, 100, 10**6])
+def test_no_round_begins_when_the_budget_is_spent(method, budget):
+    policy = ScriptedPolicy(lambda _, __, ___, seed, ____: Step(f"{seed}\n\n", False, 5))
+    verifier = ScriptedVerifier(lambda _, steps: [0.5] * len(steps))
+    config = SearchConfig(method=method, n=8, max_steps=7, budget_tokens=budget)
+    (result,) = search(["p"], policy, verifier, config, progress=False)
+    spent = [0] * (result.stats.rounds + 1)
+    for node in result.tree.nodes:
+        spent[node.round] += node.num_tokens
+    assert sum(spent[:-1]) < budget
+    assert sum(spent) >= budget or result.stats.rounds == 7
+    assert result.completions
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

@@ -89,6 +89,7 @@ def test_options_that_a_method_does_not_use_are_refused(method):
         "sort_completed": True,
         "stop_when_full": True,
         "agree_margin": 1,
+        "budget_tokens": 9,
         "reward_temperature": 1.0,
         "kv_weight": 2.0,
         "exploration": 0.5,

@@ -86,7 +86,9 @@ class Live:
     """
 
     def __init__(self, service: Service) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, access_log=False, log_config=None))
+        self.server = uvicorn.Server(
+            uvicorn.Config(create_app(service), port=0, access_log=False, log_config=None, timeout_keep_alive=75)
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self) -> Live:

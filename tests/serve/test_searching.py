@@ -130,3 +130,25 @@ def test_a_search_that_takes_too_long_ends(serve):
     assert client.post("/v1/search", json=body).status_code == 504
     assert events(client.post("/v1/search", json={**body, "stream": True}).text)[-1][1]["error"]["code"] == 504
     wait.set()
+
+
+def test_a_budget_bounds_what_is_sampled(local):
+    body = {"problem": PROBLEM, "seed": 1, "n": 8, "max_step_tokens": 8}
+    whole = local.post("/v1/search", json={**body, "method": "beam_search"}).json()
+    part = local.post("/v1/search", json={**body, "method": "beam_search", "budget": {"tokens": 20}}).json()
+    assert part["stats"]["rounds"] < whole["stats"]["rounds"]
+    assert 20 <= part["stats"]["policy_tokens"] <= 20 + 8 * 8
+    few = local.post("/v1/search", json={**body, "method": "best_of_n", "budget": {"tokens": 30}}).json()
+    assert few["config"]["n"] == 3
+    assert few["stats"]["policy_tokens"] <= 30
+    limit = whole["stats"]["flops_policy"] / 3
+    cheap = local.post("/v1/search", json={**body, "method": "beam_search", "budget": {"flops": limit}}).json()
+    assert cheap["stats"]["rounds"] < whole["stats"]["rounds"]
+    turns = [{"role": "user", "content": PROBLEM}]
+    search = {"method": "best_of_n", "max_tokens": 8, "budget": {"tokens": 16}}
+    chat = local.post("/v1/chat/completions", json={"messages": turns, "search": search}).json()
+    assert len(chat["search"]["completions"]) == 2
+    for wrong in ({}, {"tokens": 0}, {"tokens": 9, "flops": 9.0}, {"seconds": 1}, 7, {"tokens": 7}):
+        reply = local.post("/v1/search", json={**body, "method": "best_of_n", "budget": wrong})
+        assert reply.status_code == 400, wrong
+        assert "budget" in reply.json()["error"]["message"]

@@ -22,7 +22,7 @@ COMPLETED: tuple[Completed, ...] = get_args(Completed)
 
 _SAMPLING = frozenset({"temperature", "top_p", "top_k", "max_step_tokens", "max_tokens", "delimiter", "stop_text"})
 _EVERY_METHOD = _SAMPLING | {"method", "n", "aggregate", "seed"}
-_ROUNDS = frozenset({"max_steps", "lookahead", "sort_completed", "stop_when_full", "agree_margin"})
+_ROUNDS = frozenset({"max_steps", "lookahead", "sort_completed", "stop_when_full", "agree_margin", "budget_tokens"})
 _BEAM = _ROUNDS | {"expand", "keep", "completed", "dedupe"}
 _USES: Mapping[str, frozenset[str]] = {
     "best_of_n": frozenset({"sort_completed", "agree_margin"}),
@@ -142,6 +142,9 @@ class SearchConfig(Presets):
     agree_margin : int or None
         Stop as soon as one answer is ahead of every other by so many finished branches. Best-of-N then samples in
         waves: so many first, and then each time as many as there are.
+    budget_tokens : int or None
+        No further round begins when all branches together have sampled so many tokens: what is unfinished then is
+        reported so. The last round may go beyond it.
     reward_temperature : float
         Of ``"rebase"`` and ``"ets"``: lower ones put more children under the best.
     kv_weight : float
@@ -180,6 +183,7 @@ class SearchConfig(Presets):
     sort_completed: bool = False
     stop_when_full: bool = False
     agree_margin: int | None = None
+    budget_tokens: int | None = None
     reward_temperature: float = 0.2
     kv_weight: float = 1.0
     exploration: float = 1.25
@@ -196,7 +200,7 @@ class SearchConfig(Presets):
         one_of("aggregate", self.aggregate, tuple(AGGREGATES))
         for name in ("n", "expand", "max_steps", "max_step_tokens"):
             integer(name, getattr(self, name), at_least=1)
-        for name in ("keep", "max_tokens", "agree_margin"):
+        for name in ("keep", "max_tokens", "agree_margin", "budget_tokens"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), at_least=1)
         for name in ("lookahead", "top_k"):

@@ -116,6 +116,7 @@ class Run:
         self.held: set[int] = {0}  # branches that the drivers still keep
         self._seeds = Seeds(config.seed, text)
         self._num_lookaheads = 0
+        self._num_sampled = 0  # tokens
         self._extract_answer = extract_answer
         self.equal = equal
         self.ballot = Ballot()
@@ -157,8 +158,10 @@ class Run:
         return random.Random(self._seeds.of(path))
 
     def is_done(self, branches: Iterable[Branch]) -> bool:
-        """Whether enough of these branches have finished, or agree, for the search to stop."""
+        """Whether enough of these branches have finished, or agree, or the budget is spent: the search is to stop."""
         config = self.config
+        if config.budget_tokens is not None and self._num_sampled >= config.budget_tokens:
+            return True
         finished = [branch for branch in branches if branch.finished]
         if config.stop_when_full and len(finished) >= config.n:
             return True
@@ -191,6 +194,7 @@ class Run:
         assert parent is not None
         branch.text, branch.num_tokens, branch.is_grown = step.text, step.num_tokens, True
         branch.path_tokens = parent.path_tokens + step.num_tokens
+        self._num_sampled += step.num_tokens
         branch.texts = (*parent.texts, step.text) if step.text else parent.texts
         uncut = delimiter != config.delimiter
         steps, branch.blank = split_steps(parent.blank + step.text, config.delimiter if uncut else None)

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from tts_search.errors import ConfigError, SearchError
 from tts_search.search.config import METHODS, SearchConfig
@@ -30,6 +38,35 @@ routes = APIRouter()
 _FIELDS: Final = frozenset(one.name for one in fields(SearchConfig))
 _SIZES: Final = {"max_steps": 4096, "lookahead": 64, "expand": 4096}  # the most that a request may ask for
 _CONFIG: Final = TypeAdapter(SearchConfig)
+_DEFAULT: Final = SearchConfig()
+
+
+class Budget(BaseModel):
+    """What a search may cost: tokens that are sampled, or floating-point operations of both models."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    tokens: int | None = Field(default=None, ge=1, lt=1 << 53)
+    flops: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.tokens is None) == (self.flops is None):
+            raise ValueError("expected either tokens or flops")
+        return self
+
+    def in_tokens(self, service: Service) -> int:
+        """How many tokens may be sampled."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.flops is not None
+        shapes = [
+            getattr(getattr(model, "decoder", None), "shape", None) for model in (service.policy, service.verifier)
+        ]
+        if shapes[0] is None:
+            raise ApiError(501, "budget: the policy of this server is no local model: it counts no flops", "budget")
+        each = sum(shape.flops(1, shape.max_length, 1) for shape in shapes if shape is not None)
+        return max(1, int(self.flops / each))
 
 
 class SearchRequest(Request):
@@ -43,6 +80,9 @@ class SearchRequest(Request):
     vote: Annotated[str, StringConstraints(max_length=64)] | None = None
     tree: bool = False
     stream: bool = False
+
+
+_BUDGET: Final = TypeAdapter(Budget)
 
 
 @routes.post("/v1/search")
@@ -86,6 +126,7 @@ def config_of(service: Service, values: Mapping[str, Any]) -> SearchConfig:
     ApiError
         For a field that there is not, or a value that it cannot have. A method is one of ours: no request names code.
     """
+    values = _within_budget(service, values)
     if unknown := sorted(set(values) - _FIELDS):
         raise ApiError(400, f"{unknown[0]:.80}: expected a field of SearchConfig", unknown[0][:80])
     if values.get("method", METHODS[1]) not in METHODS:
@@ -102,6 +143,30 @@ def config_of(service: Service, values: Mapping[str, Any]) -> SearchConfig:
         raise ApiError(400, f"{place}: {message}" if place else message, place or message.partition(":")[0]) from None
     except ConfigError as error:
         raise ApiError(400, error.message, error.message.partition(":")[0]) from None
+
+
+def _within_budget(service: Service, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a search with its `budget` in their own terms.
+
+    Tokens are those that are sampled. FLOPs are as many tokens as both models can take for them with a full context, so
+    the search costs less. Best-of-N samples all at once: what it may cost bounds its n.
+    """
+    own = {name: value for name, value in values.items() if name != "budget"}
+    if (budget := values.get("budget")) is None:
+        return own
+    try:
+        tokens = _BUDGET.validate_python(budget).in_tokens(service)
+    except ValidationError as error:
+        raise ApiError(400, f"budget: {error.errors(include_url=False)[0]['msg']}", "budget") from None
+    if own.get("method", "best_of_n") != "best_of_n":
+        return {**own, "budget_tokens": tokens}
+    each = next((own[name] for name in ("max_tokens", "max_step_tokens") if own.get(name)), _DEFAULT.max_step_tokens)
+    if not isinstance(each, int) or tokens < each:
+        raise ApiError(
+            400, f"budget: expected room for a completion of max_tokens={each}, got {tokens} tokens", "budget"
+        )
+    size = own.get("n", service.settings.max_n)
+    return {**own, "n": min(size, tokens // each) if isinstance(size, int) else size}
 
 
 def vote_of(service: Service, vote: str | None) -> str:

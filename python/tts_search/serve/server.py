@@ -17,6 +17,7 @@ __all__ = ["LOOPBACK", "serve"]
 
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _MOST_CONNECTIONS: Final = 4096
+_KEEP_ALIVE_S: Final = 75  # a client that was busy finds its connection again
 
 
 def serve(service: Service, *, host: str, port: int, drain_s: int = 600) -> None:
@@ -49,6 +50,7 @@ def serve(service: Service, *, host: str, port: int, drain_s: int = 600) -> None
         log_config=None,
         server_header=False,
         limit_concurrency=_MOST_CONNECTIONS,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s,
     )
     uvicorn.Server(config).run()

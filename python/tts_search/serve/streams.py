@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import anyio
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
@@ -51,14 +51,16 @@ async def _guarded(
     try:
         while True:
             try:
-                yield await asyncio.wait_for(anext(events), end - time.monotonic())
+                with anyio.fail_after(end - time.monotonic()):  # in this very task: nobody closes events that run
+                    part = await anext(events)
             except StopAsyncIteration:
                 return
             except ApiError as error:
                 yield event(error_body(error.status, error.message, error.param), error_name)
                 return
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 yield event(error_body(504, f"not done in {timeout_s:g} s"), error_name)
                 return
+            yield part
     finally:
         await events.aclose()

@@ -1,0 +1,58 @@
+"""Streams of events end with what went wrong, and what they wait for ends with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+
+import anyio
+from tts_search.serve.errors import ApiError
+from tts_search.serve.streams import event, streamed
+
+
+async def endless(closed: list[str]) -> AsyncGenerator[bytes, None]:
+    try:
+        yield event("first")
+        await anyio.sleep(60)
+    finally:
+        try:
+            await anyio.sleep(0.01)  # freeing takes its time
+        finally:
+            closed.append("closed")
+
+
+def test_a_client_that_goes_away_closes_them_while_they_wait():
+    closed: list[str] = []
+
+    async def main() -> None:
+        async def read() -> None:
+            async for _ in streamed(endless(closed), 60).body_iterator:
+                began.set()
+
+        began = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await began.wait()
+            await anyio.sleep(0.02)
+            group.cancel_scope.cancel()
+
+    anyio.run(main)
+    assert closed == ["closed"]
+
+
+def test_time_and_errors_are_the_last_event():
+    async def failing() -> AsyncGenerator[bytes, None]:
+        yield event("first")
+        raise ApiError(400, "no such thing")
+
+    async def read(events: AsyncGenerator[bytes, None]) -> list[bytes]:
+        return [bytes(part) async for part in streamed(events, 0.05, error_name="error").body_iterator]
+
+    closed: list[str] = []
+    for events, code in ((endless(closed), 504), (failing(), 400)):
+        first, last = anyio.run(read, events)
+        assert first == b"data: first\n\n"
+        name, data = last.decode().strip().split("\n")
+        assert name == "event: error"
+        assert json.loads(data.removeprefix("data: "))["error"]["code"] == code
+    assert closed == ["closed"]
