@@ -174,7 +174,7 @@ def main() -> None:
     print(json.dumps(tables, indent=1))
     if given.out:
         record.write(
-            given.out, what=__doc__.partition("\n")[0], command=f"python {' '.join(sys.argv)}", beside="",
+            given.out, what=__doc__.partition("\n")[0], command=f"python {' '.join(sys.argv)}", beside="nothing",
             tables=tables, packages=("torch", "fastapi", "uvicorn"),
         )  # fmt: skip
 
