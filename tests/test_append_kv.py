@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import DTYPES, assert_names
 from torch import Tensor
 from torch.library import opcheck
@@ -103,3 +107,110 @@ def test_a_cache_whose_pages_are_one_memory_is_refused() -> None:
     ):
         assert_names(ValueError, name, tk.append_kv_, *caches, k, v, slots)
     assert torch.equal(k_cache, before)
+
+
+def quantised(
+    dtype: str, tokens: int, heads: int, dim: int, kind: torch.dtype
+) -> tuple[tk.KVCache, Tensor, Tensor, Tensor]:
+    """A cache with garbage in it, new tokens, their slots."""
+    cache = tk.KVCache(1, tokens // 4 + 3, heads, dim, page_size=4, dtype=dtype)
+    for t in cache.tensors():
+        t.random_(0, 100)
+    k, v = (torch.randn(tokens, heads, dim).mul(10.0 ** torch.randn(tokens, 1, 1)).to(kind) for _ in range(2))
+    return cache, k, v, torch.randperm(len(cache.k[0]) * 4)[:tokens]
+
+
+def assert_same_memory(a: tk.KVCache, b: tk.KVCache) -> None:
+    for x, y in zip(a.tensors(), b.tensors(), strict=True):
+        assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(["int8", "int4"]),
+    kind=st.sampled_from(DTYPES),
+    tokens=st.integers(0, 70),
+    heads=st.integers(1, 4),
+    half=st.integers(1, 70),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_a_quantised_cache_is_the_definition_bit_for_bit(
+    dtype: str, kind: torch.dtype, tokens: int, heads: int, half: int, seed: int, data: st.DataObject
+) -> None:
+    """Zeros, one value throughout, NaN, infinities, values beyond float16 and below its least among them."""
+    torch.manual_seed(seed)
+    cache, k, v, slots = quantised(dtype, tokens, heads, 2 * half, kind)
+    odd = st.sampled_from([0.0, -0.0, 1.0, -3.0, 1e-7, 6e-5, 6e4, 3e38, torch.nan, torch.inf, -torch.inf])
+    for t in (k, v) if tokens else ():
+        for at in data.draw(st.lists(st.integers(0, tokens - 1), max_size=6)):
+            t[at, data.draw(st.integers(0, heads - 1)), data.draw(st.integers(0, 2 * half - 1)) :] = data.draw(odd)
+    expected = copy.deepcopy(cache)
+    reference.append_kv_(expected.k[0], expected.v[0], k, v, slots, **expected.beside(0))
+    tk.append_kv_(cache.k[0], cache.v[0], k, v, slots, **cache.beside(0))
+    assert_same_memory(cache, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_quantised_cache_is_near_what_was_written(dtype: str) -> None:
+    """Half a step of a head's own scale, and what float16 takes from the scale and the zero."""
+    cache, k, v, slots = quantised(dtype, 50, 3, 64, torch.float32)
+    tk.append_kv_(cache.k[0], cache.v[0], k, v, slots, **cache.beside(0))
+    for name, tokens in (("k", k), ("v", v)):
+        parts = (getattr(cache, part) for part in (name, f"{name}_scale", f"{name}_zero"))
+        codes, scale, zero = (t[0].flatten(0, 1)[slots] if t else None for t in parts)
+        again = reference.dequantize_kv(codes, scale, zero, dtype=torch.float32)
+        rounding = tokens.abs().amax(-1, keepdim=True) * 2.0**-10
+        assert ((again - tokens).abs() <= 0.5 * scale.float()[..., None] + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_strided_quantised_caches_and_tokens(dtype: str) -> None:
+    cache, k, v, slots = quantised(dtype, 30, 3, 12, torch.bfloat16)
+    expected = copy.deepcopy(cache)
+    reference.append_kv_(expected.k[0], expected.v[0], k, v, slots, **expected.beside(0))
+    both = torch.stack([cache.k[0], cache.v[0]]).transpose(2, 3).contiguous().transpose(2, 3)  # heads first
+    fused = torch.cat([k, v], 1)
+    tk.append_kv_(both[0], both[1], fused[:, :3], fused[:, 3:], slots, **cache.beside(0))
+    assert torch.equal(both[0], expected.k[0])
+    assert torch.equal(both[1], expected.v[0])
+    assert all(torch.equal(a, b) for a, b in zip(cache.tensors()[2:], expected.tensors()[2:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_opcheck_and_compile_of_quantised_caches(dtype: str) -> None:
+    cache, k, v, slots = quantised(dtype, 9, 3, 12, torch.float32)
+    expected = copy.deepcopy(cache)
+    args = (cache.k[0], cache.v[0], k, v, slots)
+    opcheck(torch.ops.tts_kernels.append_kv_.default, args, cache.beside(0))
+    reference.append_kv_(expected.k[0], expected.v[0], k * 2, v, slots, **expected.beside(0))
+
+    def step(*args: Tensor, **beside: Tensor) -> None:
+        k_cache, v_cache, k, v, slots = args
+        tk.append_kv_(k_cache, v_cache, k * 2, v, slots, **beside)
+
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*args, **cache.beside(0))
+    assert_same_memory(cache, expected)
+
+
+def test_bad_input_of_quantised_caches_names_the_argument() -> None:
+    for dtype, zeros in (("int8", False), ("int4", True)):
+        cache, k, v, slots = quantised(dtype, 9, 3, 12, torch.float32)
+        before, beside = copy.deepcopy(cache), cache.beside(0)
+        args = (cache.k[0], cache.v[0], k, v, slots)
+        assert_names(TypeError, "k_scale", tk.append_kv_, *args)
+        assert_names(TypeError, "v_scale", tk.append_kv_, *args, **{**beside, "v_scale": None})
+        assert_names(
+            TypeError, "v_zero", tk.append_kv_, *args, **{**beside, "v_zero": None if zeros else beside["v_scale"]}
+        )
+        assert_names(TypeError, "k_scale", tk.append_kv_, *args, **{**beside, "k_scale": beside["k_scale"].float()})
+        assert_names(ValueError, "k_scale", tk.append_kv_, *args, **{**beside, "k_scale": beside["k_scale"][1:]})
+        flat = beside["v_scale"].transpose(0, 1).contiguous().transpose(0, 1)
+        assert_names(ValueError, "v_scale", tk.append_kv_, *args, **{**beside, "v_scale": flat})
+        other = torch.zeros_like(cache.k[0], dtype=torch.float32)
+        assert_names(TypeError, "v_cache", tk.append_kv_, cache.k[0], other, k, v, slots, **beside)
+        assert_names(ValueError, "k", tk.append_kv_, *args[:2], k[..., 1:], v, slots, **beside)
+        assert_names(TypeError, "v", tk.append_kv_, *args[:3], v.half(), slots, **beside)
+        assert_same_memory(cache, before)
+    plain = inputs(torch.float32, 9)
+    assert_names(TypeError, "k_scale", tk.append_kv_, *plain, k_scale=torch.zeros(3, 16, 3, dtype=torch.float16))

@@ -87,3 +87,18 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
     assert_names(ValueError, "dst", copy, caches, src, torch.tensor([5, 5]))
     assert_names(ValueError, "dst", copy, caches, src, torch.tensor([5, 1]))
     assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
+
+
+def test_codes_and_scales_of_quantised_caches() -> None:
+    """Bytes, and two bytes a head, in one call with floats."""
+    caches = [
+        torch.randint(-127, 127, (6, 4, 3, 5)).to(torch.int8),
+        torch.randint(0, 255, (6, 4, 1, 1)).to(torch.uint8),
+    ]
+    caches += [torch.randn(6, 4, 3).half()[..., None], torch.randn(6, 4, 3, 5)]
+    expected = [c.clone() for c in caches]
+    src, dst = torch.tensor([5, 0]), torch.tensor([1, 3])
+    for cache in expected:
+        cache[dst] = cache[src]
+    tk.copy_pages_(caches, src, dst)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))

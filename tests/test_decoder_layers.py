@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,10 @@ class Case:
     cos_sin: torch.Tensor
     slots: torch.Tensor
     rows: torch.Tensor | None = None
+    k_scales: Sequence[torch.Tensor] = ()
+    v_scales: Sequence[torch.Tensor] = ()
+    k_zeros: Sequence[torch.Tensor] = ()
+    v_zeros: Sequence[torch.Tensor] = ()
 
     @classmethod
     def random(
@@ -92,7 +97,25 @@ class Case:
             INNER,
             self.layers.windows,
             EPS,
+            list(self.k_scales),
+            list(self.v_scales),
+            list(self.k_zeros),
+            list(self.v_zeros),
         )
+
+    def quantised(self, stored: str) -> Case:
+        """The same over quantised caches of the same keys and values."""
+        cache = tk.KVCache(len(self.k_caches), PAGES, KV_HEADS, HEAD_DIM, PAGE_SIZE, dtype=stored)
+        for i, (k, v) in enumerate(zip(self.k_caches, self.v_caches, strict=True)):
+            cache.append(i, k.flatten(0, 1), v.flatten(0, 1), torch.arange(PAGES * PAGE_SIZE))
+        scales = (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero)
+        names = ("k_scales", "v_scales", "k_zeros", "v_zeros")
+        beside = dict(zip(names, map(list, scales), strict=True))
+        return replace(self, k_caches=list(cache.k), v_caches=list(cache.v), **beside)
+
+    def beside(self, layer: int) -> dict[str, torch.Tensor]:
+        names = {"k_scale": self.k_scales, "v_scale": self.v_scales, "k_zero": self.k_zeros, "v_zero": self.v_zeros}
+        return {name: some[layer] for name, some in names.items() if some}
 
 
 def layer(dtype: torch.dtype, full: bool, window: int | None, quantize: str | None = None) -> tk.DecoderLayer:
@@ -145,8 +168,9 @@ def one_by_one(case: Case) -> torch.Tensor:
             q_norm=part.q_norm,
             k_norm=part.k_norm,
             eps=EPS,
+            **case.beside(i),
         )
-        attended = tk.tree_attention(q, k, v, case.plan, window=part.window).flatten(1)
+        attended = tk.tree_attention(q, k, v, case.plan, window=part.window, **case.beside(i)).flatten(1)
         if case.rows is not None and i == len(case.layers) - 1:
             attended, x = attended[case.rows], x[case.rows]
         x = tk.linear(attended, part.o, part.o_bias, residual=x)
@@ -180,6 +204,22 @@ def test_quantised_projections_to_the_bit(quantize: str, full: bool) -> None:
     out = Case.random(torch.float32, full=full, quantize=quantize).run()
     # A difference in the last bits may move a rounding to whole numbers.
     torch.testing.assert_close(out, exact, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_quantised_caches_to_the_bit(stored: str, dtype: torch.dtype) -> None:
+    ours, theirs = (Case.random(dtype, 3, rows=[3, 1]).quantised(stored) for _ in range(2))
+    assert torch.equal(ours.run(), one_by_one(theirs))
+    for mine, other in zip(
+        [*ours.args()[2:4], *ours.args()[-4:]], [*theirs.args()[2:4], *theirs.args()[-4:]], strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    opcheck(torch.ops.tts_kernels.decoder_layers_.default, Case.random(dtype).quantised(stored).args())
+    exact = reference.decoder_layers_(*Case.random(torch.float32).quantised(stored).args())
+    torch.testing.assert_close(Case.random(torch.float32).quantised(stored).run(), exact, rtol=0, atol=0.05)
+    assert_names(ValueError, "v_scales", replace(ours, v_scales=ours.v_scales[:1]).run)
+    assert_names(TypeError, r"k_scales\[0\]", replace(ours, k_scales=()).run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -223,3 +223,38 @@ def test_bad_input_names_the_argument_and_writes_nothing() -> None:
         assert_names(ValueError, "slots", replace(case, slots=torch.tensor([0, 1, 2, 1])).run)
     assert torch.equal(case.k_cache, before.k_cache)
     assert torch.equal(case.v_cache, before.v_cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize("head_dim", [2, 34, 64])
+def test_a_quantised_cache_gets_what_append_makes_of_the_rotated_keys(
+    head_dim: int, stored: str, dtype: torch.dtype
+) -> None:
+    case = Case.random(40, 4, 2, head_dim, dtype, norms=True)
+    q = case.run()
+    k, v = (cache.flatten(0, 1)[case.slots.long()] for cache in (case.k_cache, case.v_cache))
+    ours, expected = (tk.KVCache(1, 9, 2, head_dim, dtype=stored) for _ in range(2))
+    for t in (*ours.tensors(), *expected.tensors()):
+        t.zero_()
+    expected.append(0, k, v, case.slots)
+    options = dict(list(vars(case).items())[6:]) | ours.beside(0)
+    got = tk.rope_append_(case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots, **options)
+    assert torch.equal(got, q)
+    assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), expected.tensors(), strict=True))
+    opcheck(
+        torch.ops.tts_kernels.rope_append_.default,
+        (case.qkv, ours.k[0], ours.v[0], *case.args()[3:]),
+        ours.beside(0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_scales_of_a_quantised_cache_that_are_missing_are_named() -> None:
+    case = Case.random(4, 2, 1, 8, torch.float32)
+    cache = tk.KVCache(1, 9, 1, 8, dtype="int8")
+    quantised = replace(case, k_cache=cache.k[0], v_cache=cache.v[0])
+    assert_names(TypeError, "k_scale", quantised.run)
+    wide = tk.KVCache(1, 9, 1, 16, dtype="int4")
+    args = (case.qkv, wide.k[0], wide.v[0], case.positions, case.cos_sin, case.slots)
+    assert_names(ValueError, "k_cache", tk.rope_append_, *args, num_q_heads=2, num_kv_heads=1, **wide.beside(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -45,6 +45,7 @@ class Shape:
     kv_heads: int
     dim: int
     dtype: torch.dtype
+    stored: str | None = None  # how the cache has them, if quantised
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,8 +82,12 @@ class World:
 
     def __post_init__(self) -> None:
         self.forest = tk.KVForest(self.pages, self.page_size)
-        size = (self.pages, self.page_size, self.shape.kv_heads, self.shape.dim)
-        self.k, self.v = (torch.full(size, torch.nan, dtype=self.shape.dtype) for _ in range(2))
+        shape = self.shape
+        self.cache = tk.KVCache(
+            1, self.pages, shape.kv_heads, shape.dim, self.page_size, dtype=shape.stored or shape.dtype
+        )
+        for t in self.cache.tensors():
+            t.fill_(torch.nan if t.is_floating_point() else 77)
 
     def root(self) -> int:
         branch = self.forest.add_root()
@@ -96,8 +101,8 @@ class World:
 
     def append(self, branch: int, text: Text) -> None:
         new = self.forest.append([branch], [len(text)])
-        tk.copy_pages_([self.k, self.v], new.copy_src, new.copy_dst)
-        tk.append_kv_(self.k, self.v, text.k, text.v, new.slots)
+        self.cache.copy_pages(new.copy_src, new.copy_dst)
+        self.cache.append(0, text.k, text.v, new.slots)
         self.texts[branch] += text
 
     def attend(self, branches: Sequence[int], q_lens: Sequence[int], table: bool, **options: Any) -> list[Tensor]:
@@ -111,7 +116,8 @@ class World:
         else:
             plan = self.forest.plan(branches, q_lens, **heads)
         q = torch.cat([self.texts[b].q[len(self.texts[b]) - n :] for b, n in zip(branches, q_lens, strict=True)])
-        out, lse = tk.tree_attention(q, self.k, self.v, plan, return_lse=True, **options)
+        options |= self.cache.beside(0)
+        out, lse = tk.tree_attention(q, self.cache.k[0], self.cache.v[0], plan, return_lse=True, **options)
         both = torch.cat([out.float(), lse[..., None]], dim=-1)  # float32 holds every bfloat16 and float16
         return list(both.split(list(q_lens)))
 
@@ -181,6 +187,24 @@ ATTENTION = settings(max_examples=60, deadline=None, suppress_health_check=list(
 @ATTENTION
 @given(shape=shapes(), tokens=lengths, seed=st.integers(0, 2**31), data=st.data())
 def test_attention_in_any_company(shape: Shape, tokens: int, seed: int, data: st.DataObject) -> None:
+    check_company(shape, tokens, seed, data)
+
+
+@ATTENTION
+@given(
+    shape=shapes(),
+    stored=st.sampled_from(["int8", "int4"]),
+    tokens=lengths,
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_attention_of_a_quantised_cache_in_any_company(
+    shape: Shape, stored: str, tokens: int, seed: int, data: st.DataObject
+) -> None:
+    check_company(replace(shape, stored=stored), tokens, seed, data)
+
+
+def check_company(shape: Shape, tokens: int, seed: int, data: st.DataObject) -> None:
     torch.manual_seed(seed)
     text = Text.draw(shape, tokens)
     options = data.draw(option_sets(shape))
@@ -201,10 +225,14 @@ def test_attention_in_any_company(shape: Shape, tokens: int, seed: int, data: st
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"window": 300}, {"softcap": 5.0}], ids=str)
-def test_attention_in_any_number_of_forwards(options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [({}, None), ({"window": 300}, None), ({"softcap": 5.0}, None), ({}, "int8"), ({"window": 300}, "int4")],
+    ids=["plain", "window", "softcap", "quantised_cache-int8", "quantised_cache-int4"],
+)
+def test_attention_in_any_number_of_forwards(options: dict[str, Any], stored: str | None, dtype: torch.dtype) -> None:
     """At once, in chunks of 1, 7, 64 and 600 rows, and beside 40 branches that share all of it."""
-    shape = Shape(8, 2, 64, dtype)
+    shape = Shape(8, 2, 64, dtype, stored)
     text = Text.draw(shape, 700)
     expected = alone(shape, text, **options)
     for rows in (1, 7, 64, 600):

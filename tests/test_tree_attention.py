@@ -496,3 +496,126 @@ def test_any_plan_is_safe() -> None:
         except (ValueError, IndexError):
             outcomes.add("refused")
     assert outcomes == {"ran", "refused"}
+
+
+# ---- quantised caches ----------------------------------------------------------------------------------------
+
+
+def quantised_caches(
+    stored: str, k: Tensor, v: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Codes of caches, what lies beside them, and the elements that they stand for, in float64 and in a dtype."""
+    beside, codes, exact = {}, [], []
+    for name, cache in (("k", k), ("v", v)):
+        whole, scale, zero = reference.quantize_kv(cache, 8 if stored == "int8" else 4)
+        beside[f"{name}_scale"] = scale
+        if stored == "int4":
+            beside[f"{name}_zero"] = zero
+        codes.append(whole)
+        exact.append(reference.dequantize_kv(whole, scale, beside.get(f"{name}_zero"), dtype=torch.float64))
+    return (codes[0], codes[1]), beside, (exact[0], exact[1]), (exact[0].to(dtype), exact[1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "page_size", "heads", "head_dim", "options"),
+    [
+        ("star", 16, (8, 2), 64, {}),
+        ("star", 1, (16, 1), 20, {"window": 33, "softcap": 5.0}),
+        ("chain", 16, (9, 3), 64, {"sinks": torch.linspace(-2, 2, 9)}),
+        ("dvts", 64, (6, 6), 2, {}),
+        ("random", 4, (12, 2), 34, {"scale": -0.1}),
+        ("lone", 16, (8, 2), 128, {"window": 20}),
+        ("empty", 16, (2, 1), 8, {}),
+    ],
+)
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_quantised_caches(
+    name: str,
+    page_size: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    options: dict[str, Any],
+    stored: str,
+    dtype: torch.dtype,
+    poisoned: bool,
+) -> None:
+    """The tolerance rule against the elements that the codes stand for; slots that no row sees are NaN."""
+    tree = TREES[name](page_size)
+    rng = random.Random(head_dim)
+    q_lens = [min(n, rng.choice([1, 1, 3, 20])) or int(n == 0) for n in tree.kv_lens]
+    plan = brute_plan(tree, q_lens, *heads, head_dim)
+    k, v = caches(tree, heads[1], head_dim, torch.float32)
+    if poisoned:
+        k, v = poison(tree, k), poison(tree, v)
+    codes, beside, exact, plain = quantised_caches(stored, k, v, dtype)
+    q = torch.randn(sum(q_lens), heads[0], head_dim).to(dtype)
+    out, lse = tk.tree_attention(q, *codes, plan, return_lse=True, **options, **beside)
+    exact_out, exact_lse = dense_attention(q.double(), *exact, tree, q_lens, **options)
+    plain_out, plain_lse = dense_attention(q, *plain, tree, q_lens, **options)
+    assert out.dtype == dtype
+    assert_rule(out, exact_out, plain_out)
+    assert_rule(lse, exact_lse, plain_lse)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_the_definition_for_quantised_caches(stored: str) -> None:
+    tree = dvts(16)
+    q_lens = [2] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 6, 2, 48)
+    codes, beside, exact, _ = quantised_caches(stored, *caches(tree, 2, 48, torch.float32), torch.float32)
+    q = torch.randn(sum(q_lens), 6, 48)
+    with tk.use_backend("reference"):
+        out, lse = tk.tree_attention(q, *codes, plan, return_lse=True, **beside)
+    expected, expected_lse = dense_attention(q.double(), *exact, tree, q_lens)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_quantised_caches_attend_as_a_plain_cache_of_their_elements(stored: str, dtype: torch.dtype) -> None:
+    """To the bit: rows of q's type are what is multiplied, however they are stored, strided too."""
+    tree = dvts(16)
+    q_lens = [1] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 6, 2, 48)
+    codes, beside, _, plain = quantised_caches(stored, *caches(tree, 2, 48, torch.float32), dtype)
+    q = torch.randn(len(q_lens), 6, 48).to(dtype)
+    expected = tk.tree_attention(q, *plain, plan)
+    assert torch.equal(tk.tree_attention(q, *codes, plan, **beside), expected)
+    strided = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in codes]
+    assert torch.equal(tk.tree_attention(q, strided[0], strided[1], plan, **beside), expected)
+
+
+def test_non_finite_heads_of_quantised_caches() -> None:
+    """A head that was NaN when it was written makes NaN of the rows that see it, and of no others."""
+    tree = star(16, branches=12, prefix=64)
+    plan = brute_plan(tree, [1] * 12, 4, 2, 16)
+    k, v = caches(tree, 2, 16, torch.float32)
+    page = tree.pages[3][-1]
+    v[page, 0, 1, 5] = torch.inf
+    codes, beside, _, _ = quantised_caches("int8", k, v, torch.float32)
+    out = tk.tree_attention(torch.randn(12, 4, 16), *codes, plan, **beside)
+    assert out[3, 2:].isnan().all()
+    out[3, 2:] = 0.0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_opcheck_and_bad_input_of_quantised_caches(stored: str) -> None:
+    tree = star(16, branches=3)
+    plan = brute_plan(tree, [1] * 3, 4, 2, 16)
+    codes, beside, _, _ = quantised_caches(stored, *caches(tree, 2, 16, torch.float32), torch.float32)
+    q = torch.randn(3, 4, 16)
+    tables = [getattr(plan, n) for n in ("rows", "positions", "pages", "segments", "tasks", "merge_indptr")]
+    args = (q, *codes, *tables, plan.merge_slots, plan.sizes, 16, 2, plan.max_slots, 0.25, 0.0, 0, None)
+    opcheck(torch.ops.tts_kernels.tree_attention.default, args, beside)
+    attend = tk.tree_attention
+    assert_names(TypeError, "k_scale", attend, q, *codes, plan)
+    assert_names(TypeError, "v_scale", attend, q, *codes, plan, **{**beside, "v_scale": None})
+    assert_names(ValueError, "v_scale", attend, q, *codes, plan, **{**beside, "v_scale": beside["v_scale"][:, 1:]})
+    assert_names(ValueError, "k_cache", attend, q, codes[0][..., 1:].contiguous(), codes[1], plan, **beside)
+    assert_names(TypeError, "v_cache", attend, q, codes[0], codes[1].float(), plan, **beside)
+    plain = caches(tree, 2, 16, torch.float32)
+    assert_names(TypeError, "k_scale", attend, q, *plain, plan, **beside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from .choices import state
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int32, torch.int64)
+CACHE = (*FLOAT, torch.int8, torch.uint8)
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -70,6 +71,52 @@ def cache(
         _fail(ValueError, name, "a contiguous last dimension", f"strides {value.stride()}")
     if written and any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
         _fail(ValueError, name, "slots of their own to write to", f"an expanded tensor of strides {value.stride()}")
+
+
+def caches(
+    k_name: str,
+    k_cache: Any,
+    v_name: str,
+    v_cache: Any,
+    tokens: torch.dtype | None = None,
+    shape: Sequence[int | str] = ("P", "page_size", "Hkv", "D"),
+    device: torch.device | None = None,
+    beside: Mapping[str, Any] | None = None,
+    *,
+    written: bool = False,
+) -> list[int | str]:
+    """A layer's caches of heads of `shape`: of the tokens' dtype, or quantised with what is to be `beside` them.
+
+    `beside` are k_scale, v_scale, k_zero and v_zero under their names. Returns [Hkv, D] of the tokens. TypeError,
+    ValueError.
+    """
+    quantized = {torch.int8: 1, torch.uint8: 2}  # elements of a byte
+    tensor(k_name, k_cache, CACHE if tokens is None else (tokens, *quantized))
+    dtype, each = k_cache.dtype, quantized.get(k_cache.dtype, 1)
+    pages, page_size, heads, head_dim = shape
+    if not isinstance(head_dim, str):
+        if head_dim % each:
+            _fail(ValueError, k_name, f"heads of a multiple of {each} elements", f"heads of {head_dim}")
+        head_dim = head_dim // each
+    cache(k_name, k_cache, (dtype,), [pages, page_size, heads, head_dim], device, written=written)
+    cache(v_name, v_cache, (dtype,), k_cache.shape, k_cache.device, written=written)
+    if dtype in quantized and k_cache.shape[3] < 1:
+        _fail(ValueError, k_name, "heads of at least one element", k_cache)
+    for name, value in (beside or {}).items():
+        wanted = dtype == torch.uint8 if "zero" in name else dtype in quantized
+        _check_beside(name, value, k_cache, wanted)
+    return [k_cache.shape[2], k_cache.shape[3] * each]
+
+
+def _check_beside(name: str, value: Any, k_cache: Tensor, wanted: bool) -> None:
+    """Scales or zeros of quantised caches, or None if they are not wanted. TypeError, ValueError."""
+    if (value is not None) != wanted:
+        _fail(TypeError, name, f"{'a tensor' if wanted else 'None'} beside caches of {k_cache.dtype}", value)
+    if value is None:
+        return
+    tensor(name, value, (torch.float16,), k_cache.shape[:3], k_cache.device)
+    if not value.is_contiguous():
+        _fail(ValueError, name, "a contiguous tensor", f"strides {value.stride()}")
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -266,6 +266,10 @@ def tree_attention(
     softcap: float,
     window: int,
     sinks: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A softmax over the keys of each row's segments, and the head's sink; (out [T, Hq, D], lse [T, Hq])."""
     wide = _wide(q)
@@ -283,9 +287,14 @@ def tree_attention(
         ]
         if slots:
             seen = torch.tensor(slots, device=q.device)
-            keys, values = (c.flatten(0, 1)[seen].to(wide) for c in (k_cache, v_cache))  # [n, Hkv, D]
+            keys = dequantize_kv(*(_at(t, seen) for t in (k_cache, k_scale, k_zero)), dtype=wide)  # [n, Hkv, D]
+            values = dequantize_kv(*(_at(t, seen) for t in (v_cache, v_scale, v_zero)), dtype=wide)
             out[row], lse[row] = _attend(q[row].to(wide), keys, values, num_kv_heads, scale, softcap, sinks)
     return out, lse
+
+
+def _at(paged: Tensor | None, slots: Tensor) -> Any:
+    return None if paged is None else paged.flatten(0, 1)[slots]
 
 
 def _attend(
@@ -312,11 +321,59 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return torch.where(no_a, out_b, torch.where(no_b, out_a, weighted.to(out_a.dtype))), lse
 
 
-def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """One row for each token."""
+def append_kv_(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
+) -> None:
+    """One row for each token, as `quantize_kv` makes it where the caches are quantised."""
     page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
-    k_cache[page, offset] = k
-    v_cache[page, offset] = v
+    for tokens, cache, scale, zero in ((k, k_cache, k_scale, k_zero), (v, v_cache, v_scale, v_zero)):
+        if scale is None:
+            cache[page, offset] = tokens
+            continue
+        cache[page, offset], scale[page, offset], zeros = quantize_kv(tokens, 8 if zero is None else 4)
+        if zero is not None:
+            zero[page, offset] = zeros
+
+
+def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros [..., Hkv] float16 of heads [..., Hkv, D], each head by itself.
+
+    8 bits: int8 [..., D], ``max |x| / 127`` and no zero. 4 bits: uint8 [..., D / 2], ``(max x - min x) / 15`` and
+    ``min x``; a byte has in its high half the code of the element that is D / 2 on. Codes are ``(x - zero) / scale`` of
+    the rounded two, rounded to the nearest even. The scale is NaN where an element or a scale or zero is not finite.
+    """
+    x = x.float()
+    low, high = x.amin(-1), x.amax(-1)
+    top = x.abs().amax(-1) if bits == 8 else high - low
+    zero = torch.zeros_like(low).half() if bits == 8 else low.half() + 0.0
+    scale = top.div(torch.full_like(top, 127 if bits == 8 else 15)).half()
+    finite = x.isfinite().all(-1)
+    scale = torch.where(finite & scale.isfinite() & zero.isfinite(), scale, torch.nan)
+    zero = torch.where(finite, zero, torch.nan)
+    codes = (x - zero.float()[..., None]) / scale.float()[..., None]
+    codes = torch.where((scale > 0)[..., None], codes, 0).clamp(*((-127, 127) if bits == 8 else (0, 15))).round()
+    if bits == 8:
+        return codes.to(torch.int8), scale, zero
+    first, second = codes.to(torch.uint8).chunk(2, -1)
+    return first | second << 4, scale, zero
+
+
+def dequantize_kv(codes: Tensor, scale: Tensor | None, zero: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+    """Heads [..., D] of codes as `quantize_kv` makes them: ``code * scale + zero``; plain ones as they are."""
+    if scale is None:
+        return codes.to(dtype)
+    if zero is None:
+        return codes.to(dtype) * scale.to(dtype)[..., None]
+    whole = torch.cat([codes & 15, codes >> 4], -1)
+    return whole.to(dtype) * scale.to(dtype)[..., None] + zero.to(dtype)[..., None]
 
 
 def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
@@ -515,8 +572,12 @@ def rope_append_(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> Tensor:
-    """Norm and rotate the heads of q and k, write k and v at ``slots``; q [T, Hq, D]."""
+    """Norm and rotate the heads of q and k, write k and v at ``slots`` (`append_kv_`); q [T, Hq, D]."""
     wide, head_dim = _wide(qkv), cos_sin.shape[1]
     heads = qkv.reshape(qkv.shape[0], num_q_heads + 2 * num_kv_heads, head_dim)
     q, k, v = torch.split(heads, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -529,9 +590,7 @@ def rope_append_(
         low, high = x.chunk(2, dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(qkv.dtype)
 
-    page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
-    k_cache[page, offset] = rotated(k, k_norm)
-    v_cache[page, offset] = v
+    append_kv_(k_cache, v_cache, rotated(k, k_norm), v, slots, k_scale, v_scale, k_zero, v_zero)
     return rotated(q, q_norm)
 
 
@@ -566,6 +625,10 @@ def decoder_layers_(
     intermediate: int,
     windows: Sequence[int],
     eps: float,
+    k_scales: Sequence[Tensor] = (),
+    v_scales: Sequence[Tensor] = (),
+    k_zeros: Sequence[Tensor] = (),
+    v_zeros: Sequence[Tensor] = (),
     ops: Any = None,
 ) -> Tensor:
     """The operators of each layer one after another; their weights are those of `LAYER_PARTS`, empty where not there.
@@ -586,10 +649,11 @@ def decoder_layers_(
 
         projected = project("qkv", ops.rms_norm(x, layer["input_norm"], eps, None)[0], qkv_width, None)
         heads = (num_q_heads, num_kv_heads, layer["q_norm"], layer["k_norm"], eps)
-        q = ops.rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads)
+        beside = [all_of_them[i] if all_of_them else None for all_of_them in (k_scales, v_scales, k_zeros, v_zeros)]
+        q = ops.rope_append_(projected, k_caches[i], v_caches[i], positions, cos_sin, slots, *heads, *beside)
         tables = (plan[0], plan[1], plan[2], plan[3], plan[4], plan[5], plan[6], plan[7])
         sizes = (page_size, num_kv_heads, max_slots, scale, 0.0, window)
-        attended = ops.tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes, None)[0].flatten(1)
+        attended = ops.tree_attention(q, k_caches[i], v_caches[i], *tables, *sizes, None, *beside)[0].flatten(1)
         if rows is not None and i == len(windows) - 1:
             attended, x = attended[rows.long()], x[rows.long()]
         x = project("o", attended, hidden, x)

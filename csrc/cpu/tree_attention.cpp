@@ -6,7 +6,8 @@
 // The planner (csrc/host) orders the rows depth first, so the rows that read a stretch of keys are one range,
 // and cuts the tree into tasks of equal cost. A work item is a task for one KV head, or for several where
 // reading keys is the bound. It runs its segments in order: tree_attention_tiles.h where many lanes read the
-// same keys, tree_attention_rows.h where few do, both by the same sums. What is summed up in which order is
+// same keys, tree_attention_rows.h where few do, both by the same sums. Quantised keys and values become
+// elements of q's type block by block, once for all lanes of a segment. What is summed up in which order is
 // said in plan.h; where a state lies until then, by the plan: in the task, or in a slot of the workspace. A
 // row of which one task has everything is finished there; the others are merged by a second pass. So a row's
 // result depends on its query and the keys that it sees: not on other rows, on the cut, or on threads.
@@ -102,8 +103,9 @@ void merge_row(const TreeAttentionArgs& args, int64_t row, int64_t head, const S
 
 }  // namespace
 
-int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t states, int64_t head_dim) {
-    return Scratch(nullptr, lanes, num_kv_heads, states, head_dim).size();
+int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t states, int64_t head_dim,
+                               bool quantized) {
+    return Scratch(nullptr, lanes, num_kv_heads, states, head_dim, quantized).size();
 }
 
 void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch) {

@@ -21,7 +21,8 @@ TTS_BEGIN_ISA
 
 // Floats of scratch that one thread needs for tasks of at most `lanes` = rows x group, which keep at most
 // `states` lanes x heads to themselves.
-int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t states, int64_t head_dim);
+int64_t tree_attention_scratch(int64_t lanes, int64_t num_kv_heads, int64_t states, int64_t head_dim,
+                               bool quantized);
 
 // scratch: 64-byte aligned.
 void tree_attention(const TreeAttentionArgs& args, WorkItem item, float* scratch);

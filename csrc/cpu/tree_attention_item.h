@@ -7,6 +7,7 @@
 
 #include "integers.h"
 #include "online_softmax.h"
+#include "quantized_kv.h"
 #include "tree_attention.h"
 
 TTS_BEGIN_ISA
@@ -128,6 +129,10 @@ struct Scratch {
     const void** v_rows;         // [kKeyBlock]
     const void** next_rows;      // [2, kKeyBlock] of the block after it
     float* scores;               // [kKeyBlock, kTileVecs * width], or [4, kKeyBlock]
+    // quantised caches: the block in hand as it is stored, and one head of it as elements
+    const void **k_codes, **v_codes;  // [kKeyBlock]
+    int64_t* slots;                   // [kKeyBlock]
+    float *k_plain, *v_plain;         // [kKeyBlock, dim_pad], or half of that
     // the task's own states: a lane's chunk in hand and what its chunks so far have made
     float *chunk_rows, *own_rows;             // [heads, lanes, dim_pad]
     SoftmaxState *chunk_states, *own_states;  // [heads, lanes]
@@ -145,7 +150,8 @@ struct Scratch {
 
     // Cuts `base`; with a null base only `size` is of use. `states`: heads x lanes, or 0 for a task without
     // states of its own.
-    Scratch(float* base, int64_t lanes, int64_t heads, int64_t states, int64_t head_dim) : at_(base) {
+    Scratch(float* base, int64_t lanes, int64_t heads, int64_t states, int64_t head_dim, bool quantized)
+        : at_(base) {
         constexpr int64_t W = Vec::width;
         lanes_pad = round_up(lanes, W) + kTileVecs * W;
         dim_pad = round_up(head_dim, 2 * W);
@@ -154,6 +160,12 @@ struct Scratch {
         take(v_rows, kKeyBlock);
         take(next_rows, 2 * kKeyBlock);
         take(scores, kKeyBlock * kTileVecs * W);
+        const int64_t keys = quantized ? kKeyBlock : 0;
+        take(k_codes, keys);
+        take(v_codes, keys);
+        take(slots, keys);
+        take(k_plain, keys * dim_pad);
+        take(v_plain, keys * dim_pad);
         take(chunk_rows, states * dim_pad);
         take(own_rows, states * dim_pad);
         take(chunk_states, states);
@@ -258,6 +270,8 @@ struct Item {
     const Task& task;
     const int64_t head_begin, head_end, group, lanes;
     const bool has_own;  // states of its own
+    const bool quantized;
+    const int64_t element, row_bytes;  // bytes of what strides count, and of a stored head
     const Scratch scratch;
     KeyPrefetch prefetch;
     int64_t kv_head = -1, packed_head = -1;  // in hand; whose queries are in q_pack
@@ -271,7 +285,10 @@ struct Item {
           group(a.num_q_heads / a.num_kv_heads),
           lanes((task.row_end - task.row_begin) * group),
           has_own(has_own_states(a.segments, task)),
-          scratch(base, lanes, heads(), has_own ? heads() * lanes : 0, a.head_dim) {
+          quantized(a.format != KvFormat::plain),
+          element(quantized ? 1 : sizeof(T)),
+          row_bytes(a.format == KvFormat::int4 ? a.head_dim / 2 : a.head_dim * element),
+          scratch(base, lanes, heads(), has_own ? heads() * lanes : 0, a.head_dim, quantized) {
         if (has_own) __builtin_memset(scratch.begun, 0, static_cast<uint64_t>(heads() * lanes));
     }
 
@@ -279,6 +296,7 @@ struct Item {
 
     void select(int64_t head) {
         kv_head = head;
+        if (quantized) return;  // dequantize() has rows of this head alone
         k_offset = (head - head_begin) * args.k.head_stride;
         v_offset = (head - head_begin) * args.v.head_stride;
     }
@@ -345,8 +363,20 @@ struct Item {
     // Addresses of the first head's keys and values of tokens [begin, begin + count) of a segment, page by
     // page.
     void locate(const Segment& segment, int64_t begin, int64_t count) const {
-        locate(args.k, segment, begin, count, scratch.k_rows);
-        locate(args.v, segment, begin, count, scratch.v_rows);
+        locate(args.k, segment, begin, count, quantized ? scratch.k_codes : scratch.k_rows);
+        locate(args.v, segment, begin, count, quantized ? scratch.v_codes : scratch.v_rows);
+        if (!quantized) return;
+        each_page(segment, begin, count, [&](int64_t page, int64_t offset, int64_t i, int64_t end) {
+            for (int64_t slot = page * args.page_size + offset; i < end; ++i) scratch.slots[i] = slot++;
+        });
+    }
+
+    // The located keys and values of the head in hand as elements, once for all lanes; to be called before
+    // they are read.
+    void dequantize(int64_t count) const {
+        if (!quantized) return;
+        dequantize(args.k, args.k_scales, scratch.k_codes, scratch.k_plain, scratch.k_rows, count);
+        dequantize(args.v, args.v_scales, scratch.v_codes, scratch.v_plain, scratch.v_rows, count);
     }
     const T* key(int64_t i) const { return static_cast<const T*>(scratch.k_rows[i]) + k_offset; }
     const T* value(int64_t i) const { return static_cast<const T*>(scratch.v_rows[i]) + v_offset; }
@@ -360,11 +390,11 @@ struct Item {
         const int64_t left = next->length - end, count = left < kKeyBlock ? left : kKeyBlock;
         locate(args.k, *next, end, count, scratch.next_rows);
         locate(args.v, *next, end, count, scratch.next_rows + count);
-        constexpr int64_t size = sizeof(T);
-        const bool dense = args.k.head_stride == args.head_dim && args.v.head_stride == args.head_dim;
-        prefetch.aim(scratch.next_rows, count, dense ? 1 : heads(),
-                     (dense ? heads() : 1) * args.head_dim * size, args.k.head_stride * size,
-                     args.v.head_stride * size, calls);
+        const int64_t k_stride = args.k.head_stride * element, v_stride = args.v.head_stride * element;
+        const bool dense = k_stride == row_bytes && v_stride == row_bytes;
+        prefetch.aim(scratch.next_rows, count, dense ? 1 : heads(), (dense ? heads() : 1) * row_bytes,
+                     k_stride, v_stride, calls);
+        if (quantized) prefetch_scales(*next, end, count);
     }
 
     Visible visible(const Segment& segment, int64_t r) const {
@@ -377,17 +407,55 @@ struct Item {
     }
 
   private:
-    void locate(const PagedCache& cache, const Segment& segment, int64_t begin, int64_t count,
-                const void** to) const {
-        const T* base = static_cast<const T*>(cache.data) + head_begin * cache.head_stride;
+    // Calls f(page, offset, i, end) for the tokens begin + [i, end) of a segment that lie in one page from
+    // its slot `offset` on, for all of [begin, begin + count).
+    template <class F>
+    void each_page(const Segment& segment, int64_t begin, int64_t count, F f) const {
         const int32_t* pages = args.pages + segment.page_begin;
         begin += segment.start % args.page_size;
         int64_t page = begin / args.page_size, offset = begin % args.page_size;
-        for (int64_t i = 0; i < count; ++page, offset = 0) {
-            const T* p = base + pages[page] * cache.page_stride + offset * cache.token_stride;
-            const int64_t left = args.page_size - offset, end = i + (left < count - i ? left : count - i);
-            for (; i < end; ++i, p += cache.token_stride) to[i] = p;
+        for (int64_t i = 0, end; i < count; ++page, offset = 0, i = end) {
+            const int64_t left = args.page_size - offset;
+            end = i + (left < count - i ? left : count - i);
+            f(pages[page], offset, i, end);
         }
+    }
+
+    void locate(const PagedCache& cache, const Segment& segment, int64_t begin, int64_t count,
+                const void** to) const {
+        const char* base = static_cast<const char*>(cache.data) + head_begin * cache.head_stride * element;
+        each_page(segment, begin, count, [&](int64_t page, int64_t offset, int64_t i, int64_t end) {
+            const char* p = base + (page * cache.page_stride + offset * cache.token_stride) * element;
+            for (; i < end; ++i, p += cache.token_stride * element) to[i] = p;
+        });
+    }
+
+    void dequantize(const PagedCache& cache, KvScales scales, const void* const* codes, float* plain,
+                    const void** rows, int64_t count) const {
+        const int64_t offset = (kv_head - head_begin) * cache.head_stride;
+        T* row = reinterpret_cast<T*>(plain);
+        for (int64_t i = 0; i < count; ++i, row += scratch.dim_pad) {
+            const int64_t index = scratch.slots[i] * args.num_kv_heads + kv_head;
+            dequantize_head(static_cast<const char*>(codes[i]) + offset, args.head_dim, args.format,
+                            scales.scale[index], scales.zero ? scales.zero[index] : f16{0}, row);
+            rows[i] = row;
+        }
+    }
+
+    // Those of a page are a cache line or a few, which come at once.
+    void prefetch_scales(const Segment& segment, int64_t begin, int64_t count) const {
+        const f16* arrays[] = {args.k_scales.scale, args.v_scales.scale, args.k_scales.zero,
+                               args.v_scales.zero};
+        constexpr int64_t kLine = 64 / sizeof(f16);
+        each_page(segment, begin, count, [&](int64_t page, int64_t offset, int64_t i, int64_t end) {
+            const int64_t first = (page * args.page_size + offset) * args.num_kv_heads;
+            const int64_t last = first + (end - i) * args.num_kv_heads - 1;
+            for (const f16* array : arrays) {
+                if (!array) continue;
+                for (int64_t at = first; at < last; at += kLine) __builtin_prefetch(array + at, 0, 2);
+                __builtin_prefetch(array + last, 0, 2);
+            }
+        });
     }
 };
 

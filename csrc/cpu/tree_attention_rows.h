@@ -47,6 +47,7 @@ class Rows {
             item_.look_ahead(segment_, begin + count, heads * steps_of_prefetch(count));
             for (int64_t h = 0; h < heads; ++h) {
                 item_.select(item_.head_begin + h);
+                item_.dequantize(count);
                 run_block(queries(h), begin, count);
             }
         }

@@ -174,6 +174,7 @@ class Tiles {
     void run_block(int64_t begin, int64_t count) {
         const int64_t vecs = divide_up(lanes_, W), tiles = divide_up(vecs, kTileVecs);
         item_.locate(segment_, begin, count);
+        item_.dequantize(count);
         item_.look_ahead(segment_, begin + count, tiles * (row_groups(count) + row_groups(dim_)));
         pack_keys(count);
         pack_values(count);

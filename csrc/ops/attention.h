@@ -16,9 +16,22 @@ inline bool rows_contiguous(const Tensor& t) {
     return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1;
 }
 
-// [pages, page_size, kv_heads, head_dim], rows contiguous.
+// As its dtype says.
+inline KvFormat format_of(const Tensor& cache) {
+    if (cache.scalar_type() == ScalarType::Char) return KvFormat::int8;
+    return cache.scalar_type() == ScalarType::Byte ? KvFormat::int4 : KvFormat::plain;
+}
+
+// [pages, page_size, kv_heads, head_dim], rows contiguous; of int4 half as many bytes.
 inline bool is_cache(const Tensor& t) {
-    return is_here(t) && t.dim() == 4 && is_float(t) && rows_contiguous(t);
+    return is_here(t) && t.dim() == 4 && (is_float(t) || format_of(t) != KvFormat::plain) &&
+           rows_contiguous(t);
+}
+
+inline void require_kernels(const Tensor& cache) {
+    require(
+        kHasQuantizedKv || format_of(cache) == KvFormat::plain,
+        "quantised KV caches (int8, int4) have no CUDA kernels: use a cache of the model's dtype on a GPU");
 }
 
 // No two slots are one memory, as those of an expanded tensor are.
@@ -55,11 +68,45 @@ inline PagedBytes paged_bytes(const Tensor& cache) {
             .row_bytes = cache.size(3) * item};
 }
 
-// Whether they are as many as there are slots, and of the cache's shape and dtype.
-inline bool fits(const Tensor& tokens, const Tensor& cache, int64_t count) {
-    return is_here(tokens) && tokens.scalar_type() == cache.scalar_type() && tokens.dim() == 3 &&
-           tokens.size(0) == count && tokens.size(1) == cache.size(2) && tokens.size(2) == cache.size(3);
-}
+// What lies beside quantised caches.
+struct ScaleTensors {
+    const std::optional<Tensor>&k_scale, &v_scale, &k_zero, &v_zero;
+};
+
+// The caches of a layer, checked: both plain and of one dtype, or both of one quantised format with all that
+// belongs to it and nothing else.
+struct LayerCaches {
+    const Tensor &k, &v;
+    KvFormat format;
+    int64_t head_dim;  // of the heads that they hold
+    KvScales k_scales, v_scales;
+
+    // For tokens of a dtype.
+    LayerCaches(const Tensor& k_cache, const Tensor& v_cache, ScalarType tokens, const ScaleTensors& beside)
+        : k(k_cache), v(v_cache), format(format_of(k_cache)) {
+        require(same_cache(k, v), "caches");
+        require(format != KvFormat::plain || k.scalar_type() == tokens, "caches");
+        require_kernels(k);
+        head_dim = format == KvFormat::int4 ? 2 * k.size(3) : k.size(3);
+        require(format == KvFormat::plain || head_dim >= 1, "caches");
+        k_scales = {numbers(beside.k_scale, format != KvFormat::plain),
+                    numbers(beside.k_zero, format == KvFormat::int4)};
+        v_scales = {numbers(beside.v_scale, format != KvFormat::plain),
+                    numbers(beside.v_zero, format == KvFormat::int4)};
+    }
+
+    void require_writable() const { require(writable(k) && writable(v), "caches"); }
+
+  private:
+    f16* numbers(const std::optional<Tensor>& t, bool wanted) const {
+        require(t.has_value() == wanted, "scales, zeros");
+        if (!wanted) return nullptr;
+        require(is_here(*t) && t->scalar_type() == ScalarType::Half && t->is_contiguous() && t->dim() == 3,
+                "scales, zeros");
+        for (int i = 0; i < 3; ++i) require(t->size(i) == k.size(i), "scales, zeros");
+        return static_cast<f16*>(const_cast<void*>(t->const_data_ptr()));
+    }
+};
 
 // append_kv_, checked and ready to run: new tokens [T, Hkv, D] for both caches of a layer, and their slots.
 struct AppendKv {
@@ -68,26 +115,39 @@ struct AppendKv {
     AppendKvArgs k_args, v_args;
 
     AppendKv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in, const Tensor& v_in,
-             const Tensor& slots_in)
+             const Tensor& slots_in, const ScaleTensors& beside)
         : slots(dense(slots_in)), count(slots.numel()) {
         const IndexArray index = indices(slots);
-        require(same_cache(k_cache, v_cache) && writable(k_cache) && writable(v_cache), "caches");
-        require(fits(k_in, k_cache, count) && fits(v_in, v_cache, count), "k, v");
+        const LayerCaches caches(k_cache, v_cache, k_in.scalar_type(), beside);
+        caches.require_writable();
+        require(fits(k_in, caches, count) && fits(v_in, caches, count), "k, v");
+        require(v_in.scalar_type() == k_in.scalar_type(), "v");
         require_range(index, count, 0, k_cache.size(0) * k_cache.size(1));
         k = rows_contiguous(k_in) ? k_in : dense(k_in);
         v = rows_contiguous(v_in) ? v_in : dense(v_in);
-        k_args = args(k_cache, k, index);
-        v_args = args(v_cache, v, index);
+        k_args = args(caches, k_cache, k, index, caches.k_scales);
+        v_args = args(caches, v_cache, v, index, caches.v_scales);
     }
 
   private:
-    static AppendKvArgs args(const Tensor& cache, const Tensor& tokens, IndexArray slots) {
-        const int64_t item = cache.element_size();
+    // Whether they are as many as there are slots, and of the caches' shape.
+    static bool fits(const Tensor& tokens, const LayerCaches& caches, int64_t count) {
+        return is_here(tokens) && is_float(tokens) && tokens.dim() == 3 && tokens.size(0) == count &&
+               tokens.size(1) == caches.k.size(2) && tokens.size(2) == caches.head_dim;
+    }
+
+    static AppendKvArgs args(const LayerCaches& caches, const Tensor& cache, const Tensor& tokens,
+                             IndexArray slots, KvScales scales) {
+        const int64_t item = tokens.element_size();
         return {.from = static_cast<const char*>(tokens.const_data_ptr()),
                 .from_token = tokens.stride(0) * item,
                 .from_head = tokens.stride(1) * item,
                 .to = paged_bytes(cache),
-                .slots = slots};
+                .slots = slots,
+                .dtype = dtype(tokens),
+                .head_dim = caches.head_dim,
+                .format = caches.format,
+                .scales = scales};
     }
 };
 
@@ -107,6 +167,7 @@ struct CopyPages {
         require(dst_tensor.numel() == count, "dst");
         for (const Tensor& cache : tensors) {
             require(is_cache(cache) && writable(cache), "caches");
+            require_kernels(cache);
             require_range(src, count, 0, cache.size(0));
             require_range(dst, count, 0, cache.size(0));
             if (cache.numel() > 0) caches.push_back(paged_bytes(cache));

@@ -104,13 +104,11 @@ struct Plan {
 // ---- the tensors
 // -----------------------------------------------------------------------------------------------
 
-void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Plan& plan,
-                   int64_t num_kv_heads) {
+void check_tensors(const Tensor& q, const LayerCaches& caches, const Plan& plan, int64_t num_kv_heads) {
     require(q.dim() == 3 && q.size(2) >= 1 && rows_contiguous(q), "q");
-    require(same_cache(k_cache, v_cache) && k_cache.scalar_type() == q.scalar_type(), "caches");
-    require(
-        k_cache.size(1) == plan.page_size && k_cache.size(2) == num_kv_heads && k_cache.size(3) == q.size(2),
-        "caches");
+    require(caches.k.size(1) == plan.page_size && caches.k.size(2) == num_kv_heads &&
+                caches.head_dim == q.size(2),
+            "caches");
     require(q.size(0) == plan.rows.numel() && num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
 }
 
@@ -157,7 +155,8 @@ int64_t scratch_size(const TreeAttentionArgs& args, const std::vector<WorkItem>&
         const int64_t lanes = (task.row_end - task.row_begin) * group;
         if (own) states = std::max(states, lanes * (item.head_end - item.head_begin));
     }
-    return kernels().tree_attention_scratch(max_hull * group, args.num_kv_heads, states, args.head_dim);
+    return kernels().tree_attention_scratch(max_hull * group, args.num_kv_heads, states, args.head_dim,
+                                            args.format != KvFormat::plain);
 }
 
 // Work items are claimed one by one, dearest first: which thread runs one changes nothing.
@@ -185,17 +184,19 @@ void run_merge(const TreeAttentionArgs& args, const Tensor& like) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
-                                          const Tensor& rows, const Tensor& positions, const Tensor& pages,
-                                          const Tensor& segments, const Tensor& tasks,
-                                          const Tensor& merge_indptr, const Tensor& merge_slots,
-                                          const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
-                                          int64_t max_slots, double scale, double softcap, int64_t window,
-                                          const std::optional<Tensor>& sinks) {
+std::tuple<Tensor, Tensor> tree_attention(
+    const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& rows,
+    const Tensor& positions, const Tensor& pages, const Tensor& segments, const Tensor& tasks,
+    const Tensor& merge_indptr, const Tensor& merge_slots, const Tensor& sizes, int64_t page_size,
+    int64_t num_kv_heads, int64_t max_slots, double scale, double softcap, int64_t window,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, const std::optional<Tensor>& k_zero,
+    const std::optional<Tensor>& v_zero) {
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
     Plan plan{rows,         positions,   pages, segments,  tasks,
               merge_indptr, merge_slots, sizes, page_size, max_slots};
-    check_tensors(q, k_cache, v_cache, plan, num_kv_heads);
+    const LayerCaches caches(k_cache, v_cache, q.scalar_type(), {k_scale, v_scale, k_zero, v_zero});
+    check_tensors(q, caches, plan, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
     TreeAttentionArgs args{.dtype = dtype(q),
                            .q = q.const_data_ptr(),
@@ -223,7 +224,10 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_ca
                            .lse = nullptr,
                            .partial_rows = nullptr,
                            .partial_states = nullptr,
-                           .padded_dim = round_up(q.size(2), kRowAlign)};
+                           .padded_dim = round_up(q.size(2), kRowAlign),
+                           .format = caches.format,
+                           .k_scales = caches.k_scales,
+                           .v_scales = caches.v_scales};
     plan.check(args, k_cache.size(0));
     Tensor out = empty(q, {args.num_rows, args.num_q_heads, args.head_dim}, q.scalar_type());
     Tensor lse = empty(q, {args.num_rows, args.num_q_heads}, ScalarType::Float);
@@ -245,8 +249,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
         "pages, "
         "Tensor segments, Tensor tasks, Tensor merge_indptr, Tensor merge_slots, Tensor sizes, int "
         "page_size, "
-        "int num_kv_heads, int max_slots, float scale, float softcap, int window, Tensor? sinks) -> (Tensor "
-        "out, Tensor lse)");
+        "int num_kv_heads, int max_slots, float scale, float softcap, int window, Tensor? sinks, Tensor? "
+        "k_scale=None, Tensor? v_scale=None, Tensor? k_zero=None, Tensor? v_zero=None) -> (Tensor out, "
+        "Tensor "
+        "lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("tree_attention", TTS_BOX(&tree_attention)); }

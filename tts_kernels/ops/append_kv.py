@@ -8,25 +8,43 @@ from .. import checks, reference
 from ..op import Op
 
 
-def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def append_kv_(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
+) -> None:
     """Write the keys and values of new tokens into a layer's pages, in place.
 
-    ``k_cache[slots[t] // page_size, slots[t] % page_size] = k[t]``, and v alike.
+    ``k_cache[slots[t] // page_size, slots[t] % page_size] = k[t]``, and v alike. Quantised caches get whole numbers, by
+    a scale of its own for each head of a token: int8 ``x / scale`` with ``scale = max |x| / 127``; int4 ``(x - zero) /
+    scale`` with ``zero = min x``, ``scale = (max x - min x) / 15``. Scale and zero are rounded to float16 before they
+    are used. A head with an element, scale or zero that is not finite is NaN.
 
     Parameters
     ----------
     k_cache, v_cache
-        [P, page_size, Hkv, D] float: may be strided views, last dimension contiguous, but not expanded ones.
+        [P, page_size, Hkv, D] float or int8, or uint8 [P, page_size, Hkv, D / 2] for 4 bits: byte j has element j and,
+        in its high half, element j + D / 2. May be strided views, last dimension contiguous, but not expanded ones.
     k, v
-        [T, Hkv, D], of the caches' dtype. Rows and heads may be strided.
+        [T, Hkv, D], of the caches' dtype, or any float dtype where they are quantised. Rows and heads may be strided.
     slots
         [T] int: page * page_size + offset, as `KVForest.append` returns them. All different: which of two tokens
         a slot of both ends up with is undefined.
+    k_scale, v_scale, k_zero, v_zero
+        What lies beside quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4 ones
+        zeros too; plain caches have none.
 
     Raises
     ------
     TypeError
-        For a wrong dtype.
+        For a wrong dtype, or scales or zeros that the caches' format lacks or does not have.
     ValueError
         For a wrong shape or device, or an expanded cache; under `debug_checks` for a slot that is there twice.
     IndexError
@@ -35,6 +53,7 @@ def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Te
     Notes
     -----
     Reads and writes 2 T Hkv D elements; one launch. Copy the pages that `KVForest.append` names first (`copy_pages_`).
+    Quantised caches are for CPUs.
 
     Examples
     --------
@@ -44,21 +63,31 @@ def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Te
     >>> k_cache.flatten(), v_cache.flatten()
     (tensor([0., 0., 0., 7.]), tensor([0., 0., 0., 8.]))
     """
-    _op(k_cache, v_cache, k, v, slots)
+    _op(k_cache, v_cache, k, v, slots, k_scale, v_scale, k_zero, v_zero)
 
 
-def _check(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    checks.cache("k_cache", k_cache, written=True)
-    checks.cache("v_cache", v_cache, (k_cache.dtype,), k_cache.shape, k_cache.device, written=True)
+def _check(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
+) -> None:
+    beside = {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
+    heads = checks.caches("k_cache", k_cache, "v_cache", v_cache, beside=beside, written=True)
     checks.tensor("slots", slots, checks.INDEX, ["T"], k_cache.device)
-    shape = [slots.shape[0], *k_cache.shape[2:]]
-    checks.tensor("k", k, (k_cache.dtype,), shape, k_cache.device)
-    checks.tensor("v", v, (k_cache.dtype,), shape, k_cache.device)
+    shape = [slots.shape[0], *heads]
+    checks.tensor("k", k, checks.FLOAT if k_scale is not None else (k_cache.dtype,), shape, k_cache.device)
+    checks.tensor("v", v, (k.dtype,), shape, k_cache.device)
     checks.index_range("slots", slots, 0, k_cache.shape[0] * k_cache.shape[1])
     checks.distinct("slots", slots)
 
 
-def _fake(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:  # noqa: ARG001
+def _fake(*args: Tensor | None) -> None:  # noqa: ARG001
     return None
 
 

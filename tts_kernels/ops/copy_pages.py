@@ -16,8 +16,8 @@ def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     Parameters
     ----------
     caches
-        Tensors [P, page_size, Hkv, D] float, such as every layer's keys and values; each may have its own P, dtype and
-        strides (last dimension contiguous).
+        Tensors [P, page_size, Hkv, D] float, int8 or uint8, such as every layer's keys and values; each may have its
+        own shape, dtype and strides (last dimension contiguous). Scales [P, page_size, Hkv] go as ``scale[..., None]``.
     src, dst
         [n] int: pages read and written, in [0, P). No page is written twice, or both read and written.
 
@@ -49,7 +49,7 @@ def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
 def _check(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     device = caches[0].device if caches and isinstance(caches[0], Tensor) else None
     for i, cache in enumerate(caches):
-        checks.cache(f"caches[{i}]", cache, device=device, written=True)
+        checks.cache(f"caches[{i}]", cache, checks.CACHE, device=device, written=True)
     checks.tensor("src", src, checks.INDEX, ["n"], device)
     checks.tensor("dst", dst, checks.INDEX, [src.shape[0]], device)
     for cache in caches:

@@ -134,6 +134,10 @@ def decoder_layers_(
     *,
     eps: float = 1e-6,
     rows: Tensor | None = None,
+    k_scales: Sequence[Tensor] = (),
+    v_scales: Sequence[Tensor] = (),
+    k_zeros: Sequence[Tensor] = (),
+    v_zeros: Sequence[Tensor] = (),
 ) -> Tensor:
     """Run hidden states through decoder layers over a paged KV cache, which gets their keys and values.
 
@@ -148,7 +152,7 @@ def decoder_layers_(
     layers
         Their weights, of x's dtype.
     k_caches, v_caches
-        [P, page_size, Hkv, D] of x's dtype, one for each layer. Written in place.
+        [P, page_size, Hkv, D] of x's dtype, or quantised as in `append_kv_`; one for each layer. Written in place.
     plan
         The attention of these rows, the same for every layer; Hq, Hkv and D are the plan's.
     positions, cos_sin, slots
@@ -158,6 +162,8 @@ def decoder_layers_(
     rows
         [R] int, or None: the rows that the result has, all of them by default. The last layer spares the others what
         comes after its attention.
+    k_scales, v_scales, k_zeros, v_zeros
+        What lies beside quantised caches, as in `append_kv_`, one for each layer; else empty.
 
     Returns
     -------
@@ -219,6 +225,10 @@ def decoder_layers_(
         layers.intermediate,
         layers.windows,
         eps,
+        k_scales,
+        v_scales,
+        k_zeros,
+        v_zeros,
     )
     return out
 
@@ -243,6 +253,10 @@ def _check(
     intermediate: int,
     windows: Sequence[int],
     eps: float,
+    k_scales: Sequence[Tensor] = (),
+    v_scales: Sequence[Tensor] = (),
+    k_zeros: Sequence[Tensor] = (),
+    v_zeros: Sequence[Tensor] = (),
 ) -> None:
     checks.tensor("x", x, shape=["T", "H"])
     tokens, hidden = x.shape
@@ -255,10 +269,15 @@ def _check(
     for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
         if len(caches) != depth:
             raise ValueError(f"{name}: expected {depth} caches, one for each layer, got {len(caches)}")
-        for i, cache in enumerate(caches):
-            pages: int | str = k_caches[i].shape[0] if name == "v_caches" else "P"
-            shape = [pages, page_size, num_kv_heads, head_dim]
-            checks.cache(f"{name}[{i}]", cache, (x.dtype,), shape, x.device, written=True)
+    scales = {"k_scales": k_scales, "v_scales": v_scales, "k_zeros": k_zeros, "v_zeros": v_zeros}
+    for name, some in scales.items():
+        if len(some) not in (0, depth):
+            raise ValueError(f"{name}: expected {depth} tensors, one for each layer, or none, got {len(some)}")
+    for i in range(depth):
+        beside = {f"{name}[{i}]": some[i] if some else None for name, some in scales.items()}
+        shape: list[int | str] = ["P", page_size, num_kv_heads, head_dim]
+        names = (f"k_caches[{i}]", k_caches[i], f"v_caches[{i}]", v_caches[i])
+        checks.caches(*names, x.dtype, shape, x.device, beside, written=True)
     checks.tensor("plan.rows", plan[0], (torch.int32,), [tokens], x.device)
     checks.tensor("positions", positions, checks.INDEX, [tokens], x.device)
     checks.tensor("slots", slots, checks.INDEX, [tokens], x.device)

@@ -24,6 +24,10 @@ def rope_append_(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys, write keys and values into their cache slots, return the queries.
 
@@ -32,7 +36,8 @@ def rope_append_(
     qkv
         [T, (Hq + 2 Hkv) D] float: the query heads of a token, its key heads, its value heads; rows may be strided.
     k_cache, v_cache
-        [P, page_size, Hkv, D] of qkv's dtype, last dimension contiguous, not expanded. Written in place.
+        [P, page_size, Hkv, D] of qkv's dtype, or quantised as in `append_kv_`; last dimension contiguous, not expanded.
+        Written in place, as by `append_kv_`.
     positions
         [T] int: the row of ``cos_sin`` that a token takes.
     cos_sin
@@ -46,6 +51,9 @@ def rope_append_(
         [D] of qkv's dtype, or None: RMSNorm weights of each head before the rotation (Qwen3).
     eps
         Of these norms.
+    k_scale, v_scale, k_zero, v_zero
+        What lies beside quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4 ones
+        zeros too; plain caches have none.
 
     Returns
     -------
@@ -55,7 +63,7 @@ def rope_append_(
     Raises
     ------
     TypeError
-        For a wrong dtype.
+        For a wrong dtype, or scales or zeros that the caches' format lacks or does not have.
     ValueError
         For a wrong shape, stride, device or number; under `debug_checks` for a slot that is there twice.
     IndexError
@@ -79,8 +87,9 @@ def rope_append_(
     (tensor([-1.,  0.]), tensor([5., 6.]))
     """
     q: Tensor = rope_append_op(
-        qkv, k_cache, v_cache, positions, cos_sin, slots, num_q_heads, num_kv_heads, q_norm, k_norm, eps
-    )
+        qkv, k_cache, v_cache, positions, cos_sin, slots, num_q_heads, num_kv_heads, q_norm, k_norm, eps,
+        k_scale, v_scale, k_zero, v_zero,
+    )  # fmt: skip
     return q
 
 
@@ -96,6 +105,10 @@ def _check(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> None:
     checks.tensor("qkv", qkv, shape=["T", "(Hq + 2 Hkv) D"])
     checks.integer("num_q_heads", num_q_heads, 1, 2**31)
@@ -106,8 +119,9 @@ def _check(
     if head_dim % 2:
         raise ValueError(f"cos_sin: expected an even number of columns, got {checks.describe(cos_sin)}")
     checks.tensor("qkv", qkv, shape=["T", (num_q_heads + 2 * num_kv_heads) * head_dim])
-    checks.cache("k_cache", k_cache, (qkv.dtype,), ["P", "page_size", num_kv_heads, head_dim], device, written=True)
-    checks.cache("v_cache", v_cache, (qkv.dtype,), k_cache.shape, device, written=True)
+    beside = {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
+    shape: list[int | str] = ["P", "page_size", num_kv_heads, head_dim]
+    checks.caches("k_cache", k_cache, "v_cache", v_cache, qkv.dtype, shape, device, beside, written=True)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             checks.tensor(name, norm, (qkv.dtype,), [head_dim], device)
@@ -119,8 +133,9 @@ def _check(
     checks.distinct("slots", slots)
 
 
-def _fake(qkv: Tensor, k_cache: Tensor, *rest: Any) -> Tensor:
-    return qkv.new_empty((qkv.shape[0], rest[4], k_cache.shape[3]))
+def _fake(qkv: Tensor, *rest: Any) -> Tensor:
+    cos_sin, num_q_heads = rest[3], rest[5]
+    return qkv.new_empty((qkv.shape[0], num_q_heads, cos_sin.shape[1]))
 
 
 rope_append_op = Op("rope_append_", reference=reference.rope_append_, check=_check, fake=_fake)

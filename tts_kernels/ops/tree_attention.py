@@ -27,6 +27,10 @@ def tree_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -42,6 +46,10 @@ def tree_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     return_lse: Literal[True],
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -56,6 +64,10 @@ def tree_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend each query row to the keys of its branch, reading a token that many branches share once for all of them.
 
@@ -67,8 +79,8 @@ def tree_attention(
     q
         [T, Hq, D] float: the packed query rows of the plan's branches. Rows and heads may be strided.
     k_cache, v_cache
-        [P, page_size, Hkv, D], of q's dtype: one layer's pages. May be strided views, last dimension contiguous. Slots
-        that no row sees may hold anything, NaN included.
+        [P, page_size, Hkv, D], of q's dtype, or quantised as in `append_kv_`: one layer's pages. May be strided views,
+        last dimension contiguous. Slots that no row sees may hold anything, NaN included.
     plan
         What `KVForest.plan` or `plan_attention` made; it serves every layer.
     scale
@@ -81,6 +93,9 @@ def tree_attention(
         [Hq] float32: a logit of each query head that takes part in its softmax and has no value (GPT-OSS); None: none.
     return_lse
         Return the log-sum-exp too.
+    k_scale, v_scale, k_zero, v_zero
+        What lies beside quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4 ones
+        zeros too; plain caches have none.
 
     Returns
     -------
@@ -93,7 +108,7 @@ def tree_attention(
     Raises
     ------
     TypeError
-        For a wrong dtype.
+        For a wrong dtype, or scales or zeros that the caches' format lacks or does not have.
     ValueError
         For a wrong shape, device or option, or a plan made for other sizes.
     IndexError
@@ -108,6 +123,7 @@ def tree_attention(
     else, to the bit within a backend and an instruction set: not on other rows, on who shares a key, on how q_lens cuts
     a text into forwards, on pages, on plans or on threads. Keys are summed up in blocks of 64 and chunks of 512
     (256 on a GPU) at absolute positions, in ascending order.
+    Quantised heads become elements of q's dtype once for all rows that share them; they are for CPUs.
     bfloat16 products are accumulated in float32; weights are rounded to bfloat16 before they meet the values where the
     processor multiplies pairs of bfloat16.
 
@@ -151,6 +167,10 @@ def tree_attention(
         float(softcap),
         window or 0,
         sinks,
+        k_scale,
+        v_scale,
+        k_zero,
+        v_zero,
     )
     return (out, lse) if return_lse else out
 
@@ -184,16 +204,18 @@ def _check(
     softcap: float,
     window: int,  # noqa: ARG001
     sinks: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> None:
     checks.tensor("q", q, shape=["T", "Hq", "D"])
     head_dim = q.shape[2]
     if head_dim < 1:
         raise ValueError(f"q: expected heads of at least one element, got {checks.describe(q)}")
-    cache_shape: list[int | str] = ["P", page_size, num_kv_heads, head_dim]
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.cache(name, cache, (q.dtype,), cache_shape, q.device)
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(f"v_cache: expected shape {list(k_cache.shape)} like k_cache, got {list(v_cache.shape)}")
+    beside = {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
+    shape: list[int | str] = ["P", page_size, num_kv_heads, head_dim]
+    checks.caches("k_cache", k_cache, "v_cache", v_cache, q.dtype, shape, q.device, beside)
     if num_kv_heads < 1 or q.shape[1] % num_kv_heads:
         raise ValueError(f"q: expected a multiple of {num_kv_heads} heads, got {q.shape[1]}")
     checks.number("scale", scale)

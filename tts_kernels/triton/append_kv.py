@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .configs import config
 
-BITS = {4: torch.int32, 2: torch.int16}
+BITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @triton.jit
@@ -37,8 +37,17 @@ def append_kernel(
         tl.store(v_cache + page * v_page + offset * v_slot + head * v_head + d, y, mask=there)
 
 
-def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def refuse_quantized(*beside: Tensor | None) -> None:
+    """NotImplementedError for the scales of a quantised cache."""
+    if any(t is not None for t in beside):
+        raise NotImplementedError(
+            "quantised KV caches (int8, int4) have no Triton kernels: use a cache of float elements"
+        )
+
+
+def append_kv_(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *beside: Tensor | None) -> None:
     """Writes every token to its slot."""
+    refuse_quantized(*beside)
     tokens, heads, dim = k.shape
     if k.numel() == 0:
         return

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .append_kv import refuse_quantized
 from .configs import config
 from .numerics import dense_rows, narrow
 
@@ -81,8 +82,10 @@ def rope_append_(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    *beside: Tensor | None,
 ) -> Tensor:
     """Queries [T, Hq, D]."""
+    refuse_quantized(*beside)
     qkv, tokens, head_dim = dense_rows(qkv), qkv.shape[0], cos_sin.shape[1]
     out = qkv.new_empty(tokens, num_q_heads, head_dim)
     if qkv.numel():

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import SEGMENT_INTS, TASK_INTS
+from .append_kv import refuse_quantized
 from .configs import config
 from .numerics import LN2, LOG2E, dot, fused, narrow, tanh
 
@@ -278,8 +279,10 @@ def tree_attention(
     softcap: float,
     window: int,
     sinks: Tensor | None,
+    *beside: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]."""
+    refuse_quantized(*beside)
     num_rows, num_q_heads, dim = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if q.numel() == 0:

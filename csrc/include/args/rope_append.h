@@ -19,8 +19,11 @@ struct RopeAppendArgs {
     float eps;
     IndexArray slots;  // [T]: page * page_size + offset
     int64_t page_size;
-    PagedCache k_cache, v_cache;  // of qkv's type
+    PagedCache k_cache, v_cache;  // of qkv's type, or quantised
     void* q;                      // [T, Hq, D]
+    KvFormat format = KvFormat::plain;
+    KvScales k_scales = {nullptr, nullptr}, v_scales = {nullptr, nullptr};
+    void* rotated = nullptr;  // [T, D] of qkv's type, for quantised caches: a head of keys on its way there
 };
 
 }  // namespace tts

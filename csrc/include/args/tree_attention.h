@@ -9,7 +9,7 @@
 namespace tts {
 
 struct TreeAttentionArgs {
-    DType dtype;    // of q, both caches and out
+    DType dtype;    // of q and out, and of both caches if they are plain
     const void* q;  // [T, Hq, D], last dimension contiguous
     int64_t q_row_stride, q_head_stride;
     PagedCache k, v;
@@ -28,6 +28,8 @@ struct TreeAttentionArgs {
     float* partial_rows;    // [slots, Hq, padded_dim]: sum of weights times values
     float* partial_states;  // [slots, Hq, 2]: max (log2), sum
     int64_t padded_dim;     // D rounded up to kRowAlign
+    KvFormat format = KvFormat::plain;
+    KvScales k_scales = {nullptr, nullptr}, v_scales = {nullptr, nullptr};
 };
 
 }  // namespace tts

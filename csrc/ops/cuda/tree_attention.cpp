@@ -18,26 +18,26 @@ const int32_t* int32s(const Tensor& t, int64_t dim, int64_t size, const char* wh
     return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
-void check_tensors(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, int64_t page_size,
-                   int64_t num_kv_heads) {
+void check_tensors(const Tensor& q, const Tensor& k_cache, int64_t page_size, int64_t num_kv_heads) {
     require(q.dim() == 3 && q.size(2) >= 1 && q.size(2) <= cuda::kMaxHeadDim, "q");
-    require(same_cache(k_cache, v_cache) && k_cache.scalar_type() == q.scalar_type(), "caches");
     require(page_size >= 1 && k_cache.size(1) == page_size && k_cache.size(2) == num_kv_heads &&
                 k_cache.size(3) == q.size(2),
             "caches");
     require(num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
 }
 
-std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
-                                          const Tensor& rows, const Tensor& positions, const Tensor& pages,
-                                          const Tensor& segments, const Tensor& tasks,
-                                          const Tensor& merge_indptr, const Tensor& merge_slots,
-                                          const Tensor& sizes, int64_t page_size, int64_t num_kv_heads,
-                                          int64_t max_slots, double scale, double softcap, int64_t window,
-                                          const std::optional<Tensor>& sinks) {
+std::tuple<Tensor, Tensor> tree_attention(
+    const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache, const Tensor& rows,
+    const Tensor& positions, const Tensor& pages, const Tensor& segments, const Tensor& tasks,
+    const Tensor& merge_indptr, const Tensor& merge_slots, const Tensor& sizes, int64_t page_size,
+    int64_t num_kv_heads, int64_t max_slots, double scale, double softcap, int64_t window,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, const std::optional<Tensor>& k_zero,
+    const std::optional<Tensor>& v_zero) {
     const OnDevice device(q_in);
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
-    check_tensors(q, k_cache, v_cache, page_size, num_kv_heads);
+    const LayerCaches caches(k_cache, v_cache, q.scalar_type(), {k_scale, v_scale, k_zero, v_zero});
+    check_tensors(q, k_cache, page_size, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
     require(max_slots >= 0, "max_slots");
     const int64_t num_rows = q.size(0), num_q_heads = q.size(1), head_dim = q.size(2);

@@ -1,0 +1,223 @@
+// Heads of keys and values as whole numbers of 8 or 4 bits (KvFormat in paged_cache.h), each with a scale of
+// its own.
+//
+//   int8  scale = max |x| / 127                code = x / scale
+//   int4  zero = min x, scale = (max x - min x) / 15      code = (x - zero) / scale
+//
+// Scale and zero are rounded to float16 first, codes to the nearest even whole number then; every step rounds
+// as IEEE 754 does, so all backends store the same bits. Where a scale or zero is not finite in float16, or
+// an element is not, the scale is NaN, and so is the head. Elements come back as code * scale + zero in
+// float32.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "paged_cache.h"
+#include "vec.h"
+#include "vec_row.h"
+
+TTS_BEGIN_ISA
+
+// ---- to codes
+// ----------------------------------------------------------------------------------------------
+
+struct HeadRange {
+    float low, high;
+    bool finite;
+};
+
+template <class T>
+inline HeadRange range_of(const T* x, int64_t dim) {
+    constexpr int W = Vec::width;
+    Vec low = Vec::all(to_float(x[0])), high = low,
+        odd = Vec::zero();  // v - v is 0, or NaN if v is not finite
+    for_vectors(dim, [&](int64_t i, int n) {
+        T filled[W];
+        const T* from = x + i;
+        if (n < W) {
+            for (int j = 0; j < W; ++j) filled[j] = from[j < n ? j : 0];
+            from = filled;
+        }
+        const Vec v = Vec::load(from);
+        low = min(v, low), high = max(v, high), odd = odd + (v - v);
+    });
+    return {0.0f - reduce_max(Vec::zero() - low), reduce_max(high), reduce_add(odd) == 0.0f};
+}
+
+// As float16; -0.0 becomes 0.0, so that it does not matter which of them is the least element.
+inline f16 half_of(float x) {
+    const f16 half = from_float<f16>(x);
+    return (half.bits & 0x7fffu) == 0 ? f16{0} : half;
+}
+
+inline bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
+
+// Stores Vec::width floats, each within [-128, 127], rounded to the nearest even whole number.
+inline void store_code(Vec x, int8_t* out) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+#elif defined(__AVX2__)
+    const __m256i whole = _mm256_cvtps_epi32(x.v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
+#else
+    const Vec whole = round(x);
+    for (int i = 0; i < Vec::width; ++i) out[i] = static_cast<int8_t>(whole.v[i]);
+#endif
+}
+
+// Codes as floats that are whole after rounding, within [low, high]; 0 for a scale of 0 or NaN.
+class Encoder {
+  public:
+    Encoder(float scale, float zero, float low, float high)
+        : some_(scale > 0.0f),
+          scale_(Vec::all(scale)),
+          zero_(Vec::all(zero)),
+          low_(Vec::all(low)),
+          high_(Vec::all(high)) {}
+
+    // n codes.
+    template <class T>
+    void operator()(const T* x, int n, int8_t* to) const {
+        const Vec v = some_ ? min(max((load(x, n) - zero_) / scale_, low_), high_) : Vec::zero();
+        if (n == Vec::width) return store_code(v, to);
+        int8_t all[Vec::width];
+        store_code(v, all);
+        __builtin_memcpy(to, all, static_cast<unsigned>(n));
+    }
+
+  private:
+    bool some_;
+    Vec scale_, zero_, low_, high_;
+};
+
+// A head of `dim` elements; its codes, and its scale and zero at `index`.
+template <class T>
+inline void quantize_head(const T* x, int64_t dim, KvFormat format, char* codes, KvScales to, int64_t index) {
+    constexpr int W = Vec::width;
+    const HeadRange range = range_of(x, dim);
+    constexpr f16 nan{0x7e00u};
+    if (format == KvFormat::int8) {
+        const float top = range.high > 0.0f - range.low ? range.high : 0.0f - range.low;
+        const f16 scale = half_of(top / 127.0f);
+        to.scale[index] = range.finite && is_finite(scale) ? scale : nan;
+        const Encoder encode(to_float(to.scale[index]), 0.0f, -127.0f, 127.0f);
+        for_vectors(dim, [&](int64_t i, int n) { encode(x + i, n, reinterpret_cast<int8_t*>(codes) + i); });
+        return;
+    }
+    const f16 zero = half_of(range.low), scale = half_of((range.high - range.low) / 15.0f);
+    to.zero[index] = range.finite ? zero : nan;
+    to.scale[index] = range.finite && is_finite(scale) && is_finite(zero) ? scale : nan;
+    const Encoder encode(to_float(to.scale[index]), to_float(zero), 0.0f, 15.0f);
+    const int64_t half = dim / 2;
+    for_vectors(half, [&](int64_t i, int n) {
+        int8_t low[W], high[W];
+        encode(x + i, n, low), encode(x + half + i, n, high);
+        for (int j = 0; j < n; ++j) codes[i + j] = static_cast<char>(low[j] | high[j] << 4);
+    });
+}
+
+// ---- to elements
+// -------------------------------------------------------------------------------------------
+
+// Vec::width bytes of codes, from as many bytes as there are.
+struct CodeBytes {
+#if defined(__AVX512F__)
+    __m128i bytes;
+    explicit CodeBytes(const char* p) : bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) {}
+    Vec int8() const { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
+    Vec low() const { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, nibble())))}; }
+    Vec high() const {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble())))};
+    }
+    static __m128i nibble() { return _mm_set1_epi8(15); }
+#elif defined(__AVX2__)
+    __m128i bytes;
+    explicit CodeBytes(const char* p) : bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))) {}
+    Vec int8() const { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
+    Vec low() const { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, nibble())))}; }
+    Vec high() const {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble())))};
+    }
+    static __m128i nibble() { return _mm_set1_epi8(15); }
+#else
+    uint8_t bytes[Vec::width];
+    explicit CodeBytes(const char* p) { __builtin_memcpy(bytes, p, sizeof bytes); }
+    Vec int8() const {
+        return whole([](uint8_t b) { return static_cast<int>(static_cast<int8_t>(b)); });
+    }
+    Vec low() const {
+        return whole([](uint8_t b) { return b & 15; });
+    }
+    Vec high() const {
+        return whole([](uint8_t b) { return b >> 4; });
+    }
+    template <class F>
+    Vec whole(F f) const {
+        Vec r;
+        for (int i = 0; i < Vec::width; ++i) r.v[i] = static_cast<float>(f(bytes[i]));
+        return r;
+    }
+#endif
+
+    static CodeBytes load(const char* p, int n) {
+        if (n == Vec::width) return CodeBytes(p);
+        char all[16] = {};
+        __builtin_memcpy(all, p, static_cast<unsigned>(n));
+        return CodeBytes(all);
+    }
+};
+
+// Stores two vectors side by side. A NaN has to be the processor's own, as those that come here are.
+template <class T>
+inline void store_two(Vec a, Vec b, T* to) {
+    a.store(to), b.store(to + Vec::width);
+}
+#if defined(__AVX512BF16__)
+template <>
+inline void store_two(Vec a, Vec b, bf16* to) {
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+}
+#elif defined(__AVX512F__)
+template <>
+inline void store_two(Vec a, Vec b, bf16* to) {
+    const auto rounded = [](Vec x) {  // to the nearest even, in the upper half of each lane
+        const __m512i bits = _mm512_castps_si512(x.v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
+                                 16);
+    };
+    const __m512i words = _mm512_packus_epi32(rounded(a), rounded(b));  // by blocks of 128 bits: a b a b ...
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, words));
+}
+#endif
+
+// A head's elements from its codes.
+template <class T>
+inline void dequantize_head(const char* codes, int64_t dim, KvFormat format, f16 scale_bits, f16 zero_bits,
+                            T* x) {
+    constexpr int64_t W = Vec::width;
+    const auto number = [](f16 bits) {
+        const float value = to_float(bits);
+        return Vec::all(is_nan(value) ? __builtin_nanf("") : value);
+    };
+    const Vec scale = number(scale_bits), zero = number(zero_bits);
+    // The products are exact in int4: fused or not, there is one rounding.
+    const auto run = [&](const char* from, int64_t count, T* to, auto element) {
+        int64_t i = 0;
+        for (; i + 2 * W <= count; i += 2 * W) {
+            store_two(element(CodeBytes(from + i)), element(CodeBytes(from + i + W)), to + i);
+        }
+        for_vectors(count - i, [&](int64_t j, int n) {
+            store(element(CodeBytes::load(from + i + j, n)), to + i + j, n);
+        });
+    };
+    if (format == KvFormat::int8) return run(codes, dim, x, [&](CodeBytes b) { return b.int8() * scale; });
+    run(codes, dim / 2, x, [&](CodeBytes b) { return fma(b.low(), scale, zero); });
+    run(codes, dim / 2, x + dim / 2, [&](CodeBytes b) { return fma(b.high(), scale, zero); });
+}
+
+TTS_END_ISA
