@@ -91,7 +91,8 @@ class Stopwatch:
 
 def run_ours(policy: HFPolicy, case: Case, num_tokens: int, times: Times) -> None:
     """Sample ``num_tokens`` in each branch; the last of its steps count, when all branches decode together."""
-    policy._lane.pool = BranchPool(KVPool(policy.decoder.shape, pages_for(case, num_tokens), 16, policy.decoder.dtype))
+    kind = policy._lane.pool.pool.kv.dtype
+    policy._lane.pool = BranchPool(KVPool(policy.decoder.shape, pages_for(case, num_tokens), 16, kind))
     root = Branch(Meter(), tokens=prompt(case), given=case.prefix)
     policy._problems[0] = hf._Problem(root, {0: hf._Node(root, "")})
     watch = Stopwatch(policy.decoder)
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--decoder", nargs="+", default=["lean"], choices=["lean", "transformers"])
     parser.add_argument("--quantize", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="lean only")
+    parser.add_argument("--kv", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="kv_dtype")
     parser.add_argument("--branches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--prefix", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
@@ -180,11 +182,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = options.checkpoint or checkpoint_of_shape(scratch, options.dtype)
         policies = {
-            kind if bits == "none" else f"{kind}, {bits}": HFPolicy(
-                path, dtype=options.dtype, kv_memory="16MiB", decoder=kind, quantize=None if bits == "none" else bits
+            ", ".join([kind, *(bits,) * (bits != "none"), *(f"KV {kv}",) * (kv != "none")]): HFPolicy(
+                path,
+                dtype=options.dtype,
+                kv_memory="16MiB",
+                decoder=kind,
+                quantize=None if bits == "none" else bits,
+                kv_dtype=None if kv == "none" else kv,
             )
             for kind in options.decoder
             for bits in options.quantize
+            for kv in options.kv
         }
         decoder = next(iter(policies.values())).decoder
         model = AutoModelForCausalLM.from_pretrained(path, dtype=decoder.dtype) if options.baseline else None

@@ -1,11 +1,12 @@
 """Perplexity of a checkpoint on problems with solutions, as it is and in few bits.
 
 python benchmarks/perplexity.py --checkpoint PATH --data math500.jsonl [--limit 200] [--formats bf16 int8 int4]
-    [--gguf Q8_0=PATH ...] [--write NAME]
+    [--gguf Q8_0=PATH ...] [--kv int8 int4] [--write NAME]
 
 The text of a problem is the problem, a blank line and the solution, and every token but the first counts; with --chat
 it is the solution behind the problem in the chat template, and the tokens of the solution count. A GGUF file of the
-same model is read twice: by our decoder, and by transformers with its weights in float. Beside the perplexity: on how
+same model is read twice: by our decoder, and by transformers with its weights in float. With --kv the first format is
+read with keys and values of so many bits too. Beside the perplexity: on how
 many tokens the likeliest one is that of the first format, and the mean KL divergence from it.
 """
 
@@ -52,18 +53,18 @@ def texts(path: Path, limit: int, tokenizer: Any, chat: bool) -> list[tuple[list
     return rows
 
 
-def quantised(checkpoint: str, name: str) -> Reader:
+def quantised(checkpoint: str, name: str) -> Decoder:
     quantize, group_size = FORMATS[name]
     before = llama.INT4_GROUP
     llama.INT4_GROUP = group_size or before
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
     decoder = load_decoder(checkpoint, dtype=dtype, device="cpu", decoder="lean", quantize=quantize)
     llama.INT4_GROUP = before
-    return reader(decoder)
+    return decoder
 
 
-def reader(decoder: Decoder) -> Reader:
-    pool = KVPool(decoder.shape, 160, 16, decoder.dtype, decoder.device)
+def reader(decoder: Decoder, kv_dtype: str | None = None) -> Reader:
+    pool = KVPool(decoder.shape, 160, 16, kv_dtype or decoder.dtype, decoder.device)
 
     @torch.inference_mode()
     def read(ids: list[int]) -> Tensor:
@@ -98,13 +99,17 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
     parser.add_argument("--gguf", nargs="*", default=[], metavar="TYPE=PATH")
+    parser.add_argument("--kv", nargs="*", default=[], choices=["int8", "int4"])
     parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
     parser.add_argument("--what", default="SmolLM2-135M-Instruct", help="the model, for its title")
     parser.add_argument("--beside", default="nothing")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     rows = texts(options.data, options.limit, tokenizer, options.chat)
-    readers = {NAMES.get(name, name): quantised(options.checkpoint, name) for name in options.formats}
+    decoders = {NAMES.get(name, name): quantised(options.checkpoint, name) for name in options.formats}
+    readers = {name: reader(decoder) for name, decoder in decoders.items()}
+    first = next(iter(decoders))
+    readers |= {f"{first}, KV in {bits}": reader(decoders[first], bits) for bits in options.kv}
     for kind, _, path in (one.partition("=") for one in options.gguf):
         readers[f"GGUF {kind}"] = reader(load_decoder(path, dtype="bfloat16", device="cpu"))
         readers[f"GGUF {kind}, float in transformers"] = in_transformers(path)
