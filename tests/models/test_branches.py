@@ -254,7 +254,7 @@ def test_flops_are_two_a_weight_and_four_a_head_dimension_and_key(decoder: Trans
     pool.forward([branch], decoder.logits, head=True)
     shape = decoder.shape
     attention = 4 * 3 * 4 * 16 * (1 + 2 + 3)
-    assert branch.meter.usage(shape).flops == 2 * shape.body_parameters * 3 + 2 * shape.head_parameters + attention
+    assert branch.meter.usage(pool.pool).flops == 2 * shape.body_parameters * 3 + 2 * shape.head_parameters + attention
     assert shape.kv_bytes(torch.bfloat16) == 2 * 3 * 2 * 16 * 2
 
 

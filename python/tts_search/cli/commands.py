@@ -130,6 +130,10 @@ Memory = Annotated[
     str | None,
     Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.", callback=_checked_by(_check_memory)),
 ]
+KvType = Annotated[
+    Literal["int8", "int4"] | None,
+    Option("--kv-dtype", help="Keep keys and values of both models in few bits; by default in the models' dtype."),
+]
 Quantize = Annotated[
     Literal["int8", "int4"] | None, Option("--quantize", help="Quantise the weights of both models while they load.")
 ]
@@ -188,6 +192,7 @@ def solve(
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
+    kv_dtype: KvType = None,
     quantize: Quantize = None,
     self_test: SelfTest = True,
 ) -> None:
@@ -199,7 +204,7 @@ def solve(
         raise SearchError("PROBLEM: expected a text, got an empty one")
     elected = _elected(vote, verifier)
     _check_device_is_there(device)
-    options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
+    options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
     models = load_checkpoints(policy, verifier, *options)
     result = search([text], *models, config, speculate=SPECULATE[speculate])[0]
     print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
@@ -252,6 +257,7 @@ def evaluate_(
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
+    kv_dtype: KvType = None,
     quantize: Quantize = None,
     self_test: SelfTest = True,
 ) -> None:
@@ -269,7 +275,7 @@ def evaluate_(
     with naming("DATA"):
         tasks = load_tasks(data, limit)
     _check_folder(out)
-    options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
+    options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
     load = partial(load_checkpoints, policy, verifier, *options, tasks=tasks)
     models: tuple[Policy | None, Verifier | None] = (None, None)
     if ray is None:
@@ -280,7 +286,8 @@ def evaluate_(
         from tts_search.evaluation.ray import on_ray
 
         run = on_ray(load, address=ray or None, actors=actors, device=device, max_in_flight=in_flight)
-    names = (policy, verifier or "", system_prompt or "", format, dtype or "", quantize or "")
+    names: tuple[str, ...] = (policy, verifier or "", system_prompt or "", format, dtype or "", quantize or "")
+    names += (f"kv {kv_dtype}",) if kv_dtype else ()
     experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
     try:
         rows = run_experiments(tasks, experiments, out, data=data, vote=elected, run=run, emit=lambda _: None)
@@ -471,6 +478,7 @@ def load_checkpoints(
     dtype: str | None,
     device: str | None,
     kv_memory: str | None,
+    kv_dtype: Literal["int8", "int4"] | None,
     quantize: str | None,
     self_test: bool,
     *,
@@ -490,6 +498,7 @@ def load_checkpoints(
         "dtype": dtype,
         "device": device,
         "kv_memory": kv_memory,
+        "kv_dtype": kv_dtype,
         "quantize": quantize,
         "self_test": self_test,
     }
@@ -528,7 +537,7 @@ def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) 
         f"tokens: {stats.policy_tokens} sampled, {stats.policy_prefill_tokens} of the prompt, "
         f"{stats.verifier_tokens} read by the verifier",
         f"KV cache of the policy: {stats.peak_unique_kv_tokens} tokens at most, "
-        f"{stats.peak_logical_kv_tokens} without sharing",
+        f"{stats.peak_logical_kv_tokens} without sharing; {stats.peak_kv_bytes / 2**20:.1f} MiB",
     ]
     return "\n".join([*lines, "", result.tree.render()] if show_tree else lines)
 

@@ -16,6 +16,7 @@ from tts_search.cli.commands import (
     Device,
     Dtype,
     Format,
+    KvType,
     Memory,
     PolicyPath,
     Quantize,
@@ -59,6 +60,7 @@ def serve(
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
+    kv_dtype: KvType = None,
     quantize: Quantize = None,
     self_test: SelfTest = True,
 ) -> None:
@@ -85,7 +87,7 @@ def serve(
         timeout_s=timeout,
         allow_chat_template=allow_chat_template,
     )
-    options = (system_prompt, format, dtype, device, kv_memory, quantize, self_test)
+    options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
     models = load_checkpoints(policy, verifier, *options)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{settings.names[0]} at {where}: OpenAI's API under /v1, a page at /", file=sys.stderr)

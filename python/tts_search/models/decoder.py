@@ -20,6 +20,7 @@ from tts_search.models.device import refill, upload
 
 PAGE_SIZE: Final = 16
 DecoderKind = Literal["auto", "lean", "transformers"]
+KvDtype = Literal["int8", "int4"]
 _UNITS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -49,9 +50,13 @@ class DecoderShape:
     head_parameters: int
     switch: int | None = None
 
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one token holds in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+    def kv_bytes(self, dtype: torch.dtype | str) -> int:
+        """Bytes of keys and values that one token holds in all layers; those of scales and zeros, too."""
+        if isinstance(dtype, torch.dtype):
+            head = self.head_dim * dtype.itemsize
+        else:
+            head = {"int8": self.head_dim + 2, "int4": self.head_dim // 2 + 4}[dtype]
+        return 2 * self.num_layers * self.num_kv_heads * head
 
     def flops(self, tokens: int, keys: int, logit_rows: int) -> float:
         """Operations of a forward: 2 per weight and token, and q.k and p.v of each query head for each of ``keys``.
@@ -124,7 +129,7 @@ class KVPool:
     num_pages, page_size : int
         Of the pool; it holds ``num_pages * page_size`` tokens.
     dtype, device
-        Of keys and values.
+        Of keys and values; "int8" and "int4" as in :class:`tts_kernels.KVCache`.
     """
 
     def __init__(
@@ -132,7 +137,7 @@ class KVPool:
         shape: DecoderShape,
         num_pages: int,
         page_size: int = PAGE_SIZE,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.shape = shape
@@ -141,10 +146,15 @@ class KVPool:
         self.kv = tk.KVCache(
             shape.num_layers, num_pages, shape.num_kv_heads, shape.head_dim, page_size, dtype=dtype, device=device
         )
-        self._tensors = [*self.kv.k, *self.kv.v]
+        self._tensors = self.kv.tensors()
         # For a decoder with a switch, of each slot that `pack` filled: its token, and whether its text was beyond it.
         self._tokens = torch.zeros(0 if shape.switch is None else num_pages, page_size, dtype=torch.int64)
         self._far = torch.zeros(self._tokens.shape, dtype=torch.bool)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token holds."""
+        return self.shape.kv_bytes(self.kv.dtype)
 
     def pack(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Batch:
         """Append new tokens to forest branches (each named once, at least one token) and plan their forward.
@@ -246,17 +256,22 @@ class KVPool:
         return out
 
 
-def pool_for(decoder: Decoder, kv_memory: int | str | None, page_size: int = PAGE_SIZE) -> KVPool:
+def pool_for(
+    decoder: Decoder, kv_memory: int | str | None, page_size: int = PAGE_SIZE, kv_dtype: KvDtype | None = None
+) -> KVPool:
     """A pool for a decoder: of ``kv_memory`` bytes, else sized from its configuration.
 
-    By default it holds 64 sequences of full length, and takes at most a quarter of the memory that is free.
+    By default it holds 64 sequences of full length, and takes at most a quarter of the memory that is free. Keys and
+    values are of the decoder's dtype, or of ``kv_dtype``.
 
     Raises
     ------
     ValueError
-        If ``kv_memory`` is no size, or too small for one page.
+        If ``kv_memory`` is no size, or too small for one page, or ``kv_dtype`` is not possible.
     """
-    page_bytes = page_size * decoder.shape.kv_bytes(decoder.dtype)
+    _check_kv_dtype(decoder, kv_dtype)
+    dtype = kv_dtype or decoder.dtype
+    page_bytes = page_size * decoder.shape.kv_bytes(dtype)
     if kv_memory is None:
         wanted = 64 * -(-decoder.shape.max_length // page_size)
         num_pages = max(1, min(wanted, _free_memory(decoder.device) // 4 // page_bytes))
@@ -266,7 +281,18 @@ def pool_for(decoder: Decoder, kv_memory: int | str | None, page_size: int = PAG
             raise ValueError(
                 f"kv_memory: expected room for one page of {page_size} tokens ({page_bytes} bytes), got {kv_memory!r}"
             )
-    return KVPool(decoder.shape, num_pages, page_size, decoder.dtype, decoder.device)
+    return KVPool(decoder.shape, num_pages, page_size, dtype, decoder.device)
+
+
+def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
+    if kv_dtype is None:
+        return
+    if kv_dtype not in ("int8", "int4"):
+        raise ValueError(f"kv_dtype: expected None, 'int8' or 'int4', got {kv_dtype!r}")
+    if decoder.device.type != "cpu":
+        raise ValueError(f"kv_dtype: expected None on {decoder.device}, as {kv_dtype} is for CPUs")
+    if kv_dtype == "int4" and decoder.shape.head_dim % 2:
+        raise ValueError(f"kv_dtype: expected no int4 for heads of an odd size, {decoder.shape.head_dim}")
 
 
 def parse_bytes(size: int | str) -> int:

@@ -132,6 +132,10 @@ class LlamaDecoder:
             batch.slots,
             eps=eps,
             rows=rows,
+            k_scales=kv.k_scale,
+            v_scales=kv.v_scale,
+            k_zeros=kv.k_zero,
+            v_zeros=kv.v_zero,
         )
         return tk.rms_norm(x, self._norm, eps)[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tts_search.models.decoder import DecoderShape
+from tts_search.models.decoder import KVPool
 from tts_search.search.protocol import Usage
 
 __all__ = ["Meter"]
@@ -69,15 +69,16 @@ class Meter:
         self.peak_unique = max(self.peak_unique, self.unique)
         self.peak_logical = max(self.peak_logical, self.logical)
 
-    def usage(self, shape: DecoderShape, tokens: int | None = None) -> Usage:
-        """The public form, for a decoder; ``tokens`` are those read unless given."""
+    def usage(self, pool: KVPool, tokens: int | None = None) -> Usage:
+        """The public form, for a decoder's pool; ``tokens`` are those read unless given."""
         forwarded = self.prompt + self.read + self.recomputed
         return Usage(
             tokens=self.read if tokens is None else tokens,
             prefill_tokens=self.prompt,
-            flops=shape.flops(forwarded, self.keys, self.logit_rows),
+            flops=pool.shape.flops(forwarded, self.keys, self.logit_rows),
             peak_unique_kv_tokens=self.peak_unique,
             peak_logical_kv_tokens=self.peak_logical,
+            peak_kv_bytes=self.peak_unique * pool.token_bytes,
             recomputed_tokens=self.recomputed,
             waves=self.waves,
             cached_tokens=self.cached,

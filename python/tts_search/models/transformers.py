@@ -79,6 +79,7 @@ class ForestCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self.kv = kv
         self._slots: Tensor | None = None
+        self.beside = kv.beside(0)
         self.appended = 0
         self.attended = 0
         self.pretended = 0
@@ -117,7 +118,9 @@ class ForestCache(Cache):  # type: ignore[misc]
                 "ForestCache: a plain forward has no slots to write to; call model(**cache.inputs(batch))"
             )
         k_pages, v_pages = self.kv.k[layer_idx], self.kv.v[layer_idx]
-        tk.append_kv_(k_pages, v_pages, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), self._slots)
+        self.beside = self.kv.beside(layer_idx)
+        k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        tk.append_kv_(k_pages, v_pages, k, v, self._slots, **self.beside)
         self.appended += 1
         return k_pages, v_pages
 
@@ -220,6 +223,7 @@ def _attention(
         softcap=softcap or 0.0,
         window=mask.window,
         sinks=None if s_aux is None else s_aux.float().contiguous(),
+        **forest_cache.beside,
     )
     return out[None], None
 

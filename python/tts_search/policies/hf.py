@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tts_search.errors import require
-from tts_search.models.decoder import pool_for
+from tts_search.models.decoder import KvDtype, pool_for
 from tts_search.models.endings import Endings
 from tts_search.models.generation import Generation, Sampling
 from tts_search.models.graphs import decode_graphs
@@ -60,6 +60,9 @@ class HFPolicy:
         Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
         a quarter of the free memory. In a search that needs more, branches give their KV up, idle ones and then the
         youngest, and read their tokens again when it is their turn.
+    kv_dtype : {"int8", "int4"} or None
+        Store keys and values in 8 or 4 bits, with a scale for each head of a token: about half and 0.28 of bfloat16's
+        bytes, so that the pool has room for so many more tokens. On a CPU. By default the dtype of the model.
     decoder : {"auto", "lean", "transformers"}
         What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
         modules in transformers with attention over the forest. The other two values insist on one.
@@ -77,8 +80,8 @@ class HFPolicy:
     MissingExtraError
         Without transformers.
     ValueError
-        If the model cannot be followed over a forest, ``kv_memory`` is no size, or ``"lean"`` or ``quantize`` is not
-        possible.
+        If the model cannot be followed over a forest, ``kv_memory`` is no size, or ``"lean"``, ``quantize`` or
+        ``kv_dtype`` is not possible.
 
     Examples
     --------
@@ -94,6 +97,7 @@ class HFPolicy:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
+        kv_dtype: KvDtype | None = None,
         decoder: DecoderKind = "auto",
         quantize: Literal["int8", "int4"] | None = None,
         chat: bool = True,
@@ -114,7 +118,7 @@ class HFPolicy:
         model = load_decoder(
             path_or_id, dtype=dtype, device=device, decoder=decoder, self_test=self_test, quantize=quantize
         )
-        pool = pool_for(model, kv_memory)
+        pool = pool_for(model, kv_memory, kv_dtype=kv_dtype)
         self._lane = Lane(model, BranchPool(pool, graphs=decode_graphs(model, pool)))
         self._generation = Generation(self._lane)
         self._problems: dict[int, _Problem] = {}
@@ -257,7 +261,7 @@ class HFPolicy:
         self.cancel(problem)
         state = self._problems.pop(problem)
         self._pool.close(state.root.meter)
-        return state.root.meter.usage(self.decoder.shape, state.sampled)
+        return state.root.meter.usage(self._pool.pool, state.sampled)
 
     def _prompt(self, text: str | Messages) -> str:
         if self.chat:

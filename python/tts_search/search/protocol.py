@@ -292,6 +292,8 @@ class Usage:
         Most slots of KV cache that were in use at once.
     peak_logical_kv_tokens : int
         Most that would have been without sharing: the sum of the lengths of the live branches.
+    peak_kv_bytes : int
+        Most bytes of keys and values in use at once: those of `peak_unique_kv_tokens`.
     recomputed_tokens : int
         Tokens forwarded again because their KV cache had to be given up: for lack of memory, or because the branch
         became longer than the length up to which a ``longrope`` model has its first rotary factors.
@@ -308,6 +310,7 @@ class Usage:
     flops: float = 0.0
     peak_unique_kv_tokens: int = 0
     peak_logical_kv_tokens: int = 0
+    peak_kv_bytes: int = 0
     recomputed_tokens: int = 0
     waves: int = 0
     cached_tokens: int = 0

@@ -35,6 +35,8 @@ class SearchStats:
         Most slots of the policy's KV cache in use at once, and what it would have been without sharing.
     verifier_peak_unique_kv_tokens, verifier_peak_logical_kv_tokens : int
         The same of the verifier's cache.
+    peak_kv_bytes, verifier_peak_kv_bytes : int
+        Bytes of those slots of the policy's and of the verifier's cache.
     recomputed_tokens : int
         Tokens that either model forwarded again because memory had run out.
     waves : int
@@ -58,6 +60,8 @@ class SearchStats:
     peak_logical_kv_tokens: int = 0
     verifier_peak_unique_kv_tokens: int = 0
     verifier_peak_logical_kv_tokens: int = 0
+    peak_kv_bytes: int = 0
+    verifier_peak_kv_bytes: int = 0
     recomputed_tokens: int = 0
     waves: int = 0
     cached_tokens: int = 0
@@ -82,6 +86,8 @@ class SearchStats:
             peak_logical_kv_tokens=policy.peak_logical_kv_tokens,
             verifier_peak_unique_kv_tokens=verifier.peak_unique_kv_tokens,
             verifier_peak_logical_kv_tokens=verifier.peak_logical_kv_tokens,
+            peak_kv_bytes=policy.peak_kv_bytes,
+            verifier_peak_kv_bytes=verifier.peak_kv_bytes,
             recomputed_tokens=policy.recomputed_tokens + verifier.recomputed_tokens,
             waves=policy.waves + verifier.waves,
             cached_tokens=policy.cached_tokens + verifier.cached_tokens,

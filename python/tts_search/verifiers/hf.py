@@ -12,7 +12,7 @@ import torch
 
 import tts_kernels as tk
 from tts_search.errors import require
-from tts_search.models.decoder import pool_for
+from tts_search.models.decoder import KvDtype, pool_for
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
@@ -63,7 +63,7 @@ class HFVerifier:
         and the tensors of its head.
     head : ScoreHead or None
         Use this head instead of the format's.
-    dtype, device, kv_memory, decoder, self_test, quantize
+    dtype, device, kv_memory, kv_dtype, decoder, self_test, quantize
         As in :class:`~tts_search.HFPolicy`. (``kv_memory`` is for each of two models with a ``log_ratio`` format.)
     reference : str or None
         Folder or hub id of the reference model of a ``log_ratio`` format; by default the one that the format names.
@@ -93,6 +93,7 @@ class HFVerifier:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         kv_memory: int | str | None = None,
+        kv_dtype: KvDtype | None = None,
         decoder: DecoderKind = "auto",
         quantize: Literal["int8", "int4"] | None = None,
         reference: str | None = None,
@@ -113,6 +114,7 @@ class HFVerifier:
             "dtype": dtype,
             "device": device,
             "kv_memory": kv_memory,
+            "kv_dtype": kv_dtype,
             "decoder": decoder,
             "self_test": self_test,
             "quantize": quantize,
@@ -307,7 +309,7 @@ class HFVerifier:
         self.cancel(problem)
         root = self._problems.pop(problem)[0].branch
         self._pool.close(root.meter)
-        return root.meter.usage(self.decoder.shape) + self._scorer.end(root)
+        return root.meter.usage(self._pool.pool) + self._scorer.end(root)
 
     def _release(self, branches: Sequence[Branch]) -> None:
         self._pool.release(branches)
@@ -425,12 +427,20 @@ class HFVerifier:
         return scores
 
 
-def _lane(path_or_id: str, causal_lm: bool, batch_tokens: int, *, kv_memory: int | str | None, **options: Any) -> Lane:
+def _lane(
+    path_or_id: str,
+    causal_lm: bool,
+    batch_tokens: int,
+    *,
+    kv_memory: int | str | None,
+    kv_dtype: KvDtype | None,
+    **options: Any,
+) -> Lane:
     """A model and a pool for it."""
     from tts_search.models.loading import load_decoder
 
     model = load_decoder(path_or_id, causal_lm=causal_lm, **options)
-    pool = pool_for(model, kv_memory)
+    pool = pool_for(model, kv_memory, kv_dtype=kv_dtype)
     return Lane(model, BranchPool(pool, batch_tokens, decode_graphs(model, pool) if causal_lm else None))
 
 

@@ -100,7 +100,7 @@ class LogRatioScorer:
         reference.pool.close(meter)
         self.models[0].forget(tree.twins)
         self.models[1].forget(tree.twins.values())
-        return meter.usage(reference.decoder.shape)
+        return meter.usage(reference.pool.pool)
 
     def _sum(self, branch: Branch, task: Task, mine: list[float], theirs: list[float]) -> None:
         sums = self._trees[_root(branch)].sums
