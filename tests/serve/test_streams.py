@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import anyio
+from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
+from tts_search.serve.generation import _merged
 from tts_search.serve.streams import event, streamed
 
 
@@ -56,3 +59,34 @@ def test_time_and_errors_are_the_last_event():
         assert name == "event: error"
         assert json.loads(data.removeprefix("data: "))["error"]["code"] == code
     assert closed == ["closed"]
+
+
+def test_parts_that_a_slow_reader_finds_waiting_are_one():
+    """Nothing is lost or reordered; a reader that keeps up gets each by itself."""
+    parts = [
+        Generated(0, "a", (1,)),
+        Generated(1, "x", (7,)),
+        Generated(0, "b", (2,)),
+        Generated(0, "c", (3,), reason="eos"),
+    ]
+
+    async def generation(pause: float) -> AsyncGenerator[Generated, None]:
+        for part in parts:
+            yield part
+            await anyio.sleep(pause)
+
+    async def read(pause: float) -> list[tuple[int, int, str, tuple[int, ...], str | None]]:
+        running: list[Any] = [generation(pause)]
+        found = []
+        async for number, part in _merged(running):
+            found.append((number, part.sample, part.text, part.tokens, part.reason))
+            await anyio.sleep(0.03 if not pause else 0)
+        return found
+
+    assert anyio.run(read, 0.01) == [
+        (0, 0, "a", (1,), None), (0, 1, "x", (7,), None), (0, 0, "b", (2,), None), (0, 0, "c", (3,), "eos")
+    ]  # fmt: skip
+    slow = anyio.run(read, 0.0)
+    assert len(slow) == 3
+    assert slow[0] == (0, 0, "a", (1,), None)
+    assert set(slow[1:]) == {(0, 1, "x", (7,), None), (0, 0, "bc", (2, 3), "eos")}

@@ -180,7 +180,11 @@ def _check_length(prompt: Prompt, room: int) -> None:
 
 
 async def _merged(running: Sequence[Generation]) -> AsyncIterator[tuple[int, Generated]]:
-    """Yield what comes from any of them, with its number, until all have ended."""
+    """Yield what comes from any of them, with its number, until all have ended.
+
+    Parts of a sample that came while the last one was on its way to the client are one: who reads slower than the
+    model writes gets fewer and longer parts.
+    """
     told: asyncio.Queue[tuple[int, Generated] | None] = asyncio.Queue()
 
     async def listen(number: int, generation: Generation) -> None:
@@ -192,11 +196,13 @@ async def _merged(running: Sequence[Generation]) -> AsyncIterator[tuple[int, Gen
     try:
         left = len(tasks)
         while left:
-            news = await told.get()
-            if news is None:
-                left -= 1
-            else:
-                yield news
+            waiting = [await told.get(), *(told.get_nowait() for _ in range(told.qsize()))]
+            left -= waiting.count(None)
+            samples: dict[tuple[int, int], list[Generated]] = {}
+            for number, part in filter(None, waiting):
+                samples.setdefault((number, part.sample), []).append(part)
+            for (number, _), parts in samples.items():
+                yield number, Generated.joined(parts)
     finally:
         for task in tasks:
             task.cancel()
