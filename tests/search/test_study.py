@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, SearchError, Step, TextPolicy, TextVerifier, Thinking, equivalent, search
-from tts_search.evaluation.evaluate import read_configs, read_records
+from tts_search.evaluation.evaluate import Experiment, read_configs, read_records, run_here
 from tts_search.lab.study import Grid, Memo, cells, plan_as_text, run_study, share_out
 from tts_search.search.config import METHODS
 from tts_search.search.protocol import Usage
@@ -138,7 +138,9 @@ def test_every_method_on_the_demo_models():
         config = CONFIG.with_method(method, n=8)
         if method == "budget_forcing":
             config = replace(config, thinking=Thinking(end=" = ", min_tokens=5, max_extensions=1, extend=" "))
-        results = search([task.problem for task in tasks], policy, verifier, config, progress=False)
+        problems = [task.problem for task in tasks]
+        # Without the prefix cache: what a method costs is its own, not what an earlier one has left.
+        results = search(problems, policy, verifier, config, progress=False, prefix_cache=False)
         assert sum(equivalent(task.answer, one.answer()) for task, one in zip(tasks, results, strict=True)) >= (
             0 if method == "budget_forcing" else 2
         )
@@ -146,3 +148,18 @@ def test_every_method_on_the_demo_models():
             assert result.best.finished
             assert result.stats.flops_policy > 0
             assert result.stats.flops_verifier > 0
+
+
+def test_what_an_experiment_costs_does_not_depend_on_those_before():
+    pytest.importorskip("transformers")
+    from tts_search.lab.demo import CONFIG, load_models, make_tasks
+
+    models = load_models()
+    policy, verifier = models.policies["policy-0.1m"], models.verifiers["prm-strong"]
+    one = Experiment("one", CONFIG.with_method("beam_search", n=4), policy, verifier, ("policy", "verifier"))
+    costs = []
+    for _ in range(2):
+        (record,) = run_here(one, make_tasks((2,), 1, 0), progress=False)
+        costs.append((record.stats["flops_policy"], record.stats["flops_verifier"]))
+    assert costs[0] == costs[1]
+    assert min(costs[0]) > 0

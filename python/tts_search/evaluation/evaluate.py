@@ -114,6 +114,8 @@ def run_here(
 ) -> Iterator[Record]:
     """Run an experiment in this process; yield the records of a task (one for each budget) as it finishes.
 
+    Without the prefix cache: what a record says of its cost must not depend on the experiments that ran before.
+
     Raises
     ------
     ValueError
@@ -128,6 +130,7 @@ def run_here(
         experiment.config,
         progress=progress,
         max_in_flight=max_in_flight,
+        prefix_cache=False,
         speculate=speculate,
     )
     begin = time.perf_counter()
