@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -295,7 +296,8 @@ def main() -> None:
             what="Decode steps of SmolLM2-135M-Instruct beside other engines: the same weights and prompts, N branches "
             f"behind P shared tokens, the engines in turn, sampling included, top-p {options.top_p:g}; medians of "
             f"{options.rounds} rounds",
-            command=" ".join(["python benchmarks/peers/compare.py", "MODEL.gguf", *sys.argv[2:]]),
+            command="python benchmarks/peers/compare.py MODEL.gguf "
+            + shlex.join(["--engines", *options.engines, "--kinds", *options.kinds, "--rounds", str(options.rounds)]),
             beside="as each row says",
             tables={"steps": {" ".join(map(str, list(row.values())[:5])): row for row in timed_rows}},
             software=versions(options.work, names),
