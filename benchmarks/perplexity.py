@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,7 @@ def main() -> None:
             options.write,
             what=f"{options.what} on {len(rows)} problems with solutions of {options.data.stem}, {tokens} tokens: "
             f"perplexity, and tokens beside those of {next(iter(readers))}",
-            command=f"python benchmarks/perplexity.py {' '.join(_hidden(one) for one in sys.argv[1:])}",
+            command=f"python benchmarks/perplexity.py {shlex.join(_hidden(one) for one in sys.argv[1:])}",
             beside=options.beside,
             tables={"formats": table},
             packages=("torch", "transformers"),

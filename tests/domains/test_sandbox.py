@@ -278,7 +278,7 @@ CANDIDATES = (
 )
 
 
-def candidates(count: int) -> None:
+def check_that_nothing_is_left(count: int) -> None:
     before, files = children(), len(os.listdir("/proc/self/fd"))
     for number in range(count):
         judge = Judge(Sandbox(SMALL))
@@ -289,10 +289,10 @@ def candidates(count: int) -> None:
 
 
 def test_fifty_candidates_leave_nothing():
-    candidates(50)
+    check_that_nothing_is_left(50)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_thousand_candidates_leave_nothing():
-    candidates(1000)
+    check_that_nothing_is_left(1000)
