@@ -30,6 +30,7 @@ CONFIGS = st.builds(
     lookahead=st.integers(0, 2),
     sort_completed=st.booleans(),
     stop_when_full=st.booleans(),
+    budget_tokens=st.sampled_from([None, None, 6, 20]),
     seed=st.integers(-5, 5),
 )
 TREES = st.builds(

@@ -188,13 +188,16 @@ class Run:
         SearchError
             If it is no :class:`~tts_search.Step`.
         """
+        self._put(branch, step, delimiter, last)
+        self._num_sampled += step.num_tokens
+
+    def _put(self, branch: Branch, step: Step, delimiter: str | None, last: bool) -> None:
         if not isinstance(step, Step) or not isinstance(step.text, str):
             raise self.error(f"policy: expected a Step with a text for each sample, got {step!r:.200}")
         parent, config = branch.parent, self.config
         assert parent is not None
         branch.text, branch.num_tokens, branch.is_grown = step.text, step.num_tokens, True
         branch.path_tokens = parent.path_tokens + step.num_tokens
-        self._num_sampled += step.num_tokens
         branch.texts = (*parent.texts, step.text) if step.text else parent.texts
         uncut = delimiter != config.delimiter
         steps, branch.blank = split_steps(parent.blank + step.text, config.delimiter if uncut else None)
@@ -217,7 +220,7 @@ class Run:
             As `grow` does.
         """
         copy = replace(branch)
-        self.grow(copy, step, delimiter, last=delimiter is None)
+        self._put(copy, step, delimiter, last=delimiter is None)  # what is only foreseen spends no budget
         return copy
 
     def write(self, branch: Branch, text: str, *, instead_of: str) -> None:
