@@ -305,7 +305,7 @@ def test_a_folder_that_vanishes_in_mid_run(run, monkeypatch):
     append = Journal.append
 
     def once_removed(journal, record):
-        if Path("out").exists() and journal.records:
+        if Path("out").exists() and len(journal):
             shutil.rmtree("out")
         return append(journal, record)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from typer import Argument, BadParameter, Exit, Option, Typer
 
@@ -24,7 +24,7 @@ from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
 from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.tables import accuracy_table, cost_table
-from tts_search.evaluation.tasks import Task, load_tasks
+from tts_search.evaluation.tasks import Task, TaskFile
 from tts_search.search.config import METHODS, SearchConfig, options_of
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
@@ -39,6 +39,9 @@ app = Typer(
     rich_markup_mode=None,  # an error is one line
     pretty_exceptions_enable=False,
 )
+
+
+_EXECUTION: Final = "execution"  # the verifier that runs public tests
 
 
 def _version(wanted: bool) -> None:
@@ -273,10 +276,10 @@ def evaluate_(
         raise SearchError("--actors: expected with --ray only")
     elected = _elected(vote, verifier)
     with naming("DATA"):
-        tasks = load_tasks(data, limit)
+        tasks = TaskFile(data, limit)
     _check_folder(out)
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
-    load = partial(load_checkpoints, policy, verifier, *options, tasks=tasks)
+    load = partial(load_checkpoints, policy, verifier, *options, tasks=list(tasks) if verifier == _EXECUTION else ())
     models: tuple[Policy | None, Verifier | None] = (None, None)
     if ray is None:
         _check_device_is_there(device)
@@ -508,7 +511,7 @@ def load_checkpoints(
     if verifier is None:
         return loaded, None
     with naming(f"--verifier: {verifier}"):
-        if verifier == "execution":
+        if verifier == _EXECUTION:
             return loaded, _execution(tasks)
         return loaded, HFVerifier(verifier, format=format, **own)
 

@@ -16,8 +16,8 @@ from tts_search.engine.scheduler import Speculate
 from tts_search.errors import SearchError
 from tts_search.evaluation.experiment import Experiment, instruction_set
 from tts_search.evaluation.manifest import read_configs, write_manifest
-from tts_search.evaluation.records import Journal, Record, read_records
-from tts_search.evaluation.tasks import Task
+from tts_search.evaluation.records import Journal, Record, Stored, read_records
+from tts_search.evaluation.tasks import Task, Tasks
 from tts_search.search.result import SearchResult
 from tts_search.search.types import Completion
 from tts_search.search.voting import VOTES
@@ -34,12 +34,12 @@ __all__ = [
     "write_manifest",
 ]
 
-Runner = Callable[[Experiment, Sequence[Task]], Iterable[Record]]
+Runner = Callable[[Experiment, Tasks], Iterable[Record]]
 """Runs an experiment over tasks and yields records as tasks finish, in any order."""
 
 
 def evaluate(
-    tasks: Sequence[Task],
+    tasks: Tasks,
     experiments: Sequence[Experiment],
     path: str | Path,
     *,
@@ -47,16 +47,19 @@ def evaluate(
     progress: bool = True,
     max_in_flight: int | None = None,
     run: Runner | None = None,
-) -> list[Record]:
+) -> Stored:
     """Run experiments over tasks; append a line to a results file for each task as it finishes.
 
     Tasks that the file already holds a result for are not run again, so an evaluation that was interrupted goes on
     where it was; one that failed is tried again. Even a kill loses at most the problems in flight.
 
+    Tasks are read as there is room for them, and records stay in the file: what it takes of memory besides the problems
+    in flight is a few hundred bytes a task.
+
     Parameters
     ----------
-    tasks : sequence of Task
-        With different ids.
+    tasks : sequence of Task, or TaskFile
+        With different ids; gone through several times.
     experiments : sequence of Experiment
         Run one after the other.
     path : str or Path
@@ -73,8 +76,9 @@ def evaluate(
 
     Returns
     -------
-    list of Record
-        One for each task and experiment, those from earlier runs included; experiments in order, tasks in order.
+    Stored
+        A sequence of records, which are read from the file when they are asked for: one for each task and experiment,
+        those from earlier runs included; experiments in order, tasks in order.
 
     Raises
     ------
@@ -91,22 +95,53 @@ def evaluate(
             if experiment.policy is not None:  # else it runs elsewhere, and the records say where
                 for variant in experiment.variants:
                     journal.check_level(variant.key, instruction_set())
-            todo = [task for task in tasks if not _is_done(journal, experiment, task)]
-            for record in run(experiment, todo):
+            for record in run(experiment, _Unfinished(tasks, experiment, journal)):
                 journal.append(record)
-        variants = [variant for experiment in experiments for variant in experiment.variants]
-        return [journal.records[variant.key, task.id, task.problem] for variant in variants for task in tasks]
+        keys = [variant.key for experiment in experiments for variant in experiment.variants]
+        return journal.find((key, task.id, task.problem, task.answer) for key in keys for task in tasks)
 
 
-def _is_done(journal: Journal, experiment: Experiment, task: Task) -> bool:
-    """Whether there is a result for each budget."""
-    known = [journal.records.get((variant.key, task.id, task.problem)) for variant in experiment.variants]
-    return all(record is not None and not record.error and record.gold == task.answer for record in known)
+class _Unfinished:
+    """The tasks that have no result yet for each budget of an experiment, looked for as they are gone through."""
+
+    def __init__(self, tasks: Tasks, experiment: Experiment, journal: Journal) -> None:
+        self._tasks = tasks
+        self._keys = [variant.key for variant in experiment.variants]
+        self._journal = journal
+        self._length = sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Task]:
+        return (task for task in self._tasks if not self._is_done(task))
+
+    def _is_done(self, task: Task) -> bool:
+        return all(self._journal.is_done(key, task.id, task.problem, task.answer) for key in self._keys)
+
+
+class _InFlight:
+    """The problems of tasks, read as a search has room for them; a task is kept until its outcome is there."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._read: dict[int, Task] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[str]:
+        for index, task in enumerate(self._tasks):
+            self._read[index] = task
+            yield task.problem
+
+    def pop(self, index: int) -> Task:
+        return self._read.pop(index)
 
 
 def run_here(
     experiment: Experiment,
-    tasks: Sequence[Task],
+    tasks: Tasks,
     *,
     progress: bool = True,
     max_in_flight: int | None = None,
@@ -123,8 +158,9 @@ def run_here(
     """
     if experiment.policy is None:
         raise ValueError(f"experiment {experiment.label!r}: expected a policy, got None")
+    problems = _InFlight(tasks)
     outcomes = search_iter(
-        [task.problem for task in tasks],
+        problems,
         experiment.policy,
         experiment.verifier,
         experiment.config,
@@ -136,14 +172,15 @@ def run_here(
     begin = time.perf_counter()
     for index, outcome in outcomes:
         begin, seconds = time.perf_counter(), time.perf_counter() - begin
-        grader = tasks[index].make_grader()
+        task = problems.pop(index)
+        grader = task.make_grader()
         if isinstance(outcome, SearchResult):
             outcome = _with_answers(outcome, grader)
         for variant in experiment.variants:
             own = outcome
             if isinstance(outcome, SearchResult) and variant.config.n < experiment.config.n:
                 own = outcome.first(variant.config.n)
-            yield replace(_record(variant, tasks[index], own, grader), seconds=seconds if variant.timed else None)
+            yield replace(_record(variant, task, own, grader), seconds=seconds if variant.timed else None)
 
 
 def _with_answers(outcome: SearchResult, grader: Grader) -> SearchResult:

@@ -72,7 +72,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
 
 
 def _flops(row: Row) -> float:
-    return row.mean("flops_policy") + (0.0 if row.vote == "majority" else row.mean("flops_verifier"))
+    return row.means("flops_policy")[0] + (0.0 if row.vote == "majority" else row.means("flops_verifier")[0])
 
 
 def _panels(plt: Any, rows: Sequence[Row], x_label: str, at: Callable[[Row], float], where: Where | None = None) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +21,7 @@ from tts_search.errors import SearchError, require
 from tts_search.evaluation.evaluate import Runner, run_here
 from tts_search.evaluation.experiment import Experiment
 from tts_search.evaluation.records import Record, read_record, record_as_json
-from tts_search.evaluation.tasks import Task
+from tts_search.evaluation.tasks import Task, Tasks
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.terminal import progress_bar
 
@@ -82,7 +82,7 @@ def on_ray(
     ray = require("ray", "ray")
     data = require("ray.data", "ray")
 
-    def run(experiment: Experiment, tasks: Sequence[Task]) -> Iterator[Record]:
+    def run(experiment: Experiment, tasks: Tasks) -> Iterator[Record]:
         if not tasks:
             return
         if not ray.is_initialized():

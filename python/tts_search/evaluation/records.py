@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, overload
 
 from tts_search.search.voting import canonical
 
-__all__ = ["Journal", "Record", "Records", "latest", "lock", "read_record", "read_records", "record_as_json"]
+__all__ = ["Journal", "Record", "Records", "Stored", "latest", "lock", "read_record", "read_records", "record_as_json"]
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,10 @@ def latest(records: Iterable[Record]) -> Records:
     """Return, by experiment, task and problem, the last record that is no error; if all are, the last one."""
     found: Records = {}
     for record in records:
-        _add(found, record)
+        known = found.get(record.key)
+        if record.error is None or known is None or known.error is not None:
+            found[record.key] = record
     return found
-
-
-def _add(found: Records, record: Record) -> None:
-    known = found.get(record.key)
-    if record.error is None or known is None or known.error is not None:
-        found[record.key] = record
 
 
 def record_as_json(record: Record) -> str:
@@ -155,13 +153,21 @@ def read_records(path: str | Path) -> list[Record]:
         If it is no file, or a newer version wrote it: what tells its experiments apart might be in a field that is
         not known.
     """
-    path = Path(path)
+    return [record for _, record in _read(Path(path))]
+
+
+def _read(path: Path) -> Iterator[tuple[int, Record]]:
+    """The records of a file, and where their lines begin."""
     if not path.exists():
-        return []
+        return
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of results")
+    begin = 0
     with open(path, "rb") as lines:
-        return [record for number, line in enumerate(lines, 1) if (record := _parsed(line, path, number))]
+        for number, line in enumerate(lines, 1):
+            if record := _parsed(line, path, number):
+                yield begin, record
+            begin += len(line)
 
 
 def _parsed(line: bytes, path: Path, number: int | None = None) -> Record | None:
@@ -185,12 +191,68 @@ def lock(file: int) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
+class Stored(Sequence[Record]):
+    """Records that stay in their files: each is read when it is asked for, and again when it is asked for again.
+
+    Holds 16 bytes a record. Equal to any sequence of the same records.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The files.
+    places : iterable of (int, int)
+        Of each record: which file, and where its line begins.
+    """
+
+    def __init__(self, paths: Sequence[Path], places: Iterable[tuple[int, int]]) -> None:
+        self._paths = paths
+        self._places = array("q", (number for place in places for number in place))
+
+    def __len__(self) -> int:
+        return len(self._places) // 2
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Stored: ...
+    def __getitem__(self, index: int | slice) -> Record | Stored:
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return Stored(self._paths, map(self._place, chosen))
+        return next(self._read([chosen]))
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._read(range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        return self._places[2 * index], self._places[2 * index + 1]
+
+    def _read(self, indices: Iterable[int]) -> Iterator[Record]:
+        files: dict[int, IO[bytes]] = {}
+        try:
+            for number, begin in map(self._place, indices):
+                if number not in files:
+                    files[number] = open(self._paths[number], "rb")  # noqa: SIM115  # closed below
+                files[number].seek(begin)
+                yield read_record(files[number].readline().decode("utf-8", errors="replace"))
+        finally:
+            for file in files.values():
+                file.close()
+
+
 class Journal:
     """A results file that any number of processes append to; a context manager.
 
     A record is on disk as a whole line or not at all: processes write one after the other, and the next one takes away
     what a killed one left of a line, or a full disk. A task that another process has finished meanwhile is not written
     a second time.
+
+    What it holds of a record is a hash of its key and right answer, and where it stands: about 250 bytes.
 
     Parameters
     ----------
@@ -211,10 +273,13 @@ class Journal:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._end = 0  # what lies before is read
-        self.records: Records = {}
+        self._paths = (self._path, *map(Path, also))
+        self._done: dict[bytes, tuple[int, int]] = {}  # file and place of the last record that is no error, by its hash
+        self._failed: dict[bytes, tuple[int, int]] = {}  # and of the last error of those that have none
         self._levels: dict[str, str] = {}  # of an experiment's results
-        for record in (record for file in also for record in read_records(file)):
-            self._add(record)
+        for number, file in enumerate(self._paths[1:], 1):
+            for begin, record in _read(file):
+                self._add(record, (number, begin))
         if self._path.exists() and not self._path.is_file():
             raise ValueError(f"{self._path}: expected a file of results")
         self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -231,17 +296,37 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
+    def __len__(self) -> int:
+        """How many records it knows of."""
+        return len(self._done) + len(self._failed)
+
+    def is_done(self, experiment: str, task: str, problem: str, gold: str) -> bool:
+        """Whether there is a record of a task with this right answer that is no error."""
+        return _digest(experiment, task, problem, gold) in self._done
+
+    def find(self, keys: Iterable[tuple[str, str, str, str]]) -> Stored:
+        """Return the records of experiments, tasks, problems and right answers, which stay where they are.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
+        hashes = (_digest(*key) for key in keys)
+        return Stored(self._paths, (self._done.get(one) or self._failed[one] for one in hashes))
+
     def append(self, record: Record) -> Record:
         """Write a record, unless another process has finished this task meanwhile; return the one that holds."""
+        key = (*record.key, record.gold)
         with self._named_errors(), lock(self._file):
             self._check_that_it_is_there()
             self._read_on()
-            known = self.records.get(record.key)
-            if known is not None and known.error is None and known.gold == record.gold:
-                return known
+            if self.is_done(*key):
+                return self.find([key])[0]
             self.check_level(record.experiment, record.instruction_set)
+            begin = self._end
             self._write(record_as_json(record).encode() + b"\n")
-        self._add(record)
+        self._add(record, (0, begin))
         return record
 
     def check_level(self, experiment: str, level: str) -> None:
@@ -259,10 +344,15 @@ class Journal:
                 f"on with TTS_KERNELS_CPU_ISA={known}, or into another folder"
             )
 
-    def _add(self, record: Record) -> None:
-        _add(self.records, record)
-        if record.error is None and record.instruction_set:
-            self._levels.setdefault(record.experiment, record.instruction_set)
+    def _add(self, record: Record, place: tuple[int, int]) -> None:
+        key = _digest(*record.key, record.gold)
+        if record.error is None:
+            self._done[key] = place
+            self._failed.pop(key, None)
+            if record.instruction_set:
+                self._levels.setdefault(record.experiment, record.instruction_set)
+        elif key not in self._done:
+            self._failed[key] = place
 
     def _read_on(self) -> None:
         """Read what others have written; take away the rest of a line that one of them did not come to finish."""
@@ -274,9 +364,9 @@ class Journal:
                 if record is None and not whole:
                     os.ftruncate(self._file, self._end)
                     return
-                self._end += len(line)
                 if record is not None:
-                    self._add(record)
+                    self._add(record, (0, self._end))
+                self._end += len(line)
                 if not whole:
                     self._write(b"\n")
                     return
@@ -306,3 +396,8 @@ class Journal:
             yield
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def _digest(*texts: str) -> bytes:
+    """A hash of some texts that stands for them; 2^64 records would be needed for two to be taken for one."""
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from tts_search.evaluation.statistics import interval, sign_test
 from tts_search.search.voting import canonical
 from tts_search.strategy import BINS, Bin, difficulty_bin
 
-__all__ = ["Difficulty", "Row", "Where", "compare", "read_folder", "rows_of", "strategy_map"]
+__all__ = ["Difficulty", "Row", "Tally", "Where", "compare", "read_folder", "rows_of", "strategy_map"]
 
 Where = Callable[[Record], bool]
 """Which records of a row count."""
@@ -83,22 +84,75 @@ class Row:
         """Return, for each task, the share of seeds with the right answer."""
         return self.by_task(lambda record: record.is_correct(self.vote), where)
 
+    def by_level(self) -> dict[str, Tally]:
+        """Return the answers of each level, in one pass over the records."""
+        found: dict[str, Tally] = {}
+        for record in self.records:
+            found.setdefault(record.level, Tally()).add(record.task, record.is_correct(self.vote))
+        return found
+
     def accuracy(self, where: Where | None = None) -> float:
         """Return the share of right answers: the mean over the tasks; NaN without any."""
-        return _average(list(self.right(where).values()))
+        return self.tally(where).accuracy
 
     def interval(self, where: Where | None = None) -> tuple[float, float]:
         """Return the 95% interval of the accuracy."""
-        return interval(list(self.right(where).values()), sum(where is None or where(one) for one in self.records))
+        return self.tally(where).interval
 
-    def mean(self, name: str) -> float:
-        """Return the mean of one of the stats; NaN if it is not known of all."""
-        return _average([record.stats.get(name, math.nan) for record in self.records if record.error is None])
+    def tally(self, where: Where | None = None) -> Tally:
+        """Return the answers; of all records, or of those `where` holds."""
+        found = Tally()
+        for record in self.records:
+            if where is None or where(record):
+                found.add(record.task, record.is_correct(self.vote))
+        return found
+
+    def means(self, *names: str) -> list[float]:
+        """Return the mean of each of some stats, in one pass over the records; NaN of one that is not known of all."""
+        values = [array("d") for _ in names]
+        for record in self.records:
+            if record.error is None:
+                for name, own in zip(names, values, strict=True):
+                    own.append(record.stats.get(name, math.nan))
+        return [_average(own) for own in values]
 
     @property
     def seconds(self) -> float:
         """Mean share of a task in the time of all; NaN if it is not known of all."""
-        return _average([math.nan if record.seconds is None else record.seconds for record in self.records])
+        return _average(array("d", (math.nan if one.seconds is None else one.seconds for one in self.records)))
+
+
+class Tally:
+    """Answers that are right or wrong, by task: those of one task are alike, and worth fewer than they are."""
+
+    def __init__(self) -> None:
+        self._right: dict[str, list[bool]] = {}
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally]) -> Tally:
+        """Return the answers of several together."""
+        found = cls()
+        for task, answers in (each for one in tallies for each in one._right.items()):
+            found._right.setdefault(task, []).extend(answers)
+        return found
+
+    def add(self, task: str, right: bool) -> None:
+        """Count an answer."""
+        self._right.setdefault(task, []).append(right)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers: the mean over the tasks; NaN without any."""
+        return _average(self._shares)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the accuracy."""
+        return interval(self._shares, sum(map(len, self._right.values())))
+
+    @property
+    def _shares(self) -> list[float]:
+        return [sum(own) / len(own) for own in self._right.values()]
 
 
 def compare(first: Row, second: Row) -> tuple[float, float]:

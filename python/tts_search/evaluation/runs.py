@@ -10,14 +10,14 @@ from tts_search.evaluation.evaluate import Runner, evaluate
 from tts_search.evaluation.experiment import Experiment
 from tts_search.evaluation.manifest import write_manifest
 from tts_search.evaluation.rows import Row
-from tts_search.evaluation.tasks import Task
+from tts_search.evaluation.tasks import Tasks
 from tts_search.terminal import sanitize
 
 __all__ = ["check_success", "failures", "run_experiments"]
 
 
 def run_experiments(
-    tasks: Sequence[Task],
+    tasks: Tasks,
     experiments: Sequence[Experiment],
     folder: str | Path,
     *,
@@ -33,7 +33,7 @@ def run_experiments(
 
     Parameters
     ----------
-    tasks : sequence of Task
+    tasks : sequence of Task, or TaskFile
         With different ids.
     experiments : sequence of Experiment
         What the folder already holds is not run again.
@@ -85,11 +85,13 @@ def _in_words(row: Row) -> str:
 
 def failures(rows: Sequence[Row]) -> str:
     """Return how many searches failed, and why the first one did; empty if none did."""
-    errors = [
-        f"{record.label}, {record.task}: {record.error}" for row in rows for record in row.records if record.error
-    ]
-    what = "search failed and counts" if len(errors) == 1 else "searches failed and count"
-    return f"{len(errors)} {what} as wrong; the first one: {sanitize(errors[0])}" if errors else ""
+    failed = (record for row in rows for record in row.records if record.error)
+    first = next(failed, None)
+    if first is None:
+        return ""
+    count = 1 + sum(1 for _ in failed)
+    what = "search failed and counts" if count == 1 else "searches failed and count"
+    return f"{count} {what} as wrong; the first one: {sanitize(f'{first.label}, {first.task}: {first.error}')}"
 
 
 def check_success(rows: Sequence[Row]) -> None:

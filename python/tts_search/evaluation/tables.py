@@ -10,7 +10,7 @@ from typing import Final
 from tts_search.evaluation.experiment import config_of
 from tts_search.evaluation.fitting import fit
 from tts_search.evaluation.records import Record
-from tts_search.evaluation.rows import Difficulty, Row, Where, compare, rows_of, strategy_map
+from tts_search.evaluation.rows import Difficulty, Row, Tally, compare, rows_of, strategy_map
 from tts_search.evaluation.statistics import holm, interval
 from tts_search.strategy import BINS
 
@@ -46,18 +46,26 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def accuracy_table(rows: Sequence[Row]) -> str:
     """Return accuracy in percent by row and level, with 95% intervals. An error counts as a wrong answer."""
-    levels = sorted({record.level for row in rows for record in row.records})
+    found = [_by_level(row) for row in rows]
+    levels = sorted({level for _, own in found for level in own})
     shown = levels if len(levels) > 1 else []
-    lines = []
-    for row in rows:
-        cells = [_accuracy(row, lambda record, level=level: record.level == level) for level in shown]  # type: ignore[misc]
-        lines.append([row.label, *cells, _accuracy(row)])
+    lines = [
+        [row.label, *(own.get(level, "-") for level in shown), whole]
+        for row, (whole, own) in zip(rows, found, strict=True)
+    ]
     names = [f"level {level}" if level.isdigit() else level or "no level" for level in shown]
     return format_table(["accuracy % (95% interval)", *names, "all"], lines)
 
 
-def _accuracy(row: Row, where: Where | None = None) -> str:
-    return _percent(row.accuracy(where), row.interval(where))
+def _by_level(row: Row) -> tuple[str, dict[str, str]]:
+    """A row's accuracy in words: of all its answers, and at each level."""
+    found = row.by_level()
+    whole = Tally.of(found.values())
+    return _accuracy(whole), {level: _accuracy(own) for level, own in found.items()}
+
+
+def _accuracy(tally: Tally) -> str:
+    return _percent(tally.accuracy, tally.interval)
 
 
 def _percent(share: float, bounds: tuple[float, float]) -> str:
@@ -69,11 +77,17 @@ def votes_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         known = {vote for record in row.records for vote in record.correct}
-        cells = [_accuracy(replace(row, vote=vote)) if vote in known else "-" for vote in _SHOWN_VOTES]
+        cells = [_accuracy(replace(row, vote=vote).tally()) if vote in known else "-" for vote in _SHOWN_VOTES]
         solved = list(row.by_task(lambda record: record.solved).values())
         passed = _percent(sum(solved) / len(solved), interval(solved, len(row.records)))
         lines.append([row.label, passed, *cells])
     return format_table(["accuracy %", "pass@n", *_SHOWN_VOTES], lines)
+
+
+_COSTS: Final = (
+    *("policy_tokens", "policy_logical_tokens", "verifier_tokens", "flops_policy", "flops_verifier"),
+    *("peak_unique_kv_tokens", "peak_logical_kv_tokens"),
+)
 
 
 def cost_table(rows: Sequence[Row]) -> str:
@@ -85,14 +99,12 @@ def cost_table(rows: Sequence[Row]) -> str:
     """
     lines = []
     for row in rows:
-        tokens = (row.mean(name) for name in ("policy_tokens", "policy_logical_tokens", "verifier_tokens"))
-        flops = (row.mean(name) for name in ("flops_policy", "flops_verifier"))
-        shared, unshared = row.mean("peak_unique_kv_tokens"), row.mean("peak_logical_kv_tokens")
+        *tokens, policy, verifier, shared, unshared = row.means(*_COSTS)
         lines.append(
             [
                 row.label,
                 *(_number(one, ".0f") for one in tokens),
-                *(_number(one, ".3g") for one in flops),
+                *(_number(one, ".3g") for one in (policy, verifier)),
                 *(_number(one, ".0f") for one in (shared, unshared)),
                 f"{unshared / shared:.1f}x" if shared > 0 else "-",
                 _number(row.seconds, ".3g"),
@@ -193,7 +205,7 @@ def rivals_table(rows: Sequence[Row]) -> str:
     together that is at least as accurate, and their ratio to those of the greedy answer.
     """
     greedy = {row.policy: row for row in rows if not row.verifier and row.n == 1 and "greedy" in row.label}
-    ordered = sorted(greedy, key=lambda policy: greedy[policy].mean("flops_policy"))
+    ordered = sorted(greedy, key=lambda policy: greedy[policy].means("flops_policy")[0])
     lines = []
     for place, larger in enumerate(ordered):
         rival = greedy[larger]
@@ -206,13 +218,13 @@ def rivals_table(rows: Sequence[Row]) -> str:
                 if best is None:
                     lines.append([name, "none", "-", "-"])
                 else:
-                    ratio = _total_flops(best) / max(1.0, rival.mean("flops_policy"))
+                    ratio = _total_flops(best) / max(1.0, rival.means("flops_policy")[0])
                     lines.append([name, f"{best.method}, n={best.n}", f"{100 * best.accuracy():.1f}", f"{ratio:.2g}x"])
     return format_table(["as accurate as a larger policy alone", "search", "accuracy %", "FLOPs"], lines)
 
 
 def _total_flops(row: Row) -> float:
-    return row.mean("flops_policy") + row.mean("flops_verifier")
+    return sum(row.means("flops_policy", "flops_verifier"))
 
 
 def report_tables(records: Sequence[Record], vote: str | None = None) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import IO, Any, Final, NoReturn, Protocol
 
 from tts_search.domains import science
 from tts_search.domains.code.tasks import is_code, task_of
@@ -19,7 +21,7 @@ from tts_search.domains.grading import Grader, grader_of
 from tts_search.errors import require
 from tts_search.search.answers import boxed
 
-__all__ = ["DATASETS", "Task", "load_tasks"]
+__all__ = ["DATASETS", "Task", "TaskFile", "Tasks", "load_tasks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,13 @@ class Task:
     def make_grader(self) -> Grader:
         """Return what takes answers out of completions and judges them."""
         return grader_of(self.grader, self.answer, self.details)
+
+
+class Tasks(Protocol):
+    """Tasks that can be gone through more than once: a list of them, or a :class:`TaskFile`."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Task]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,30 +131,64 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     ...     load_tasks(file.name)
     [Task(id='0', problem='What is 1 + 1?', answer='2', level='', grader='mathematics')]
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
-    path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"{source}: expected a file of tasks, got a folder")
-    entries = _entries(path, str(source))
-    tasks: dict[str, Task] = {}
-    places: dict[str, str] = {}
-    for place, number, entry in islice(entries, limit):
-        task = _Entry(place, entry).task(number)
-        if task.id in tasks:
-            raise ValueError(
-                f"{place}: id: expected one of its own, got {task.id!r}, which {places[task.id]} has already"
-            )
-        tasks[task.id], places[task.id] = task, place
-    if not tasks:
-        raise ValueError(f"{source}: expected tasks, found none")
-    return list(tasks.values())
+    return list(TaskFile(source, limit))
 
 
-def _entries(path: Path, source: str) -> Iterator[tuple[str, int, Any]]:
+class TaskFile:
+    r"""Tasks that stay in their file and are read from it each time one goes through them.
+
+    All of them are read once at first, so that a line that is no task is an error before anything has run. Arguments
+    and errors are those of :func:`load_tasks`; of a data set of the hub, it is what `datasets` keeps on disk that is
+    read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+    ...     _ = file.write(b'{"problem": "What is 1 + 1?", "answer": 2}\n')
+    ...     file.flush()
+    ...     tasks = TaskFile(file.name)
+    ...     len(tasks), [task.answer for task in tasks]
+    (1, ['2'])
+    """
+
+    def __init__(self, source: str | Path, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit: expected an int >= 1, got {limit!r}")
+        path = Path(source)
+        if path.is_dir():
+            raise ValueError(f"{source}: expected a file of tasks, got a folder")
+        self._entries = _entries(path, str(source))
+        self._limit = limit
+        known: set[str] = set()
+        for place, task in self._placed():
+            if task.id in known:
+                first = next(each for each, one in self._placed() if one.id == task.id)
+                raise ValueError(f"{place}: id: expected one of its own, got {task.id!r}, which {first} has already")
+            known.add(task.id)
+        if not known:
+            raise ValueError(f"{source}: expected tasks, found none")
+        self._length = len(known)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Task]:
+        return (task for _, task in self._placed())
+
+    def _placed(self) -> Iterator[tuple[str, Task]]:
+        for place, number, entry in islice(self._entries(), self._limit):
+            yield place, _Entry(place, entry).task(number)
+
+
+_Entries = Callable[[], Iterator[tuple[str, int, Any]]]
+"""Goes through a source: the place of each entry in words, its number from 0, what it holds."""
+
+
+def _entries(path: Path, source: str) -> _Entries:
     if path.exists():
-        return _lines(path)
-    return _humaneval() if source.lower() == "humaneval" else _rows(source)
+        return partial(_lines, path)
+    return _humaneval if source.lower() == "humaneval" else _rows(source)
 
 
 def _humaneval() -> Iterator[tuple[str, int, Any]]:
@@ -155,33 +198,47 @@ def _humaneval() -> Iterator[tuple[str, int, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """Entries of a file: their place in words, their number from 0, what they hold."""
-    data = path.read_bytes()
-    if data.startswith(_GZIP):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: expected a whole gzip file: {error}") from None
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
-    if not encoding.startswith("utf-8"):
-        data = _decoded(data, encoding, str(path)).encode(errors="surrogatepass")
-    for number, line in enumerate(data.split(b"\n")):
+    """Entries of a file."""
+    with open(path, "rb") as file:
+        if file.read(len(_GZIP)) != _GZIP:
+            yield from _objects(file, path)
+            return
+        file.seek(0)
+        with gzip.open(file) as unpacked:
+            try:
+                yield from _objects(unpacked, path)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"{path}: expected a whole gzip file: {error}") from None
+
+
+def _objects(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str, int, Any]]:
+    file.seek(0)
+    start = file.read(max(map(len, _MARKS)))
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+    file.seek(0)
+    for number, text in enumerate(_texts(file, encoding, path)):
         place = f"{path}, line {number + 1}"
-        text = _decoded(line, "utf-8", place)
         text = text.lstrip("\ufeff").strip()  # files put together have a mark where each began
         if text:
             yield place, number, _object(text, place)
 
 
-def _decoded(data: bytes, encoding: str, place: str) -> str:
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise ValueError(
-            f"{place}: expected text in {encoding.upper()}, got byte 0x{byte:02x} at position {error.start}; a file in "
-            f"Latin-1 can be converted: iconv -f latin1 -t utf-8"
-        ) from None
+def _texts(file: IO[bytes] | gzip.GzipFile, encoding: str, path: Path) -> Iterator[str]:
+    """The lines of a file, which end at a newline and nowhere else."""
+    if not encoding.startswith("utf-8"):
+        try:
+            yield from io.TextIOWrapper(file, encoding, newline="\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected text in {encoding.upper()}, got {error.reason}") from None
+        return
+    for number, line in enumerate(file):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number + 1}: expected text in UTF-8, got byte 0x{line[error.start]:02x} at position "
+                f"{error.start}; a file in Latin-1 can be converted: iconv -f latin1 -t utf-8"
+            ) from None
 
 
 def _object(text: str, place: str) -> Any:
@@ -196,7 +253,7 @@ def _object(text: str, place: str) -> Any:
         raise ValueError(f"{place}: {_EXPECTED}, got no JSON: {error}") from None
 
 
-def _rows(name: str) -> Iterator[tuple[str, int, Any]]:
+def _rows(name: str) -> _Entries:
     source = next((known for key, known in DATASETS.items() if key.lower() == name.lower()), None)
     if source is None:
         path, *rest = name.split(":")
@@ -208,8 +265,7 @@ def _rows(name: str) -> Iterator[tuple[str, int, Any]]:
         rows: Iterable[Any] = datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # of the hub, the network, the file system: whatever that library lets through
         raise ValueError(f"{name}: expected a data set of the hub: {type(error).__name__}: {error}") from error
-    for number, row in enumerate(rows):
-        yield f"{name}, line {number + 1}", number, row
+    return lambda: ((f"{name}, line {number + 1}", number, row) for number, row in enumerate(rows))
 
 
 _EXPECTED: Final = "expected an object with problem and answer"

@@ -99,6 +99,7 @@ def run_demo(
         count=count,
         seed=seed,
     )
+    found = [replace(row, records=list(row.records)) for row in found]  # gone through again and again below
     rows = {row.label: row for row in found}
     for section in (
         accuracy_table(_with_majority(rows)),
