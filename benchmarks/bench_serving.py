@@ -1,16 +1,18 @@
 """The verifier over HTTP beside reading whole texts, and the engine over HTTP beside the engine itself.
 
     python benchmarks/bench_serving.py --out serving
-    python benchmarks/bench_serving.py --model path/to/model --layers 4 --out serving
+    python benchmarks/bench_serving.py --policy path/to/SmolLM2-135M-Instruct --rounds 1 --out serving-smollm2
 
 ``pooling``: 16 candidates of 20 steps are scored through `/pooling` step by step, the whole text of all of them each
 time, as frameworks do that call a process reward model over HTTP. Ours reads what is new in them; with
 ``prefix_cache=False`` the server reads whole texts, as vLLM does for token-pooling tasks, on the same kernels.
 
-``streams``: 64 texts of 128 tokens at once, streamed to a client on the loopback interface (one chat with ``n`` of 64,
-and 64 chats), and by `Engine.generate` in the same process, in turns; the bound is the engine's own throughput.
+``streams``: 64 texts of 128 tokens at once, streamed to a client process on the loopback interface (one chat with ``n``
+of 64, and 64 chats), and by `Engine.generate` in the server's process, in turns; the bound is the engine's own
+throughput. An engine whose tokens cost a microsecond is the hardest case, a real model the usual one.
 
-The models are the demo's smallest; with ``--model`` another checkpoint is a verifier, too.
+The models are the demo's smallest; with ``--model`` another checkpoint is a verifier, too, and ``--policy`` is one that
+streams in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import uvicorn
-from tts_search import Engine, HFVerifier
+from tts_search import Engine, HFPolicy, HFVerifier
 from tts_search.lab.checkpoints import load_models
 from tts_search.search.protocol import Generate, GenerateParams
 from tts_search.serve.app import create_app
@@ -91,41 +93,58 @@ def pooling(policy: Any, verifier: Any, prefix_cache: bool) -> tuple[list[Any], 
     return reply["data"], {"tokens read": read, "tokens of the texts": logical, "seconds": round(seconds, 3)}
 
 
-def chats(client: httpx2.Client, each: int) -> int:
-    """Have `STREAMS` texts streamed by chats of `each` answers; the tokens that came."""
-    counts: list[int] = []
+CLIENT = """
+import json, sys, threading, time
+import httpx2
 
-    def one(seed: int) -> None:
-        body = {
-            "messages": [{"role": "user", "content": PROBLEM}], "n": each, "max_tokens": TOKENS, "ignore_eos": True,
-            "seed": seed, "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-            *_, last = (line for line in reply.iter_lines() if line.startswith("data: {"))
-        counts.append(json.loads(last[6:])["usage"]["completion_tokens"])
+url, bodies = sys.argv[1], json.load(sys.stdin)
+counts = []
 
-    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(STREAMS // each)]
+def one(body):
+    end = b""
+    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        for part in reply.iter_raw():
+            end = (end + part)[-4096:]
+    last = end.split(b"data: ")[-2]
+    counts.append(json.loads(last)["usage"]["completion_tokens"])
+
+with httpx2.Client(base_url=url, timeout=3600, limits=httpx2.Limits(max_connections=None)) as client:
+    client.get("/health")
+    threads = [threading.Thread(target=one, args=(body,)) for body in bodies]
+    begun = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts)
+    print(sum(counts), time.perf_counter() - begun)
+"""
+"""Reads streams in a process of its own, as clients are, and hardly looks at them: the server is what is measured."""
 
 
-def generated(engine: Engine, tokens: list[int], each: int) -> int:
+def chats(client: httpx2.Client, each: int) -> float:
+    """Have `STREAMS` texts streamed by chats of `each` answers; tokens a second."""
+    bodies = [
+        {
+            "messages": [{"role": "user", "content": PROBLEM}], "n": each, "max_tokens": TOKENS, "ignore_eos": True,
+            "seed": seed, "stream": True, "stream_options": {"include_usage": True},
+        }
+        for seed in range(STREAMS // each)
+    ]  # fmt: skip
+    command = [sys.executable, "-c", CLIENT, str(client.base_url)]
+    done = subprocess.run(command, input=json.dumps(bodies), capture_output=True, text=True, check=True)
+    tokens, seconds = map(float, done.stdout.split())
+    return tokens / seconds
+
+
+def generated(engine: Engine, tokens: list[int], each: int) -> float:
     """The same in process, each token told as it comes."""
+    begun = time.perf_counter()
     params = GenerateParams(max_tokens=TOKENS, ignore_eos=True)
     running = [
         engine.generate(Generate(tuple(tokens), params, each, tuple(range(seed, seed + each))))
         for seed in range(STREAMS // each)
     ]
-    return sum(len(part.tokens) for one in running for part in one.events())
-
-
-def throughput(action: Callable[[], int]) -> float:
-    """Tokens a second."""
-    begun = time.perf_counter()
-    return action() / (time.perf_counter() - begun)
+    return sum(len(part.tokens) for one in running for part in one.events()) / (time.perf_counter() - begun)
 
 
 def streams(policy: Any, rounds: int) -> dict[str, dict[str, Any]]:
@@ -136,8 +155,7 @@ def streams(policy: Any, rounds: int) -> dict[str, dict[str, Any]]:
         for name, each in (("one chat with n = 64", STREAMS), ("64 chats", 1)):
             pairs = []
             for _ in range(rounds + 1):
-                engine_speed = throughput(partial(generated, engine, ids, each))
-                pairs.append((engine_speed, throughput(partial(chats, client, each))))
+                pairs.append((generated(engine, ids, each), chats(client, each)))
             alone, over = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
             share = statistics.median(http / engine_speed for engine_speed, http in pairs[1:])
             lines[name] = {
@@ -152,6 +170,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="a causal language model that judges steps by yes or no, in the verifier's place"
     )
+    parser.add_argument("--policy", help="a causal language model that streams, in the demo policy's place")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", default="pooling,streams")
     parser.add_argument("--out", help="name of the record")
@@ -170,7 +189,8 @@ def main() -> None:
                 raise SystemExit(f"{name}: scores differ")
             tables[f"pooling {name}"] = {"what is new": ours, "whole texts": whole}
     if "streams" in given.parts:
-        tables["streams"] = streams(policy, given.rounds)
+        streaming = HFPolicy(given.policy, dtype="bfloat16") if given.policy else policy
+        tables["streams"] = streams(streaming, given.rounds)
     print(json.dumps(tables, indent=1))
     if given.out:
         record.write(

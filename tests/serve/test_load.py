@@ -8,8 +8,10 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -118,11 +120,40 @@ def test_many_clients(live, local, service, capsys):
     while service.engine.num_in_flight or service.engine.num_streams:
         assert time.monotonic() < deadline, "what clients left behind is freed"
         time.sleep(0.05)
-    growth = [quarter / memory.quarters[0] for quarter in memory.quarters]
+    tables = {
+        "kinds": {kind: {"request": kind, **in_numbers(values)} for kind, values in sorted(times.items())},
+        "memory": {
+            f"quarter {number}": {"quarter": number, "resident, MiB": round(quarter / 2**20, 1)}
+            for number, quarter in enumerate(memory.quarters, 1)
+        },
+        "all": {"all": {"clients": CLIENTS, "requests": CLIENTS * REQUESTS, "seconds": round(wall, 1)}},
+    }
     with capsys.disabled():
-        print(f"\n{CLIENTS} clients x {REQUESTS} requests in {wall:.1f} s; memory by quarters {growth}")
-        for kind, values in sorted(times.items()):
-            values.sort()
-            last = values[int(0.99 * (len(values) - 1))]
-            print(f"{kind:9} {len(values):5}  p50 {statistics.median(values):.3f} s  p99 {last:.3f} s")
-    assert max(growth) < 1.05
+        print(f"\n{json.dumps(tables, indent=1)}")
+    if name := os.environ.get("TTS_LOAD_OUT"):
+        write_down(name, tables)
+    assert max(memory.quarters) < 1.05 * memory.quarters[0]
+
+
+def in_numbers(seconds: list[float]) -> dict[str, float]:
+    """Times of requests of a kind."""
+    last = sorted(seconds)[int(0.99 * (len(seconds) - 1))]
+    return {
+        "answered": len(seconds), "p50, s": round(statistics.median(seconds), 3), "p99, s": round(last, 3)
+    }  # fmt: skip
+
+
+def write_down(name: str, tables: dict[str, Any]) -> None:
+    """Keep the numbers as a measurement."""
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    import record
+
+    record.write(
+        name,
+        what="Clients at once, a tenth of whose requests are cut off and a tenth nonsense: seconds to an answer",
+        command=f"TTS_LOAD_CLIENTS={CLIENTS} TTS_LOAD_REQUESTS={REQUESTS} TTS_LOAD_OUT={name} "
+        "python -m pytest tests/serve/test_load.py -m slow",
+        beside=os.environ.get("TTS_LOAD_BESIDE", "nothing"),
+        tables=tables,
+        packages=("torch", "fastapi", "uvicorn"),
+    )

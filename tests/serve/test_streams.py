@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import anyio
 from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
-from tts_search.serve.generation import _merged
+from tts_search.serve.generation import _by_sample
 from tts_search.serve.streams import event, streamed
 
 
@@ -61,32 +60,10 @@ def test_time_and_errors_are_the_last_event():
     assert closed == ["closed"]
 
 
-def test_parts_that_a_slow_reader_finds_waiting_are_one():
-    """Nothing is lost or reordered; a reader that keeps up gets each by itself."""
-    parts = [
-        Generated(0, "a", (1,)),
-        Generated(1, "x", (7,)),
-        Generated(0, "b", (2,)),
-        Generated(0, "c", (3,), reason="eos"),
-    ]
-
-    async def generation(pause: float) -> AsyncGenerator[Generated, None]:
-        for part in parts:
-            yield part
-            await anyio.sleep(pause)
-
-    async def read(pause: float) -> list[tuple[int, int, str, tuple[int, ...], str | None]]:
-        running: list[Any] = [generation(pause)]
-        found = []
-        async for number, part in _merged(running):
-            found.append((number, part.sample, part.text, part.tokens, part.reason))
-            await anyio.sleep(0.03 if not pause else 0)
-        return found
-
-    assert anyio.run(read, 0.01) == [
-        (0, 0, "a", (1,), None), (0, 1, "x", (7,), None), (0, 0, "b", (2,), None), (0, 0, "c", (3,), "eos")
-    ]  # fmt: skip
-    slow = anyio.run(read, 0.0)
-    assert len(slow) == 3
-    assert slow[0] == (0, 0, "a", (1,), None)
-    assert set(slow[1:]) == {(0, 1, "x", (7,), None), (0, 0, "bc", (2, 3), "eos")}
+def test_parts_that_a_slow_reader_finds_waiting_are_one_for_each_sample():
+    """Nothing is lost or reordered; parts of other samples and prompts stay apart."""
+    parts = [Generated(0, "a", (1,)), Generated(1, "x", (7,)), Generated(0, "b", (2, 3), reason="eos")]
+    found = _by_sample([*((0, part) for part in parts), (1, parts[0])])
+    assert {where: Generated.joined(own) for where, own in found.items()} == {
+        (0, 0): Generated(0, "ab", (1, 2, 3), reason="eos"), (0, 1): parts[1], (1, 0): parts[0]
+    }  # fmt: skip

@@ -9,16 +9,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as WaitingTooLong  # before Python 3.11 not the builtin one
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
 from tts_search.engine.events import SearchEvent, Watch
+from tts_search.engine.post import Post
 from tts_search.engine.scheduler import Scheduler, Speculate
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, boxed
@@ -28,14 +29,14 @@ from tts_search.search.result import SearchResult
 from tts_search.search.run import Run
 from tts_search.search.types import Messages
 
-__all__ = ["Engine", "Generation", "Handle", "Search", "default_equality"]
+__all__ = ["Engine", "Generation", "Handle", "Search", "default_equality", "together"]
 
 _PERIOD: Final = 1.0  # seconds between two looks at how busy the policy is
 
 Result = TypeVar("Result")
 News = TypeVar("News")
 Reader = Callable[[], Iterable[News]]
-Listener = Callable[[Any], None]  # gets the news, and None at the end
+Listener = Callable[["list[Any] | None"], None]  # gets what is new, and None at the end
 
 
 class Engine:
@@ -109,6 +110,8 @@ class Engine:
         self._waiting: deque[Handle[Any, Any]] = deque()  # not begun; with `_begun` and the scheduler the thread's own
         self._begun: dict[int, Handle[Any, Any]] = {}
         self._calls: deque[Callable[[], None]] = deque()  # what other threads want done
+        self._news: dict[Handle[Any, Any], None] = {}  # those of whom there is something new to tell after this step
+        self._posts: dict[asyncio.AbstractEventLoop, Post] = {}
         self._wake = threading.Condition()
         self._closed = False
         self._load = (time.monotonic(), self._scheduler.load)
@@ -211,6 +214,7 @@ class Engine:
                     self._start(self._waiting.popleft())
                 for outcome in self._scheduler.step():
                     self._settle(*outcome)
+                self._spread()
                 if time.monotonic() - self._load[0] > _PERIOD or not self._begun:
                     self._load = (time.monotonic(), self._scheduler.load)
         except BaseException as failure:  # of a driver: whoever waits is to know it
@@ -237,6 +241,18 @@ class Engine:
                     return True
                 action = self._calls.popleft()
             action()
+
+    def _spread(self) -> None:
+        """Tell what the step has brought: once for all parts of a text."""
+        news, self._news = self._news, {}
+        for handle in news:
+            handle._notify()
+
+    def _post(self, loop: asyncio.AbstractEventLoop) -> Post:
+        """What carries news to an event loop, the same for all who listen there."""
+        with self._wake:
+            self._posts = {other: post for other, post in self._posts.items() if not other.is_closed()}
+            return self._posts.setdefault(loop, Post(loop))
 
     def _start(self, handle: Handle[Any, Any]) -> None:
         self._begun[handle.number] = handle
@@ -298,26 +314,19 @@ class Handle(ABC, Generic[Result, News]):
 
         All of it, whenever one begins to listen: the first events bring what has happened before.
         """
-        told: queue.SimpleQueue[News | None] = queue.SimpleQueue()
+        told: queue.SimpleQueue[list[News] | None] = queue.SimpleQueue()
         self._listen(told.put)
         try:
-            while (event := told.get()) is not None:
-                yield event
+            while (news := told.get()) is not None:
+                yield from news
         finally:
             self._ignore(told.put)
 
     async def __aiter__(self) -> AsyncIterator[News]:
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[Any]()
-
-        def listener(event: Any) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, event)
-
-        self._listen(listener)
-        try:
-            while (event := await told.get()) is not None:
-                yield event
-        finally:
-            self._ignore(listener)
+        async with aclosing(together([self])) as told:
+            async for news in told:
+                for _, event in news:
+                    yield event
 
     def __await__(self) -> Generator[Any, None, Result]:
         return asyncio.wrap_future(self._future).__await__()
@@ -353,12 +362,12 @@ class Handle(ABC, Generic[Result, News]):
     def _notify(self) -> None:
         """Tell the listeners what is new to them."""
         for listener, fresh in list(self._listeners.items()):
-            for event in fresh():
-                self._tell(listener, event)
+            if news := list(fresh()):
+                self._tell(listener, news)
 
-    def _tell(self, listener: Listener, event: News | None) -> None:
+    def _tell(self, listener: Listener, news: list[News] | None) -> None:
         try:
-            listener(event)
+            listener(news)
         except RuntimeError:  # its event loop is closed
             self._drop(listener)
 
@@ -439,12 +448,40 @@ class Generation(Handle["list[Generated]", Generated]):
             self._engine._settle(self.number, error)
             return
         self._parts.append(news)
-        self._notify()
+        self._engine._news[self] = None
         self._num_left -= news.reason is not None
         if not self._num_left:
             samples = range(self.request.num_samples)
             whole = [Generated.joined([part for part in self._parts if part.sample == one]) for one in samples]
             self._engine._settle(self.number, whole)
+
+
+async def together(handles: Sequence[Handle[Any, News]]) -> AsyncGenerator[list[tuple[int, News]], None]:
+    """Yield what happens to any of some handles, each event with the place of its handle, to the end of all of them.
+
+    What has come since one asked the last time comes at once.
+    """
+    loop = asyncio.get_running_loop()
+    told = asyncio.Queue[list[tuple[int, list[News] | None]]]()
+
+    def listener(place: int, post: Post, news: list[News] | None) -> None:
+        post.put(told, (place, news))
+
+    listeners = [partial(listener, place, one._engine._post(loop)) for place, one in enumerate(handles)]
+    for one, own in zip(handles, listeners, strict=True):
+        one._listen(own)
+    try:
+        left = len(handles)
+        while left:
+            found = await told.get()
+            while not told.empty():
+                found += told.get_nowait()
+            if news := [(place, event) for place, events in found for event in events or ()]:
+                yield news
+            left -= sum(events is None for _, events in found)
+    finally:
+        for one, own in zip(handles, listeners, strict=True):
+            one._ignore(own)
 
 
 def default_equality() -> Equality:

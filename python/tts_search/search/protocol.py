@@ -269,6 +269,8 @@ class Generated:
     def joined(cls, parts: Sequence[Generated]) -> Generated:
         """Return the parts of a sample, in order, as one."""
         last = parts[-1]
+        if len(parts) == 1:
+            return last
         tokens, logprobs, top = (
             tuple(chain.from_iterable(getattr(part, name) for part in parts)) for name in ("tokens", "logprobs", "top")
         )

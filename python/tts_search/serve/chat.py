@@ -66,6 +66,12 @@ async def chat(
     )
 
 
+def _continues(body: Chat) -> bool:
+    """Whether the last message is to be continued: vLLM's clients say so in the request, others in the message."""
+    last = body.messages[-1]
+    return body.continue_final_message or (last.role == "assistant" and (last.model_extra or {}).get("prefix") is True)
+
+
 def _prompt(service: Service, body: Chat) -> list[int]:
     if body.continue_final_message and body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
         raise ApiError(
@@ -80,8 +86,8 @@ def _prompt(service: Service, body: Chat) -> list[int]:
         raise ApiError(400, f"chat_template_kwargs: {min(reserved)} is not one of them", "chat_template_kwargs")
     return service.texts.prompt(
         [each.model_dump(exclude_none=True) for each in body.messages],
-        generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-        continue_final=body.continue_final_message,
+        generation_prompt=body.add_generation_prompt and not _continues(body),
+        continue_final=_continues(body),
         special=body.add_special_tokens,
         template=body.chat_template,
         options=options,
@@ -114,8 +120,14 @@ def _choice(service: Service, body: Chat, part: Generated) -> dict[str, Any]:
     }
 
 
+def _delta(service: Service, body: Chat, part: Generated) -> dict[str, Any]:
+    choice = _choice(service, body, part)
+    del choice["message"]
+    return {**choice, "delta": {"content": part.text} if part.text else {}}
+
+
 def _echoed(body: Chat) -> str:
-    return body.messages[-1].content if body.echo and body.continue_final_message else ""
+    return body.messages[-1].content if body.echo and _continues(body) else ""
 
 
 async def _chunks(service: Service, body: Chat, answers: Answers) -> AsyncGenerator[bytes, None]:
@@ -124,10 +136,8 @@ async def _chunks(service: Service, body: Chat, answers: Answers) -> AsyncGenera
     for index in range(body.n):
         delta = {"role": "assistant", "content": _echoed(body)}
         yield event({**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]})
-    async for part in answers.parts():
-        choice = _choice(service, body, part)
-        del choice["message"]
-        yield event({**head, "choices": [{**choice, "delta": {"content": part.text} if part.text else {}}]})
+    async for parts in answers.parts():
+        yield b"".join(event({**head, "choices": [_delta(service, body, part)]}) for part in parts)
     if body.stream_options.include_usage:
         yield event({**head, "choices": [], "usage": answers.usage()})
     yield event("[DONE]")

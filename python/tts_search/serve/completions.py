@@ -34,6 +34,7 @@ class Completion(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=256)]
         | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=256)]
     )
+    max_tokens: int | None = Field(default=None, ge=0, lt=1 << 31)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     add_special_tokens: bool = True
@@ -46,12 +47,15 @@ async def complete(body: Completion, service: Served, request: HttpRequest) -> R
     tells_echo = body.echo and body.logprobs is not None
     if tells_echo and body.stream:
         raise ApiError(400, "echo: expected false in a stream with logprobs", "echo")
+    only_prompt = body.max_tokens == 0
+    if only_prompt and (body.stream or not body.echo):
+        raise ApiError(400, "max_tokens: expected at least 1, or echo and no stream", "max_tokens")
     prompts = _prompts(service, body)
     answers = Answers(
         service,
         body,
         prompts,
-        max_tokens=_SHORT if body.max_tokens is None else body.max_tokens,
+        max_tokens=_SHORT if body.max_tokens is None else max(1, body.max_tokens),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if tells_echo and body.prompt_logprobs is None else None,
     )
@@ -59,6 +63,8 @@ async def complete(body: Completion, service: Served, request: HttpRequest) -> R
     if body.stream:
         return streamed(_chunks(service, body, answers), timeout_s)
     parts = await while_wanted(request, answers.whole(), timeout_s)
+    if only_prompt:  # a forward tells of it what there is to tell; what was drawn behind it is nobody's
+        parts, answers.num_tokens = [_without_answer(part) for part in parts], 0
     return JSONResponse(
         {
             **_head(service, body, answers),
@@ -66,6 +72,10 @@ async def complete(body: Completion, service: Served, request: HttpRequest) -> R
             "usage": answers.usage(),
         }
     )
+
+
+def _without_answer(part: Generated) -> Generated:
+    return Generated(part.sample, "", reason="length", cached_tokens=part.cached_tokens, prompt=part.prompt)
 
 
 def _prompts(service: Service, body: Completion) -> list[Prompt]:
@@ -101,7 +111,7 @@ def _choice(
     told = None
     if body.logprobs is not None:
         told = _logprobs(service, part, offset + len(echoed))
-        if echoed and part.prompt:
+        if echoed:
             told = _echoed_logprobs(service, tokens, part, body.logprobs, told)
     return {
         "index": part.sample,
@@ -137,10 +147,8 @@ def _echoed_logprobs(
     service: Service, prompt: Sequence[int], part: Generated, most: int, new: dict[str, Any]
 ) -> dict[str, Any]:
     """What is told of the tokens of an echoed prompt, of the first one nothing, and then of the new ones."""
-    values, tops = zip(*part.prompt, strict=True)
-    old = _logprobs(
-        service, Generated(part.sample, "", tuple(prompt[1:]), values, tuple(top[:most] for top in tops)), 0
-    )  # fmt: skip
+    values, tops = tuple(value for value, _ in part.prompt), tuple(top[:most] for _, top in part.prompt)
+    old = _logprobs(service, Generated(part.sample, "", tuple(prompt[1:]), values, tops), 0)
     first = service.texts.decode(prompt[:1], skip_special=False)
     offsets = accumulate((len(service.texts.decode([token])) for token in prompt), initial=0)
     return {
@@ -155,11 +163,14 @@ async def _chunks(service: Service, body: Completion, answers: Answers) -> Async
     """Yield the events of a stream."""
     head = _head(service, body, answers)
     told: dict[int, int] = {}  # characters of each answer
-    async for part in answers.parts():
-        first = part.sample not in told
-        choice = _choice(service, body, answers, part, first=first, offset=told.get(part.sample, 0))
-        told[part.sample] = told.get(part.sample, 0) + len(choice["text"])
-        yield event({**head, "choices": [choice]})
+    async for parts in answers.parts():
+        events = []
+        for part in parts:
+            first = part.sample not in told
+            choice = _choice(service, body, answers, part, first=first, offset=told.get(part.sample, 0))
+            told[part.sample] = told.get(part.sample, 0) + len(choice["text"])
+            events.append(event({**head, "choices": [choice]}))
+        yield b"".join(events)
     if body.stream_options.include_usage:
         yield event({**head, "choices": [], "usage": answers.usage()})
     yield event("[DONE]")

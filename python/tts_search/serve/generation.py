@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from tts_search.engine.engine import Generation
+from tts_search.engine.engine import Generation, together
 from tts_search.errors import SearchError
 from tts_search.search.protocol import Generate, Generated, GenerateParams
 from tts_search.search.seeds import Seeds
@@ -104,8 +104,10 @@ class Answers:
         """The prompt that an answer answers."""
         return self._prompts[index // self._sampling.n]
 
-    async def parts(self) -> AsyncGenerator[Generated, None]:
-        """Yield what comes, `sample` being the number of the answer. Closing it frees what is on its way.
+    async def parts(self) -> AsyncGenerator[list[Generated], None]:
+        """Yield what has come, one part of an answer, `sample` being its number. Closing it frees what is on its way.
+
+        Who reads slower than the model writes gets fewer and longer parts.
 
         Raises
         ------
@@ -118,17 +120,16 @@ class Answers:
         metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
         running = self._begin()
         try:
-            async for number, part in _merged(running):
+            async for news in together(running):
                 now = time.monotonic()
                 if self._params.stream:
                     (metrics.first_token if last is None else metrics.between_tokens).observe(now - (last or begun))
                 last = now
-                self.num_tokens += len(part.tokens)
-                metrics.generation_tokens.inc(len(part.tokens))
-                if part.reason is not None:
-                    metrics.finished(finish_reason(part) or "")
-                    self._cached[number] = part.cached_tokens
-                yield replace(part, sample=number * self._sampling.n + part.sample)
+                parts = [self._part(number, own) for (number, _), own in _by_sample(news).items()]
+                num_tokens = sum(len(part.tokens) for part in parts)
+                self.num_tokens += num_tokens
+                metrics.generation_tokens.inc(num_tokens)
+                yield parts
             await asyncio.gather(*running)
             metrics.queried_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
             metrics.cached_tokens.inc(sum(self._cached))
@@ -142,8 +143,9 @@ class Answers:
     async def whole(self) -> list[Generated]:
         """All answers, in order; raises as `parts` does."""
         parts: list[list[Generated]] = [[] for _ in range(len(self._prompts) * self._sampling.n)]
-        async for part in self.parts():
-            parts[part.sample].append(part)
+        async for news in self.parts():
+            for part in news:
+                parts[part.sample].append(part)
         answers = [Generated.joined(each) for each in parts]
         n = self._sampling.n  # what is told of a prompt came with the first answer to it
         return [replace(one, prompt=answers[index // n * n].prompt) for index, one in enumerate(answers)]
@@ -157,6 +159,14 @@ class Answers:
             "total_tokens": prompt + self.num_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached)},
         }
+
+    def _part(self, number: int, parts: Sequence[Generated]) -> Generated:
+        """Parts of a sample of a prompt as one of an answer."""
+        part = Generated.joined(parts)
+        if part.reason is not None:
+            self._service.metrics.finished(finish_reason(part) or "")
+            self._cached[number] = part.cached_tokens
+        return replace(part, sample=number * self._sampling.n + part.sample) if number else part
 
     def _begin(self) -> list[Generation]:
         try:
@@ -179,33 +189,12 @@ def _check_length(prompt: Prompt, room: int) -> None:
         raise ApiError(400, f"prompt: expected fewer than {room} tokens, the model's context, got {length}", "prompt")
 
 
-async def _merged(running: Sequence[Generation]) -> AsyncIterator[tuple[int, Generated]]:
-    """Yield what comes from any of them, with its number, until all have ended.
-
-    Parts of a sample that came while the last one was on its way to the client are one: who reads slower than the
-    model writes gets fewer and longer parts.
-    """
-    told: asyncio.Queue[tuple[int, Generated] | None] = asyncio.Queue()
-
-    async def listen(number: int, generation: Generation) -> None:
-        async for part in generation:
-            told.put_nowait((number, part))
-        told.put_nowait(None)
-
-    tasks = [asyncio.ensure_future(listen(*each)) for each in enumerate(running)]
-    try:
-        left = len(tasks)
-        while left:
-            waiting = [await told.get(), *(told.get_nowait() for _ in range(told.qsize()))]
-            left -= waiting.count(None)
-            samples: dict[tuple[int, int], list[Generated]] = {}
-            for number, part in filter(None, waiting):
-                samples.setdefault((number, part.sample), []).append(part)
-            for (number, _), parts in samples.items():
-                yield number, Generated.joined(parts)
-    finally:
-        for task in tasks:
-            task.cancel()
+def _by_sample(news: Iterable[tuple[int, Generated]]) -> dict[tuple[int, int], list[Generated]]:
+    """Parts by the number of their prompt and of their sample."""
+    found: dict[tuple[int, int], list[Generated]] = {}
+    for number, part in news:
+        found.setdefault((number, part.sample), []).append(part)
+    return found
 
 
 def finish_reason(part: Generated) -> str | None:

@@ -17,6 +17,9 @@ from tts_search.serve.errors import ApiError, error_body
 __all__ = ["event", "new_id", "now", "streamed"]
 
 
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 def new_id(kind: str) -> str:
     """A name that no other answer has."""
     return f"{kind}-{uuid.uuid4().hex}"
@@ -29,7 +32,7 @@ def now() -> int:
 
 def event(data: Any, name: str | None = None) -> bytes:
     """One event."""
-    text = data if isinstance(data, str) else json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = data if isinstance(data, str) else _encode(data)
     return format_sse_event(data_str=text, event=name)
 
 

@@ -1,0 +1,65 @@
+"""From the engine's thread to an event loop: what is new, without keeping the engine waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any, Final
+
+__all__ = ["Post"]
+
+# The loop rests so many times as long as it was busy with what came last, and so many seconds at most.
+_REST: Final = 24
+_LONGEST_S: Final = 0.2
+
+
+class Post:
+    """Carries what a thread has to tell over to an event loop.
+
+    Python runs one thread at a time: while the loop writes to its clients the engine waits, at each of the dozens of
+    kernels that it calls in a step. So the loop is told everything that is new with one call, and again only when it
+    has rested. With few listeners that is before the next token; with many, each of them gets longer parts.
+
+    Parameters
+    ----------
+    loop : asyncio.AbstractEventLoop
+        Where the queues are read.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._items: dict[asyncio.Queue[list[Any]], list[Any]] = {}
+        self._is_on_its_way = False
+
+    def put(self, queue: asyncio.Queue[list[Any]], item: Any) -> None:
+        """Put an item into a queue, in a list with others that are for it; from any thread.
+
+        Raises
+        ------
+        RuntimeError
+            If the loop is closed.
+        """
+        if self._loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        with self._lock:
+            self._items.setdefault(queue, []).append(item)
+            if self._is_on_its_way:
+                return
+            self._is_on_its_way = True
+        self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            items, self._items = self._items, {}
+            self._is_on_its_way = bool(items)
+        if items:
+            begun = time.thread_time()
+            for queue, news in items.items():
+                queue.put_nowait(news)
+            self._loop.call_soon(self._rest, begun)  # behind those who were woken
+
+    def _rest(self, begun: float) -> None:
+        spent = time.thread_time() - begun
+        self._loop.call_later(min(_LONGEST_S, _REST * spent), self._deliver)
