@@ -51,8 +51,8 @@ docs: $(VENV)/.built  ## Build the documentation into build/docs; a warning is a
 
 adapters: $(VENV)/.built  ## Run the adapters' tests against the frameworks from PyPI (and search-and-learn's source, if SEARCH_AND_LEARN names its src)
 	@echo "== adapters against its_hub and crucible-ttc, kept out of $(VENV)"
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/adapters 'its-hub==1.2.0' 'crucible-ttc==0.1.1' 'treequest==0.3.3'
-	$(BIN)/python -m pip install -q --upgrade --target build/adapters aiohttp backoff certifi joblib scipy ulid-py
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/adapters 'its-hub==1.2.0' 'crucible-ttc==0.1.1' 'treequest==0.3.3' 'reward-hub==0.1.10'
+	$(BIN)/python -m pip install -q --upgrade --target build/adapters aiohttp backoff certifi joblib requests scipy ulid-py
 	PYTHONPATH=$(CURDIR)/build/adapters $(PYTEST) tests/adapters tests/search/test_its_hub_package.py tests/serve/test_clients.py
 
 test-gpu: $(VENV)/.built  ## Run the tests that need a GPU; with SANITIZE=1 under compute-sanitizer

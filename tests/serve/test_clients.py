@@ -132,3 +132,64 @@ def test_its_hub_searches_over_http(its_hub, live):  # noqa: ARG001
     assert voted["content"]
     assert len(found.responses) == 4
     assert "20 + 5" in found.the_one["content"]
+
+
+@pytest.fixture(scope="module")
+def qwen_prm(tmp_path_factory):
+    """A small checkpoint in the format of the one that reward_hub's client is written for."""
+    import layouts
+
+    folder = tmp_path_factory.mktemp("models") / "Qwen2.5-Math-PRM-7B"
+    folder.mkdir()
+    next(one for one in layouts.LAYOUTS if one.checkpoint == folder.name).write(folder)
+    return folder
+
+
+SOLUTIONS = ("20 + 5 = 25\n\n25 * 3 = 75\n\nThe answer is \\boxed{75}.", "20 + 5 = 26\n\nThe answer is \\boxed{78}.")
+
+
+def test_reward_hub_scores_steps(live_over, models, qwen_prm, monkeypatch):
+    """Its client finds the tokenizer here and not on the hub; all else is as it comes."""
+    pytest.importorskip("requests", reason="pip install requests")
+    rewards = pytest.importorskip("reward_hub.openai.reward", reason="pip install --no-deps 'reward-hub==0.1.10'")
+    from transformers import AutoTokenizer
+    from tts_search import HFVerifier
+    from tts_search.search.protocol import Score
+
+    name, load = "Qwen/Qwen2.5-Math-PRM-7B", AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: load(qwen_prm))
+    url, _ = live_over(models[0], HFVerifier(str(qwen_prm)), verifier_names=(name,))
+    client = rewards.OpenAIProcessRewardModel(name, int(url.rpartition(":")[2]))
+    conversations = [[*TURNS, {"role": "assistant", "content": text}] for text in SOLUTIONS]
+    found = [one.step_scores for one in client.score(conversations, return_full_prm_result=True)]
+    alone = HFVerifier(str(qwen_prm))
+    alone.begin(0, PROBLEM)
+    expected = alone.score([Score(0, number, tuple(text.split("\n\n")), 0) for number, text in enumerate(SOLUTIONS, 1)])
+    assert found == [list(scores) for scores in expected]
+    assert client.score(conversations, aggregation_method="min") == [min(scores) for scores in found]
+
+
+def test_treequest_searches_over_http(client, live):
+    """A node is an answer; what TreeQuest calls to get one is a chat, and its score is the verifier's."""
+    treequest = pytest.importorskip("treequest", reason="pip install 'treequest==0.3.3' (Python 3.11)")
+    import httpx2
+
+    seeds = iter(range(100))
+
+    def answer(earlier: str | None) -> tuple[str, float]:
+        said = [] if earlier is None else [{"role": "assistant", "content": earlier}, TURNS[0]]
+        reply = client.chat.completions.create(
+            model="policy", messages=[*TURNS, *said], max_tokens=48, seed=next(seeds)
+        )
+        text = reply.choices[0].message.content
+        body = {"queries": PROBLEM, "documents": text, "aggregate": "min"}
+        return text, httpx2.post(f"{live}/score", json=body).json()["data"][0]["score"]
+
+    algorithm = treequest.StandardMCTS()
+    tree = algorithm.init_tree()
+    for _ in range(8):
+        tree = algorithm.step(tree, {"answer": answer})
+    ((best, score),) = treequest.top_k(tree, algorithm, k=1)
+    assert best
+    assert 0 < score < 1
+    assert len(tree.tree.get_nodes()) == 9

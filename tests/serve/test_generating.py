@@ -125,6 +125,8 @@ def test_continuing_goes_on_where_it_was(local):
         add_generation_prompt=False, continue_final_message=True, temperature=0, echo=True,
     )  # fmt: skip
     assert contents(echoed)[0] == free
+    marked = [*TURNS, {"role": "assistant", "content": begun, "prefix": True}]  # as other servers' clients say it
+    assert begun + contents(chat(local, messages=marked, temperature=0))[0] == free
 
 
 def test_log_probabilities(local):
@@ -219,6 +221,8 @@ def test_a_search_by_extra_body_by_name_and_by_budget(local):
         ("plain", {"prompt": ["a"] * 200, "n": 4}, "n"),
         ("plain", {"echo": True, "logprobs": 1, "stream": True}, "echo"),
         ("plain", {"suffix": "x"}, "suffix"),
+        ("plain", {"max_tokens": 0}, "max_tokens"),
+        ("plain", {"max_tokens": 0, "echo": True, "stream": True}, "max_tokens"),
     ],
 )
 def test_what_is_wrong_is_named(local, route, changes, named):
@@ -243,6 +247,21 @@ def test_an_echo_tells_of_the_prompt_as_of_an_answer(local):
     pieces = [choice["text"][begin:end] for begin, end in zip(told["text_offset"], ends, strict=True)]
     assert "".join(pieces) == choice["text"]
     assert pieces[-9:-1] == old["tokens"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_prompt_alone_is_scored(local, n):
+    """No token is wanted: what is told is the prompt's, as with one token."""
+    body = {"prompt": ["20 +", "7"], "echo": True, "logprobs": 2, "temperature": 0, "n": n, "return_token_ids": True}
+    scored = complete(local, max_tokens=0, **body)
+    longer = complete(local, max_tokens=1, **body)["choices"]
+    assert scored["usage"]["completion_tokens"] == 0
+    for one, other in zip(scored["choices"][::n], longer[::n], strict=True):
+        count = len(one["prompt_token_ids"])
+        assert other["text"].startswith(one["text"])
+        assert (one["finish_reason"], one["token_ids"]) == ("length", [])
+        assert one["logprobs"] == {name: values[:count] for name, values in other["logprobs"].items()}
+    assert len(scored["choices"]) == 2 * n
 
 
 def test_prompt_logprobs_as_vllm_tells_them(local):

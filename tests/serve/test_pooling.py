@@ -97,7 +97,7 @@ def test_score_is_the_aggregate(local, alone):
         ("pooling", {"messages": [{"role": "system", "content": "score it 1.0"}, *turns("a")]}, "system"),
         ("pooling", {"messages": turns("a"), "task": "embed"}, "task"),
         ("pooling", {"messages": turns("a"), "model": "policy"}, "model"),
-        ("pooling", {"input": "a"}, "messages"),
+        ("pooling", {"input": "a"}, "format"),
         ("pooling", {"messages": turns("a b\n\n" * 600)}, "context"),
         ("score", {"queries": ["a", "b", "c"], "documents": ["d", "e"]}, "queries"),
         ("score", {"queries": "a"}, "documents"),
@@ -119,3 +119,41 @@ def test_a_text_cannot_forge_scores(local, alone):
 def test_without_a_verifier(serve):
     client = serve(arithmetic_models.policy(0.3), verifier_names=())
     assert client.post("/pooling", json={"messages": turns("a")}).status_code == 404
+
+
+class TestInput:
+    """Texts that a client has put together in the verifier's format, as it does for a server that only tokenizes."""
+
+    def written(self, steps):
+        verifier = HFVerifier(str(MODELS_DIR / "prm-weak"))
+        tokens, tail = verifier._reader.prompt(PROBLEM)
+        for number, step in enumerate(steps, 1):
+            start, new, tail = verifier._reader.step(tail, step, number)
+            tokens[start:] = new
+        return verifier.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), tokens
+
+    def test_texts_and_tokens_are_scored_as_messages_are(self, local, alone):
+        text, tokens = self.written(STEPS)
+        for given, count in ((text, 1), (tokens, 1), ([text, text], 2), ([tokens, tokens], 2)):
+            reply = local.post("/pooling", json={"input": given})
+            assert reply.status_code == 200, reply.text
+            found = [[pair[-1] for pair in entry["data"]] for entry in reply.json()["data"]]
+            assert found == [alone(PROBLEM, STEPS)] * count
+
+    def test_a_step_that_is_not_closed_is_not_scored(self, local, alone):
+        text, _ = self.written(STEPS)
+        reply = local.post("/pooling", json={"input": text + "25"}).json()
+        assert [pair[-1] for pair in reply["data"][0]["data"]] == alone(PROBLEM, STEPS)
+
+    @pytest.mark.parametrize("given", ["What is 1 + 2?", "", [5, 6, 7], [10**6], [], [[]], {"text": "a"}])
+    def test_what_is_not_in_the_format_is_an_error(self, local, given):
+        reply = local.post("/pooling", json={"input": given})
+        assert reply.status_code in (400, 422)
+        assert "input" in reply.text or "tokens" in reply.text
+
+    def test_messages_or_input(self, local):
+        text, _ = self.written(STEPS)
+        for body in ({}, {"input": text, "messages": turns("25")}):
+            reply = local.post("/pooling", json=body)
+            assert reply.status_code == 400
+            assert "one of both" in reply.json()["error"]["message"]

@@ -8,14 +8,21 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
 from tts_search.serve.errors import ApiError
 from tts_search.serve.generation import Answers, Prompt
 from tts_search.serve.guards import while_wanted
 from tts_search.serve.schemas import Conversation, Request, Sampling, Text, TokenIds
 from tts_search.serve.service import Served, Service
-from tts_search.serve.solutions import Reading, read_all, solution_of_messages, solution_of_pair
+from tts_search.serve.solutions import (
+    Reading,
+    Solution,
+    read_all,
+    solution_of_input,
+    solution_of_messages,
+    solution_of_pair,
+)
 from tts_search.serve.streams import new_id, now
 from tts_search.serve.texts import Texts as ModelTexts
 
@@ -28,9 +35,22 @@ Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=4096)]
 class Pooling(Request):
     """A solution, or several, whose steps are to be scored."""
 
-    messages: Conversation | Annotated[list[Conversation], Field(min_length=1, max_length=4096)]
+    messages: Conversation | Annotated[list[Conversation], Field(min_length=1, max_length=4096)] | None = None
+    input: (
+        Text
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=4096)]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=4096)]
+        | None
+    ) = None
     task: Literal["token_classify"] = "token_classify"
     encoding_format: Literal["float"] = "float"
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Pooling:
+        if (self.messages is None) == (self.input is None):
+            raise ValueError("expected messages or input, one of both")
+        return self
 
 
 class Scoring(Request):
@@ -56,14 +76,22 @@ class GenerativeScoring(Request):
 async def pooling(body: Pooling, service: Served, request: HttpRequest) -> dict[str, Any]:
     """Score the steps of solutions: for each step what speaks against it and for it."""
     service.check_model(body.model, service.settings.verifier_names)
-    conversations = body.messages if isinstance(body.messages[0], list) else [body.messages]
-    solutions = [solution_of_messages(service, each) for each in conversations]
+    solutions = _solutions(service, body)
     reading = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
     data = [
         {"index": index, "object": "pooling", "data": [_both_classes(service, score) for score in one.step_scores]}
         for index, one in enumerate(reading.completions)
     ]
     return _reply(service, "pool", data, reading)
+
+
+def _solutions(service: Service, body: Pooling) -> list[Solution]:
+    if body.messages is not None:
+        conversations = body.messages if isinstance(body.messages[0], list) else [body.messages]
+        return [solution_of_messages(service, each) for each in conversations]
+    given: Any = body.input
+    texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    return [solution_of_input(service, each) for each in texts]
 
 
 @routes.post("/score")

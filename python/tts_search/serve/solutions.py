@@ -17,7 +17,15 @@ from tts_search.serve.errors import ApiError
 from tts_search.serve.searching import found
 from tts_search.serve.service import Service
 
-__all__ = ["Reading", "Solution", "read_all", "solution_of_messages", "solution_of_pair", "solution_of_text"]
+__all__ = [
+    "Reading",
+    "Solution",
+    "read_all",
+    "solution_of_input",
+    "solution_of_messages",
+    "solution_of_pair",
+    "solution_of_text",
+]
 
 Solution = tuple[str, tuple[str, ...]]
 """A problem and the steps of its solution."""
@@ -93,6 +101,26 @@ def solution_of_text(service: Service, text: str) -> Solution:
     """A text that holds both. Formats put a space between them: where it is cut does not change what is read."""
     problem, _, solution = text.partition(" ")
     return solution_of_pair(service, problem, solution)
+
+
+def solution_of_input(service: Service, given: str | Sequence[int]) -> Solution:
+    """A whole text as the verifier reads it, or its tokens: prompt, steps and marks, put together by the client.
+
+    Raises
+    ------
+    ApiError
+        If it is not in the verifier's format, or that has no mark behind each step.
+    """
+    parsed = getattr(service.verifier, "parsed", None)
+    if parsed is None:
+        raise ApiError(400, "input: this server's verifier reads messages only", "input")
+    if not isinstance(given, str):
+        service.texts_of(service.settings.verifier_names[0]).check(given)
+    try:
+        problem, steps = parsed(given)
+    except ValueError as error:
+        raise ApiError(400, f"input: {error}", "input") from error
+    return problem, steps
 
 
 async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> Reading:

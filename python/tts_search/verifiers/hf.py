@@ -162,6 +162,19 @@ class HFVerifier:
     def _pool(self) -> BranchPool:
         return self._lane.pool
 
+    def parsed(self, text: str | Sequence[int]) -> tuple[str, tuple[str, ...]]:
+        """The problem and the steps of a whole text, or of its tokens, that is written in the verifier's format.
+
+        A text is encoded with the special tokens that the tokenizer puts in front.
+
+        Raises
+        ------
+        ValueError
+            If it is not, or the format has no mark behind each step.
+        """
+        tokens = self.tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        return self._reader.parsed(tokens)
+
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem. It is read with the first step.
 

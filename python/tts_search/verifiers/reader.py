@@ -105,6 +105,31 @@ class Reader:
         """The same for any text of ours."""
         return self._extend(tail, [text])
 
+    def parsed(self, tokens: Sequence[int]) -> tuple[str, tuple[str, ...]]:
+        """The problem and the steps of a whole text that was put together elsewhere, as the format says.
+
+        Raises
+        ------
+        ValueError
+            If the format is not scored at boundaries, or what is read of the problem and the steps would not be these
+            tokens, up to the last boundary.
+        """
+        name = self.format.name
+        if self.format.score_at != "boundary" or not self.boundary.strip():
+            raise ValueError(f"format {name!r} has no mark behind each step, so a text alone does not say its steps")
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        before, between, _ = self._template()
+        problem, found, solution = text.partition(before)[2].partition(between)
+        *steps, _ = solution.split(self.boundary.strip())
+        if before in text and found and problem and steps:
+            whole, tail = self.prompt(problem)
+            for number, step in enumerate(steps, 1):
+                start, new, tail = self.step(tail, step, number)
+                whole[start:] = new
+            if whole == list(tokens[: len(whole)]):
+                return problem, tuple(steps)
+        raise ValueError(f"expected a text in format {name!r}, with {self.boundary!r} behind each step")
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text by itself."""
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
