@@ -3,21 +3,30 @@
 The baseline has each level's keys and values contiguous, heads first (what torch's op likes best), and the queries that
 read a level grouped by KV head; ours reads pages of 16 tokens, in the order in which a forest hands them out. Rows per
 KV head decide the bound: reading each key and value once, or 4 D operations for each query head, key and row.
+
+    python benchmarks/bench_tree_attention.py [--write attention]
+
+prints the table of RESULTS.md, and writes it. Its last column is what a call allocates beside its results, in a process
+of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import costs
 import pytest
+import record
 import torch
-from measure import Bound, Call, compare, last_cache_bytes
+from measure import Bound, Call, compare, last_cache_bytes, medians, peak_bytes
 from torch import Tensor
 
 import tts_kernels as tk
@@ -121,6 +130,11 @@ DECODE = {
 }
 
 
+ONE = "1 branch, 2048 tokens"
+PREFILL = "prefill of 32,768 tokens"
+TREES = {**DECODE, ONE: ([1], [2048]), PREFILL: ([1], [32768])}
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -141,9 +155,9 @@ def test_decode(benchmark: Any, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
 def test_one_branch(benchmark: Any, dtype: torch.dtype) -> None:
     """2048 tokens, from memory: each call reads another layer, and the layers fill four times the last cache."""
-    case = Case([1], [2048], dtype)
+    case = Case(*TREES[ONE], dtype)
     bound = case.bound()
-    layers = max(2, math.ceil(4 * last_cache_bytes() / bound.bytes))
+    layers = layers_of_one(case)
     calls = [case.layer() for _ in range(layers)]
     benchmark.group = f"tree_attention, {str(dtype)[6:]}"
 
@@ -154,3 +168,102 @@ def test_one_branch(benchmark: Any, dtype: torch.dtype) -> None:
     whole = Bound(layers * bound.bytes)
     compare(benchmark, lambda: all_layers(0), {"torch grouped": lambda: all_layers(1)}, rounds=9, bound=whole)
     benchmark.extra_info["layers"] = layers
+
+
+def layers_of_one(case: Case) -> int:
+    """As many as fill four times the last cache."""
+    return max(2, math.ceil(4 * last_cache_bytes() / case.bound().bytes))
+
+
+# ---- the table of RESULTS.md -----------------------------------------------------------------------------------------
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def row(name: str, kind: str, runs: int) -> dict[str, record.Cell]:
+    """A tree's layer of decode, from memory for one branch: ours, torch's and the machine's rates in turn."""
+    found: dict[str, record.Cell] = {"what": name, "dtype": kind}
+    if name != PREFILL:
+        found |= timed(Case(*TREES[name], DTYPES[kind]), runs, many=name == ONE)
+    return {**found, "MiB beside the results": workspace_in_a_process(name, kind)}
+
+
+def timed(case: Case, runs: int, *, many: bool) -> dict[str, record.Cell]:
+    layers = [case.layer() for _ in range(layers_of_one(case) if many else 1)]
+    bound = case.bound()
+    work = Bound(len(layers) * bound.bytes, 0 if many else bound.operations, bound.dtype)
+    rates = work.rates()
+    turns: dict[str, Call] = {name: call for name, (call, _) in rates.items()}
+    for i, name in enumerate(("ours", "torch")):
+        turns[name] = partial(all_of, [layer[i] for layer in layers])
+    times = medians(turns, runs)
+    least = work.seconds({name: amount / times[name] for name, (_, amount) in rates.items()})
+    return {
+        "ours, ms": round(1000 * times["ours"] / len(layers), 2),
+        "torch, ms": round(1000 * times["torch"] / len(layers), 2),
+        "times faster": round(times["torch"] / times["ours"], 1),
+        "of gemm": None if many else round(least["gemm"] / times["ours"], 2),
+        "of memory": round(least["memory"] / times["ours"], 2),
+    }
+
+
+def all_of(calls: list[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def workspace(name: str, kind: str) -> float:
+    """MiB that a call allocates beside its results."""
+    forest, leaves = grow(*TREES[name])
+    q_len = forest.length(leaves[0]) if name == PREFILL else 1
+    shape: dict[str, int] = {"num_q_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+    plan = forest.plan(leaves, [q_len] * len(leaves), **shape)
+    pages, dtype = forest.stats().pages_total, DTYPES[kind]
+    q = torch.randn(q_len * len(leaves), HEADS, DIM).to(dtype)
+    k, v = (torch.randn(pages, PAGE_SIZE, KV_HEADS, DIM).to(dtype) for _ in range(2))
+    first = forest.plan(leaves[:1], **shape)
+    tk.tree_attention(q[:1], k, v, first)  # threads, and what is loaded on use
+    results = q.nbytes + 4 * q.shape[0] * HEADS
+    return (peak_bytes(lambda: tk.tree_attention(q, k, v, plan)) - results) / 2**20
+
+
+def workspace_in_a_process(name: str, kind: str) -> float:
+    command = [sys.executable, __file__, "--workspace", name, kind, "--threads", str(torch.get_num_threads())]
+    command += ["--device", torch.get_default_device().type]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return round(max(0.0, float(done.stdout)), 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--beside", default="nothing")
+    parser.add_argument("--workspace", nargs=2, metavar=("TREE", "DTYPE"), help="print what one call allocates, in MiB")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.device != "cpu":
+        torch.set_default_device(options.device)
+    if options.workspace:
+        print(workspace(*options.workspace))
+        return
+    table = {}
+    for kind in DTYPES:
+        for name in TREES:
+            table[f"{name}, {kind}"] = row(name, kind, options.runs)
+            print(table[f"{name}, {kind}"], flush=True)
+    if options.write:
+        record.write(
+            options.write,
+            what="Attention of one decode layer over a tree: Hq 32, Hkv 8, D 128; medians, ours and torch's in turn",
+            command="python benchmarks/bench_tree_attention.py",
+            beside=options.beside,
+            tables={"layers": table},
+        )
+
+
+if __name__ == "__main__":
+    main()

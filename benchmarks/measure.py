@@ -86,6 +86,33 @@ def seconds(call: Call, repeats: int = 1) -> float:
     return clock.seconds() / repeats
 
 
+def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Seconds of each call, in turn, after one of each that does not count."""
+    times = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(one[name] for one in times) for name in calls}
+
+
+def peak_bytes(call: Call) -> int:
+    """Bytes that a call adds at most to what is allocated on a GPU, or to what this process has of memory (Linux).
+
+    The latter takes a process that gives back what it frees: MALLOC_MMAP_THRESHOLD_=65536 in its environment.
+    """
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = _memory("VmRSS")
+    call()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def device_name() -> str:
     """What is timed: the GPU by its name, or the CPU."""
     return torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else "CPU"
