@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 DRAWS = 4000  # of a row, to see all of its tokens; fewer where kernels are emulated
 
 
-def draw(logits: Tensor, seeds: Tensor | None = None, offsets: Tensor | None = None, **options: Any) -> tk.Sampled:
+def draw(logits: Tensor, seeds: Tensor | None = None, offsets: Tensor | None = None, **options: Any) -> Any:
     rows = logits.shape[0]
     seeds = torch.arange(rows) if seeds is None else seeds
     offsets = torch.zeros(rows, dtype=torch.int64) if offsets is None else offsets
@@ -110,9 +110,9 @@ def test_the_reference_agrees_with_float64() -> None:
     logits = 2 * torch.randn(300, 50)
     seeds, offsets = torch.arange(300), torch.arange(300)
     for options in ((1.0, 0, 1.0, 0.0), (0.7, 20, 0.9, 0.01)):
-        rest = (*options, None, None, None, None)
-        narrow, _ = reference.sample(logits, seeds, offsets, *rest)
-        wide, logprobs = reference.sample(logits.double(), seeds, offsets, *rest)
+        rest = (*options, None, None, None, None, 0)
+        narrow, *_ = reference.sample(logits, seeds, offsets, *rest)
+        wide, logprobs, *_ = reference.sample(logits.double(), seeds, offsets, *rest)
         assert logprobs.dtype == torch.float64
         assert torch.equal(narrow, wide)
 
@@ -240,6 +240,46 @@ def test_sets_equal_brute_force_on_random_rows() -> None:
         assert set(support(row, **options)) <= set(keep.nonzero()[:, 0].tolist())
 
 
+# ---- the likeliest tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab", "top"), [(1, 1), (9, 9), (37, 20), (1025, 5), (5003, 128), (40001, 20)])
+def test_likeliest_tokens_are_those_of_a_stable_sort(vocab: int, top: int, dtype: torch.dtype) -> None:
+    logits = 3 * torch.randn(6, vocab)
+    logits[1] = logits[1].round()  # ties
+    logits[2, vocab // 3 + 1 :: 2] = -torch.inf
+    logits[3] = 0.5
+    logits[4] = torch.arange(vocab) / 64  # each larger than all before
+    logits[5] = -logits[4]
+    logits = logits.to(dtype)
+    out = draw(logits, temperature=0.7, top_p=0.9, top_logprobs=top)
+    plain = draw(logits, temperature=0.7, top_p=0.9)
+    assert torch.equal(out.tokens, plain.tokens)
+    assert torch.equal(out.logprobs.nan_to_num(9), plain.logprobs.nan_to_num(9))
+    assert out.top_ids.dtype == torch.int64
+    assert torch.equal(out.top_ids, logits.sort(dim=1, descending=True, stable=True).indices[:, :top])
+    exact = torch.log_softmax(logits.double(), 1).gather(1, out.top_ids)
+    assert_rule(out.top_logprobs, exact, torch.log_softmax(logits, 1).gather(1, out.top_ids))
+    own = out.top_ids == out.tokens[:, None]
+    assert torch.equal(out.top_logprobs[own], out.logprobs[own.any(1)])
+
+
+def test_likeliest_tokens_of_rows_without_a_distribution() -> None:
+    logits = torch.randn(3, 1300)
+    logits[0, 1299] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, [5, 1200]] = torch.inf
+    out = draw(logits, top_logprobs=3)
+    assert out.top_ids[:2].tolist() == [[-1] * 3] * 2
+    assert out.top_logprobs[:2].isnan().all()
+    assert out.top_ids[2].tolist() == [5, 1200, int(logits[2].masked_fill(logits[2] == torch.inf, 0).argmax())]
+    torch.testing.assert_close(out.top_logprobs[2], torch.tensor([-math.log(2), -math.log(2), -torch.inf]))
+    with tk.use_backend("reference"):
+        expected = draw(logits, top_logprobs=3)
+    assert torch.equal(out.top_ids, expected.top_ids)
+
+
 # ---- what a draw depends on --------------------------------------------------------------------------------------
 
 
@@ -285,9 +325,9 @@ for vocab, dtype in ((151_936, torch.float32), (49_152, torch.bfloat16), (32_003
     for spread in (0.1, 1.0, 8.0):
         logits = (spread * torch.randn(8, vocab)).to(dtype)
         for options in ({}, {"temperature": 0.8, "top_p": 0.95}, {"temperature": 1.2, "top_k": 50}, {"min_p": 0.02}):
-            out = tk.sample(logits, seeds=torch.arange(8), offsets=torch.arange(8), **options)
-            digest.update(out.tokens.numpy().tobytes())
-            digest.update(out.logprobs.numpy().tobytes())
+            out = tk.sample(logits, seeds=torch.arange(8), offsets=torch.arange(8), top_logprobs=7, **options)
+            for values in out:
+                digest.update(values.numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -418,8 +458,8 @@ def test_opcheck_and_compile() -> None:
     logits, seeds, offsets = torch.randn(3, 50), torch.arange(3), torch.arange(3)
     by_row = (torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0, 5, 9]), torch.tensor([1.0, 0.5, 0.9]), torch.zeros(3))
     op = torch.ops.tts_kernels.sample.default
-    opcheck(op, (logits, seeds, offsets, 0.8, 5, 0.9, 0.0, None, None, None, None))
-    opcheck(op, (logits, seeds, offsets, 1.0, 0, 1.0, 0.0, *by_row))
+    opcheck(op, (logits, seeds, offsets, 0.8, 5, 0.9, 0.0, None, None, None, None, 0))
+    opcheck(op, (logits, seeds, offsets, 1.0, 0, 1.0, 0.0, *by_row, 4))
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         a = tk.sample(x, temperature=0.7, top_p=0.9, seeds=seeds, offsets=offsets)
@@ -470,3 +510,11 @@ def test_bad_options_name_the_argument(name: str, bad: float) -> None:
             assert_names(TypeError, name, draw, x, **{name: None})
     assert_names(TypeError, "top_k", draw, x, top_k=2.0)
     assert_names(TypeError, "top_k", draw, x, top_k=torch.ones(2))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_bad_number_of_likeliest_tokens_is_named(backend: str) -> None:
+    with tk.use_backend(backend):
+        for vocab, bad in ((9, -1), (9, 10), (500, 129)):
+            assert_names(ValueError, "top_logprobs", draw, torch.randn(2, vocab), top_logprobs=bad)
+        assert_names(TypeError, "top_logprobs", draw, torch.randn(2, 9), top_logprobs=1.0)

@@ -20,7 +20,7 @@ from .ops.merge_states import merge_states
 from .ops.prune import Pruned, prune
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import rope_append_
-from .ops.sample import Sampled, sample
+from .ops.sample import Sampled, SampledTop, sample
 from .ops.score_and_prune import ScoredPruned, score_and_prune
 from .ops.step_scores import step_scores
 from .ops.swiglu import swiglu
@@ -43,6 +43,7 @@ __all__ = [
     "PackedLinear",
     "Pruned",
     "Sampled",
+    "SampledTop",
     "ScoreHead",
     "ScoredPruned",
     "aggregate_steps",

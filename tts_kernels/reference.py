@@ -159,8 +159,9 @@ def sample(
     top_ks: Tensor | None,
     top_ps: Tensor | None,
     min_ps: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One token for each row and its log-probability; ([B] int64, [B]).
+    top_logprobs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One token for each row and its log-probability, [B] int64 and [B]; the same of the likeliest ones, [B, k].
 
     float32 inputs (and narrower ones) weigh by `_fixed_exp`, the arithmetic that every backend repeats bit for bit;
     float64 inputs by ``torch.exp``.
@@ -168,9 +169,12 @@ def sample(
     wide = _wide(logits)
     tokens = torch.full((logits.shape[0],), -1, dtype=torch.int64, device=logits.device)
     logprobs = torch.full((logits.shape[0],), torch.nan, dtype=wide, device=logits.device)
+    ids = tokens[:, None].repeat(1, top_logprobs)
+    likeliest = logprobs[:, None].repeat(1, top_logprobs)
     for row, x in enumerate(logits.to(wide)):
         if x.isnan().any() or not x.isfinite().any():
             continue
+        order = x.sort(descending=True, stable=True).indices
         numbers = (temperature, top_k, top_p, min_p)
         tensors = (temperatures, top_ks, top_ps, min_ps)
         t, k, p, m = (n if o is None else o[row].item() for n, o in zip(numbers, tensors, strict=True))
@@ -182,8 +186,11 @@ def sample(
         running = torch.where(keep, w.round().long(), 0).cumsum(0)
         draw = _philox(int(seeds[row]), int(offsets[row])) if t > 0 else 0
         tokens[row] = (running > (draw * int(running[-1]) >> 64)).nonzero()[0, 0]
-        logprobs[row] = torch.log_softmax(x, 0)[tokens[row]]
-    return tokens, logprobs
+        own = torch.log_softmax(x, 0)
+        logprobs[row] = own[tokens[row]]
+        ids[row] = order[:top_logprobs]
+        likeliest[row] = own[ids[row]]
+    return tokens, logprobs, ids, likeliest
 
 
 def _kept(x: Tensor, w: Tensor, k: int, p: float, min_p: float) -> Tensor:

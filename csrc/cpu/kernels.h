@@ -35,6 +35,7 @@
     X(rms_norm)                 \
     X(rope_append)              \
     X(sample_draw)              \
+    X(sample_likeliest)         \
     X(sample_plan)              \
     X(sample_scan)              \
     X(sample_weigh)             \

@@ -477,4 +477,34 @@ bool sample_draw(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw)
     return true;
 }
 
+// Ids come in ascending order, so one that equals the k-th comes too late. Blocks whose maximum does are
+// skipped: one pass over few of the blocks, and about k log(V / k) insertions.
+void sample_likeliest(const SampleRow& row, const SampleWorkspace& space, int64_t k, int64_t* ids,
+                      float* logits) {
+    int64_t held = 0;
+    const auto insert = [&](float x, int64_t id) {
+        int64_t at = held < k ? held++ : k - 1;
+        for (; at > 0 && logits[at - 1] < x; --at) {
+            logits[at] = logits[at - 1];
+            ids[at] = ids[at - 1];
+        }
+        logits[at] = x;
+        ids[at] = id;
+    };
+    for (int64_t b = 0; b < blocks_of(row); ++b) {
+        if (held == k && space.blocks[b].max <= logits[k - 1]) continue;
+        const int64_t begin = b * kSampleBlock, end = least(begin + kSampleBlock, row.vocab);
+        int64_t id = begin;
+        for (; id < end && held < k; ++id) insert(logit_at(row, id), id);
+        with_block(row, b, [&](const auto* x, int64_t n) {
+            for (int64_t i = (id - begin) / Vec::width * Vec::width; i < n; i += Vec::width) {
+                if (!greater(Vec::load(x + i), Vec::all(logits[k - 1])).bits()) continue;
+                for (int64_t j = i; j < i + Vec::width; ++j) {
+                    if (begin + j >= id && to_float(x[j]) > logits[k - 1]) insert(to_float(x[j]), begin + j);
+                }
+            }
+        });
+    }
+}
+
 TTS_END_ISA

@@ -59,5 +59,8 @@ bool sample_plan(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw)
 void sample_weigh(const SampleRow& row, SampleWorkspace& space, int64_t begin, int64_t end);
 // False if the bracket missed: it was widened, and sample_weigh must run again.
 bool sample_draw(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw);
+// After sample_scan: the k largest logits and their ids, k <= vocab, best first, the lower id first on ties.
+void sample_likeliest(const SampleRow& row, const SampleWorkspace& space, int64_t k, int64_t* ids,
+                      float* logits);
 
 TTS_END_ISA

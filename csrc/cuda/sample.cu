@@ -16,6 +16,7 @@
 #include "block_size.cuh"
 #include "fixed_exp.cuh"
 #include "launch.cuh"
+#include "likeliest.cuh"
 #include "philox.h"
 #include "reduce.cuh"
 #include "sample.h"
@@ -383,6 +384,7 @@ void sample(const SampleArgs& args, cudaStream_t stream) {
     dispatch(args.logits.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         launch(sample_kernel<T>, args.rows, kThreads, 0, stream, args);
+        if (args.top) launch(likeliest_kernel<T>, args.rows, kLikeliestThreads, 0, stream, args);
     });
 }
 

@@ -46,13 +46,35 @@ float logprob(const SampleDraw& d) {
     return static_cast<float>(static_cast<double>(d.logit) - static_cast<double>(d.max) - std::log(sum));
 }
 
-std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, const Tensor& offsets,
-                                  double temperature, int64_t top_k, double top_p, double min_p,
-                                  const std::optional<Tensor>& temperatures,
-                                  const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
-                                  const std::optional<Tensor>& min_ps) {
+// Row r of top_ids and top_logprobs; without a token there is nothing to tell.
+void tell_likeliest(const SampleRow& row, const SampleWorkspace& space, const SampleDraw& d,
+                    const SampleArgs& args, int64_t r) {
+    int64_t* ids = args.top_ids + r * args.top;
+    float* values = args.top_logprobs + r * args.top;
+    if (d.token < 0) {
+        std::fill_n(ids, args.top, -1);
+        std::fill_n(values, args.top, std::nanf(""));
+        return;
+    }
+    kernels().sample_likeliest(row, space, args.top, ids, values);
+    const double own = args.logprobs[r], infinity = std::numeric_limits<double>::infinity();
+    const double drawn = values[0] == infinity ? infinity : d.logit;
+    for (int64_t i = 0; i < args.top;
+         ++i) {  // +inf minus itself is NaN: what equals the drawn one is as likely
+        const double value = values[i];
+        values[i] = static_cast<float>(value == drawn ? own : value - drawn + own);
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds,
+                                                  const Tensor& offsets, double temperature, int64_t top_k,
+                                                  double top_p, double min_p,
+                                                  const std::optional<Tensor>& temperatures,
+                                                  const std::optional<Tensor>& top_ks,
+                                                  const std::optional<Tensor>& top_ps,
+                                                  const std::optional<Tensor>& min_ps, int64_t top_logprobs) {
     const Sampling sampling(logits, seeds, offsets, temperature, top_k, top_p, min_p, temperatures, top_ks,
-                            top_ps, min_ps);
+                            top_ps, min_ps, top_logprobs);
     const SampleArgs& args = sampling.args;
     const int64_t rows = args.rows, vocab = args.vocab;
     const char* base = static_cast<const char*>(args.logits.data);
@@ -62,6 +84,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, con
         const SampleDraw d = draw(row, space, [&](auto step) { over_blocks(step, row); });
         args.tokens[r] = d.token;
         args.logprobs[r] = logprob(d);
+        if (args.top) tell_likeliest(row, space, d, args, r);
     };
 
     const int64_t blocks = divide_up(vocab, kSampleBlock), chunks = divide_up(blocks, kSampleChunk);
@@ -76,7 +99,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, con
                 });
             });
         }
-        return {sampling.tokens, sampling.logprobs};
+        return sampling.results();
     }
     std::vector<Workspace> workspaces;  // one for each thread
     for (int64_t who = 0; who < threads_for(rows, rows); ++who) workspaces.emplace_back(logits, vocab);
@@ -84,7 +107,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, con
         SampleWorkspace& space = workspaces[static_cast<size_t>(who)].space;
         one_row(r, space, [&](auto step, const SampleRow& row) { step(row, space, 0, blocks); });
     });
-    return {sampling.tokens, sampling.logprobs};
+    return sampling.results();
 }
 
 }  // namespace
@@ -93,7 +116,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tts_kernels, m) {
     m.def(
         "sample(Tensor logits, Tensor seeds, Tensor offsets, float temperature, int top_k, float top_p, "
         "float min_p, "
-        "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps) -> (Tensor, Tensor)");
+        "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, int top_logprobs) -> (Tensor, "
+        "Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tts_kernels, CPU, m) { m.impl("sample", TTS_BOX(&sample)); }

@@ -10,13 +10,13 @@ namespace tts::ops {
 
 struct Sampling {
     Tensor logits, seeds, offsets;
-    Tensor tokens, logprobs;
+    Tensor tokens, logprobs, top_ids, top_logprobs;
     SampleArgs args;
 
     Sampling(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& offsets_in, double temperature,
              int64_t top_k, double top_p, double min_p, const std::optional<Tensor>& temperatures,
              const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
-             const std::optional<Tensor>& min_ps)
+             const std::optional<Tensor>& min_ps, int64_t top)
         : logits(dense_rows(logits_in)), seeds(dense(seeds_in)), offsets(dense(offsets_in)) {
         const int64_t rows = logits.size(0), vocab = logits.size(1);
         const auto one_a_row = [&](const Tensor& t) {
@@ -30,9 +30,12 @@ struct Sampling {
                     absent_or_one_a_row(top_ps) && absent_or_one_a_row(min_ps),
                 "options");
         require_valid(temperature, top_k, top_p, min_p);
+        require(top >= 0 && top <= kMostTop && top <= vocab, "top_logprobs");
         const float smallest = std::numeric_limits<float>::min();  // top_p was above 0 in float64
         tokens = empty(logits, {rows}, ScalarType::Long);
         logprobs = empty(logits, {rows}, ScalarType::Float);
+        top_ids = empty(logits, {rows, top}, ScalarType::Long);
+        top_logprobs = empty(logits, {rows, top}, ScalarType::Float);
         args = {.logits = {logits.const_data_ptr(), dtype(logits)},
                 .stride = logits.stride(0),
                 .rows = rows,
@@ -46,12 +49,19 @@ struct Sampling {
                 .seeds = static_cast<const int64_t*>(seeds.const_data_ptr()),
                 .offsets = static_cast<const int64_t*>(offsets.const_data_ptr()),
                 .tokens = data<int64_t>(tokens),
-                .logprobs = data<float>(logprobs)};
+                .logprobs = data<float>(logprobs),
+                .top = top,
+                .top_ids = data<int64_t>(top_ids),
+                .top_logprobs = data<float>(top_logprobs)};
         if constexpr (!kReadable) return;
         for (int64_t r = 0; r < rows; ++r) {
             const SampleOptions o = options_of(args, r);
             require_valid(o.temperature, o.top_k, o.top_p, o.min_p);
         }
+    }
+
+    std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
+        return {tokens, logprobs, top_ids, top_logprobs};
     }
 
   private:

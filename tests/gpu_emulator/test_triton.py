@@ -34,7 +34,8 @@ OPS = {
     "rms_norm": "zero_rows or strided",
     "rope_append": "other_slots or non_finite",
     "sample": "kth_stay or min_p_is or smallest_set or renormalises or greedy_takes or ties_at_the_lower_id[5"
-    " or random_rows or infinite_logits or extreme_temperatures or exactly_the_definition[1025-all",
+    " or random_rows or infinite_logits or extreme_temperatures or exactly_the_definition[1025-all"
+    " or likeliest_tokens_of or stable_sort[37",
     "score_and_prune": "without_new_steps",
     "step_scores": "nan_passes or difference_of_labels",
     "swiglu": "extreme_gates or strided",
@@ -43,7 +44,8 @@ OPS = {
 # What takes a sanitizer, a process for each launch, too long of these is left out or replaced.
 FEW = {
     "linear": "test_zero_points[4-dtype1",
-    "sample": "greedy_takes or exactly_the_definition[37-all or exactly_the_definition[1025-all-dtype1",
+    "sample": "greedy_takes or exactly_the_definition[37-all or exactly_the_definition[1025-all-dtype1"
+    " or likeliest_tokens_of",
     "tree_attention": "test_head_sizes[64-dtype1 or test_head_sizes[96-dtype2",
 }
 WAYS = {

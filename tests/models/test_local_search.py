@@ -152,4 +152,4 @@ def test_the_prefix_is_shared(paths: tuple[str, str]) -> None:
     assert stats.peak_unique_kv_tokens < stats.peak_logical_kv_tokens / 2
     sampled = sum(node.num_tokens for node in result.tree.nodes)
     assert stats.policy_tokens == sampled
-    assert stats.policy_prefill_tokens == len(policy._encode(policy._prompt(PROBLEMS[0])))
+    assert stats.policy_prefill_tokens == len(policy.prompt_tokens(PROBLEMS[0]))

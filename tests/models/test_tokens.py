@@ -171,7 +171,7 @@ def test_a_branch_reads_prompt_and_steps(name: str, others: tuple[str, ...], tmp
     tokenizer.save_pretrained(tmp_path)
     policy = HFPolicy(str(tmp_path))
     policy.begin(0, "What is 2+2?")
-    assert policy._encode(policy._prompt("What is 2+2?")) == whole(tokenizer, "What is 2+2?\n\n")
+    assert policy.prompt_tokens("What is 2+2?") == whole(tokenizer, "What is 2+2?\n\n")
     params = StepParams(max_tokens=4, delimiter=None)
     (sampled,) = policy.expand([Expand(0, 0, (1,), (), (7,), params)])
     for branch, steps in enumerate((others, (sampled[0].text, *others)), 10):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .. import checks, reference
 from ..op import Op
 
 MAX_VOCAB = 1 << 24
+MOST_TOP = 128
 
 
 class Sampled(NamedTuple):
@@ -29,6 +31,27 @@ class Sampled(NamedTuple):
     logprobs: Tensor
 
 
+class SampledTop(NamedTuple):
+    """What `sample` drew, and the likeliest tokens in its place.
+
+    Attributes
+    ----------
+    tokens, logprobs
+        As in `Sampled`.
+    top_ids
+        [B, k] int64: the tokens with the largest logits, best first, the lower id first on ties; -1 where there is no
+        token.
+    top_logprobs
+        [B, k] float32: their log-probabilities, as `logprobs`; NaN where there is no token.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+
+@overload
 def sample(
     logits: Tensor,
     *,
@@ -38,7 +61,35 @@ def sample(
     min_p: float | Tensor = 0.0,
     seeds: Tensor,
     offsets: Tensor,
-) -> Sampled:
+    top_logprobs: Literal[0] = 0,
+) -> Sampled: ...
+
+
+@overload
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seeds: Tensor,
+    offsets: Tensor,
+    top_logprobs: int,
+) -> Sampled | SampledTop: ...
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seeds: Tensor,
+    offsets: Tensor,
+    top_logprobs: int = 0,
+) -> Sampled | SampledTop:
     """Draw one token for each row.
 
     The draw depends on the row's logits and options, its seed and its offset alone: not on its index, on other rows,
@@ -64,11 +115,14 @@ def sample(
         [B] int64: the stream of each row.
     offsets
         [B] int64: which draw of that stream.
+    top_logprobs
+        k, from 0 to the smaller of V and 128: how many of the likeliest tokens to tell beside each draw.
 
     Returns
     -------
-    Sampled
-        tokens [B] int64 and logprobs [B] float32; (-1, nan) for a row with NaN or without a finite logit.
+    Sampled or SampledTop
+        tokens [B] int64 and logprobs [B] float32; (-1, nan) for a row with NaN or without a finite logit. With
+        top_logprobs also their ids and log-probabilities, [B, k], best first.
 
     Raises
     ------
@@ -87,7 +141,8 @@ def sample(
     their total. Options are read in float32.
 
     O(V) a row, without sorting: the row is read from memory once, and about twice from the cache; V exponentials, 2 V
-    unless the temperature is 0 or 1. Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+    unless the temperature is 0 or 1. The k likeliest cost O(V + k log(V / k)) more on a CPU, O(k V) on a GPU.
+    Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
     Top-p: Holtzman et al., arXiv 1904.09751. Min-p: Nguyen et al., arXiv 2407.01082.
 
     Examples
@@ -105,7 +160,8 @@ def sample(
         is_tensor = isinstance(value, Tensor)
         numbers.append(off if is_tensor else value)
         tensors.append(_as(value, dtype) if is_tensor else None)
-    return Sampled(*_op(logits, seeds, offsets, *numbers, *tensors))
+    out = _op(logits, seeds, offsets, *numbers, *tensors, top_logprobs)
+    return SampledTop(*out) if top_logprobs else Sampled(*out[:2])
 
 
 _NAMES = ("temperature", "top_k", "top_p", "min_p")
@@ -128,11 +184,12 @@ def _check(logits: Tensor, seeds: Tensor, offsets: Tensor, *options: Any) -> Non
         raise ValueError(f"logits: expected 1 to {MAX_VOCAB} columns, got {checks.describe(logits)}")
     for name, value in (("seeds", seeds), ("offsets", offsets)):
         checks.tensor(name, value, (torch.int64,), [rows], logits.device)
-    for name, number, values in zip(_NAMES, options[:4], options[4:], strict=True):
+    for name, number, values in zip(_NAMES, options[:4], options[4:8], strict=True):
         if values is None:
             _check_number(name, number)
         else:
             _check_values(name, values, rows, logits.device)
+    checks.integer("top_logprobs", options[-1], 0, min(vocab, MOST_TOP) + 1)
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -157,9 +214,10 @@ def _check_values(name: str, values: Tensor, rows: int, device: torch.device) ->
                 raise ValueError(f"{error} in row {row}") from None
 
 
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
-    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
+def _fake(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, top = logits.shape[0], options[-1]
+    integers, floats = (partial(logits.new_empty, dtype=dtype) for dtype in (torch.int64, torch.float32))
+    return integers(rows), floats(rows), integers((rows, top)), floats((rows, top))
 
 
 _op = Op("sample", reference=reference.sample, check=_check, fake=_fake)

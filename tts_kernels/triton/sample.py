@@ -236,6 +236,34 @@ def sample_kernel(
         tl.store(logprobs + r, (drawn.to(tl.float64) - top.to(tl.float64) - log_sum).to(tl.float32))
 
 
+@triton.jit
+def likeliest_kernel(
+    logits, row_stride, vocab, tokens, logprobs, top_ids, top_logprobs, TOP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """csrc/cuda/likeliest.cuh: in each round the best logit below the last, a logit and its id being one number."""
+    r = tl.program_id(0).to(tl.int64)
+    row = logits + r * row_stride
+    token = tl.load(tokens + r)
+    own = tl.load(logprobs + r).to(tl.float64)
+    drawn = tl.load(row + tl.maximum(token, 0)).to(tl.float32)
+    last = tl.full((), 9223372036854775807, tl.int64)
+    for j in range(TOP):
+        best = tl.full([BLOCK], -9223372036854775808, tl.int64)
+        for start in range(0, vocab, BLOCK):
+            x, i = load_logits(row, start, vocab, False, BLOCK)
+            rank = (order_key(x).to(tl.int64) << 32) | (4294967295 - i).to(tl.int64)
+            best = tl.where((i < vocab) & (rank < last) & (rank > best), rank, best)
+        last = tl.max(best, 0)
+        value = key_score((last >> 32).to(tl.int32))
+        if j == 0:
+            drawn = tl.where(value == float("inf"), value, drawn)
+        logprob = (value.to(tl.float64) - drawn.to(tl.float64) + own).to(tl.float32)
+        logprob = tl.where(value == drawn, own.to(tl.float32), logprob)  # +inf minus itself is NaN
+        at = r * TOP + j
+        tl.store(top_ids + at, tl.where(token < 0, -1, 4294967295 - (last & 4294967295)))
+        tl.store(top_logprobs + at, tl.where(token < 0, float("nan"), logprob))
+
+
 def sample(
     logits: Tensor,
     seeds: Tensor,
@@ -248,11 +276,14 @@ def sample(
     top_ks: Tensor | None,
     top_ps: Tensor | None,
     min_ps: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """[B] int64 and [B] float32."""
+    top_logprobs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[B] int64 and float32; [B, top_logprobs] int64 and float32."""
     rows, vocab = logits.shape
     logits = dense_rows(logits)
     tokens, logprobs = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
+    shape = (rows, top_logprobs)
+    ids, likeliest = logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
     if rows:
         options = dict(config("sample", logits.device))
         block = min(options["BLOCK"], max(triton.next_power_of_2(vocab), 32))
@@ -262,4 +293,8 @@ def sample(
             logits, logits.stride(0), vocab, seeds.contiguous(), offsets.contiguous(), temperature, top_k, top_p, min_p,
             *by_row, tokens, logprobs, **options,
         )  # fmt: skip
-    return tokens, logprobs
+        if top_logprobs:
+            likeliest_kernel[(rows,)](
+                logits, logits.stride(0), vocab, tokens, logprobs, ids, likeliest, TOP=top_logprobs, **options
+            )
+    return tokens, logprobs, ids, likeliest

@@ -6,6 +6,8 @@
 
 namespace tts {
 
+inline constexpr int64_t kMostTop = 128;  // k of the likeliest tokens at most
+
 struct SampleOptions {
     float temperature;  // >= 0; 0: the largest logit
     int64_t top_k;      // >= 0; 0: off
@@ -26,6 +28,9 @@ struct SampleArgs {
     const int64_t *seeds, *offsets;  // [B]
     int64_t* tokens;                 // [B]
     float* logprobs;                 // [B]
+    int64_t top;                     // k: how many of the likeliest tokens are told; 0: none
+    int64_t* top_ids;                // [B, k], best first, the lower id first on ties
+    float* top_logprobs;             // [B, k]
 };
 
 }  // namespace tts

@@ -7,16 +7,18 @@
 namespace tts::ops {
 namespace {
 
-std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds, const Tensor& offsets,
-                                  double temperature, int64_t top_k, double top_p, double min_p,
-                                  const std::optional<Tensor>& temperatures,
-                                  const std::optional<Tensor>& top_ks, const std::optional<Tensor>& top_ps,
-                                  const std::optional<Tensor>& min_ps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& seeds,
+                                                  const Tensor& offsets, double temperature, int64_t top_k,
+                                                  double top_p, double min_p,
+                                                  const std::optional<Tensor>& temperatures,
+                                                  const std::optional<Tensor>& top_ks,
+                                                  const std::optional<Tensor>& top_ps,
+                                                  const std::optional<Tensor>& min_ps, int64_t top_logprobs) {
     const OnDevice device(logits);
     const Sampling sampling(logits, seeds, offsets, temperature, top_k, top_p, min_p, temperatures, top_ks,
-                            top_ps, min_ps);
+                            top_ps, min_ps, top_logprobs);
     cuda::sample(sampling.args, device.stream());
-    return {sampling.tokens, sampling.logprobs};
+    return sampling.results();
 }
 
 }  // namespace

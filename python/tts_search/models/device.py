@@ -29,9 +29,9 @@ def refill(buffer: Tensor, host: Tensor) -> None:
     buffer.copy_(host if buffer.device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
-def read_tokens(sampled: tk.Sampled) -> tuple[Tensor, Tensor]:
+def read_tokens(sampled: tk.Sampled | tk.SampledTop) -> tuple[Tensor, Tensor]:
     """The tokens of a decode step [B] and their log-probabilities [B], on the host. Waits for the device once."""
-    tokens, logprobs = _read(*sampled)
+    tokens, logprobs = _read(*sampled[:2])
     return tokens, logprobs
 
 

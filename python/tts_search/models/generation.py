@@ -20,7 +20,7 @@ from tts_search.models.device import read_tokens, upload
 from tts_search.models.pool import Branch, Forwarded, Rows
 from tts_search.models.streams import Lane, Stream, Streams
 
-__all__ = ["Ending", "Generation", "Sampled", "Sampling", "likeliest"]
+__all__ = ["Ending", "Generation", "Sampled", "Sampling"]
 
 MAX_ROWS: Final = 1024
 
@@ -248,25 +248,30 @@ class Generation(Streams[Any]):
             if wanted != list(range(len(logits))):
                 logits = logits.index_select(0, upload(torch.tensor(wanted), logits.device))
         if self._streams:
+            told = [row for row, stream in enumerate(self._streams) if stream.tells] if self._num_special else []
             if self._num_special:
-                self._rank(logits)
                 logits = self._barred(logits)
-            ended = self._push(*read_tokens(tk.sample(logits, **self._sample_options(logits.device))))
+            most = max((self._streams[row].num_top for row in told), default=0)
+            drawn = tk.sample(logits, **self._sample_options(logits.device), top_logprobs=min(most, logits.shape[1]))
+            if told:
+                self._rank(told, logits, drawn)
+            ended = self._push(*read_tokens(drawn))
             self._settle(old, ended)
 
-    def _rank(self, logits: Tensor) -> None:
-        """Tell the streams that want to know which tokens are the likeliest, and how likely certain ones are."""
-        rows = [row for row, stream in enumerate(self._streams) if stream.tells]
-        if not rows:
-            return
-        own = logits.index_select(0, upload(torch.tensor(rows), logits.device)).float().log_softmax(-1)
-        most = max(self._streams[row].num_top for row in rows)
-        for row, best, line in zip(rows, likeliest(own, most), own, strict=True):
+    def _rank(self, rows: Sequence[int], logits: Tensor, drawn: tk.Sampled | tk.SampledTop) -> None:
+        """Tell the streams in these rows which tokens were the likeliest, and how likely certain ones were."""
+        if isinstance(drawn, tk.SampledTop):
+            for row, ids, values in zip(rows, *(each[rows].tolist() for each in drawn[2:]), strict=True):
+                stream = self._streams[row]
+                stream.top = list(zip(ids, values, strict=True))[: stream.num_top]
+        for row in rows:
             stream = self._streams[row]
-            stream.top = best[: stream.num_top]
             if stream.wanted:
-                values = line[upload(torch.tensor(stream.wanted), line.device)].tolist()
-                stream.top += zip(stream.wanted, values, strict=True)
+                wanted = upload(torch.tensor([*stream.wanted, 0]), logits.device)
+                wanted[-1] = drawn.tokens[row].clamp(min=0)
+                values = logits[row, wanted].double()  # whose distance to the drawn one's is that of log-probabilities
+                others = (values[:-1] - values[-1] + drawn.logprobs[row]).tolist()
+                stream.top = [*(stream.top if stream.num_top else ()), *zip(stream.wanted, others, strict=True)]
 
     def _barred(self, logits: Tensor) -> Tensor:
         """Logits in which no stream can draw what it may not draw yet."""
@@ -406,12 +411,6 @@ class Generation(Streams[Any]):
                     dtype = torch.int64 if field_.name == "top_k" else torch.float32
                     self._options[field_.name] = upload(value.to(dtype).contiguous(), device)
         return {**self._options, "offsets": upload(self._columns[_OFFSET], device)}
-
-
-def likeliest(logprobs: Tensor, most: int) -> list[list[tuple[int, float]]]:
-    """Of each row [V], the likeliest tokens with their log-probabilities, best first."""
-    values, ids = logprobs.topk(min(most, logprobs.shape[1]))
-    return [list(zip(*line, strict=True)) for line in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _is_special(stream: Sampled) -> bool:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from tts_search.models.device import upload
-from tts_search.models.generation import likeliest
 from tts_search.models.pool import Branch
 from tts_search.models.streams import Stream, Streams
 
@@ -62,7 +62,7 @@ class Prompts(Streams[Prompt]):
             logprobs = forwarded.outputs[upload(torch.tensor(rows, dtype=torch.int64), device)].float().log_softmax(-1)
             targets = upload(torch.tensor([[branch.tokens[at + 1]] for branch, at in places]).view(-1, 1), device)
             own = logprobs.gather(1, targets).flatten().tolist()
-            best = likeliest(logprobs, max((reading[branch].num_top for branch, _ in places), default=0))
+            best = _likeliest(logprobs, max((reading[branch].num_top for branch, _ in places), default=0))
             for (branch, _), value, top in zip(places, own, best, strict=True):
                 stream = reading[branch]
                 stream.told.append((value, tuple(top[: stream.num_top])))
@@ -74,3 +74,9 @@ class Prompts(Streams[Prompt]):
                 self._ended.append(stream)
         ended, self._ended = self._ended, []
         return ended
+
+
+def _likeliest(logprobs: Tensor, most: int) -> list[list[tuple[int, float]]]:
+    """Of each row [V], the likeliest tokens with their log-probabilities, best first."""
+    values, ids = logprobs.topk(min(most, logprobs.shape[1]))
+    return [list(zip(*line, strict=True)) for line in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -184,7 +184,7 @@ class HFPolicy:
         """
         if problem in self._problems:
             raise ValueError(f"problem {problem} is in flight: an HFPolicy serves one search at a time")
-        tokens = self._encode(self._prompt(text))
+        tokens = self.prompt_tokens(text)
         root = Branch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = _Problem(root, {0: _Node(root, "")})
 
@@ -270,8 +270,17 @@ class HFPolicy:
             raise TypeError("problem: an HFPolicy with chat=False takes a whole prompt, got messages")
         return text
 
-    def _encode(self, prompt: str) -> list[int]:
-        """The tokens of a whole prompt: with special tokens in front, unless whoever rendered it wrote them."""
+    def prompt_tokens(self, text: str | Messages) -> list[int]:
+        """Return the tokens that answers to a problem stand behind.
+
+        They begin with special tokens, unless whoever rendered the prompt wrote them.
+
+        Raises
+        ------
+        TypeError
+            For messages, if the policy takes whole prompts.
+        """
+        prompt = self._prompt(text)
         return text_ids(prompt, self.tokenizer, special=self.chat and self.tokenizer.chat_template is None)
 
     def _plain(self, text: str) -> list[int]:
@@ -436,7 +445,7 @@ def _fault(request: Generate, vocabulary: int) -> str:
         (0 < params.top_p <= 1, "top_p: expected a number in (0, 1]", params.top_p),
         (params.top_k >= 0, "top_k: expected an int >= 0", params.top_k),
         (0 <= params.min_p <= 1, "min_p: expected a number in [0, 1]", params.min_p),
-        ((params.logprobs or 0) >= 0, "logprobs: expected an int >= 0", params.logprobs),
+        (0 <= (params.logprobs or 0) <= 128, "logprobs: expected an int from 0 to 128", params.logprobs),
         ((params.prompt_logprobs or 0) >= 0, "prompt_logprobs: expected an int >= 0", params.prompt_logprobs),
         (params.min_tokens >= 0, "min_tokens: expected an int >= 0", params.min_tokens),
         (

@@ -13,7 +13,17 @@ from typing import Final, Literal
 
 from tts_search.search.answers import Equality, Equivalence, same
 
-__all__ = ["MEASURES", "Measure", "Stopping", "confidence_vote", "token_confidence", "trace_confidence", "windows"]
+__all__ = [
+    "MEASURES",
+    "WINDOW",
+    "Measure",
+    "Stopping",
+    "confidence_vote",
+    "tally",
+    "token_confidence",
+    "trace_confidence",
+    "windows",
+]
 
 Measure = Literal["mean", "tail", "bottom", "min"]
 MEASURES: Final[tuple[Measure, ...]] = ("mean", "tail", "bottom", "min")
@@ -77,6 +87,21 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def tally(answers: Sequence[str], confidences: Sequence[float], equal: Equality = same) -> dict[str, float]:
+    """Return the sum of confidences of each answer, in the spelling and the order that come first; empty ones are none.
+
+    Examples
+    --------
+    >>> tally(["7", "8", "", "8"], [9.0, 2.0, 1.0, 3.0])
+    {'7': 9.0, '8': 5.0}
+    """
+    voters = [index for index, answer in enumerate(answers) if answer]
+    sums: dict[str, list[float]] = {}
+    for index, first in zip(voters, Equivalence(equal).firsts([answers[i] for i in voters]), strict=True):
+        sums.setdefault(first, []).append(confidences[index])
+    return {answer: math.fsum(own) for answer, own in sums.items()}
+
+
 def confidence_vote(
     answers: Sequence[str], confidences: Sequence[float], keep: float = 1.0, *, equal: Equality = same
 ) -> str:
@@ -114,10 +139,8 @@ def confidence_vote(
     voters = [index for index, answer in enumerate(answers) if answer]
     surest = sorted(voters, key=lambda index: -confidences[index])[: max(1, int(len(voters) * keep))]
     chosen = sorted(surest)
-    sums: dict[str, list[float]] = {}
-    for index, first in zip(chosen, Equivalence(equal).firsts([answers[i] for i in chosen]), strict=True):
-        sums.setdefault(first, []).append(confidences[index])
-    return max(sums, key=lambda answer: math.fsum(sums[answer]), default="")
+    sums = tally([answers[i] for i in chosen], [confidences[i] for i in chosen], equal)
+    return max(sums, key=lambda answer: sums[answer], default="")
 
 
 class Stopping:

@@ -174,7 +174,8 @@ class GenerateParams:
     keep_stop : bool
         Whether the text has the piece that ended it.
     logprobs : int or None
-        None: no log-probabilities are told; k: those of each token and of the k likeliest ones in its place.
+        None: no log-probabilities are told; k, at most 128: those of each token and of the k likeliest ones in its
+        place.
     logprobs_of : tuple of int
         Tokens whose log-probabilities are told in the place of each token, behind the likeliest ones.
     prompt_logprobs : int or None
