@@ -246,12 +246,13 @@ def likeliest_kernel(
     token = tl.load(tokens + r)
     own = tl.load(logprobs + r).to(tl.float64)
     drawn = tl.load(row + tl.maximum(token, 0)).to(tl.float32)
+    low = tl.full((), 4294967295, tl.int64)
     last = tl.full((), 9223372036854775807, tl.int64)
     for j in range(TOP):
         best = tl.full([BLOCK], -9223372036854775808, tl.int64)
         for start in range(0, vocab, BLOCK):
             x, i = load_logits(row, start, vocab, False, BLOCK)
-            rank = (order_key(x).to(tl.int64) << 32) | (4294967295 - i).to(tl.int64)
+            rank = (order_key(x).to(tl.int64) << 32) | (low - i.to(tl.int64))
             best = tl.where((i < vocab) & (rank < last) & (rank > best), rank, best)
         last = tl.max(best, 0)
         value = key_score((last >> 32).to(tl.int32))
@@ -260,7 +261,7 @@ def likeliest_kernel(
         logprob = (value.to(tl.float64) - drawn.to(tl.float64) + own).to(tl.float32)
         logprob = tl.where(value == drawn, own.to(tl.float32), logprob)  # +inf minus itself is NaN
         at = r * TOP + j
-        tl.store(top_ids + at, tl.where(token < 0, -1, 4294967295 - (last & 4294967295)))
+        tl.store(top_ids + at, tl.where(token < 0, -1, low - (last & low)))
         tl.store(top_logprobs + at, tl.where(token < 0, float("nan"), logprob))
 
 
