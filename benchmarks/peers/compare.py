@@ -298,7 +298,7 @@ def main() -> None:
             f"{options.rounds} rounds",
             command="python benchmarks/peers/compare.py MODEL.gguf "
             + shlex.join(["--engines", *options.engines, "--kinds", *options.kinds, "--rounds", str(options.rounds)]),
-            beside="as each row says",
+            beside="as each row says" if any(options.neighbours) else "nothing",
             tables={"steps": {" ".join(map(str, list(row.values())[:5])): row for row in timed_rows}},
             software=versions(options.work, names),
             threads=options.threads,
