@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import record
 import torch
 from tts_search import HFPolicy, HFVerifier, SearchConfig, Step, StepParams, Usage, search
 from tts_search.engine.scheduler import Scheduler
@@ -77,11 +78,11 @@ def host_cost(streams: int, tokens: int) -> dict[str, float]:
     ends = [(1e6 * host - plain * running) / ended for host, running, ended in busy]
     return {
         "streams": streams,
-        "us_per_stream_and_token": round(plain, 3),
-        "us_per_end": round(statistics.median(ends), 1),
+        "us per stream and token": round(plain, 3),
+        "us per end": round(statistics.median(ends), 1),
         "steps": len(quiet),
-        "steps_with_ends": len(ends),
-        "ends_a_step": round(statistics.mean(step[2] for step in busy), 1),
+        "steps with ends": len(ends),
+        "ends per step": round(statistics.mean(step[2] for step in busy), 1),
     }
 
 
@@ -250,6 +251,28 @@ def simulate(policy: Any, problems: int, in_flight: int) -> None:
         list(scheduler.step())
 
 
+def lines_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The measurements that were asked for, one by one."""
+    if options.what == "rows":
+        policy = HFPolicy(options.policy, kv_memory="512MiB")
+        policy._eos = frozenset()
+        yield from (step_cost(policy, rows, options.tokens) for rows in (1, 2, 4, 8, 16, 32, 64))
+    elif options.what == "speculation":
+        models = HFPolicy(options.policy), HFVerifier(options.verifier, format=options.format)
+        yield from one_problem(*models, options.problem, SearchConfig(n=16, max_steps=8, max_step_tokens=256))
+    elif options.what == "host":
+        torch.set_num_threads(1)
+        yield from (host_cost(streams, options.tokens) for streams in options.streams)
+    else:
+        ours, theirs = Device(), LockStep()
+        simulate(ours, options.problems, options.problems)
+        simulate(Batches(theirs), options.problems, 16)
+        for name, device in (("continuous", ours), ("lock-step, 16 problems", theirs)):
+            use = round(device.rows / device.steps / ROWS, 3)
+            times = round(device.steps / ours.steps, 2)
+            yield {"engine": name, "steps": device.steps, "slot use": use, "times the steps": times}
+
+
 def main() -> None:
     """Run one of them and print JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,31 +284,22 @@ def main() -> None:
     parser.add_argument("--verifier", default=str(MODELS / "prm-weak"))
     parser.add_argument("--format", default="auto")
     parser.add_argument("--problem", default="90-17+4*3*(2+5)=")
+    parser.add_argument("--record", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--beside", default="other work", help="what else ran, for --record")
     options = parser.parse_args()
-    if options.what == "rows":
-        policy = HFPolicy(options.policy, kv_memory="512MiB")
-        policy._eos = frozenset()
-        for rows in (1, 2, 4, 8, 16, 32, 64):
-            print(json.dumps(step_cost(policy, rows, options.tokens)))
-        return
-    if options.what == "speculation":
-        models = HFPolicy(options.policy), HFVerifier(options.verifier, format=options.format)
-        config = SearchConfig(n=16, max_steps=8, max_step_tokens=256)
-        for line in one_problem(*models, options.problem, config):
-            print(json.dumps(line))
-        return
-    if options.what == "host":
-        torch.set_num_threads(1)
-        for streams in options.streams:
-            print(json.dumps(host_cost(streams, options.tokens)))
-        return
-    ours, theirs = Device(), LockStep()
-    simulate(ours, options.problems, options.problems)
-    simulate(Batches(theirs), options.problems, 16)
-    for name, device in (("continuous", ours), ("lock-step, 16 problems", theirs)):
-        use = device.rows / device.steps / ROWS
-        print(json.dumps({"engine": name, "steps": device.steps, "slot_use": round(use, 3)}))
-    print(json.dumps({"times_fewer_steps": round(theirs.steps / ours.steps, 2)}))
+    lines = []
+    for line in lines_of(options):
+        print(json.dumps(line), flush=True)
+        lines.append(line)
+    if options.record:
+        title = (__doc__ or "").split(f"``{options.what}``: ")[-1].split("\n\n")[0]
+        record.write(
+            options.record,
+            what=" ".join(title.split()),
+            command=f"python benchmarks/bench_engine.py {options.what}",
+            beside=options.beside,
+            tables={options.what: {str(next(iter(line.values()))): line for line in lines}},
+        )
 
 
 if __name__ == "__main__":
