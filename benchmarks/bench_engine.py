@@ -162,7 +162,7 @@ class Device:
     def submit(self, requests: Sequence[Expand]) -> None:
         """Take requests in."""
         for request in requests:
-            job = [request, [step_of(request, seed) for seed in request.seeds], len(request.seeds)]
+            job: list[Any] = [request, [step_of(request, seed) for seed in request.seeds], len(request.seeds)]
             self._waiting.extend([step.num_tokens, job] for step in job[1])
 
     def step(self) -> list[tuple[Expand, list[Step]]]:

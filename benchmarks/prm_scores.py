@@ -19,7 +19,7 @@ import torch
 from tts_search import HFPolicy, HFVerifier, SearchConfig, search
 from tts_search.adapters.stateless import StepScorer
 from tts_search.lab.arithmetic import generate
-from tts_search.lab.checkpoints import MODELS_DIR
+from tts_search.lab import MODELS_DIR
 
 FORMS: dict[str, dict[str, str]] = {
     "as it is": {},
@@ -79,13 +79,13 @@ def main() -> None:
     parser.add_argument("--write", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     texts = completions(options.problems, options.n)
-    rows = {}
+    rows: dict[str, dict[str, record.Cell]] = {}
     for checkpoint in options.checkpoint:
         name = Path(checkpoint).name
         plain = scores(checkpoint, options.format, {}, texts)
         for form, own in FORMS.items():
             found = plain if not own else scores(checkpoint, options.format, own, texts)
-            row = {"verifier": name, "form": form, **compare(found, plain)}
+            row: dict[str, record.Cell] = {"verifier": name, "form": form, **compare(found, plain)}
             print(row, flush=True)
             rows[f"{name}, {form}"] = row
     if options.write:
