@@ -18,8 +18,8 @@ import record
 import torch
 from tts_search import HFPolicy, HFVerifier, SearchConfig, search
 from tts_search.adapters.stateless import StepScorer
-from tts_search.lab.arithmetic import generate
 from tts_search.lab import MODELS_DIR
+from tts_search.lab.arithmetic import generate
 
 FORMS: dict[str, dict[str, str]] = {
     "as it is": {},
