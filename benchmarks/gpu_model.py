@@ -30,14 +30,16 @@ ASSUMPTIONS = """\
 * Of the memory's rate 92% are reached at best; a byte from memory is 700 ns under way (about twice the latency of an
   idle GPU: 466 and 479 clocks on A100 and H100, Luo et al., arXiv 2402.13499), so blocks that keep too little under
   way get less (Little's law).
-* L2 gives an SM 32 bytes a clock, half of what its port takes.
+* L2 gives an SM 32 bytes a clock, half of what its port takes; shared memory 128 (counted where attention's warps
+  load the same keys and values).
 * `mma.sync` reaches the whole tensor rate on A100 and 63% on H100 (Luo et al.: 62.9% on average); of B200 nothing is
   published: A100's rate an SM and clock, 26% of the data sheet's, is assumed.
 * The SM with the most blocks ends last; a launch costs 2 us beside its work (as a node of a CUDA graph).
 * CUDA cores: a lane does one instruction a clock at the float32 rate. `sample`: 25 instructions an element of a pass
   that weighs it, 10 of one that compares it; with a cut 4 passes weigh and 6 compare, without one 3 and 1."""
 
-SUSTAINED, LATENCY, LAUNCH, L2_BYTES_A_CLOCK = 0.92, 700e-9, 2e-6, 32
+SUSTAINED, LATENCY, LAUNCH = 0.92, 700e-9, 2e-6
+L2_BYTES_A_CLOCK, SHARED_BYTES_A_CLOCK = 32, 128
 
 
 class Kernel(Protocol):
@@ -82,7 +84,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. ``kernel`` is a pattern of gpu_static's names; ``l2``: bytes that go through L2 beside ``memory``."""
+    """One launch. ``kernel`` is a pattern of gpu_static's names; ``l2``: bytes that go through L2 beside ``memory``;
+    ``shared``: bytes that warps load from shared memory."""
 
     kernel: str
     blocks: int
@@ -91,6 +94,7 @@ class Launch:
     l2: float = 0
     tensor: float = 0
     instructions: float = 0
+    shared: float = 0
 
     def seconds(self, gpu: GPU, blocks_an_sm: int) -> float:
         """What the model predicts."""
@@ -99,10 +103,11 @@ class Launch:
         resident = min(self.blocks, gpu.sms * blocks_an_sm)
         busy = self.blocks / (math.ceil(self.blocks / gpu.sms) * gpu.sms)
         arriving = resident * self.under_way / LATENCY
-        l2_rate = busy * gpu.sms * gpu.clock * L2_BYTES_A_CLOCK
+        clocks = busy * gpu.sms * gpu.clock
         return LAUNCH + max(
             self.memory / min(SUSTAINED * gpu.memory, arriving),
-            (self.memory + self.l2) / l2_rate,
+            (self.memory + self.l2) / (clocks * L2_BYTES_A_CLOCK),
+            self.shared / (clocks * SHARED_BYTES_A_CLOCK),
             self.tensor / (busy * gpu.mma_share * gpu.tensor),
             self.instructions / (busy * gpu.float32 / 2),
         )
@@ -238,24 +243,28 @@ class Task:
 def tree_attention(
     tasks: Sequence[Task], slots: int, rows: int, heads: int, kv_heads: int, dim: int, tokens: int
 ) -> list[Launch]:
-    """A task and KV head at a time, in tiles of 64 lanes or of 16, 64 keys at a time; then a warp merges a row.
+    """A task and KV head at a time, in tiles of lanes, 64 keys at a time; then a warp merges a row.
 
-    A lane is a query head of a row. A tile reads its keys anew, from L2 but for the first. ``blocks`` counts tasks and
-    heads: the grid has no more blocks than the device holds at once, and each takes every so many-th of them.
+    A lane is a query head of a row. With more than 64 of them a block has 8 warps and takes tiles of 128 or 32, else 4
+    warps, 64 or 16; a warp loads keys and values for 16. A tile reads its keys anew, from L2 but for the first.
+    ``blocks`` counts tasks and heads: the grid has no more blocks than the device holds at once, and each takes every
+    so many-th of them. Head sizes up to 128.
     """
-    group, read, tensor = heads // kv_heads, 0.0, 0.0
+    group, read, tensor, shared = heads // kv_heads, 0.0, 0.0, 0.0
+    warps = 8 if rows * group > 64 else 4
     for task in tasks:
-        wide, rest = divmod(task.rows * group, 64)
-        lanes = 64 * (wide + (rest > 16)) + 16 * (0 < rest <= 16)
+        wide, rest = divmod(task.rows * group, 16 * warps)
+        lanes = 16 * warps * (wide + (rest > 4 * warps)) + 4 * warps * (0 < rest <= 4 * warps)
         tiles = wide + (rest > 0)
         padded = sum(64 * ceil_div(n, 64) for n in task.tokens)
         read += tiles * sum(task.tokens) * 4 * dim * kv_heads
         tensor += 4.0 * lanes * padded * dim * kv_heads
+        shared += lanes / 16 * padded * 4 * dim * kv_heads
     unique, partial = 4 * tokens * kv_heads * dim, slots * heads * (4 * dim + 8)
-    kernel = rf"^tree_attention_mma<bf16, {next(d for d in (64, 96, 128, 256) if dim <= d)}>"
+    kernel = rf"^tree_attention_mma<bf16, {next(d for d in (64, 96, 128) if dim <= d)}, {warps}>"
     stage = 64 * 4 * dim  # K and V of a block of keys
     return [
-        Launch(kernel, len(tasks) * kv_heads, stage, unique, read - unique + partial, tensor),
+        Launch(kernel, len(tasks) * kv_heads, stage, unique, read - unique + partial, tensor, shared=shared),
         Launch(r"^merge_partials<bf16", ceil_div(rows * heads, 4), 4 * 128, 0, partial + 2 * rows * heads * dim),
     ]
 
@@ -296,6 +305,7 @@ def cases() -> list[Case]:
     width, vocabulary, page = 1536, 151_936, 16 * 8 * 128 * 2
     return [
         *(attention_case(name, *tree) for name, tree in DECODE.items()),
+        attention_case("64 branches, 8192 + 64", [1, 64], [8192, 64]),
         Case("merge_states", "1024 x 32 x 128", costs.merge_states(1024, 32, 128, BF16), merge_states(1024, 32, 128)),
         *(
             Case(

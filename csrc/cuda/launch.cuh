@@ -16,11 +16,19 @@ inline void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
 // kernel<<<blocks, threads, shared>>>(args...); an empty grid is no launch.
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, cudaStream_t stream,
             Args&&... args) {
-    constexpr int kWithoutAsking = 48 << 10;  // bytes of dynamic shared memory
+    // Bytes of dynamic shared memory: with the kernel's static ones 48 KB may be had without asking.
+    constexpr int kWithoutAsking = 40 << 10;
     if (blocks == 0) return;
     if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2**31 - 1 blocks");
     if (shared > kWithoutAsking) {

@@ -5,10 +5,12 @@
 //
 // Two launches. The first runs the plan's tasks (csrc/host/planner.h), each for each KV head, dearest first:
 // as many blocks as the device holds at once, each of which takes every so many-th. How many there are is
-// known to the device only. A row that one task alone reads is finished there; the others leave states (sum
-// of weighted values, max, sum) in the plan's slots. The second merges each row's states in the plan's order,
-// a warp for each row and query head. What is summed up in which order is said in plan.h: nothing depends on
-// which block runs when, nor on what else is in the plan.
+// known to the device only. Blocks of eight warps take the 128 lanes (rows x query heads of a KV head) that a
+// task may have at once, so that 64 branches of groups of 4 read a prefix twice; where they do not fit, or
+// there are no more than 64 lanes in all, blocks of four warps take 64. A row that one task alone reads is
+// finished there; the others leave states (sum of weighted values, max, sum) in the plan's slots. The second
+// merges each row's states in the plan's order, a warp for each row and query head. What is summed up in
+// which order is said in plan.h: nothing depends on which block runs when, nor on what else is in the plan.
 #include <algorithm>
 
 #include "block_size.cuh"
@@ -86,17 +88,32 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
 
 // ---- launches --------------------------------------------------------------------------------------------
 
+constexpr int64_t kMostDim = 256, kMostDimWide = 128;  // on tensor cores; in blocks of eight warps
+constexpr bool kHasWide = block_size(256) == 256;
+
+bool has_matrix_form(const TreeAttentionArgs& args) {
+    return args.dtype != DType::f32 && args.head_dim % 8 == 0 && args.head_dim <= kMostDim;
+}
+
 bool in_units_of_16(const PagedCache& cache) {
     return aligned(cache.data, 2 * (cache.page_stride | cache.token_stride | cache.head_stride));
 }
 
-template <class T, int kDim>
+template <class T, int kDim, int kWarps>
 void launch_mma(TreeAttentionLaunch call, int64_t blocks, cudaStream_t stream) {
-    using Shape = MmaShape<kDim>;
+    using Shape = MmaShape<kDim, kWarps>;
     const TreeAttentionArgs& args = call.args;
     call.aligned = aligned(args.q, 2 * (args.q_row_stride | args.q_head_stride)) && in_units_of_16(args.k) &&
                    in_units_of_16(args.v);
-    launch(tree_attention_mma<T, kDim>, blocks, Shape::kThreads, Shape::kShared, stream, call);
+    launch(tree_attention_mma<T, kDim, kWarps>, blocks, Shape::kThreads, Shape::kShared, stream, call);
+}
+
+template <class T, int kDim>
+void launch_mma(const TreeAttentionLaunch& call, const TreeAttentionGrid& grid, cudaStream_t stream) {
+    if constexpr (kDim <= kMostDimWide) {
+        if (grid.lanes > kHalfLanes) return launch_mma<T, kDim, 8>(call, grid.blocks, stream);
+    }
+    launch_mma<T, kDim, 4>(call, grid.blocks, stream);
 }
 
 // Lanes a warp.
@@ -114,31 +131,39 @@ void launch_fma(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t st
 }
 
 template <class T>
-void launch_tasks(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t stream) {
+void launch_tasks(const TreeAttentionLaunch& call, const TreeAttentionGrid& grid, cudaStream_t stream) {
     const int64_t dim = call.args.head_dim;
     if constexpr (sizeof(T) == 2) {
-        if (dim % 8 == 0 && dim <= 64) return launch_mma<T, 64>(call, blocks, stream);
-        if (dim % 8 == 0 && dim <= 96) return launch_mma<T, 96>(call, blocks, stream);
-        if (dim % 8 == 0 && dim <= 128) return launch_mma<T, 128>(call, blocks, stream);
-        if (dim % 8 == 0 && dim <= 256) return launch_mma<T, 256>(call, blocks, stream);
+        if (!has_matrix_form(call.args)) return launch_fma<T>(call, grid.blocks, stream);
+        if (dim <= 64) return launch_mma<T, 64>(call, grid, stream);
+        if (dim <= 96) return launch_mma<T, 96>(call, grid, stream);
+        if (dim <= 128) return launch_mma<T, 128>(call, grid, stream);
+        return launch_mma<T, 256>(call, grid, stream);
     }
-    launch_fma<T>(call, blocks, stream);
+    launch_fma<T>(call, grid.blocks, stream);
+}
+
+// Whether blocks of eight warps pay: they read a task's keys once where four warps read them twice.
+bool runs_wide(const TreeAttentionArgs& args) {
+    return kHasWide && has_matrix_form(args) && args.head_dim <= kMostDimWide &&
+           task_parts(args, kHalfLanes) > 1 &&
+           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= MmaShape<kMostDimWide, 8>::kShared;
 }
 
 }  // namespace
 
-int64_t tree_attention_blocks(const TreeAttentionArgs& args, int64_t max_tasks) {
-    const int64_t blocks_an_sm = args.dtype == DType::f32 ? 3 : 2;  // by registers
-    int device = 0, sms = 0;
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    return std::min(max_tasks * args.num_kv_heads, sms * blocks_an_sm);
+TreeAttentionGrid tree_attention_grid(const TreeAttentionArgs& args, int64_t max_tasks) {
+    const bool wide = runs_wide(args);
+    const int64_t blocks_an_sm = wide ? 1 : args.dtype == DType::f32 ? 3 : 2;  // by registers
+    const int64_t lanes = wide ? kTaskLanes : kHalfLanes,
+                  items = max_tasks * args.num_kv_heads * task_parts(args, lanes);
+    return {std::min(items, device_attribute(cudaDevAttrMultiProcessorCount) * blocks_an_sm), lanes};
 }
 
-void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, float* own, int64_t blocks,
-                    cudaStream_t stream) {
+void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, float* own,
+                    const TreeAttentionGrid& grid, cudaStream_t stream) {
     dispatch(args.dtype, [&]<class T>(T*) {
-        launch_tasks<T>({args, sizes, own, false}, blocks, stream);
+        launch_tasks<T>({args, sizes, own, false}, grid, stream);
         launch(merge_partials<T>, divide_up(args.num_rows * args.num_q_heads, kMergeWarps),
                kMergeWarps * kWarp, 0, stream, args);
     });

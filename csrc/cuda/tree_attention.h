@@ -8,16 +8,26 @@ namespace tts::cuda {
 // The largest head size.
 inline constexpr int64_t kMaxHeadDim = 1024;
 
-// Lanes (rows x query heads of a KV head) of a tile at most.
-inline constexpr int64_t kOwnLanes = 64;
+// Lanes (rows x query heads of a KV head) of a task at most, but for a single row of more query heads: the
+// planner's max_query_rows for GPUs. Blocks of eight warps run all of them at once, blocks of four a half.
+inline constexpr int kTaskLanes = 128, kHalfLanes = kTaskLanes / 2;
 
-// Thread blocks of the first launch, for a plan whose tables have room for max_tasks: no more than the device
-// runs at once.
-int64_t tree_attention_blocks(const TreeAttentionArgs& args, int64_t max_tasks);
+// Items that a task and KV head are, of `lanes` each.
+TTS_HD inline int64_t task_parts(const TreeAttentionArgs& args, int64_t lanes) {
+    return args.num_rows * (args.num_q_heads / args.num_kv_heads) > lanes ? kTaskLanes / lanes : 1;
+}
+
+struct TreeAttentionGrid {
+    int64_t blocks, lanes;  // of a block: kTaskLanes or kHalfLanes
+};
+
+// The first launch, for a plan whose tables have room for max_tasks: no more blocks than the device runs at
+// once.
+TreeAttentionGrid tree_attention_grid(const TreeAttentionArgs& args, int64_t max_tasks);
 
 // Attention, then the merge of what several tasks have read: two launches. `args` as on the CPU, all pointers
-// to the device; own: workspace [blocks, kOwnLanes, D].
-void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, float* own, int64_t blocks,
-                    cudaStream_t stream);
+// to the device; own: workspace [blocks, lanes, D] of the grid.
+void tree_attention(const TreeAttentionArgs& args, const PlanSizes* sizes, float* own,
+                    const TreeAttentionGrid& grid, cudaStream_t stream);
 
 }  // namespace tts::cuda

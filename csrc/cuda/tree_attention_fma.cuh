@@ -46,7 +46,7 @@ class FmaTile {
           slice_(shared),
           q_(shared + kKeys * Shape::kSliceStride + warp() * kRows * dim_),
           chunk_rows_(q_ + kLanes * dim_),
-          own_rows_(launch.own + (int64_t{blockIdx.x} * kOwnLanes + warp() * kRows) * dim_),
+          own_rows_(launch.own + (int64_t{blockIdx.x} * kHalfLanes + warp() * kRows) * dim_),
           map_(item.args) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
@@ -271,9 +271,10 @@ template <class T, int kRows>
 __global__ void __launch_bounds__(FmaShape::kThreads, 3)
     tree_attention_fma(const __grid_constant__ TreeAttentionLaunch launch) {
     extern __shared__ __align__(16) float floats[];
-    const unsigned items = launch.sizes->tasks * static_cast<unsigned>(launch.args.num_kv_heads);
+    const auto heads = static_cast<unsigned>(launch.args.num_kv_heads);
+    const unsigned items = launch.sizes->tasks * heads;
     for (unsigned index = blockIdx.x; index < items; index += gridDim.x) {
-        const Item item(launch.args, index);
+        const Item item(launch.args, index / heads, index % heads);
         for (int first = 0; first < item.lanes(); first += FmaShape::kWarps * kRows) {
             FmaTile<T, kRows>(launch, item, first, floats).run();
         }

@@ -10,7 +10,7 @@ namespace tts::cuda {
 struct TreeAttentionLaunch {
     TreeAttentionArgs args;
     const PlanSizes* sizes;  // in use
-    float* own;              // [blocks, kOwnLanes, D]: each tile's own states, between two chunks of keys
+    float* own;              // [blocks, lanes, D]: each tile's own states, between two chunks of keys
     bool aligned;            // queries and keys can be read 16 bytes at a time
 };
 
@@ -21,10 +21,10 @@ struct Item {
     Task task;
     int kv_head, group;
 
-    __device__ Item(const TreeAttentionArgs& args, unsigned index)
+    __device__ Item(const TreeAttentionArgs& args, unsigned task, unsigned kv_head)
         : args(args),
-          task(args.tasks[index / static_cast<unsigned>(args.num_kv_heads)]),
-          kv_head(static_cast<int>(index % static_cast<unsigned>(args.num_kv_heads))),
+          task(args.tasks[task]),
+          kv_head(static_cast<int>(kv_head)),
           group(static_cast<int>(args.num_q_heads) / static_cast<int>(args.num_kv_heads)) {}
 
     __device__ int lanes() const { return (task.row_end - task.row_begin) * group; }
@@ -44,6 +44,22 @@ struct Item {
                (position - page * page_size) * cache.token_stride + kv_head * cache.head_stride;
     }
 };
+
+// f(item, begin, end) for all lanes of the items that are this block's, kLanes at a time. A task's later
+// lanes are items of their own, behind all others.
+template <int kLanes, class F>
+__device__ void each_item(const TreeAttentionLaunch& launch, F f) {
+    const auto heads = static_cast<unsigned>(launch.args.num_kv_heads);
+    const unsigned items = launch.sizes->tasks * heads;
+    const int parts = static_cast<int>(task_parts(launch.args, kLanes));
+    for (unsigned index = blockIdx.x; index < items * parts; index += gridDim.x) {
+        const Item item(launch.args, index % items / heads, index % heads);
+        const int lanes = item.lanes(), part = static_cast<int>(index / items);
+        for (int begin = part * kLanes; begin < lanes; begin += parts * kLanes) {
+            f(item, begin, min(begin + kLanes, lanes));
+        }
+    }
+}
 
 // Positions.
 struct Range {

@@ -1,20 +1,23 @@
 // tree_attention on tensor cores: bfloat16 and float16, head sizes up to 256, padded to 64, 96, 128 or 256.
 //
-// A block of four warps runs a task for one KV head, in tiles of lanes (query heads x rows that share keys):
+// A block of four warps, or of eight, runs a task for one KV head, in tiles of lanes (query heads x rows that
+// share keys):
 //
 //   S [16 lanes, 64 keys] = Q K^T    Q in registers or by ldmatrix, as K                 m16n8k16
 //   B [16 lanes, D]       = P V      P = exp2(S - max) from S's registers, V by ldmatrix.trans
 //
 // for each block of keys (plan.h) from empty, which is then merged into the state C of its chunk. So a lane's
-// result is the same whatever the tile's other lanes are. In a wide tile (up to 64 lanes) each warp has 16
-// lanes of its own. In a narrow one (16 lanes) the warps have the same lanes: each multiplies a quarter of
-// the keys, the scores go round through shared memory, each warp weighs all of them and has a quarter of D.
-// An element of S and of B is the same sum either way. (Where D is 256, two and two warps do, for 32 lanes.)
+// result is the same whatever the tile's other lanes are. In a wide tile (up to 64 lanes, or 128) each warp
+// has 16 lanes of its own. In a narrow one (16 lanes, or 32) four warps have the same lanes: each multiplies
+// a quarter of the keys, the scores go round through shared memory, each warp weighs all of them and has a
+// quarter of D. An element of S and of B is the same sum either way. (Where D is 256, two and two warps do,
+// for 32 lanes.)
 //
 // A block's 2 x 64 x 128 x 2 bytes = 32 KB of K and V are copied by cp.async while the block before is
-// multiplied; with Q 90 KB for two, of which an SM of 228 KB holds two thread blocks, one of 164 KB one.
-// (Where D is 256 there is room for one, and nothing is copied meanwhile.) Rows of shared memory are 16 bytes
-// longer than D, so that the eight rows of an ldmatrix fall on different banks.
+// multiplied; with Q 90 KB for two, of which an SM of 228 KB holds two thread blocks, one of 164 KB one; with
+// eight warps 111 KB, and one thread block on either. (Where D is 256 there is room for one, and nothing is
+// copied meanwhile.) Rows of shared memory are 16 bytes longer than D, so that the eight rows of an ldmatrix
+// fall on different banks.
 //
 // Hidden keys score -inf, and tokens that no row of the tile sees are zeros in shared memory. A token that
 // only some of the rows see may hold infinities or NaN, and 0 * inf is NaN: rows of V with such elements are
@@ -90,12 +93,13 @@ __device__ uint32_t nonfinite_mask(uint32_t pair) {
     return ((((pair & kExponent) + kLowest) >> 15) & 0x00010001u) * 0xffffu;
 }
 
-template <int kDim>
+template <int kHeadDim, int kBlockWarps>
 struct MmaShape {
+    static constexpr int kDim = kHeadDim, kWarps = kBlockWarps, kThreads = kWarps * kWarp;
+    static constexpr int kBlockLanes = kWarps / 4 * kHalfLanes;
     static constexpr bool kLarge = kDim > 128;
     static constexpr bool kKeepsQueries = kDim < 96;  // in registers; else they would spill
-    static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-    static constexpr int kNarrowRowWarps = kLarge ? 2 : 1, kWideRowWarps = kLarge ? 2 : 4;
+    static constexpr int kNarrowRowWarps = kLarge ? 2 : kWarps / 4, kWideRowWarps = kLarge ? 2 : kWarps;
     static constexpr int kStride = kDim + 8;            // elements from row to row of Q, K and V
     static constexpr int kTile = kKeyBlock * kStride;   // elements of a block of K or V
     static constexpr int kStages = kLarge ? 1 : 2;      // of K and V
@@ -106,17 +110,20 @@ struct MmaShape {
     static constexpr int kScores = kStages * 2 * kTile + (kKeepsQueries ? 0 : 16 * kWideRowWarps * kStride);
     static constexpr int kShared = 2 * kScores + 4 * 16 * kNarrowRowWarps * kScoreStride;  // bytes
     static_assert(!kKeepsQueries || 16 * kWideRowWarps * kStride <= 2 * kTile);
-    static_assert(kShared <= 97 << 10);
+    static_assert(kWarps > 4 || kShared <= 97 << 10);
 };
 
+template <class Shape>
 struct MmaShared {
-    uint32_t nonfinite[2][4];  // [stage][warp]: bit r: row r of V that it copied has an infinity or a NaN
+    // [stage][warp]: bit r: row r of V that it copied has an infinity or a NaN
+    uint32_t nonfinite[2][Shape::kWarps];
+    float2 own[Shape::kThreads][2];  // the states of each thread's lanes: registers are scarce
 };
 
 // One tile of an item: lanes [first, first + 16 * kRowWarps), as far as there are any.
-template <class T, int kDim, int kRowWarps>
+template <class T, class Shape, int kRowWarps>
 class MmaTile {
-    using Shape = MmaShape<kDim>;
+    static constexpr int kDim = Shape::kDim;
     static constexpr int kStride = Shape::kStride, kTile = Shape::kTile;
     static constexpr int kLanes = 16 * kRowWarps, kDimWarps = Shape::kWarps / kRowWarps;
     static constexpr int kWarpKeys = kKeyBlock / kDimWarps;      // of a block, whose scores a warp works out
@@ -136,7 +143,7 @@ class MmaTile {
 
   public:
     __device__ MmaTile(const TreeAttentionLaunch& launch, const Item& item, int first, uint16_t* stages,
-                       MmaShared& shared)
+                       MmaShared<Shape>& shared)
         : launch_(launch),
           item_(item),
           first_(first),
@@ -301,10 +308,12 @@ class MmaTile {
     }
 
     // The keys of a block that this thread's lanes see, counted from its start.
-    __device__ void find_visible(const KeyBlock& block) {
+    __device__ void find_visible(const KeyBlock& block, bool all) {
         const Segment& segment = launch_.args.segments[block.segment];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            seen_[r] = {0, kKeyBlock};
+            if (all) continue;
             const int position = row_[r] < 0 ? 0 : launch_.args.positions[row_[r]];
             const Range seen = visible(launch_.args, segment, row_[r], position);
             seen_[r] = {seen.begin - block.start, seen.end - block.start};
@@ -316,7 +325,7 @@ class MmaTile {
     __device__ void multiply(const KeyBlock& block, int stage) {
         begin_segments(block.segment + 1);
         const bool all = block.whole && block.count == kKeyBlock;
-        if (!all) find_visible(block);
+        find_visible(block, all);
         float s[kScoreTiles][4];
         score(s, stage);
         if (!map_.deferred()) {
@@ -552,14 +561,16 @@ class MmaTile {
             *slot_state(launch_.args, slot, head(r)) = {chunk_[r].max, chunk_[r].sum};
     }
 
+    __device__ float2& own_state(int r) const { return shared_.own[threadIdx.x][r]; }
     __device__ float* own_row(int r) const {
-        return launch_.own + (int64_t{blockIdx.x} * kOwnLanes + lane_of_tile(r)) * launch_.args.head_dim;
+        return launch_.own +
+               (int64_t{blockIdx.x} * Shape::kBlockLanes + lane_of_tile(r)) * launch_.args.head_dim;
     }
 
     // The task's own state and the chunk become one, in the chunk's place.
     __device__ void take_own(int r) {
         if (!has_own_[r]) return;
-        const Merge merged(own_[r], chunk_[r]);
+        const Merge merged({own_state(r).x, own_state(r).y}, chunk_[r]);
         const float* from = own_row(r);
         each_pair([&](int d, int tile) {
             const float2 x = *reinterpret_cast<const float2*>(from + d);
@@ -575,7 +586,7 @@ class MmaTile {
         each_pair([&](int d, int tile) {
             *reinterpret_cast<float2*>(to + d) = {rows_[tile][2 * r], rows_[tile][2 * r + 1]};
         });
-        own_[r] = chunk_[r], has_own_[r] = true;
+        own_state(r) = {chunk_[r].max, chunk_[r].sum}, has_own_[r] = true;
     }
 
     // Results of the rows that are not merged, and what the others begin with.
@@ -616,7 +627,7 @@ class MmaTile {
     const Item& item_;
     const int first_, count_;  // the tile's lanes
     uint16_t* const stages_;   // [kStages, K and V, kKeyBlock, kStride], then Q and scores
-    MmaShared& shared_;
+    MmaShared<Shape>& shared_;
     const ScoreMap map_;
     int next_segment_;  // the first whose states have not begun
     int row_[2];        // of this thread's lanes, g and g + 8; -1: there is none
@@ -624,31 +635,27 @@ class MmaTile {
     int64_t k_offset_ = 0, v_offset_ = 0;
     uint32_t q_[Shape::kKeepsQueries ? kSteps : 1][4];
     float rows_[kOutTiles][4] = {};  // C: sums of weighted values
-    SoftmaxState chunk_[2], own_[2];
+    SoftmaxState chunk_[2];
     int target_[2] = {kNone, kNone};  // of C: a slot, or the task's own state
     bool has_own_[2] = {false, false};
 };
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(MmaShape<kDim>::kThreads, 2)
+template <class T, int kDim, int kWarps>
+__global__ void __launch_bounds__(MmaShape<kDim, kWarps>::kThreads, 8 / kWarps)
     tree_attention_mma(const __grid_constant__ TreeAttentionLaunch launch) {
-    using Shape = MmaShape<kDim>;
+    using Shape = MmaShape<kDim, kWarps>;
     extern __shared__ __align__(16) uint16_t stages[];
-    __shared__ MmaShared shared;
-    const unsigned items = launch.sizes->tasks * static_cast<unsigned>(launch.args.num_kv_heads);
-    for (unsigned index = blockIdx.x; index < items; index += gridDim.x) {
-        const Item item(launch.args, index);
-        const int lanes = item.lanes();
-        for (int first = 0; first < lanes;) {
-            if (Shape::kNarrowRowWarps < Shape::kWideRowWarps &&
-                lanes - first <= 16 * Shape::kNarrowRowWarps) {
-                MmaTile<T, kDim, Shape::kNarrowRowWarps>(launch, item, first, stages, shared).run();
+    __shared__ MmaShared<Shape> shared;
+    each_item<Shape::kBlockLanes>(launch, [&](const Item& item, int begin, int end) {
+        for (int first = begin; first < end;) {
+            if (Shape::kNarrowRowWarps < Shape::kWideRowWarps && end - first <= 16 * Shape::kNarrowRowWarps) {
+                MmaTile<T, Shape, Shape::kNarrowRowWarps>(launch, item, first, stages, shared).run();
                 break;
             }
-            MmaTile<T, kDim, Shape::kWideRowWarps>(launch, item, first, stages, shared).run();
+            MmaTile<T, Shape, Shape::kWideRowWarps>(launch, item, first, stages, shared).run();
             first += 16 * Shape::kWideRowWarps;
         }
-    }
+    });
 }
 
 }  // namespace tts::cuda

@@ -46,16 +46,16 @@ struct PlanRules {
 };
 
 // Those of the CUDA kernels: a task and KV head is a thread block. Reading keys costs more than the
-// arithmetic up to a whole tile of 64 query rows, so a task costs its tokens; about 1024 of them are four
-// rounds of an H100's 132 SMs with two blocks each; below 256 tokens (128 KB at 128 bfloat16 a head) starting
+// arithmetic up to a whole tile of 128 query rows, so a task costs its tokens; about 1024 of them are eight
+// rounds of an H100's 132 SMs; below 256 tokens (128 KB at 128 bfloat16 a head) starting
 // a block and merging its result cost too much of it. No task is for all heads at once.
-inline constexpr PlanRules kGpuRules{.max_query_rows = 64,
+inline constexpr PlanRules kGpuRules{.max_query_rows = 128,
                                      .work_items = 1024,
-                                     .min_item_cost = 256 * 64,
+                                     .min_item_cost = 256 * 128,
                                      .narrow_query_rows = 0,
-                                     .min_query_rows = 64,
+                                     .min_query_rows = 128,
                                      .chunk = 256,
-                                     .segment_overhead = 64 * 64};
+                                     .segment_overhead = 64 * 128};
 
 struct PlanShape {
     int64_t page_size, num_q_heads, num_kv_heads;

@@ -25,8 +25,12 @@ using Buffer = void (*)(uint64_t address, uint64_t bytes);
 Launch run_kernel;
 Buffer note_buffer;
 
-// Bytes of shared memory of a block: without asking, and what every architecture from sm_80 on has.
-constexpr uint32_t kWithoutAsking = 48 << 10, kMost = 99 << 10;
+// Bytes of shared memory of a block: without asking, what every architecture from sm_80 on has, and what an
+// A100 has, for an operator that has asked the device.
+constexpr uint32_t kWithoutAsking = 48 << 10, kEverywhere = 99 << 10, kMost = 163 << 10;
+bool asked_device;
+
+uint32_t most_shared() { return asked_device ? kMost : kEverywhere; }
 
 struct Kernel {
     std::string name;
@@ -53,7 +57,7 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** args, size_
     if (shared > (k.asked ? k.asked : kWithoutAsking)) return last_error = cudaErrorInvalidValue;
     const uint32_t g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
     const bool good = run_kernel(k.name.c_str(), g, b, static_cast<uint32_t>(shared),
-                                 k.asked ? kMost : kWithoutAsking, args);
+                                 k.asked ? most_shared() : kWithoutAsking, args);
     return last_error = good ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -85,7 +89,10 @@ __attribute__((visibility("default"))) void emulator_connect(Launch launch, Buff
     note_buffer = buffer;
 }
 
-void emulator_begin() { note_buffer(0, 0); }
+void emulator_begin() {
+    asked_device = false;
+    note_buffer(0, 0);
+}
 
 // The stream that kernels belong on: not CUDA's default one.
 cudaStream_t emulator_stream() { return reinterpret_cast<cudaStream_t>(&stream_of_torch); }
@@ -171,7 +178,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || static_cast<uint32_t>(value) > kMost)
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize ||
+        static_cast<uint32_t>(value) > most_shared())
         return cudaErrorInvalidValue;
     kernels().at(host).asked = static_cast<uint32_t>(value);
     return cudaSuccess;
@@ -190,9 +198,17 @@ cudaError_t cudaGetDevice(int* device) {
 
 // An A100's.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-    *value = 108;
-    return cudaSuccess;
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount:
+            *value = 108;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            asked_device = true;
+            *value = kMost;
+            return cudaSuccess;
+        default:
+            return cudaErrorInvalidValue;
+    }
 }
 
 }  // extern "C"

@@ -66,18 +66,18 @@ def half(*shape: int) -> torch.Tensor:
     return torch.rand(shape).bfloat16()
 
 
-def attend() -> Any:
+def attend(branches: int) -> Any:
     forest = tk.KVForest(64)
     root = forest.add_root()
     forest.append([root], [40])
-    leaves = forest.fork([root] * 3)
-    forest.append(leaves, [5] * 3)
+    leaves = forest.fork([root] * branches)
+    forest.append(leaves, [5] * branches)
     plan = forest.plan(leaves, num_q_heads=4, num_kv_heads=2, head_dim=64)
-    tk.tree_attention(half(3, 4, 64), half(64, 16, 2, 64), half(64, 16, 2, 64), plan)
+    tk.tree_attention(half(branches, 4, 64), half(64, 16, 2, 64), half(64, 16, 2, 64), plan)
     tasks = [
         gpu_model.Task(end - begin, [1]) for _, _, begin, end, _ in plan.tasks.tolist()
     ]  # all that there is room for
-    return gpu_model.tree_attention(tasks, plan.max_slots, 3, 4, 2, 64, 55)
+    return gpu_model.tree_attention(tasks, plan.max_slots, branches, 4, 2, 64, 40 + 5 * branches)
 
 
 def hidden_layer() -> Any:
@@ -142,7 +142,6 @@ def sample() -> Any:
 
 
 CALLS = [
-    attend,
     hidden_layer,
     copy_pages,
     append_kv,
@@ -152,7 +151,8 @@ CALLS = [
     aggregate_steps,
     prune,
 ]
-CALLS += [sample, lambda: linear_logprob(5), lambda: linear_logprob(70)]
+CALLS += [lambda: attend(3), lambda: attend(40), sample]
+CALLS += [lambda: linear_logprob(5), lambda: linear_logprob(70)]
 CALLS += [lambda: linear(5), lambda: linear(20), lambda: linear(5, 4), lambda: linear(70, 8)]
 
 

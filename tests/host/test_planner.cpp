@@ -250,7 +250,7 @@ void a_trunk_is_read_once_a_block_of_rows() {
     CHECK((trunk_tokens == std::map<int32_t, int64_t>{{0, 960}, {128, 960}}));
 }
 
-// 16 rows of 4 query heads a task, which is a tile; many tasks, none of which reads less than it should.
+// 32 rows of 4 query heads a task, which is a tile; many tasks, none of which reads less than it should.
 void a_gpu_gets_many_small_tasks() {
     Star star(4000, 60);
     const PlanShape shape{16, 32, 8, tts::kGpuRules};
@@ -258,7 +258,7 @@ void a_gpu_gets_many_small_tasks() {
     const View view(plan, shape);
     CHECK(view.tasks.size() >= 96 && view.tasks.size() <= 192);
     for (const tts::Task& task : view.tasks) {
-        CHECK(task.row_end - task.row_begin <= 16);
+        CHECK(task.row_end - task.row_begin <= 32);
         int64_t tokens = 0;
         for (int32_t i = task.seg_begin; i < task.seg_end; ++i) tokens += view.segments[i].length;
         CHECK(tokens >= 128);

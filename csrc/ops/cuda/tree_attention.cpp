@@ -75,13 +75,13 @@ std::tuple<Tensor, Tensor> tree_attention(
     };
     const auto* used = reinterpret_cast<const PlanSizes*>(int32s(sizes, 1, kPlanSizes, "sizes"));
     if (num_rows * num_q_heads == 0) return {out, lse};
-    const int64_t partials = max_slots * num_q_heads,
-                  blocks = cuda::tree_attention_blocks(args, tasks.size(0));
+    const int64_t partials = max_slots * num_q_heads;
+    const cuda::TreeAttentionGrid grid = cuda::tree_attention_grid(args, tasks.size(0));
     Tensor workspace =
-        empty(q, {partials * (head_dim + 2) + blocks * cuda::kOwnLanes * head_dim}, ScalarType::Float);
+        empty(q, {partials * (head_dim + 2) + grid.blocks * grid.lanes * head_dim}, ScalarType::Float);
     args.partial_states = data<float>(workspace);
     args.partial_rows = args.partial_states + 2 * partials;
-    cuda::tree_attention(args, used, args.partial_rows + partials * head_dim, blocks, device.stream());
+    cuda::tree_attention(args, used, args.partial_rows + partials * head_dim, grid, device.stream());
     return {out, lse};
 }
 
