@@ -159,8 +159,11 @@ def streams(policy: Any, rounds: int) -> dict[str, dict[str, Any]]:
             alone, over = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
             share = statistics.median(http / engine_speed for engine_speed, http in pairs[1:])
             lines[name] = {
-                "engine, tokens/s": round(alone), "HTTP, tokens/s": round(over), "share": round(share, 3)
-            }  # fmt: skip
+                "streams": name,
+                "engine, tokens a second": round(alone),
+                "HTTP, tokens a second": round(over),
+                "share": round(share, 3),
+            }
     return lines
 
 
@@ -187,14 +190,18 @@ def main() -> None:
             others, whole = pooling(policy, verifier, False)
             if scores != others:
                 raise SystemExit(f"{name}: scores differ")
-            tables[f"pooling {name}"] = {"what is new": ours, "whole texts": whole}
+            tables[f"pooling {name}"] = {
+                "what is new": {"the server reads": "what is new", **ours},
+                "whole texts": {"the server reads": "whole texts", **whole},
+            }
     if "streams" in given.parts:
         streaming = HFPolicy(given.policy, dtype="bfloat16") if given.policy else policy
         tables["streams"] = streams(streaming, given.rounds)
     print(json.dumps(tables, indent=1))
     if given.out:
+        arguments = ("PATH" if each in (given.model, given.policy) else each for each in sys.argv)
         record.write(
-            given.out, what=__doc__.partition("\n")[0], command=f"python {' '.join(sys.argv)}", beside="nothing",
+            given.out, what=__doc__.partition("\n")[0], command=f"python {' '.join(arguments)}", beside="nothing",
             tables=tables, packages=("torch", "fastapi", "uvicorn"),
         )  # fmt: skip
 
