@@ -464,8 +464,11 @@ async def together(handles: Sequence[Handle[Any, News]]) -> AsyncGenerator[list[
     loop = asyncio.get_running_loop()
     told = asyncio.Queue[list[tuple[int, list[News] | None]]]()
 
+    fresh = set(range(len(handles)))  # of whom nothing has been told yet
+
     def listener(place: int, post: Post, news: list[News] | None) -> None:
-        post.put(told, (place, news))
+        post.put(told, (place, news), at_once=news is None or place in fresh)
+        fresh.discard(place)
 
     listeners = [partial(listener, place, one._engine._post(loop)) for place, one in enumerate(handles)]
     for one, own in zip(handles, listeners, strict=True):

@@ -11,7 +11,7 @@ __all__ = ["Post"]
 
 # The loop rests so many times as long as it was busy with what came last, and so many seconds at most.
 _REST: Final = 24
-_LONGEST_S: Final = 0.2
+_LONGEST_S: Final = 0.1
 
 
 class Post:
@@ -19,7 +19,8 @@ class Post:
 
     Python runs one thread at a time: while the loop writes to its clients the engine waits, at each of the dozens of
     kernels that it calls in a step. So the loop is told everything that is new with one call, and again only when it
-    has rested. With few listeners that is before the next token; with many, each of them gets longer parts.
+    has rested. With few listeners that is before the next token; with many, each of them gets longer parts. How
+    something begins and ends is told at once.
 
     Parameters
     ----------
@@ -31,9 +32,11 @@ class Post:
         self._loop = loop
         self._lock = threading.Lock()
         self._items: dict[asyncio.Queue[list[Any]], list[Any]] = {}
+        self._is_awake = True  # or else it rests
         self._is_on_its_way = False
+        self._alarm: asyncio.TimerHandle | None = None  # ends its rest
 
-    def put(self, queue: asyncio.Queue[list[Any]], item: Any) -> None:
+    def put(self, queue: asyncio.Queue[list[Any]], item: Any, *, at_once: bool = False) -> None:
         """Put an item into a queue, in a list with others that are for it; from any thread.
 
         Raises
@@ -45,7 +48,7 @@ class Post:
             raise RuntimeError("the event loop is closed")
         with self._lock:
             self._items.setdefault(queue, []).append(item)
-            if self._is_on_its_way:
+            if self._is_on_its_way or not (self._is_awake or at_once):
                 return
             self._is_on_its_way = True
         self._loop.call_soon_threadsafe(self._deliver)
@@ -53,13 +56,22 @@ class Post:
     def _deliver(self) -> None:
         with self._lock:
             items, self._items = self._items, {}
-            self._is_on_its_way = bool(items)
-        if items:
-            begun = time.thread_time()
-            for queue, news in items.items():
-                queue.put_nowait(news)
-            self._loop.call_soon(self._rest, begun)  # behind those who were woken
+            self._is_on_its_way = self._is_awake = False
+        begun = time.thread_time()
+        for queue, news in items.items():
+            queue.put_nowait(news)
+        self._loop.call_soon(self._rest, begun)  # behind those who were woken
 
     def _rest(self, begun: float) -> None:
         spent = time.thread_time() - begun
-        self._loop.call_later(min(_LONGEST_S, _REST * spent), self._deliver)
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_later(min(_LONGEST_S, _REST * spent), self._awake)
+
+    def _awake(self) -> None:
+        with self._lock:
+            self._is_awake = True
+            waits = bool(self._items) and not self._is_on_its_way
+            self._is_on_its_way |= waits
+        if waits:
+            self._deliver()
