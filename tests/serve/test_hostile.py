@@ -76,6 +76,10 @@ BODIES = {
          "top_logprobs": JUNK, "add_generation_prompt": st.booleans(), "add_special_tokens": JUNK},
     ),
     "/pooling": ({"messages": MESSAGES | st.lists(MESSAGES, max_size=2)}, {"model": SAMPLING["model"], "task": JUNK}),
+    "/v1/pooling": (
+        {"input": TEXT | JUNK | st.lists(TEXT, max_size=2) | st.lists(st.integers(-1, 300), max_size=9)},
+        {"model": SAMPLING["model"], "messages": MESSAGES},
+    ),
     "/score": ({"queries": TEXT | JUNK, "documents": TEXT | JUNK}, {"aggregate": JUNK}),
     "/generative_scoring": (
         {"query": TEXT | JUNK, "items": st.lists(TEXT, max_size=2) | JUNK},
