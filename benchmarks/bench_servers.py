@@ -147,7 +147,8 @@ def main() -> None:
         print(json.dumps({table: rows[name] for table, rows in tables.items()}), flush=True)
     if given.out:
         record.write(
-            given.out, what=__doc__.partition("\n")[0], command="python benchmarks/bench_servers.py --server ...",
+            given.out, what=__doc__.partition("\n")[0],
+            command="python benchmarks/bench_servers.py --server NAME URL MODEL PID ...",
             beside="nothing", tables=tables, packages=("torch", "fastapi", "uvicorn"), threads=2,
             software=dict(given.version),
         )  # fmt: skip
