@@ -26,15 +26,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tts_search import HFPolicy, StepParams
-from tts_search.models.decoder import Batch, Decoder, KVPool
+from tts_search.models.decoder import Batch, Decoder, KvDtype, KVPool
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool
+from tts_search.models.x_cache import XPool
 from tts_search.policies import hf
 from tts_search.search.protocol import Expand
 
@@ -91,8 +93,7 @@ class Stopwatch:
 
 def run_ours(policy: HFPolicy, case: Case, num_tokens: int, times: Times) -> None:
     """Sample ``num_tokens`` in each branch; the last of its steps count, when all branches decode together."""
-    kind = policy._lane.pool.pool.kv.dtype
-    policy._lane.pool = BranchPool(KVPool(policy.decoder.shape, pages_for(case, num_tokens), 16, kind))
+    policy._lane.pool = BranchPool(pool_like(policy._lane.pool.pool, case, num_tokens))
     root = Branch(Meter(), tokens=prompt(case), given=case.prefix)
     policy._problems[0] = hf._Problem(root, {0: hf._Node(root, "")})
     watch = Stopwatch(policy.decoder)
@@ -122,6 +123,15 @@ def run_transformers(model: LlamaForCausalLM, case: Case, num_tokens: int, times
         tokens, _ = tk.sample(logits, temperature=0.8, top_p=0.95, seeds=seeds, offsets=seeds * 0 + number)
         times.step.append(1000 * (time.perf_counter() - begin))
         times.forward.append(1000 * (middle - begin))
+
+
+def pool_like(pool: KVPool, case: Case, num_tokens: int) -> KVPool:
+    """A pool of the same kind with room for the case."""
+    pages = pages_for(case, num_tokens)
+    if isinstance(pool, XPool):
+        kv, blocks = pool.kv, case.prefix // 128 + 1 + case.branches * (num_tokens // 128 + 1)
+        return XPool(kv.layers, pool.shape, blocks, pages, kv.pages[0].dtype, kv.dtype)
+    return KVPool(pool.shape, pages, 16, pool.kv.dtype)
 
 
 def prompt(case: Case) -> list[int]:
@@ -170,7 +180,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--decoder", nargs="+", default=["lean"], choices=["lean", "transformers"])
     parser.add_argument("--quantize", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="lean only")
-    parser.add_argument("--kv", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="kv_dtype")
+    parser.add_argument("--kv", nargs="+", default=["none"], choices=["none", *get_args(KvDtype)], help="kv_dtype")
     parser.add_argument("--branches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--prefix", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
@@ -185,7 +195,7 @@ def main() -> None:
             ", ".join([kind, *(bits,) * (bits != "none"), *(f"KV {kv}",) * (kv != "none")]): HFPolicy(
                 path,
                 dtype=options.dtype,
-                kv_memory="16MiB",
+                kv_memory="64MiB",
                 decoder=kind,
                 quantize=None if bits == "none" else bits,
                 kv_dtype=None if kv == "none" else kv,

@@ -1,22 +1,35 @@
-"""Attention over keys and values of 8 and 4 bits, beside bfloat16: the same branches, the same plan.
+"""Attention over keys and values of 8 and 4 bits, beside bfloat16: the same branches, the same plan. And the X cache.
 
     python benchmarks/bench_kv_memory.py [--write NAME]
+    python benchmarks/bench_kv_memory.py --room [--write NAME]
 
 A run goes through the caches of as many layers as a model has, each read once, so that what comes from memory in a
 decode step comes from memory here. Formats take turns, and a number is the median of the runs. The bound is reading the
 stored bytes once at the rate of a large sum.
+
+The X cache makes keys and values of 2,048 shared tokens for 1, 16 and 64 branches, on random weights of SmolLM2-135M's
+shape. Beside the time: what the arithmetic says of it in times of the attention's, d / (g^2 M) with d elements of a
+hidden state, g query heads to a KV head and M branches.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
+from typing import get_args
 
 import record
 import torch
-from bench_decode import median_rate
+from bench_decode import checkpoint_of_shape, median_rate
 from bench_tree_attention import grow
+from tts_search.models.decoder import KvDtype, KVPool
+from tts_search.models.llama import LlamaDecoder
+from tts_search.models.loading import load_decoder
+from tts_search.models.sizing import pool_for
+from tts_search.models.x_cache import Kept, XPool
+from tts_search.models.x_layers import BLOCK, KINDS
 
 import tts_kernels as tk
 
@@ -26,6 +39,7 @@ TREES = {
     "64 private tails of 512": ([64], [512]),
 }
 FORMATS = ("bfloat16", "int8", "int4")
+SHARED = 2048  # tokens
 
 
 def filled(layers: int, pages: int, kv_heads: int, head_dim: int, kind: str) -> tk.KVCache:
@@ -69,6 +83,93 @@ def measure(model: str, tree: str, runs: int, read_rate: float) -> dict[str, dic
     }
 
 
+def measure_x(runs: int) -> dict[str, dict[str, record.Cell]]:
+    """A row for each kind and number of branches: making keys and values of all layers, and their attention."""
+    decoder = smollm2()
+    shape, eps, turns = decoder.shape, decoder.config.eps, decoder.config.cos_sin
+    rows: dict[str, dict[str, record.Cell]] = {}
+    for kind in KINDS:
+        pool = pool_for(decoder, "256MiB", kv_dtype=kind)
+        assert isinstance(pool, XPool)
+        root = pool.forest.add_root()
+        for begin in range(0, SHARED, BLOCK):
+            decoder.hidden(pool.pack([root], [[10 + begin + i for i in range(BLOCK)]]), pool.kv)
+        for branches in (1, 16, 64):
+            leaves = pool.forest.fork([root] * branches)
+            batch = pool.pack(leaves, [[7]] * branches)
+            kept = batch.kept
+            assert isinstance(kept, Kept)
+            q = torch.randn(branches, shape.num_q_heads, shape.head_dim).bfloat16()
+            made, attended = [], []
+            for _ in range(runs):
+                begin, before = time.perf_counter(), None
+                for number, keeps in enumerate(pool.kv.layers):
+                    before = pool.kv.restore(number, keeps, kept, turns, eps, before)
+                middle = time.perf_counter()
+                for _ in pool.kv.layers:
+                    tk.tree_attention(q, *pool.kv.pages, batch.plan)
+                made.append(1000 * (middle - begin))
+                attended.append(1000 * (time.perf_counter() - middle))
+            pool.forest.free(leaves)
+            make, attend = statistics.median(made), statistics.median(attended)
+            group = shape.num_q_heads // shape.num_kv_heads
+            rows[f"{kind}, {branches}"] = {
+                "kv": kind,
+                "branches": branches,
+                "making, ms": round(make, 2),
+                "attention, ms": round(attend, 2),
+                "of attention": round(make / attend, 1),
+                "d / (g^2 M)": round(decoder.hidden_size / (group**2 * branches), 1),
+            }
+    return rows
+
+
+def most_branches(pool: KVPool, shared: int, own: int) -> int:
+    """The most branches of so many own tokens on shared ones that a pool has room for, asked of its forest."""
+    forest = pool.forest
+
+    def fits(branches: int) -> bool:
+        root = forest.add_root()
+        for _ in range(0, shared, pool.block or shared):
+            forest.append([root], [pool.block or shared])
+        leaves = forest.fork([root] * branches)
+        forest.free([root])
+        try:
+            for _ in range(0, own, pool.block or own):
+                forest.append(leaves, [pool.block or own] * branches)
+        except tk.OutOfPages:
+            return False
+        finally:
+            forest.free(leaves)
+        return True
+
+    low, high = 0, 1024
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def measure_room(memory: str = "512MiB") -> dict[str, dict[str, record.Cell]]:
+    """By kv_dtype, how many branches of 512 and of 2,048 tokens on 2,048 shared ones SmolLM2-135M has room for."""
+    decoder = smollm2()
+    kinds: list[KvDtype | None] = [None, *get_args(KvDtype)]
+    rows: dict[str, dict[str, record.Cell]] = {}
+    for kind in kinds:
+        pool, name = pool_for(decoder, memory, kv_dtype=kind), kind or "bfloat16"
+        most = {f"n, {own} tokens": most_branches(pool, SHARED, own) for own in (512, 2048)}
+        rows[name] = {"kv": name, "tokens": pool.num_tokens, **most}
+    return rows
+
+
+def smollm2() -> LlamaDecoder:
+    """Random weights of its shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = load_decoder(checkpoint_of_shape(folder, "bfloat16"), decoder="lean", self_test=False)
+    assert isinstance(decoder, LlamaDecoder)
+    return decoder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
@@ -76,8 +177,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
     parser.add_argument("--beside", default="nothing")
+    parser.add_argument("--room", action="store_true", help="only how many branches 512 MiB have room for")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.room:
+        room = measure_room()
+        print(*room.values(), sep="\n")
+        if options.write:
+            record.write(
+                options.write,
+                what="The most branches on 2,048 shared tokens that a KV pool of 512 MiB of SmolLM2-135M has room for",
+                command="python benchmarks/bench_kv_memory.py --room",
+                beside=options.beside,
+                tables={"room": room},
+            )
+        return
     block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     read_rate = median_rate(block.sum, 2**28)
     table = {}
@@ -86,13 +200,15 @@ def main() -> None:
             rows = measure(model, tree, options.runs, read_rate)
             print(*(f"{name}: {row}" for name, row in rows.items()), sep="\n", flush=True)
             table.update(rows)
+    x_table = measure_x(options.runs)
+    print(*x_table.values(), sep="\n", flush=True)
     if options.write:
         record.write(
             options.write,
             what="Attention of all layers over keys and values of few bits; medians",
             command="python benchmarks/bench_kv_memory.py",
             beside=options.beside,
-            tables={"attention": table},
+            tables={"attention": table, "x": x_table},
         )
 
 

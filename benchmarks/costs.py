@@ -84,3 +84,8 @@ def rms_norm(rows: int, width: int, dtype: torch.dtype) -> Bound:
 def swiglu(rows: int, width: int, dtype: torch.dtype) -> Bound:
     """Two rows read, one written."""
     return Bound(3 * rows * width * dtype.itemsize)
+
+
+def dequantize_rows(rows: int, width: int, row_bytes: int, dtype: torch.dtype) -> Bound:
+    """The bytes read, the numbers written."""
+    return Bound(rows * (row_bytes + width * dtype.itemsize))

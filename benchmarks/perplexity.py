@@ -1,13 +1,14 @@
 """Perplexity of a checkpoint on problems with solutions, as it is and in few bits.
 
 python benchmarks/perplexity.py --checkpoint PATH --data math500.jsonl [--limit 200] [--formats bf16 int8 int4]
-    [--gguf Q8_0=PATH ...] [--kv int8 int4] [--write NAME]
+    [--gguf Q8_0=PATH ...] [--kv int8 int4 xquant-4 ...] [--pack 1024] [--write NAME]
 
 The text of a problem is the problem, a blank line and the solution, and every token but the first counts; with --chat
-it is the solution behind the problem in the chat template, and the tokens of the solution count. A GGUF file of the
+it is the solution behind the problem in the chat template, and the tokens of the solution count. With --pack texts are
+joined, a blank line between them, and cut to so many tokens. A GGUF file of the
 same model is read twice: by our decoder, and by transformers with its weights in float. With --kv the first format is
-read with keys and values of so many bits too. Beside the perplexity: on how
-many tokens the likeliest one is that of the first format, and the mean KL divergence from it.
+read with that kv_dtype too. Beside the perplexity: on how many tokens the likeliest one is that of the first format,
+and the mean KL divergence from it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import record
 import torch
@@ -27,9 +28,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer
 from tts_search.models import llama
-from tts_search.models.decoder import Decoder, KVPool
+from tts_search.models.decoder import Decoder, KvDtype
 from tts_search.models.formats.opening import open_checkpoint
 from tts_search.models.loading import load_decoder
+from tts_search.models.sizing import pool_for
 from tts_search.models.transformers import load_config
 from tts_search.policies.prompt import prompt_of
 
@@ -64,13 +66,20 @@ def quantised(checkpoint: str, name: str) -> Decoder:
     return decoder
 
 
-def reader(decoder: Decoder, kv_dtype: str | None = None) -> Reader:
-    pool = KVPool(decoder.shape, 160, 16, kv_dtype or decoder.dtype, decoder.device)
+def packed(rows: list[tuple[list[int], int]], size: int, between: list[int]) -> list[tuple[list[int], int]]:
+    """Texts one behind the other, in pieces of so many tokens; the last tokens, that fill no piece, are left out."""
+    ids = [token for text, _ in rows for token in (*text, *between)]
+    return [(ids[i : i + size], 1) for i in range(0, len(ids) - size + 1, size)]
+
+
+def reader(decoder: Decoder, kv_dtype: KvDtype | None = None) -> Reader:
+    pool = pool_for(decoder, "512MiB", kv_dtype=kv_dtype)
 
     @torch.inference_mode()
     def read(ids: list[int]) -> Tensor:
-        root = pool.forest.add_root()
-        logits = decoder.logits(pool.pack([root], [ids]), pool.kv)
+        root, step = pool.forest.add_root(), pool.block or len(ids)
+        parts = (ids[i : i + step] for i in range(0, len(ids), step))
+        logits = torch.cat([decoder.logits(pool.pack([root], [part]), pool.kv) for part in parts])
         pool.forest.free([root])
         return logits[:-1].float().log_softmax(-1)
 
@@ -100,13 +109,17 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "int8", "int4"])
     parser.add_argument("--gguf", nargs="*", default=[], metavar="TYPE=PATH")
-    parser.add_argument("--kv", nargs="*", default=[], choices=["int8", "int4"])
+    parser.add_argument("--kv", nargs="*", default=[], choices=get_args(KvDtype))
+    parser.add_argument("--pack", type=int, help="tokens of a piece of the texts, joined")
     parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--table", default="formats", help="its name there")
     parser.add_argument("--what", default="SmolLM2-135M-Instruct", help="the model, for its title")
     parser.add_argument("--beside", default="nothing")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     rows = texts(options.data, options.limit, tokenizer, options.chat)
+    if options.pack:
+        rows = packed(rows, options.pack, tokenizer("\n\n", add_special_tokens=False)["input_ids"])
     decoders = {NAMES.get(name, name): quantised(options.checkpoint, name) for name in options.formats}
     readers = {name: reader(decoder) for name, decoder in decoders.items()}
     first = next(iter(decoders))
@@ -119,13 +132,20 @@ def main() -> None:
         tokens = sum(len(ids) - start for ids, start in rows)
         record.write(
             options.write,
-            what=f"{options.what} on {len(rows)} problems with solutions of {options.data.stem}, {tokens} tokens: "
+            what=f"{options.what} on {texts_of(options, len(rows))} of {options.data.stem}, {tokens} tokens: "
             f"perplexity, and tokens beside those of {next(iter(readers))}",
             command=f"python benchmarks/perplexity.py {shlex.join(_hidden(one) for one in sys.argv[1:])}",
             beside=options.beside,
-            tables={"formats": table},
+            tables={options.table: table},
             packages=("torch", "transformers"),
         )
+
+
+def texts_of(options: argparse.Namespace, count: int) -> str:
+    """What the rows are."""
+    if options.pack:
+        return f"{count} pieces of {options.pack} tokens of problems with solutions"
+    return f"{count} problems with solutions"
 
 
 def _hidden(argument: str) -> str:

@@ -100,7 +100,7 @@ def test_outliers_have_the_bits_of_the_definition(
 ) -> None:
     x, weight, bias, _ = tensors(rows, outputs, depth, torch.float32)
     x = with_outliers(x, spread)
-    whole, _ = reference.quantize_rows(x)
+    whole, _ = reference.quantize_inputs(x)
     assert 127 < whole.abs().max() <= 127 * 128
     packed = tk.pack_linear(weight, quantize=quantize, group_size=group_size)
     assert same(tk.linear(x, packed, bias), defined(x, packed, bias))
@@ -203,7 +203,7 @@ def test_is_as_far_from_the_exact_product_as_rounding_the_rows_is(quantize: str,
         with_zeros(40, 700, quantize, group_size),
     ):
         dense = packed.unpack().double()
-        step = reference.quantize_rows(x)[1].double()
+        step = reference.quantize_inputs(x)[1].double()
         allowed = step[:, None] / 2 * dense.abs().sum(1) * (1 + 1e-5) + 1e-6
         assert ((tk.linear(x, packed).double() - x.double() @ dense.T).abs() <= allowed).all()
 

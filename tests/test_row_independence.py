@@ -20,7 +20,7 @@ import tts_kernels as tk
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal as bits: a NaN is itself, and -0.0 is not 0.0."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.shape == b.shape and torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
 
 
@@ -308,6 +308,7 @@ ROW_WISE: dict[str, tuple[int, Callable[[Tensor, int], Tensor]]] = {  # width of
     "rms_norm": (70, lambda x, _: tk.rms_norm(x, torch.linspace(0.5, 2, 70).to(x.dtype), 1e-6)[0]),
     "rope_append_": (64, rope_append_of),
     "swiglu": (64, lambda x, _: tk.swiglu(x)),
+    "quantize_rows": (64, lambda x, _: tk.quantize_rows(x, 3, 32)),
     "linear_logprob": (70, logprob_of),
     "sample": (3000, sample_of),
     "step_scores": (70, step_scores_of),

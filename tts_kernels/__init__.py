@@ -18,6 +18,7 @@ from .ops.linear import PackedLinear, linear, pack_linear
 from .ops.linear_logprob import linear_logprob
 from .ops.merge_states import merge_states
 from .ops.prune import Pruned, prune
+from .ops.quantize_rows import dequantize_rows, quantize_rows, row_bytes
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import rope_append_
 from .ops.sample import Sampled, SampledTop, sample
@@ -52,6 +53,7 @@ __all__ = [
     "copy_pages_",
     "debug_checks",
     "decoder_layers_",
+    "dequantize_rows",
     "deterministic",
     "linear",
     "linear_logprob",
@@ -59,8 +61,10 @@ __all__ = [
     "pack_linear",
     "plan_attention",
     "prune",
+    "quantize_rows",
     "rms_norm",
     "rope_append_",
+    "row_bytes",
     "sample",
     "score_and_prune",
     "step_scores",

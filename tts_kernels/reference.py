@@ -358,19 +358,15 @@ def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     the rounded two, rounded to the nearest even. The scale is NaN where an element or a scale or zero is not finite.
     """
     x = x.float()
-    low, high = x.amin(-1), x.amax(-1)
-    top = x.abs().amax(-1) if bits == 8 else high - low
-    zero = torch.zeros_like(low).half() if bits == 8 else low.half() + 0.0
-    scale = top.div(torch.full_like(top, 127 if bits == 8 else 15)).half()
-    finite = x.isfinite().all(-1)
-    scale = torch.where(finite & scale.isfinite() & zero.isfinite(), scale, torch.nan)
-    zero = torch.where(finite, zero, torch.nan)
-    codes = (x - zero.float()[..., None]) / scale.float()[..., None]
-    codes = torch.where((scale > 0)[..., None], codes, 0).clamp(*((-127, 127) if bits == 8 else (0, 15))).round()
-    if bits == 8:
-        return codes.to(torch.int8), scale, zero
-    first, second = codes.to(torch.uint8).chunk(2, -1)
-    return first | second << 4, scale, zero
+    if bits == 4:
+        codes, scale, zero = _affine(x, 15)
+        first, second = codes.to(torch.uint8).chunk(2, -1)
+        return first | second << 4, scale, zero
+    top = x.abs().amax(-1)
+    scale = top.div(torch.full_like(top, 127)).half()
+    scale = torch.where(x.isfinite().all(-1) & scale.isfinite(), scale, torch.nan)
+    codes = torch.where((scale > 0)[..., None], x / scale.float()[..., None], 0).clamp(-127, 127).round()
+    return codes.to(torch.int8), scale, torch.zeros_like(scale)
 
 
 def dequantize_kv(codes: Tensor, scale: Tensor | None, zero: Tensor | None, *, dtype: torch.dtype) -> Tensor:
@@ -381,6 +377,51 @@ def dequantize_kv(codes: Tensor, scale: Tensor | None, zero: Tensor | None, *, d
         return codes.to(dtype) * scale.to(dtype)[..., None]
     whole = torch.cat([codes & 15, codes >> 4], -1)
     return whole.to(dtype) * scale.to(dtype)[..., None] + zero.to(dtype)[..., None]
+
+
+def quantize_rows(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """Codes in planes, scales, zeros: uint8 [N, bytes] of rows [N, W]."""
+    groups = x.float().reshape(len(x), -1, group_size)
+    codes, scale, zero = _affine(groups, 2**bits - 1)
+    whole = codes.to(torch.uint8).flatten(1)
+    planes = [_plane(whole & 3, 2), _plane(whole >> 2, 1)] if bits == 3 else [_plane(whole, bits)]
+    return torch.cat([*planes, scale.view(torch.uint8), zero.view(torch.uint8)], 1)
+
+
+def dequantize_rows(rows: Tensor, width: int, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """``code * scale + zero``, [N, W]."""
+    sizes, groups = {3: (2, 1)}.get(bits, (bits,)), width // group_size
+    *planes, numbers = torch.split(rows, [*(width * size // 8 for size in sizes), 4 * groups], 1)
+    parts = [_unplane(plane, size) << shift for plane, size, shift in zip(planes, sizes, (0, 2), strict=False)]
+    codes = torch.stack(parts).sum(0).view(len(rows), groups, -1)
+    scale, zero = numbers.contiguous().view(torch.float16).float().chunk(2, 1)
+    x: Tensor = (codes.float() * scale[..., None] + zero[..., None]).flatten(1)
+    return x.to(dtype)
+
+
+def _affine(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes from 0 to ``most`` of the last dimension between its least and greatest element, scales, zeros."""
+    low, high = x.amin(-1), x.amax(-1)
+    zero, scale = low.half() + 0.0, (high - low).div(torch.full_like(low, most)).half()
+    finite = x.isfinite().all(-1)
+    scale = torch.where(finite & scale.isfinite() & zero.isfinite(), scale, torch.nan)
+    zero = torch.where(finite, zero, torch.nan)
+    codes = (x - zero.float()[..., None]) / scale.float()[..., None]
+    return torch.where((scale > 0)[..., None], codes, 0).clamp(0, most).round(), scale, zero
+
+
+def _plane(codes: Tensor, bits: int) -> Tensor:
+    """Codes [N, W] of so many bits: byte i has columns i, i + w, i + 2 w, ... of w = W bits / 8."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    parts = codes.view(len(codes), 8 // bits, codes.shape[1] * bits // 8) << shifts[:, None]
+    return parts.sum(1, dtype=torch.uint8)
+
+
+def _unplane(plane: Tensor, bits: int) -> Tensor:
+    """The codes of a plane."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=plane.device)
+    codes: Tensor = plane[:, None] >> shifts[:, None] & (2**bits - 1)
+    return codes.flatten(1)
 
 
 def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
@@ -515,7 +556,7 @@ def dequantize_linear(
     return (whole * scales[..., None]).flatten(1)[:, :in_features]
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers [T, K] and their scales [T].
 
     127 is 8 mean magnitudes of the row, or its largest one if that is less; no number is more than 127 * 128. A row
@@ -545,7 +586,7 @@ def _linear_quantized(
     x: Tensor, weight: Tensor, in_features: int, out_features: int, scale: Tensor, zero: Tensor | None
 ) -> Tensor:
     """Exact sums of whole numbers in each group, added in ascending order: multiply, then add, each rounded."""
-    rows, row_scale = quantize_rows(x)
+    rows, row_scale = quantize_inputs(x)
     size = quantized_group(scale, in_features)
     rows, whole = (_grouped(t.double(), size) for t in (rows, unpack_whole(weight, in_features, out_features)))
     scales = unpack_groups(scale, out_features).to(x.dtype)

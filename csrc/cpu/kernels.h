@@ -9,6 +9,7 @@
 #include "linear_quantized.h"
 #include "merge_states.h"
 #include "prune.h"
+#include "quantize_rows.h"
 #include "rms_norm.h"
 #include "rope_append.h"
 #include "sample.h"
@@ -21,6 +22,7 @@
     X(aggregate_steps)          \
     X(append_kv)                \
     X(copy_page)                \
+    X(dequantize_rows)          \
     X(linear)                   \
     X(linear_cut)               \
     X(linear_logprob)           \
@@ -32,6 +34,7 @@
     X(linear_quantized_cut)     \
     X(merge_states)             \
     X(prune)                    \
+    X(quantize_rows)            \
     X(rms_norm)                 \
     X(rope_append)              \
     X(sample_draw)              \

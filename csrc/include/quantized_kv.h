@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "int_vec.h"
 #include "isa.h"
 #include "paged_cache.h"
 #include "vec.h"
@@ -53,19 +54,16 @@ inline f16 half_of(float x) {
 
 inline bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
 
-// Stores Vec::width floats, each within [-128, 127], rounded to the nearest even whole number.
-inline void store_code(Vec x, int8_t* out) {
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
-#elif defined(__AVX2__)
-    const __m256i whole = _mm256_cvtps_epi32(x.v);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
-#else
-    const Vec whole = round(x);
-    for (int i = 0; i < Vec::width; ++i) out[i] = static_cast<int8_t>(whole.v[i]);
-#endif
+// The scale and zero of codes from 0 to `most` over a range.
+struct Affine {
+    f16 scale, zero;
+};
+
+constexpr f16 kNaN{0x7e00u};
+
+inline Affine affine_of(const HeadRange& range, float most) {
+    const f16 zero = half_of(range.low), scale = half_of((range.high - range.low) / most);
+    return {range.finite && is_finite(scale) && is_finite(zero) ? scale : kNaN, range.finite ? zero : kNaN};
 }
 
 // Codes as floats that are whole after rounding, within [low, high]; 0 for a scale of 0 or NaN.
@@ -78,13 +76,13 @@ class Encoder {
           low_(Vec::all(low)),
           high_(Vec::all(high)) {}
 
-    // n codes.
-    template <class T>
-    void operator()(const T* x, int n, int8_t* to) const {
+    // n codes, bytes with a sign or without.
+    template <class T, class I>
+    void operator()(const T* x, int n, I* to) const {
         const Vec v = some_ ? min(max((load(x, n) - zero_) / scale_, low_), high_) : Vec::zero();
-        if (n == Vec::width) return store_code(v, to);
-        int8_t all[Vec::width];
-        store_code(v, all);
+        if (n == Vec::width) return store_rounded(v, to);
+        I all[Vec::width];
+        store_rounded(v, all);
         __builtin_memcpy(to, all, static_cast<unsigned>(n));
     }
 
@@ -98,19 +96,17 @@ template <class T>
 inline void quantize_head(const T* x, int64_t dim, KvFormat format, char* codes, KvScales to, int64_t index) {
     constexpr int W = Vec::width;
     const HeadRange range = range_of(x, dim);
-    constexpr f16 nan{0x7e00u};
     if (format == KvFormat::int8) {
         const float top = range.high > 0.0f - range.low ? range.high : 0.0f - range.low;
         const f16 scale = half_of(top / 127.0f);
-        to.scale[index] = range.finite && is_finite(scale) ? scale : nan;
+        to.scale[index] = range.finite && is_finite(scale) ? scale : kNaN;
         const Encoder encode(to_float(to.scale[index]), 0.0f, -127.0f, 127.0f);
         for_vectors(dim, [&](int64_t i, int n) { encode(x + i, n, reinterpret_cast<int8_t*>(codes) + i); });
         return;
     }
-    const f16 zero = half_of(range.low), scale = half_of((range.high - range.low) / 15.0f);
-    to.zero[index] = range.finite ? zero : nan;
-    to.scale[index] = range.finite && is_finite(scale) && is_finite(zero) ? scale : nan;
-    const Encoder encode(to_float(to.scale[index]), to_float(zero), 0.0f, 15.0f);
+    const Affine affine = affine_of(range, 15.0f);
+    to.scale[index] = affine.scale, to.zero[index] = affine.zero;
+    const Encoder encode(to_float(affine.scale), to_float(affine.zero), 0.0f, 15.0f);
     const int64_t half = dim / 2;
     for_vectors(half, [&](int64_t i, int n) {
         int8_t low[W], high[W];
@@ -128,6 +124,7 @@ struct CodeBytes {
     __m128i bytes;
     explicit CodeBytes(const char* p) : bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) {}
     Vec int8() const { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
+    Vec uint8() const { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}; }
     Vec low() const { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, nibble())))}; }
     Vec high() const {
         return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble())))};
@@ -137,6 +134,7 @@ struct CodeBytes {
     __m128i bytes;
     explicit CodeBytes(const char* p) : bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))) {}
     Vec int8() const { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
+    Vec uint8() const { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))}; }
     Vec low() const { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, nibble())))}; }
     Vec high() const {
         return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble())))};
@@ -147,6 +145,9 @@ struct CodeBytes {
     explicit CodeBytes(const char* p) { __builtin_memcpy(bytes, p, sizeof bytes); }
     Vec int8() const {
         return whole([](uint8_t b) { return static_cast<int>(static_cast<int8_t>(b)); });
+    }
+    Vec uint8() const {
+        return whole([](uint8_t b) { return b; });
     }
     Vec low() const {
         return whole([](uint8_t b) { return b & 15; });
@@ -195,16 +196,18 @@ inline void store_two(Vec a, Vec b, bf16* to) {
 }
 #endif
 
+// A scale or zero in every element.
+inline Vec kv_number(f16 bits) {
+    const float value = to_float(bits);
+    return Vec::all(is_nan(value) ? __builtin_nanf("") : value);
+}
+
 // A head's elements from its codes.
 template <class T>
 inline void dequantize_head(const char* codes, int64_t dim, KvFormat format, f16 scale_bits, f16 zero_bits,
                             T* x) {
     constexpr int64_t W = Vec::width;
-    const auto number = [](f16 bits) {
-        const float value = to_float(bits);
-        return Vec::all(is_nan(value) ? __builtin_nanf("") : value);
-    };
-    const Vec scale = number(scale_bits), zero = number(zero_bits);
+    const Vec scale = kv_number(scale_bits), zero = kv_number(zero_bits);
     // The products are exact in int4: fused or not, there is one rounding.
     const auto run = [&](const char* from, int64_t count, T* to, auto element) {
         int64_t i = 0;

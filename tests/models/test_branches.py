@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import small_pool, tiny_model
 from torch import Tensor
-from tts_search.models.decoder import Batch, DecoderShape, parse_bytes
+from tts_search.models.decoder import Batch, DecoderShape
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
 from tts_search.models.reading import Reading
+from tts_search.models.sizing import parse_bytes
 from tts_search.models.streams import Lane
 from tts_search.models.transformers import ATTENTION, TransformersDecoder, register
 

@@ -85,7 +85,7 @@ def test_weights_and_logits_are_those_of_the_file(name: str, tmp_path: Path) -> 
     decoder = load_decoder(str(tmp_path))
     assert isinstance(decoder, LlamaDecoder)
     assert decoder.dtype == torch.float32
-    for number, layer in enumerate(decoder._layers.layers):
+    for number, layer in enumerate(decoder.layers.layers):
         own = model.model.layers[number]
         joined = torch.cat([getattr(own.self_attn, f"{each}_proj").weight for each in "qkv"])
         for packed, expected in ((layer.qkv, joined), (layer.down, own.mlp.down_proj.weight)):

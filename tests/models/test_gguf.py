@@ -68,7 +68,7 @@ def test_logits_are_those_of_the_weights_in_transformers(family: str, kind: str,
     # Rows of x become 8 bits where weights have few, and Q6_K gets new numbers.
     assert distance(logits_of(decoder), want) < (1e-5 if kind in PLAIN else 0.06)
     assert isinstance(decoder, LlamaDecoder)
-    layer = decoder._layers.layers[1]
+    layer = decoder.layers.layers[1]
     packed = {"q": (layer.qkv, 0, "self_attn.q"), "o": (layer.o, 0, "self_attn.o"), "down": (layer.down, 0, "mlp.down")}
     for got, first, name in packed.values():
         expected = state[f"model.layers.1.{name}_proj.weight"]
@@ -87,7 +87,7 @@ def test_one_file_of_many_types(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "weights in F16, Q4_K, Q5_0, Q6_K; Q6_K is quantised anew" in caplog.text
     assert distance(logits_of(decoder), with_state(model, state)(torch.tensor([IDS])).logits[0]) < 0.06
     assert isinstance(decoder, LlamaDecoder)
-    forms = [[p.quantize for p in (one.qkv, one.o, one.gate_up, one.down)] for one in decoder._layers.layers]
+    forms = [[p.quantize for p in (one.qkv, one.o, one.gate_up, one.down)] for one in decoder.layers.layers]
     assert forms == [["int8", "int4", "int4", "int8"], ["int8", "int4", None, "int8"]]
 
 
@@ -95,7 +95,7 @@ def test_what_is_not_quantised_can_be(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", wide_model(), "Q4_0", {"o_proj": "F16"})
     decoder = load_decoder(str(tmp_path / "m.gguf"), quantize="int8")
     assert isinstance(decoder, LlamaDecoder)
-    layer = decoder._layers.layers[0]
+    layer = decoder.layers.layers[0]
     assert [(p.quantize, p.group_size) for p in (layer.qkv, layer.o)] == [("int4", 32), ("int8", None)]
 
 

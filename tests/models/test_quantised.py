@@ -30,7 +30,7 @@ def test_logits_are_near_those_of_the_model(name: str, quantize: str, allowed: f
     decoder = lean_decoder(copy.deepcopy(model), quantize)
     out = logits_of(decoder, list(range(10, 40)))
     assert 0 < ((out - exact).norm() / exact.norm()).item() < allowed
-    layer = decoder._layers.layers[0]
+    layer = decoder.layers.layers[0]
     form = (quantize, INT4_GROUP if quantize == "int4" else None)
     assert {(p.quantize, p.group_size) for p in (layer.qkv, layer.o, layer.gate_up, layer.down)} == {form}
     assert decoder.shape == lean_decoder(model).shape
@@ -56,7 +56,7 @@ def test_memory_holds_few_bits(tmp_path: Path) -> None:
     plain, eight, four = (load_decoder(path, quantize=quantize) for quantize in (None, "int8", "int4"))
 
     def size(decoder: LlamaDecoder) -> tuple[int, int]:
-        packed = [p for layer in decoder._layers.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        packed = [p for layer in decoder.layers.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         assert isinstance(decoder._head, tk.PackedLinear)
         return sum(p.weight.nbytes for p in (*packed, decoder._head)), decoder._embedding.nbytes
 

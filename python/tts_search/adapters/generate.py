@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.models.decoder import Batch, KVPool, pool_for
+from tts_search.models.decoder import Batch, KVPool
 from tts_search.models.rotary import rotary_bound
 from tts_search.models.selftest import check_decoder, eager_answers
+from tts_search.models.sizing import pool_for
 from tts_search.models.transformers import (
     ATTENTION,
     NOT_PLUGGABLE,

@@ -101,7 +101,7 @@ def _check_device(name: str) -> None:
 
 
 def _check_memory(size: str) -> None:
-    from tts_search.models.decoder import parse_bytes
+    from tts_search.models.sizing import parse_bytes
 
     parse_bytes(size)
 
@@ -134,7 +134,8 @@ Memory = Annotated[
     Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.", callback=_checked_by(_check_memory)),
 ]
 KvType = Annotated[
-    Literal["int8", "int4"] | None,
+    Literal["int8", "int4", "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2"]
+    | None,
     Option("--kv-dtype", help="Keep keys and values of both models in few bits; by default in the models' dtype."),
 ]
 Quantize = Annotated[
@@ -481,7 +482,7 @@ def load_checkpoints(
     dtype: str | None,
     device: str | None,
     kv_memory: str | None,
-    kv_dtype: Literal["int8", "int4"] | None,
+    kv_dtype: str | None,
     quantize: str | None,
     self_test: bool,
     *,

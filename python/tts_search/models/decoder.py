@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
@@ -20,8 +19,9 @@ from tts_search.models.device import refill, upload
 
 PAGE_SIZE: Final = 16
 DecoderKind = Literal["auto", "lean", "transformers"]
-KvDtype = Literal["int8", "int4"]
-_UNITS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
+KvDtype = Literal[
+    "int8", "int4", "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,8 @@ class Batch:
         The attention of these rows, the same for every layer.
     far : Tensor or None
         [T] bool: rows of texts with more tokens than the decoder's switch, if it has one.
+    kept : object or None
+        What the forward has to do besides, where the pool is of another kind (`models/x_cache.py`).
     """
 
     tokens: Tensor
@@ -88,6 +90,7 @@ class Batch:
     slots: Tensor
     plan: tk.AttentionPlan
     far: Tensor | None = None
+    kept: object | None = None
 
 
 class Decoder(Protocol):
@@ -130,7 +133,14 @@ class KVPool:
         Of the pool; it holds ``num_pages * page_size`` tokens.
     dtype, device
         Of keys and values; "int8" and "int4" as in :class:`tts_kernels.KVCache`.
+
+    Attributes
+    ----------
+    block : int or None
+        If set, the new tokens of a branch in one forward lie within one block of so many.
     """
+
+    block: int | None = None
 
     def __init__(
         self,
@@ -140,21 +150,32 @@ class KVPool:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.shape = shape
-        self.device = torch.device(device)
-        self.forest = tk.KVForest(num_pages, page_size)
-        self.kv = tk.KVCache(
+        kv = tk.KVCache(
             shape.num_layers, num_pages, shape.num_kv_heads, shape.head_dim, page_size, dtype=dtype, device=device
         )
-        self._tensors = self.kv.tensors()
+        self._take(shape, tk.KVForest(num_pages, page_size), kv)
         # For a decoder with a switch, of each slot that `pack` filled: its token, and whether its text was beyond it.
         self._tokens = torch.zeros(0 if shape.switch is None else num_pages, page_size, dtype=torch.int64)
         self._far = torch.zeros(self._tokens.shape, dtype=torch.bool)
+
+    def _take(self, shape: DecoderShape, forest: tk.KVForest, kv: tk.KVCache) -> None:
+        self.shape, self.forest, self.kv = shape, forest, kv
+        self.device = kv.k[0].device
+        self._tensors = kv.tensors()
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one token holds."""
         return self.shape.kv_bytes(self.kv.dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it has room for."""
+        return self.forest.stats().pages_total * self.forest.page_size
+
+    def kept(self, branch: int, length: int) -> int:  # noqa: ARG002
+        """How many of so many first tokens a branch still has after it was truncated to them."""
+        return length
 
     def pack(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Batch:
         """Append new tokens to forest branches (each named once, at least one token) and plan their forward.
@@ -254,76 +275,3 @@ class KVPool:
         refill(out.positions, places)
         refill(out.slots, slots)
         return out
-
-
-def pool_for(
-    decoder: Decoder, kv_memory: int | str | None, page_size: int = PAGE_SIZE, kv_dtype: KvDtype | None = None
-) -> KVPool:
-    """A pool for a decoder: of ``kv_memory`` bytes, else sized from its configuration.
-
-    By default it holds 64 sequences of full length, and takes at most a quarter of the memory that is free. Keys and
-    values are of the decoder's dtype, or of ``kv_dtype``.
-
-    Raises
-    ------
-    ValueError
-        If ``kv_memory`` is no size, or too small for one page, or ``kv_dtype`` is not possible.
-    """
-    _check_kv_dtype(decoder, kv_dtype)
-    dtype = kv_dtype or decoder.dtype
-    page_bytes = page_size * decoder.shape.kv_bytes(dtype)
-    if kv_memory is None:
-        wanted = 64 * -(-decoder.shape.max_length // page_size)
-        num_pages = max(1, min(wanted, _free_memory(decoder.device) // 4 // page_bytes))
-    else:
-        num_pages = parse_bytes(kv_memory) // page_bytes
-        if num_pages < 1:
-            raise ValueError(
-                f"kv_memory: expected room for one page of {page_size} tokens ({page_bytes} bytes), got {kv_memory!r}"
-            )
-    return KVPool(decoder.shape, num_pages, page_size, dtype, decoder.device)
-
-
-def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
-    if kv_dtype is None:
-        return
-    if kv_dtype not in ("int8", "int4"):
-        raise ValueError(f"kv_dtype: expected None, 'int8' or 'int4', got {kv_dtype!r}")
-    if decoder.device.type != "cpu":
-        raise ValueError(f"kv_dtype: expected None on {decoder.device}, as {kv_dtype} is for CPUs")
-    if kv_dtype == "int4" and decoder.shape.head_dim % 2:
-        raise ValueError(f"kv_dtype: expected no int4 for heads of an odd size, {decoder.shape.head_dim}")
-
-
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes, or text such as "512MiB", "2GB", "1.5 GiB".
-
-    Raises
-    ------
-    ValueError
-        If it is neither.
-
-    Examples
-    --------
-    >>> parse_bytes("2GiB")
-    2147483648
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", size.upper()) if isinstance(size, str) else None
-    )
-    if match is None or not float(match[1]):
-        raise ValueError(f"kv_memory: expected a number of bytes or a size such as '2GiB', got {size!r}")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.get(match[2], 0))
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on a device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 * 2**30

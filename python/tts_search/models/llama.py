@@ -25,6 +25,7 @@ import tts_kernels as tk
 from tts_search.models.arena import Arena
 from tts_search.models.decoder import Batch, DecoderShape
 from tts_search.models.quantised import Loader, Quantised, Weight, join, pack
+from tts_search.models.x_cache import XCache
 
 __all__ = ["INT4_GROUP", "LlamaConfig", "LlamaDecoder", "Quantize"]
 
@@ -101,29 +102,36 @@ class LlamaDecoder:
         if tied and self._head is not None and self._head.scale is None:
             del state["embed_tokens.weight"]
         self._embedding = weights.find("embed_tokens.weight")
-        self._layers = tk.DecoderLayers([weights.layer(i, window) for i, window in enumerate(config.windows)])
+        self.layers = tk.DecoderLayers([weights.layer(i, window) for i, window in enumerate(config.windows)])
         self._norm = weights.take("norm.weight")
         if state:
             raise ValueError(f"state: expected the weights of a Llama, got {', '.join(sorted(state))} besides")
         self.device, self.dtype = self._norm.device, self._norm.dtype
         max_length, head_dim = config.cos_sin.shape
         self.shape = DecoderShape(
-            num_layers=len(self._layers),
+            num_layers=len(self.layers),
             num_q_heads=config.num_q_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=head_dim,
             max_length=max_length,
-            body_parameters=sum(_size(layer) for layer in self._layers.layers) + self._norm.numel(),
+            body_parameters=sum(_size(layer) for layer in self.layers.layers) + self._norm.numel(),
             head_parameters=0 if self._head is None else self._head.in_features * self._head.out_features,
         )
+
+    @property
+    def hidden_size(self) -> int:
+        """Elements of a hidden state."""
+        return self._norm.numel()
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
         """Final hidden states [R, H] of the batch's rows, behind the last norm."""
-        eps = self.config.eps
+        eps, x = self.config.eps, self.embed(batch.tokens)
+        if isinstance(kv, XCache):
+            return tk.rms_norm(kv.run(x, batch, self.config.cos_sin, eps, rows), self._norm, eps)[0]
         x = tk.decoder_layers_(
-            self.embed(batch.tokens),
-            self._layers,
+            x,
+            self.layers,
             kv.k,
             kv.v,
             batch.plan,
@@ -155,8 +163,8 @@ class LlamaDecoder:
     def first_layers(self, count: int) -> LlamaDecoder:
         """The decoder of this one's first layers, on the same weights."""
         shorter = copy.copy(self)
-        shorter._layers = tk.DecoderLayers(self._layers.layers[:count])
-        shorter.shape = replace(self.shape, num_layers=len(shorter._layers))
+        shorter.layers = tk.DecoderLayers(self.layers.layers[:count])
+        shorter.shape = replace(self.shape, num_layers=len(shorter.layers))
         return shorter
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class Branch:
 
     @property
     def pending(self) -> int:
-        """Tokens of its own that have no KV."""
-        have = self.cached if self.cached > self.start else self.start
+        """Tokens of its own that have no KV; with the end of the parent's, if its KV was cut in front of it."""
+        have = self.start if self.kv is None else self.cached
         return self.start + len(self.tokens) - have
 
     def path(self) -> list[int]:
@@ -326,7 +326,9 @@ class BranchPool:
 
     def is_ready(self, branch: Branch) -> bool:
         """Whether a branch can `run` at once."""
-        return branch.pending == 1 and self._is_right(branch) and (branch.kv is not None or self._has_source(branch))
+        if branch.pending != 1 or not self._is_right(branch):
+            return False
+        return branch.kv is not None or (self._has_source(branch) and self._begin(branch) == branch.start)
 
     def release(self, branches: Iterable[Branch]) -> None:
         """Nobody asks for these branches any more; descendants keep what they read."""
@@ -392,13 +394,13 @@ class BranchPool:
         branch.reached = min(branch.reached, length)
         if branch.kv is not None and branch.cached > length:
             self.pool.forest.truncate(branch.kv, length)
-            self._resize(branch, length)
+            self._resize(branch, self.pool.forest.length(branch.kv))
             self.full = False
 
     @property
     def pool_tokens(self) -> int:
         """Tokens that the pool has room for."""
-        return int(self.pool.kv.k[0].shape[0]) * self.pool.forest.page_size
+        return self.pool.num_tokens
 
     def _is_right(self, branch: Branch) -> bool:
         """Whether a branch's KV is of the kind that its length says."""
@@ -425,6 +427,13 @@ class BranchPool:
             parent.twin = twin
         return parent.twin
 
+    def _begin(self, node: Branch) -> int:
+        """How many tokens of a branch's path have KV through it, or will have when it is forked."""
+        if node.kv is not None:
+            return node.cached
+        above = self._above(node)
+        return 0 if above is None else self.pool.kept(_kv(above), node.start)
+
     def _has_source(self, node: Branch) -> bool:
         """Whether a branch without KV can be forked now."""
         above = self._above(node)
@@ -450,8 +459,8 @@ class BranchPool:
         takes: dict[Branch, int] = {}
         for branch in branches:
             for node in self._incomplete(branch):
-                if node not in takes and budget > 0 and not self._reads_unwritten_page(node, takes):
-                    takes[node] = min(node.pending, budget)
+                if node not in takes and budget > 0 and not self._reads_unwritten(node, takes):
+                    takes[node] = self._take(node, budget)
                     budget -= takes[node]
                 if takes.get(node, 0) < node.pending:
                     break
@@ -470,9 +479,18 @@ class BranchPool:
             nodes.append(above)
         return nodes[::-1]
 
-    def _reads_unwritten_page(self, node: Branch, takes: dict[Branch, int]) -> bool:
-        """Whether a branch would copy a page that its parent is to write in this very forward."""
-        return node.kv is None and self._above(node) in takes and node.start % self.pool.forest.page_size != 0
+    def _take(self, node: Branch, budget: int) -> int:
+        """How many tokens a branch forwards now within a budget."""
+        if self.pool.block is None:
+            return min(node.pending, budget)
+        begin = self._begin(node)
+        return min(node.length - begin, budget, self.pool.block - begin % self.pool.block)
+
+    def _reads_unwritten(self, node: Branch, takes: dict[Branch, int]) -> bool:
+        """Whether a branch would copy a page, or read a block, that its parent is to write in this very forward."""
+        if node.kv is not None or self._above(node) not in takes:
+            return False
+        return self.pool.block is not None or node.start % self.pool.forest.page_size != 0
 
     def _restore(self, node: Branch) -> None:
         """Take a released branch's KV back from a descendant that still reads it."""
@@ -535,7 +553,10 @@ class BranchPool:
             for node, take in takes.items():
                 begin = node.cached - take
                 offset[node] = len(rows.kv) + len(ids) - begin
-                ids += node.tokens[begin - node.start : node.cached - node.start]
+                if begin < node.start:
+                    ids += node.path()[begin : node.cached]
+                else:
+                    ids += node.tokens[begin - node.start : node.cached - node.start]
                 at += range(begin, node.cached)
             chosen = [*range(len(rows.kv)), *(offset[branch] + position for branch, position in places)]
             tokens, positions = torch.cat([tokens, torch.tensor(ids)]), torch.cat([positions, torch.tensor(at)])
@@ -600,7 +621,7 @@ class BranchPool:
                 self._guests.add(node)
             if (above := self._above(node)) is not None:
                 above.holders.add(node)
-            self._resize(node, size)
+            self._resize(node, forest.length(node.kv))
 
     def _drop_kv(self, node: Branch) -> None:
         """Free a branch's KV; what descendants read stays."""
@@ -641,7 +662,7 @@ class BranchPool:
             node.sought = True
             limit = min([node.length - 1, *node.marks])
             kv, found = cache.find(node.path()[: max(0, limit)])
-            if found > node.start:
+            if found and (found := self.pool.kept(kv, found)) > node.start:
                 self._adopt(node, kv, found)
                 return
             node = None if self._has_source(node) else node.parent

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tts_search.errors import require
-from tts_search.models.decoder import KvDtype, pool_for
+from tts_search.models.decoder import KvDtype
 from tts_search.models.endings import Endings
 from tts_search.models.generation import Generation, Sampling
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.likelihood import Prompt, Prompts
 from tts_search.models.meter import Meter
 from tts_search.models.pool import Branch, BranchPool
+from tts_search.models.sizing import pool_for
 from tts_search.models.streams import Lane
 from tts_search.models.texts import GrowingText, Stops, Text, TextStream
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
@@ -60,9 +61,11 @@ class HFPolicy:
         Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
         a quarter of the free memory. In a search that needs more, branches give their KV up, idle ones and then the
         youngest, and read their tokens again when it is their turn.
-    kv_dtype : {"int8", "int4"} or None
-        Store keys and values in 8 or 4 bits, with a scale for each head of a token: about half and 0.28 of bfloat16's
-        bytes, so that the pool has room for so many more tokens. On a CPU. By default the dtype of the model.
+    kv_dtype : str or None
+        ``"int8"`` and ``"int4"`` store keys and values in 8 or 4 bits, with a scale for each head of a token: about
+        half and 0.28 of bfloat16's bytes, so that the pool has room for so many more tokens. ``"xquant-8"``, ``-4``,
+        ``-3``, ``-2`` and ``"xquant-cl-4"``, ``-3``, ``-2`` keep the inputs of the layers in so many bits and make keys
+        and values of them in every forward (models of the lean decoder). On a CPU. By default the dtype of the model.
     decoder : {"auto", "lean", "transformers"}
         What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
         modules in transformers with attention over the forest. The other two values insist on one.

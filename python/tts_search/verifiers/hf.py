@@ -12,11 +12,12 @@ import torch
 
 import tts_kernels as tk
 from tts_search.errors import require
-from tts_search.models.decoder import KvDtype, pool_for
+from tts_search.models.decoder import KvDtype
 from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
 from tts_search.models.reading import Place
+from tts_search.models.sizing import pool_for
 from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate

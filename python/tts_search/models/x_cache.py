@@ -1,0 +1,377 @@
+"""The X cache: a KV pool that keeps few bits of each layer's input, and makes keys and values of them in each forward.
+
+A branch's tokens lie in blocks of 128. While a block grows, its keys and values stay as they are, in pages of
+their own (windows); when it is full, what `x_layers` keeps of it is written to a block of the pool. A query at position
+i reads its own block as it is and those before from what is kept, whichever forward they came in: so a text gives the
+same bits read at once (in parts that end with blocks) or token by token. The windows of a block go when the last branch
+has gone on to the next one. Who goes back into a block that is full reads it again from its start.
+
+Before a layer's attention, keys and values of each block that some branch of the forward reads are made once, for all
+of these branches, in memory that all layers share. Windows and these are pages of one tensor, so attention knows of
+nothing; layers differ in the numbers of their windows' pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+import tts_kernels as tk
+from tts_search.models.decoder import PAGE_SIZE, Batch, DecoderShape, KVPool
+from tts_search.models.x_layers import BLOCK, KeptLayer, Latents, formats_of
+
+__all__ = ["Kept", "XCache", "XForest", "XPool", "block_token_bytes", "window_token_bytes"]
+
+_PAGES: Final = BLOCK // PAGE_SIZE  # of a window, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a forward has to do with blocks.
+
+    Attributes
+    ----------
+    blocks : Tensor
+        [n]: the blocks that are read.
+    positions, slots : Tensor
+        [n BLOCK]: where their tokens stand in their branches, and where their keys and values are made.
+    own : Tensor
+        Of each page of the plan, 1 if it is a window's.
+    full : Tensor
+        [m]: the blocks that are full with this forward.
+    full_slots, full_positions : Tensor
+        [m BLOCK]: the slots of their windows, and where their tokens stand.
+    """
+
+    blocks: Tensor
+    positions: Tensor
+    slots: Tensor
+    own: Tensor
+    full: Tensor
+    full_slots: Tensor
+    full_positions: Tensor
+
+
+class XForest:
+    """Two forests in step: a branch has full blocks in one, and in the other its newest block's window.
+
+    It does what a `tts_kernels.KVForest` does, under the same names. A window of 128 tokens belongs to a block that is
+    full; it stays until the branch goes on, so that its last tokens can be taken back.
+    """
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, num_blocks: int, num_windows: int) -> None:
+        self.blocks = tk.KVForest(num_blocks, BLOCK)
+        self.windows = tk.KVForest(num_windows, PAGE_SIZE)
+
+    def add_root(self) -> int:
+        """A branch without tokens."""
+        return self._same([self.blocks.add_root()], [self.windows.add_root()])[0]
+
+    def fork(self, parents: Sequence[int] | Tensor) -> list[int]:
+        """A child of each."""
+        return self._same(self.blocks.fork(parents), self.windows.fork(parents))
+
+    def free(self, branches: Sequence[int] | Tensor) -> None:
+        """Branches that nobody needs."""
+        self.blocks.free(branches)
+        self.windows.free(branches)
+
+    def length(self, branch: int) -> int:
+        """Tokens of a branch."""
+        return self.blocks.length(branch) + self.windows.length(branch) % BLOCK
+
+    def append(self, branches: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> tk.Append:
+        """Room for new tokens in windows, and for the blocks that are full with them.
+
+        Raises
+        ------
+        ValueError
+            For tokens of more than one block.
+        tts_kernels.OutOfPages
+            If there is no room; no length has changed then.
+        """
+        full = []
+        for branch, count in zip(_ints(branches), _ints(counts), strict=True):
+            held = self.windows.length(branch)
+            if held % BLOCK + count > BLOCK:
+                raise ValueError(f"counts: expected tokens of one block of {BLOCK}, got {count} behind {held % BLOCK}")
+            if held == BLOCK and count:
+                self.windows.truncate(branch, 0)
+            if held % BLOCK + count == BLOCK:
+                full.append(branch)
+        self.blocks.append(full, [BLOCK] * len(full))
+        try:
+            return self.windows.append(branches, counts)
+        except BaseException:
+            for branch in full:
+                self.blocks.truncate(branch, self.blocks.length(branch) - BLOCK)
+            raise
+
+    def kept(self, branch: int, length: int) -> int:
+        """How many of so many first tokens a branch would have after `truncate`."""
+        window, held = self._window(branch)
+        return length if length % BLOCK == 0 or (held and window <= length) else length - length % BLOCK
+
+    def truncate(self, branch: int, length: int) -> None:
+        """Forget tokens behind a length: all of a block that was gone back into."""
+        if length >= self.length(branch):
+            return
+        kept, (window, _) = self.kept(branch, length), self._window(branch)
+        self.blocks.truncate(branch, kept - kept % BLOCK)
+        self.windows.truncate(branch, max(0, kept - window) if kept >= window else 0)
+
+    def stats(self) -> tk.ForestStats:
+        """What is left of the scarcer of the two, in pages of so many blocks."""
+        blocks, windows = self.blocks.stats(), self.windows.stats()
+        total = _PAGES * blocks.pages_total
+        free = min(blocks.pages_free / blocks.pages_total, windows.pages_free / windows.pages_total)
+        tokens = zip(blocks[3:], windows[3:], strict=True)
+        return tk.ForestStats(blocks.branches, total, int(total * free), *(sum(pair) for pair in tokens))
+
+    def _window(self, branch: int) -> tuple[int, int]:
+        """Where a branch's window begins, and its tokens."""
+        held = self.windows.length(branch)
+        return self.blocks.length(branch) - (BLOCK if held == BLOCK else 0), held
+
+    @staticmethod
+    def _same(branches: list[int], others: list[int]) -> list[int]:
+        assert branches == others, "the two forests are out of step"
+        return branches
+
+
+class XCache(tk.KVCache):
+    """The memory of an `XPool`: windows with keys and values, blocks with what is kept, and room to make those of it.
+
+    Parameters
+    ----------
+    layers : sequence of KeptLayer
+        Of the decoder.
+    shape : DecoderShape
+    num_blocks, num_windows : int
+        Blocks, and pages of windows.
+    dtype : torch.dtype
+        Of keys and values.
+    name : str
+        Of the kind.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KeptLayer],
+        shape: DecoderShape,
+        num_blocks: int,
+        num_windows: int,
+        dtype: torch.dtype,
+        name: str,
+    ) -> None:
+        self.layers, self.shape, self.num_windows = layers, shape, num_windows
+        self.page_size, self.dtype = PAGE_SIZE, name
+        self.first = len(layers) * num_windows  # of the pages that all layers share
+        pages = self.first + num_blocks * _PAGES
+        self.pages = [torch.empty(pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim, dtype=dtype) for _ in range(2)]
+        self.k, self.v = (tuple(torch.split(each[: self.first], num_windows)) for each in self.pages)
+        self.k_scale = self.v_scale = self.k_zero = self.v_zero = ()
+
+        def room(count: int, width: int) -> Tensor:
+            return torch.empty(count, width, dtype=torch.uint8)
+
+        forms = [layer.format for layer in layers]
+        self.window_rows = [room(num_windows * PAGE_SIZE, form.row.nbytes) for form in forms]
+        self.block_rows = [room(num_blocks, BLOCK * form.row.nbytes) for form in forms]
+        self.block_keys = [room(num_blocks, form.columns * form.key.nbytes if form.key else 0) for form in forms]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(t.nbytes for t in (*self.pages, *self.window_rows, *self.block_rows, *self.block_keys))
+
+    def tensors(self) -> list[Tensor]:
+        """What a page of a window has in it."""
+        rows = (rows.view(self.num_windows, PAGE_SIZE, 1, -1) for rows in self.window_rows)
+        return [*self.k, *self.v, *rows]
+
+    def run(self, x: Tensor, batch: Batch, cos_sin: Tensor, eps: float, rows: Tensor | None) -> Tensor:
+        """`tts_kernels.decoder_layers_` of one layer after another, over what is made of the blocks."""
+        kept = batch.kept
+        assert isinstance(kept, Kept), "a batch of another pool"
+        restored: Tensor | None = None  # what x is taken for, of the tokens of blocks and of new ones
+        taken: Tensor | None = None
+        for number, keeps in enumerate(self.layers):
+            own = number * self.num_windows
+            normed = tk.rms_norm(x, keeps.one.layers[0].input_norm, eps)[0]
+            new, taken = keeps.encode(normed, taken)
+            self.window_rows[number][batch.slots.long()] = new
+            if len(kept.blocks):
+                restored = self.restore(number, keeps, kept, cos_sin, eps, restored)
+            x = tk.decoder_layers_(
+                x,
+                keeps.one,
+                self.pages[:1],
+                self.pages[1:],
+                replace(batch.plan, pages=batch.plan.pages + kept.own * own),
+                batch.positions,
+                cos_sin,
+                batch.slots + own * PAGE_SIZE,
+                eps=eps,
+                rows=rows if number + 1 == len(self.layers) else None,
+            )
+            if len(kept.full):
+                self._keep(number, keeps, kept, cos_sin)
+        return x
+
+    def restore(
+        self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor, eps: float, before: Tensor | None
+    ) -> Tensor | None:
+        """Make keys and values of the blocks that are read, in the pages that all layers share."""
+        form = keeps.format
+        tokens = self.block_rows[number][kept.blocks].view(-1, form.row.nbytes)
+        keys = self.block_keys[number][kept.blocks].view(-1, form.key.nbytes) if form.key else None
+        heads, x = keeps.restore(tokens, keys, before)
+        tk.rope_append_(
+            heads, self.pages[0], self.pages[1], kept.positions, cos_sin, kept.slots, num_q_heads=1,
+            num_kv_heads=self.shape.num_kv_heads, k_norm=keeps.k_norm, eps=eps,
+        )  # fmt: skip
+        return x
+
+    def _keep(self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor) -> None:
+        """Write what is kept of the blocks that are full now."""
+        rows = self.window_rows[number][kept.full_slots]
+        self.block_rows[number][kept.full] = rows.view(len(kept.full), -1)
+        if isinstance(keeps, Latents):
+            turned = self.k[number].flatten(0, 1)[kept.full_slots].float()
+            keys = _turned_back(turned, cos_sin[kept.full_positions]).flatten(1)
+            for block, its in zip(kept.full.tolist(), torch.split(keys, BLOCK), strict=True):
+                self.block_keys[number][block] = keeps.encode_keys(its).flatten()
+
+
+class XPool(KVPool):
+    """A pool that keeps what `x_layers` says, instead of keys and values.
+
+    Parameters
+    ----------
+    layers : sequence of KeptLayer
+        Of the decoder.
+    shape : DecoderShape
+        Sizes of the decoder.
+    num_blocks, num_windows : int
+        Blocks of 128 tokens, and pages of 16 for tokens of blocks that are not full.
+    dtype : torch.dtype
+        Of keys and values.
+    name : str
+        Of the kind.
+    """
+
+    forest: XForest  # type: ignore[assignment]
+    kv: XCache
+    block = BLOCK
+
+    def __init__(
+        self,
+        layers: Sequence[KeptLayer],
+        shape: DecoderShape,
+        num_blocks: int,
+        num_windows: int,
+        dtype: torch.dtype,
+        name: str,
+    ) -> None:
+        forest = XForest(num_blocks, num_windows)
+        cache = XCache(layers, shape, num_blocks, num_windows, dtype, name)
+        self._take(shape, forest, cache)  # type: ignore[arg-type]  # it has all of a forest that is asked for
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token of a full block, without the room where its keys and values are made."""
+        return round(sum(layer.format.token_bytes for layer in self.kv.layers))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that blocks have room for."""
+        return self.forest.blocks.stats().pages_total * BLOCK
+
+    def kept(self, branch: int, length: int) -> int:
+        """How many of so many first tokens a branch would have after it is cut there."""
+        return self.forest.kept(branch, length)
+
+    def batch(
+        self,
+        branches: Sequence[int] | Tensor,
+        counts: Sequence[int] | Tensor | None,
+        tokens: Sequence[int] | Tensor,
+        positions: Sequence[int] | Tensor,
+        slots: Tensor,
+        out: Batch | None = None,
+        far: Tensor | None = None,
+    ) -> Batch:
+        """As of a `KVPool`, and what the forward has to do with blocks."""
+        assert out is None
+        assert far is None
+        blocks, ends = (each.long() for each in self.forest.blocks.page_table(branches))
+        windows, held = (each.long() for each in self.forest.windows.page_table(branches))
+        is_full = held == BLOCK
+        reads = ends // BLOCK - is_full.long()
+        column = torch.arange(blocks.shape[1])
+        read = column < reads[:, None]
+        unique, which = torch.unique(blocks[read], return_inverse=True)
+        place = torch.zeros_like(unique)
+        place[which] = column.expand_as(blocks)[read]  # a block stands at one place in all branches that have it
+
+        most = int(reads.max()) if len(reads) else 0
+        ranks = torch.full_like(blocks, -1)
+        ranks[read] = which
+        made = self.kv.first + _PAGES * ranks[:, :most, None] + torch.arange(_PAGES)
+        table = torch.cat([made.flatten(1), torch.full((len(reads), windows.shape[1]), -1)], 1)
+        table.scatter_(1, _PAGES * reads[:, None] + torch.arange(windows.shape[1]), windows)
+        plan = tk.plan_attention(
+            table,
+            reads * BLOCK + held,
+            counts,
+            page_size=PAGE_SIZE,
+            num_q_heads=self.shape.num_q_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+        )
+        inside = torch.arange(BLOCK)
+        full_rows = torch.nonzero(is_full).flatten()
+        kept = Kept(
+            blocks=unique,
+            positions=(place[:, None] * BLOCK + inside).flatten(),
+            slots=self.kv.first * PAGE_SIZE + torch.arange(len(unique) * BLOCK),
+            own=(plan.pages < self.kv.first).int(),
+            full=blocks[full_rows].gather(1, reads[full_rows, None]).flatten(),
+            full_slots=(windows[full_rows][..., None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten(),
+            full_positions=(reads[full_rows, None] * BLOCK + inside).flatten(),
+        )
+        ids, at = torch.as_tensor(tokens, dtype=torch.int64), torch.as_tensor(positions, dtype=torch.int64)
+        return Batch(ids, at, slots, plan, kept=kept)
+
+
+def block_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.dtype) -> float:
+    """Bytes of a token of a block: what is kept of it, and the room where the keys and values of a layer are made."""
+    width = shape.num_kv_heads * shape.head_dim
+    made = shape.kv_bytes(dtype) / shape.num_layers
+    carried = hidden * dtype.itemsize if kind.startswith("xquant-cl-") else 0
+    return sum(form.token_bytes for form in formats_of(kind, shape.num_layers, hidden, width)) + made + carried
+
+
+def window_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.dtype) -> int:
+    """Bytes of a token of a window: keys and values as they are, and what is to be kept of it."""
+    width = shape.num_kv_heads * shape.head_dim
+    rows = sum(form.row.nbytes for form in formats_of(kind, shape.num_layers, hidden, width))
+    return shape.kv_bytes(dtype) + rows
+
+
+def _turned_back(k: Tensor, cos_sin: Tensor) -> Tensor:
+    """Keys [N, Hkv, D] in front of their rotation by ``cos_sin`` [N, D]."""
+    cos, sin = cos_sin[:, None].chunk(2, -1)
+    a, b = k.chunk(2, -1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1) / (cos * cos + sin * sin).repeat(1, 1, 2)
+
+
+def _ints(values: Sequence[int] | Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)

@@ -1,0 +1,235 @@
+"""The X cache: what it keeps, that it is exact where nothing is lost, and the same bits however a text was read."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_llama_decoder import model_of
+from tiny import save_checkpoint
+from torch import Tensor
+from tts_search import HFPolicy, HFVerifier, SearchConfig, search
+from tts_search.models.decoder import KVPool
+from tts_search.models.llama import LlamaDecoder
+from tts_search.models.loading import lean_decoder
+from tts_search.models.sizing import pool_for
+from tts_search.models.x_cache import XForest, XPool, block_token_bytes, window_token_bytes
+from tts_search.models.x_layers import BLOCK, KINDS, Quantiser, formats_of, kept_layers
+
+import tts_kernels as tk
+
+MODELS = files("tts_search.lab") / "models"
+SOME = ("xquant-8", "xquant-3", "xquant-cl-2")
+
+
+class Identity(Quantiser):
+    """Loses nothing: the bytes of float32."""
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.width
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.float().contiguous().view(torch.uint8)
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        return rows.contiguous().view(torch.float32).to(dtype)
+
+
+def text(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 90, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def decoders() -> dict[str, LlamaDecoder]:
+    """With fewer KV heads than query heads, biases, norms of heads; and with as many."""
+    made = {}
+    for name in ("llama", "qwen2", "qwen3", "mistral", "all heads", "one KV head"):
+        few = {"num_key_value_heads": 1} if name == "one KV head" else {}
+        wide = {"head_dim": 32} if name == "qwen3" else {}
+        model = model_of("llama" if few else name, **few, **wide, max_position_embeddings=1024)
+        made[name] = lean_decoder(model)
+    return made
+
+
+def pool_of(decoder: LlamaDecoder, kind: str, quantiser: type[Quantiser] = Quantiser, blocks: int = 24) -> XPool:
+    layers = kept_layers(kind, decoder.layers, decoder.shape.num_kv_heads, decoder.shape.head_dim, quantiser)
+    return XPool(layers, decoder.shape, blocks, 8 * blocks, decoder.dtype, kind)
+
+
+def read(decoder: LlamaDecoder, pool: KVPool, branch: int, tokens: list[int], step: int = BLOCK) -> Tensor:
+    """Logits of the tokens, appended in parts of at most ``step`` that end with blocks."""
+    parts = []
+    while tokens:
+        room = min(step, BLOCK - pool.forest.length(branch) % BLOCK)
+        parts.append(decoder.logits(pool.pack([branch], [tokens[:room]]), pool.kv))
+        tokens = tokens[room:]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", ["xquant-4", "xquant-cl-4"])
+@pytest.mark.parametrize("name", ["llama", "one KV head", "qwen2", "qwen3", "mistral", "all heads"])
+def test_without_loss_the_logits_are_those_of_a_plain_cache(
+    decoders: dict[str, LlamaDecoder], name: str, kind: str
+) -> None:
+    decoder, tokens = decoders[name], text(300)
+    plain = KVPool(decoder.shape, 64, 16, decoder.dtype)
+    want = decoder.logits(plain.pack([plain.forest.add_root()], [tokens]), plain.kv)
+    pool = pool_of(decoder, kind, Identity)
+    got = read(decoder, pool, pool.forest.add_root(), tokens)
+    assert torch.equal(got[:BLOCK], want[:BLOCK])  # keys and values of a block that grows are what they are
+    assert (got - want).norm() < 2e-4 * want.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["one KV head", "all heads"])
+def test_more_bits_are_nearer(decoders: dict[str, LlamaDecoder], name: str, kind: str) -> None:
+    decoder, tokens = decoders[name], text(200)
+
+    def logits(kind: str, quantiser: type[Quantiser]) -> Tensor:
+        pool = pool_of(decoder, kind, quantiser)
+        return read(decoder, pool, pool.forest.add_root(), tokens)[BLOCK:]
+
+    want, got, best = logits(kind, Identity), logits(kind, Quantiser), logits("xquant-8", Quantiser)
+    off, least = ((one - want).norm() / want.norm() for one in (got, best))
+    assert 0 < least < 0.03
+    assert off == least if kind == "xquant-8" else least < off < 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_the_same_bits_however_branches_were_read(decoders: dict[str, LlamaDecoder], data: st.DataObject) -> None:
+    """Forks, truncation and parts of any length, beside others: as of the same text read alone, a block at a time."""
+    decoder = decoders[data.draw(st.sampled_from(["one KV head", "qwen2", "all heads"]))]
+    pool = pool_of(decoder, data.draw(st.sampled_from(SOME)))
+    rng = data.draw(st.randoms(use_true_random=False))
+    branches: dict[int, tuple[list[int], list[Tensor]]] = {pool.forest.add_root(): ([], [])}
+    for _ in range(data.draw(st.integers(3, 9))):
+        one = rng.choice(list(branches))
+        if rng.random() < 0.4:
+            (child,) = pool.forest.fork([one])
+            branches[child] = ([*branches[one][0]], [*branches[one][1]])
+        if rng.random() < 0.3:
+            told, logits = branches[one]
+            wanted = rng.randint(max(0, len(told) - 150), len(told))
+            kept = pool.kept(one, wanted)
+            pool.forest.truncate(one, wanted)
+            assert pool.forest.length(one) == kept
+            assert kept in (wanted, wanted - wanted % BLOCK)
+            del told[kept:], logits[kept:]
+        chosen = rng.sample(list(branches), min(len(branches), 3))
+        new = {}
+        for branch in chosen:
+            room = BLOCK - pool.forest.length(branch) % BLOCK
+            new[branch] = text(min(room, rng.choice([1, 2, 60, 128])), rng.randint(0, 3))
+        out = decoder.logits(pool.pack(chosen, list(new.values())), pool.kv)
+        for branch, part in zip(chosen, out.split([len(tokens) for tokens in new.values()]), strict=True):
+            branches[branch][0].extend(new[branch])
+            branches[branch][1].extend(part)
+        if len(branches) > 4:
+            gone = rng.choice(list(branches))
+            pool.forest.free([gone])
+            del branches[gone]
+    alone = pool_of(decoder, pool.kv.dtype)
+    for tokens, logits in branches.values():
+        if tokens:
+            root = alone.forest.add_root()
+            assert torch.equal(torch.stack(logits), read(decoder, alone, root, tokens))
+            alone.forest.free([root])
+    pool.forest.free(list(branches))
+    stats = pool.forest.stats()
+    assert (stats.branches, stats.pages_free, stats.unique_tokens) == (0, stats.pages_total, 0)
+
+
+def test_a_forest_without_room_has_changed_no_length() -> None:
+    forest = XForest(2, 16)
+    root = forest.add_root()
+    forest.append([root], [BLOCK])
+    children = forest.fork([root, root])
+    forest.append(children[:1], [100])
+    with pytest.raises(tk.OutOfPages):
+        forest.append([children[1], children[0]], [BLOCK, 28])  # windows
+    assert [forest.length(branch) for branch in (root, *children)] == [128, 228, 128]
+    forest.append(children[:1], [28])
+    with pytest.raises(tk.OutOfPages):
+        forest.append(children[1:], [BLOCK])  # blocks
+    with pytest.raises(ValueError, match=r"^counts: expected tokens of one block of 128, got 129 behind 0"):
+        forest.append([root], [129])
+    assert [forest.length(branch) for branch in (root, *children)] == [128, 256, 128]
+    assert forest.kept(children[0], 200) == 200
+    forest.truncate(children[0], 100)
+    assert forest.length(children[0]) == 0
+    forest.truncate(root, 90)
+    assert forest.length(root) in (0, 90)
+
+
+@pytest.mark.parametrize("kind", ["xquant-8", "xquant-2", "xquant-cl-3"])
+def test_a_search_is_the_same_in_any_room(kind: Any) -> None:
+    """Forks, truncation, the prefix cache and branches that are read again: to the bit, across the ends of blocks."""
+    config = SearchConfig("beam_search", n=4, expand=2, max_steps=5, max_step_tokens=9, lookahead=1, temperature=1.5)
+    problems = [f"12+34{'-5' * length}" for length in (55, 58, 120, 119, 55)]
+
+    def run(memory: str, **options: Any) -> list[Any]:
+        models = [
+            made(str(MODELS / name), dtype="float32", kv_memory=memory, self_test=False, decoder="lean", **options)
+            for made, name in ((HFPolicy, "policy-0.1m"), (HFVerifier, "prm-weak"))
+        ]
+        results = search(problems, *models, config, progress=False)
+        return [(one.tree.to_json(), one.completions, one.stats) for one in results]
+
+    wide, tight = run("16MiB", kv_dtype=kind), run("1MiB", kv_dtype=kind)
+    assert [one[:2] for one in tight] == [one[:2] for one in wide]
+    assert sum(one[2].recomputed_tokens for one in tight) > sum(one[2].recomputed_tokens for one in wide)
+    assert wide != run("16MiB")
+
+
+@pytest.mark.parametrize("name", ["one KV head", "all heads"])
+def test_bytes_of_a_token_are_those_of_the_formula(decoders: dict[str, LlamaDecoder], name: str) -> None:
+    decoder = decoders[name]
+    shape, hidden = decoder.shape, decoder.hidden_size
+    width = shape.num_kv_heads * shape.head_dim
+    for bits in (8, 4, 3, 2):  # e + 32 / g bits a number
+        numbers = hidden if name == "all heads" else 2 * width
+        scales = hidden / 64 if name == "all heads" else width / 128 + 1
+        expected = shape.num_layers * (numbers * bits + 32 * scales) / 8
+        forms = formats_of(f"xquant-{bits}", shape.num_layers, hidden, width)
+        assert sum(form.token_bytes for form in forms) == expected
+    pool = pool_for(decoder, "3MiB", kv_dtype="xquant-3")
+    assert isinstance(pool, XPool)
+    window, block = (of("xquant-3", shape, hidden, decoder.dtype) for of in (window_token_bytes, block_token_bytes))
+    assert pool.kv.num_windows == 3 * 2**19 // (16 * window)
+    assert pool.kv.nbytes == round(16 * pool.kv.num_windows * window + pool.num_tokens * block)
+    assert 2.9 * 2**20 < pool.kv.nbytes <= 3 * 2**20
+
+
+def test_the_model_of_the_issue_in_bytes() -> None:
+    """SmolLM2-135M: 30 layers, hidden states of 576, keys of 192 elements."""
+    assert [round(sum(form.token_bytes for form in formats_of(kind, 30, 576, 192))) for kind in KINDS] == [
+        11_940, 6_180, 4_740, 3_300, 6_232, 4_936, 3_640
+    ]  # fmt: skip
+
+
+def test_what_is_not_possible_is_refused_by_name(tmp_path: Path, decoders: dict[str, LlamaDecoder]) -> None:
+    path = save_checkpoint(tmp_path, model_of("llama"))
+    with pytest.raises(ValueError, match=r"^kv_dtype: expected a model of the lean decoder for xquant-4, got Tr"):
+        HFPolicy(path, kv_dtype="xquant-4", decoder="transformers")
+    with pytest.raises(ValueError, match=r"^kv_memory: expected room for 128 tokens \(\d+ bytes\), got '1KiB'"):
+        pool_for(decoders["llama"], "1KiB", kv_dtype="xquant-4")
+    path = save_checkpoint(tmp_path / "odd", model_of("one KV head, wide heads"))
+    with pytest.raises(ValueError, match=r"^kv_dtype: expected no xquant-4 for keys of 40 elements, not a multiple"):
+        HFPolicy(path, kv_dtype="xquant-4")
+
+
+def test_the_command_line_takes_the_same_names() -> None:
+    from typing import get_args
+
+    from tts_search.cli.commands import KvType
+    from tts_search.models.decoder import KvDtype
+
+    assert get_args(get_args(get_args(KvType)[0])[0]) == get_args(KvDtype)
+    assert set(get_args(KvDtype)) == {"int8", "int4", *KINDS}
