@@ -85,10 +85,14 @@ def written() -> str:
 
 
 def test_the_page_has_every_kernel_of_the_model_and_no_spills() -> None:
-    names = re.findall(r"^\| \w+ \| `([^`]+)` \|", written(), re.M)
-    cells = re.findall(r"(\d+), (\d+), (\d+) \(\d+%\)", written())
-    assert len(cells) == len(names) * len(gpu_static.ARCHITECTURES)
-    assert all(spilled == "0" and int(blocks) > 0 for _, spilled, blocks in cells)
+    lines = re.findall(r"^\| \w+ \| `([^`]+)` \|(.*)$", written(), re.M)
+    names = [name for name, _ in lines]
+    for name, line in lines:
+        cells = re.findall(r"(\d+), (\d+), (\d+) \(\d+%\)", line)
+        assert len(cells) == len(gpu_static.ARCHITECTURES), name
+        assert all(spilled == "0" for _, spilled, _ in cells), name
+        fits = any if re.search(gpu_static.WHERE_THERE_IS_ROOM, name) else all
+        assert fits(int(blocks) > 0 for *_, blocks in cells), name
     for case in gpu_model.cases():
         for launch in case.launches:
             assert [name for name in names if re.search(launch.kernel, name)], launch.kernel
