@@ -19,7 +19,7 @@ from tts_search.models.llama import LlamaDecoder
 from tts_search.models.loading import lean_decoder
 from tts_search.models.sizing import pool_for
 from tts_search.models.x_cache import XForest, XPool, block_token_bytes, window_token_bytes
-from tts_search.models.x_layers import BLOCK, KINDS, Quantiser, formats_of, kept_layers
+from tts_search.models.x_layers import BLOCK, KINDS, Quantiser, _svd, formats_of, kept_layers
 
 import tts_kernels as tk
 
@@ -233,3 +233,16 @@ def test_the_command_line_takes_the_same_names() -> None:
 
     assert get_args(get_args(get_args(KvType)[0])[0]) == get_args(KvDtype)
     assert set(get_args(KvDtype)) == {"int8", "int4", *KINDS}
+
+
+def test_bases_do_not_depend_on_threads() -> None:
+    weight = torch.randn(192, 576, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(_svd(weight))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))

@@ -241,6 +241,14 @@ def _rows(packed: tk.PackedLinear, begin: int, end: int | None = None) -> Tensor
 
 
 def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [K, r], S [r], B^T [r, N] of the transpose of a weight [N, K]."""
-    found: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(weight.T, full_matrices=False)
+    """U [K, r], S [r], B^T [r, N] of the transpose of a weight [N, K].
+
+    On one thread: LAPACK's last bits depend on how many there are, and what a search finds must not.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(weight.T, full_matrices=False)
+    finally:
+        torch.set_num_threads(threads)
     return found
