@@ -66,8 +66,11 @@ def test_the_hub(monkeypatch, name, call):
 
 
 def test_what_is_no_source(monkeypatch):
-    with pytest.raises(ValueError, match=r"^source: expected a file, one of MATH-500, AIME24, GSM8K, or owner/name"):
-        load_tasks("nothing.jsonl")
+    for name in ("nothing.jsonl", "/nothing", "folder/nothing.jsonl.gz"):
+        with pytest.raises(
+            ValueError, match=r"^source: expected a file, one of MATH-500, AIME24, GSM8K, or owner/name"
+        ):
+            load_tasks(name)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"tts-kernels\[data\]"):
         load_tasks("MATH-500")

@@ -257,7 +257,8 @@ def _rows(name: str) -> _Entries:
     source = next((known for key, known in DATASETS.items() if key.lower() == name.lower()), None)
     if source is None:
         path, *rest = name.split(":")
-        if path.count("/") != 1 or len(rest) > 2:
+        is_file = path.startswith("/") or path.endswith((".jsonl", ".json", ".gz"))
+        if is_file or path.count("/") != 1 or len(rest) > 2:
             raise ValueError(f"source: expected a file, one of {', '.join(DATASETS)}, or owner/name, got {name!r}")
         source = _Source(path, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "test")
     datasets = require("datasets", "data")
