@@ -127,6 +127,8 @@ def deepconf(
     ------
     SearchError
         If a trace cannot be generated: the first such error.
+    TypeError
+        For another policy.
     ValueError
         For an argument out of its range.
 
@@ -134,6 +136,8 @@ def deepconf(
     -----
     O(V) more a token for the likeliest ones, a few percent of a decode step on a CPU, and O(window) for the mean.
     """
+    if not hasattr(policy, "prompt_tokens"):
+        raise TypeError(f"policy: expected an HFPolicy, which tells the likeliest tokens, got {type(policy).__name__}")
     if not 1 <= warm_up <= n:
         raise ValueError(f"warm_up: expected 1 to n = {n}, got {warm_up!r}")
     if not 0 < consensus <= 1:

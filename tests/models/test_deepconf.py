@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tiny import save_checkpoint, talkative, tiny_model
-from tts_search import Engine, HFPolicy, SearchError, StepParams
+from tts_search import Engine, HFPolicy, SearchError, StepParams, TextPolicy
 from tts_search.deepconf import DeepConfResult, deepconf
 from tts_search.search.confidence import Stopping, confidence_vote, token_confidence
 from tts_search.search.protocol import Generate, Generated, GenerateParams
@@ -89,6 +89,8 @@ def test_errors(policy: HFPolicy) -> None:
     for bad in ({"warm_up": 13}, {"warm_up": 0}, {"consensus": 0.0}, {"top": 0}, {"top": 129}, {"keep": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             run(policy, **bad)
+    with pytest.raises(TypeError, match="policy: expected an HFPolicy"):
+        deepconf(PROBLEM, TextPolicy(lambda _: []))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="params: expected no delimiter"):
         run(policy, params=StepParams(delimiter="\n"))
     with pytest.raises(SearchError, match="leaves no room"):
