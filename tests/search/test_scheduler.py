@@ -17,7 +17,7 @@ from tts_search import SearchConfig, SearchError, Step, TextPolicy, TextVerifier
 from tts_search.engine.scheduler import Scheduler
 from tts_search.engine.sharing import SharedVerifier
 from tts_search.search.answers import boxed
-from tts_search.search.protocol import Score
+from tts_search.search.protocol import Load, Score
 
 
 class Shuffled:
@@ -166,6 +166,23 @@ def test_problems_do_not_pile_up_before_a_verifier_that_is_slow(prunes):
     assert (scheduler.num_streams, scheduler.num_candidates) == (0, 12)
     scheduler.close()
     assert (scheduler.num_streams, scheduler.num_candidates) == (0, 0)
+
+
+def test_samples_that_have_ended_leave_room_for_another_problem():
+    class Loaded(Shuffled):
+        load = Load(0, rows=2, max_rows=4, kv_tokens=0, max_kv_tokens=1, waiting=1)
+
+        def step(self):
+            return []
+
+    policy = Loaded(ScriptedPolicy(by_name()), "expand", random.Random(0))
+    scheduler = Scheduler(policy, ScriptedVerifier(score_names({})), boxed, operator.eq, max_rows=4)
+    list(scheduler.start(0, "p", SearchConfig(n=4)))
+    assert scheduler.num_streams == 4  # a request's samples are answered together
+    assert scheduler.has_room  # but only three of them go on
+    Loaded.load = Load(0, rows=4, max_rows=4, kv_tokens=0, max_kv_tokens=1)
+    assert not scheduler.has_room
+    scheduler.close()
 
 
 def test_a_driver_that_raises_fails_who_waits_for_it_alone():

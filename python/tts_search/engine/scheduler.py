@@ -95,7 +95,7 @@ class Scheduler:
         Whether two answers mean the same.
     max_rows : int or None
         There is room for a problem while fewer steps than that run or wait at the policy, and fewer candidates at the
-        verifier; 1024 by default.
+        verifier; 1024 by default. A step that has ended takes up no room, if the policy says how many run.
     max_in_flight : int or None
         And while fewer problems than that are in flight.
     prefix_cache : bool
@@ -160,7 +160,10 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether another problem should be started."""
-        waiting = max(self.num_streams, self.num_candidates)
+        load, streams = self.load, self.num_streams
+        if load is not None:  # of a request's samples only those that have not ended take up room
+            streams = min(streams, load.rows + load.waiting)
+        waiting = max(streams, self.num_candidates)
         return waiting < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
 
     @property

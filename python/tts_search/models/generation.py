@@ -117,6 +117,10 @@ class _Source(Stream):
 
     children: list[Sampled]
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.children)
+
     def without(self, gone: Collection[Stream]) -> bool:
         self.children = [child for child in self.children if child not in gone]
         return bool(self.children)
@@ -217,8 +221,14 @@ class Generation(Streams[Any]):
 
     @property
     def num_running(self) -> int:
-        """Streams that run."""
-        return len(self._reading) + len(self._streams)
+        """Streams that run; those whose branch is being read are among them."""
+        reading: int = sum(stream.num_rows for stream in self._reading)
+        return reading + len(self._streams)
+
+    @property
+    def num_waiting(self) -> int:
+        """Streams that wait for room."""
+        return sum(stream.num_rows for _, stream in self._waiting)
 
     def _begin(self, stream: Any) -> None:
         if isinstance(stream, Sampled) and self.lane.pool.is_ready(stream.branch):

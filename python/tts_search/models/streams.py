@@ -56,6 +56,11 @@ class Stream:
     age: int = field(init=False, default=-1)
     error: Exception | None = field(init=False, default=None)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that it has, or will have."""
+        return 1
+
     def give_up(self) -> None:
         """Let go of the branch's KV and wait until there is room again."""
         self.streams.give_up(self)
@@ -145,10 +150,12 @@ class Streams(Generic[S]):
         """Let streams in, the oldest first, unless the pool is full."""
         pool = self.lane.pool
         self._quota = min(2 * self._quota, _MANY)
+        room = self.most - self.num_running
         for _ in range(self._quota):
-            if not self._waiting or self.num_running >= self.most or (pool.full and pool.workers):
+            if not self._waiting or room <= 0 or (pool.full and pool.workers):
                 return
             _, stream = heapq.heappop(self._waiting)
+            room -= stream.num_rows
             pool.workers[stream] = None
             self._begin(stream)
 
