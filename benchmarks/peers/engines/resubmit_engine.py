@@ -1,7 +1,9 @@
 """Beam search as search-and-learn does it.
 
 Each round the whole text of every beam goes to vLLM (with prefix caching), which answers with one step, and to a
-verifier of transformers, which reads it from the start, in batches of 4, and gives the logits of all its tokens.
+verifier. That is one of transformers, which reads the text from the start, in batches of 4, and gives the logits of all
+its tokens, as search-and-learn has it; or ("vllm") the strongest that a user could put in its place: vLLM again, whose
+prefix cache holds what the beams had in the round before, asked for the next token's log-probabilities alone.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ QUESTION = (
 )
 
 
-def main(checkpoint: str, dtype: str, block_size: str) -> None:
+def main(checkpoint: str, dtype: str, block_size: str, verifier: str) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GB
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{int(os.environ['OMP_NUM_THREADS']) - 1}")
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=checkpoint, dtype=dtype, block_size=int(block_size), max_model_len=4096, max_num_seqs=256,
-        enable_prefix_caching=True, disable_log_stats=True,
+        enable_prefix_caching=True, disable_log_stats=True, logprobs_mode="processed_logprobs",
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    prm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    prm = None
+    if verifier == "transformers":
+        prm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
     labels = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")]
     forwarded = {"policy": 0, "verifier": 0}
 
@@ -42,8 +46,19 @@ def main(checkpoint: str, dtype: str, block_size: str) -> None:
         rendered: str = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         return rendered
 
+    asked = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, allowed_token_ids=labels)
+
+    def score_by_vllm(problem: str, texts: list[str]) -> list[float]:
+        prompts = [chat(QUESTION.format(problem=problem, steps=text)) for text in texts]
+        scores = []
+        for request in llm.generate(prompts, asked, use_tqdm=False):
+            forwarded["verifier"] += len(request.prompt_token_ids) - (request.num_cached_tokens or 0)
+            found = request.outputs[0].logprobs[0]
+            scores.append(torch.tensor([found[label].logprob for label in labels]).softmax(-1)[0].item())
+        return scores
+
     @torch.inference_mode()
-    def score(problem: str, texts: list[str]) -> list[float]:
+    def score_by_transformers(problem: str, texts: list[str]) -> list[float]:
         scores: list[float] = []
         for start in range(0, len(texts), BATCH):
             batch = [chat(QUESTION.format(problem=problem, steps=text)) for text in texts[start : start + BATCH]]
@@ -71,7 +86,7 @@ def main(checkpoint: str, dtype: str, block_size: str) -> None:
             )
             texts = [text + step.text for text, step in zip(texts, steps, strict=True)]
             middle = time.perf_counter()
-            scores = score(job["problem"], texts)
+            scores = (score_by_transformers if prm else score_by_vllm)(job["problem"], texts)
             spent["policy"] += middle - start
             spent["verifier"] += time.perf_counter() - middle
             kept = sorted(sorted(range(n), key=lambda index: -scores[index])[: n // job["expand"]])
