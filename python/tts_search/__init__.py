@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tts_search.strategy import FittedStrategy, RuleStrategy, Strategy
     from tts_search.verifiers.hf import HFVerifier
     from tts_search.verifiers.mixed import MixedVerifier
+    from tts_search.verifiers.outcome import OutcomeJudge
 
 __all__ = [
     "VOTES",
@@ -40,6 +41,7 @@ __all__ = [
     "HFVerifier",
     "MissingExtraError",
     "MixedVerifier",
+    "OutcomeJudge",
     "Policy",
     "RuleStrategy",
     "Search",
@@ -75,6 +77,7 @@ _ON_USE = {  # what needs more than the engine and the search: where it is
     "HFPolicy": "policies.hf",
     "HFVerifier": "verifiers.hf",
     "MixedVerifier": "verifiers.mixed",
+    "OutcomeJudge": "verifiers.outcome",
     "RuleStrategy": "strategy",
     "Strategy": "strategy",
     "TextPolicy": "policies.text",

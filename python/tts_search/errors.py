@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["ConfigError", "MissingExtraError", "SearchError", "require"]
+__all__ = ["ConfigError", "MissingExtraError", "SearchError", "ServerError", "require"]
 
 
 class SearchError(RuntimeError):
@@ -35,6 +35,10 @@ class SearchError(RuntimeError):
 
 class ConfigError(SearchError, ValueError):
     """An option of a search has a value that it cannot have."""
+
+
+class ServerError(RuntimeError):
+    """A server gave no answer, or none that can be used."""
 
 
 class MissingExtraError(ImportError):

@@ -42,6 +42,7 @@ app = Typer(
 
 
 _EXECUTION: Final = "execution"  # the verifier that runs public tests
+_JUDGE: Final = "judge:"  # stands before the checkpoint or the server of a judge of whole solutions
 
 
 def _version(wanted: bool) -> None:
@@ -112,7 +113,14 @@ def _method(text: str) -> Any:
 
 # Options of several commands.
 PolicyPath = Annotated[str, Option("--policy", help="Checkpoint of the policy: a folder or a hub id.")]
-VerifierPath = Annotated[str | None, Option("--verifier", help="Checkpoint of the process verifier.")]
+VerifierPath = Annotated[
+    str | None,
+    Option(
+        "--verifier",
+        help="Checkpoint of the process verifier; judge:WHERE: a chat model, a checkpoint or the http:// address of a "
+        "server, that chooses among whole solutions (with --format outcome: says whether each is right).",
+    ),
+]
 Temperature = Annotated[float, Option(help="0 takes the most likely token.")]
 Settings = Annotated[
     list[str],
@@ -228,7 +236,10 @@ def evaluate_(
     policy: PolicyPath,
     verifier: Annotated[
         str | None,
-        Option("--verifier", help="Checkpoint of the process verifier; execution: the public tests of a program."),
+        Option(
+            "--verifier",
+            help="Checkpoint of the process verifier; judge:WHERE, as in solve; execution: a program's public tests.",
+        ),
     ] = None,
     method: Annotated[list[str], _method(f"May be given several times; of {', '.join(METHODS)}.")] = ["best_of_n"],
     n: Annotated[list[int], Option("--n", min=1, help="May be given several times.")] = [16],
@@ -514,7 +525,20 @@ def load_checkpoints(
     with naming(f"--verifier: {verifier}"):
         if verifier == _EXECUTION:
             return loaded, _execution(tasks)
+        if verifier.startswith(_JUDGE):
+            return loaded, _judge(verifier.removeprefix(_JUDGE), format, own)
         return loaded, HFVerifier(verifier, format=format, **own)
+
+
+def _judge(where: str, format: str, options: dict[str, Any]) -> Verifier:
+    from tts_search.verifiers.labels import LocalLabels
+    from tts_search.verifiers.outcome import OutcomeJudge
+    from tts_search.verifiers.server import ServerLabels
+
+    if format not in ("auto", "outcome"):
+        raise SearchError(f"--format: expected outcome, or none, with a judge, got {format}")
+    labels = ServerLabels(where) if where.startswith(("http://", "https://")) else LocalLabels(where, **options)
+    return OutcomeJudge(labels, "outcome" if format == "outcome" else "choice")
 
 
 def _execution(tasks: Sequence[Task]) -> Verifier:

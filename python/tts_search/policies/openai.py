@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
-from tts_search.errors import require
+from tts_search.errors import ServerError, require
 from tts_search.policies.text import TextPolicy
 from tts_search.search.types import Step, StepRequest
 
@@ -20,10 +20,6 @@ T = TypeVar("T")
 _STOPPED_AT: Final = ("stop_reason", "matched_stop")
 _SEED_BITS: Final = 31  # some servers keep seeds in 32 bits
 _CONTINUE: Final = {"continue_final_message": True, "add_generation_prompt": False}
-
-
-class ServerError(RuntimeError):
-    """A server gave no answer, or none that can be used."""
 
 
 class OpenAIPolicy(TextPolicy):

@@ -13,17 +13,16 @@ import torch
 import tts_kernels as tk
 from tts_search.errors import require
 from tts_search.models.decoder import KvDtype
-from tts_search.models.graphs import decode_graphs
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
 from tts_search.models.reading import Place
-from tts_search.models.sizing import pool_for
-from tts_search.models.streams import Lane, Stream
+from tts_search.models.streams import Stream
 from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate
 from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
 from tts_search.verifiers.heads import lm_head, load_head
 from tts_search.verifiers.judge import JudgeScorer
+from tts_search.verifiers.lanes import load_lane
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.memory import ScoreMemory, keys_of
 from tts_search.verifiers.reader import Reader, Tail
@@ -120,7 +119,7 @@ class HFVerifier:
             "self_test": self_test,
             "quantize": quantize,
         }
-        self._lane = _lane(path_or_id, entry.judge is not None, batch_tokens, **options)
+        self._lane = load_lane(path_or_id, entry.judge is not None, batch_tokens, **options)
         self.head: tk.ScoreHead | None = None
         self._scorer: HeadScorer | LogRatioScorer
         if entry.head == "log_ratio" and head is None:
@@ -341,7 +340,7 @@ class HFVerifier:
         if reference is None:
             raise ValueError(f"reference: format {entry.name!r} needs a reference model, and names none")
         other = Likelihood(
-            _lane(reference, False, batch_tokens, **options),
+            load_lane(reference, False, batch_tokens, **options),
             lm_head(entry, open_checkpoint(reference), adapter.load_config(reference)),
         )
         return LogRatioScorer(Likelihood(self._lane, lm_head(entry, checkpoint, config)), other, entry.beta)
@@ -439,23 +438,6 @@ class HFVerifier:
         job.node.scores = scores[: len(job.request.steps)]
         nodes[number] = job.node
         return scores
-
-
-def _lane(
-    path_or_id: str,
-    causal_lm: bool,
-    batch_tokens: int,
-    *,
-    kv_memory: int | str | None,
-    kv_dtype: KvDtype | None,
-    **options: Any,
-) -> Lane:
-    """A model and a pool for it."""
-    from tts_search.models.loading import load_decoder
-
-    model = load_decoder(path_or_id, causal_lm=causal_lm, **options)
-    pool = pool_for(model, kv_memory, kv_dtype=kv_dtype)
-    return Lane(model, BranchPool(pool, batch_tokens, decode_graphs(model, pool) if causal_lm else None))
 
 
 @dataclass(slots=True)

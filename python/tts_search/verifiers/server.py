@@ -1,0 +1,248 @@
+"""The model of a judge behind a server: ``/generative_scoring`` as vLLM and ``tts-search serve`` have it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any, Final, TypeVar
+
+from tts_search.errors import ServerError
+from tts_search.search.protocol import Usage
+from tts_search.verifiers.formats import PROBLEM, STEPS, VerifierFormat
+from tts_search.verifiers.labels import Question, common_prefix, distinct_labels, too_long
+
+__all__ = ["ServerLabels"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+_MARKS: Final = re.compile(f"({re.escape(PROBLEM)}|{re.escape(STEPS)})")
+_PASSING: Final = frozenset({408, 409, 429})  # and 5xx: what may be over soon
+_PART: Final = 64  # questions of one request
+
+
+class ServerLabels:
+    """A chat model behind a server that has ``/v1/models``, ``/tokenize`` and ``/generative_scoring``.
+
+    Questions are rendered by the server's chat template. A server tells the share of the first label alone, so there is
+    a request for each label but one, each label first in turn; with a prefix cache it reads the texts for the first.
+
+    Requests of one call are sent side by side; who asks waits for them, local models too.
+
+    Parameters
+    ----------
+    base_url : str
+        Such as ``"http://localhost:8000"``, with or without ``/v1``.
+    model : str or None
+        The model's name on the server; by default the first that it names.
+    api_key_env : str
+        Environment variable that holds the key, if there is one.
+    concurrency : int
+        The most requests at a time.
+    timeout : float
+        Seconds of a request.
+    max_retries : int
+        How often a request is sent again that failed for a reason that may pass (no connection, a timeout, status 408,
+        409, 429 or 5xx).
+
+    Raises
+    ------
+    ValueError
+        If `base_url` is no address, or a number is below its least.
+    ServerError
+        If the server does not answer, or has no such routes.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 16,
+        timeout: float = 600.0,
+        max_retries: int = 4,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url: expected an address that begins with http:// or https://, got {base_url!r}")
+        for name, value, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+        self._root = base_url.rstrip("/").removesuffix("/v1")
+        self._key = os.environ.get(api_key_env)
+        self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries
+        self.model: str = model or self._sent("/v1/models", None, lambda reply: str(reply["data"][0]["id"]))
+        body = {"model": self.model, "prompt": "a"}
+        self.max_length: int = self._sent("/tokenize", body, lambda reply: int(reply["max_model_len"]))
+        self._label_ids: dict[tuple[str, ...], list[int]] = {}
+        self._usage: dict[int, Usage] = {}
+
+    def begin(self, problem: int) -> None:
+        """Announce a problem."""
+        self._usage[problem] = Usage()
+
+    def end(self, problem: int) -> Usage:
+        """Forget a problem; the tokens that the server read for it."""
+        return self._usage.pop(problem)
+
+    def lengths(self, entry: VerifierFormat, questions: Sequence[Question]) -> list[int]:
+        """Return how many tokens questions in a format are.
+
+        Raises
+        ------
+        ServerError
+            If the server gives no answer.
+        """
+        return list(map(len, self._all(lambda question: self._tokens(entry, question), questions)))
+
+    def ask(
+        self, entry: VerifierFormat, labels: tuple[str, ...], questions: Sequence[Question]
+    ) -> list[list[float] | Exception]:
+        """Return of each question the probabilities of the labels as its next token, among these; or why not.
+
+        Raises
+        ------
+        ValueError
+            If a label is not one token of its own.
+        ServerError
+            If the server gives no tokens.
+        """
+        ids = self._ids(labels)
+        tokens = self._all(lambda question: self._tokens(entry, question), questions)
+        answers: list[list[float] | Exception] = [too_long(len(own), self.max_length) for own in tokens]
+        of_problem: dict[int, list[int]] = {}
+        for number, (question, own) in enumerate(zip(questions, tokens, strict=True)):
+            if len(own) < self.max_length:  # the next token takes its room, too
+                of_problem.setdefault(question.problem, []).append(number)
+        parts = [
+            (problem, own[start : start + _PART])
+            for problem, own in of_problem.items()
+            for start in range(0, len(own), _PART)
+        ]
+        columns: list[list[Any]] = [[] for _ in parts]
+        for firsts in ([0], range(1, len(ids) - 1)):  # what the first label has had read is in the server's cache then
+            turns = [(part, first) for part in range(len(parts)) for first in firsts]
+            asked = [
+                ([tokens[number] for number in parts[part][1]], [*ids[first:], *ids[:first]]) for part, first in turns
+            ]
+            for (part, _), (shares, usage) in zip(turns, self._all(lambda one: self._shares(*one), asked), strict=True):
+                columns[part].append(shares)
+                self._usage[parts[part][0]] += usage
+        for (_, own), said in zip(parts, columns, strict=True):
+            failed = [column for column in said if isinstance(column, ServerError)]
+            for place, number in enumerate(own):
+                answers[number] = failed[0] if failed else _complete([column[place] for column in said])
+        return answers
+
+    def _shares(self, tokens: Sequence[list[int]], ids: Sequence[int]) -> tuple[Any, Usage]:
+        """The share of the first label as the next token of each of these texts, or the error; what it cost."""
+        end = common_prefix(tokens)
+        body = {
+            "model": self.model,
+            "query": tokens[0][:end],
+            "items": [own[end:] for own in tokens],
+            "label_token_ids": list(ids),
+            "apply_softmax": True,
+        }
+
+        def read(reply: Any) -> tuple[list[float], Usage]:
+            scores = {int(one["index"]): float(one["score"]) for one in reply["data"]}
+            shares = [scores[place] for place in range(len(tokens))]
+            if not all(0.0 <= share <= 1.0 for share in shares):
+                raise ValueError(f"expected scores between 0 and 1, got {shares}")
+            return shares, _usage(reply.get("usage") or {})
+
+        try:
+            return self._sent("/generative_scoring", body, read)
+        except ServerError as error:
+            return error, Usage()
+
+    def _ids(self, labels: tuple[str, ...]) -> list[int]:
+        if labels not in self._label_ids:
+            ids: list[int] = []
+            for label in labels:
+                own = self._tokenized({"prompt": label, "add_special_tokens": False})
+                if len(own) != 1:
+                    raise ValueError(
+                        f"labels: expected the text of one token, got {label!r}, which is {len(own)}: {own}"
+                    )
+                ids += own
+            self._label_ids[labels] = distinct_labels(labels, ids)
+        return self._label_ids[labels]
+
+    def _tokens(self, entry: VerifierFormat, question: Question) -> list[int]:
+        words = {PROBLEM: question.text, STEPS: question.solution}
+        messages = [
+            {"role": role, "content": "".join(words.get(part, part) for part in _MARKS.split(text))}
+            for role, text in entry.chat
+        ]
+        return self._tokenized({"messages": messages, "add_generation_prompt": True})
+
+    def _tokenized(self, body: dict[str, Any]) -> list[int]:
+        return self._sent("/tokenize", {"model": self.model, **body}, lambda reply: list(map(int, reply["tokens"])))
+
+    def _all(self, send: Callable[[T], U], each: Sequence[T]) -> list[U]:
+        """What `send` gives for each, side by side."""
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            return list(pool.map(send, each))
+
+    def _sent(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
+        """What is read of the answer to a request, which is sent again while that may help.
+
+        Raises
+        ------
+        ServerError
+            Of the last try.
+        """
+        for attempt in range(self._max_retries + 1):
+            if attempt:
+                time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
+            try:
+                return read(self._answer(path, body))
+            except urllib.error.HTTPError as error:
+                fault = ServerError(f"{self._root}{path}: status {error.code}: {_message(error)}")
+                if error.code not in _PASSING and error.code < 500:
+                    break
+            except (OSError, HTTPException) as error:
+                fault = ServerError(f"{self._root}{path}: {type(error).__name__}: {error}")
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                fault = ServerError(
+                    f"{self._root}{path}: expected vLLM's answer, got {type(error).__name__}: {error!s:.200}"
+                )
+        raise fault
+
+    def _answer(self, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {"content-type": "application/json"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(self._root + path, data, headers), timeout=self._timeout
+        ) as reply:
+            return json.loads(reply.read())
+
+
+def _complete(shares: Sequence[float]) -> list[float]:
+    """The shares of all labels, of all but the last."""
+    return [*shares, max(0.0, 1.0 - math.fsum(shares))]
+
+
+def _usage(reply: Mapping[str, Any]) -> Usage:
+    cached = int((reply.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+    return Usage(tokens=int(reply.get("prompt_tokens") or 0) - cached, cached_tokens=cached)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What a server says about an error."""
+    said = error.read(4096).decode(errors="replace")
+    try:
+        return str(json.loads(said)["error"]["message"])[:300]
+    except (LookupError, TypeError, ValueError):
+        return " ".join(said.split())[:300]
