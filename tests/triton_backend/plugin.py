@@ -16,9 +16,8 @@ from rules import draw_less
 import tts_kernels as tk
 from tts_kernels import triton as backend
 
-# The last: there are kernels for caches of floats only.
 NOT_FOR_TRITON = ("thread", "instruction_set", "opcheck", "distribution", "chi_square", "independent_draws", "any_plan",
-                  "misleading_row", "quantised_cache")  # fmt: skip
+                  "misleading_row")  # fmt: skip
 # Hundreds of draws, each a program that takes seconds here; the emulator runs these.
 MANY_DRAWS = ("smallest_set", "renormalises", "kth_stay", "cuts_through_ties", "min_p_is", "random_rows",
               "infinite_logits", "extreme_temperatures")  # fmt: skip

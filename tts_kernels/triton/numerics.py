@@ -76,6 +76,44 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
 
 
+# ---- numbers of few bits: csrc/include/quantized_kv.h, to the bit ---------------------------------------------------
+
+
+@triton.jit
+def is_finite(x):
+    return (x - x) == 0.0
+
+
+@triton.jit
+def scale_and_zero(span, least, finite, STEPS: tl.constexpr):
+    """Bits in float16 of ``span / STEPS`` and of ``least``, of groups whose elements are ``finite`` or not.
+
+    As integers, since a kernel of floats might store another NaN than 0x7E00.
+    """
+    scale = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32)).to(tl.float16)
+    zero = least.to(tl.float16)
+    good = finite & is_finite(scale.to(tl.float32)) & is_finite(zero.to(tl.float32))
+    zero_bits = tl.where(zero == 0.0, 0, zero.to(tl.int16, bitcast=True))  # never -0.0
+    scale_bits = tl.where(good, scale.to(tl.int16, bitcast=True), 0x7E00)
+    return scale_bits.to(tl.int16), tl.where(finite, zero_bits, 0x7E00).to(tl.int16)
+
+
+@triton.jit
+def of_half(bits):
+    """float32 of the bits of a float16."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def codes(x, scale, zero, bottom, top):
+    """``(x - zero) / scale`` as whole numbers from ``bottom`` to ``top``, int32; 0 for a scale of 0 or NaN."""
+    some = scale > 0.0
+    code = tl.div_rn(x - tl.where(some, zero, 0.0), tl.where(some, scale, tl.full(x.shape, 1.0, tl.float32)))
+    code = tl.minimum(tl.maximum(code, bottom), top)
+    code = (code + 12582912.0) - 12582912.0  # to the nearest even: from 2**23 on, a float's step is 1
+    return tl.where(some, code, 0.0).to(tl.int32)
+
+
 # ---- order: csrc/include/total_order.h ---------------------------------------------------------------------------
 
 

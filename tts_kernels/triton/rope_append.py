@@ -2,7 +2,7 @@
 
 A program per token: its Hq + 2 Hkv heads are a tile; heads of q and k are normed (if there are weights) and rotated in
 float32, pairs being the halves of a head, and rounded once; q goes to the output, k and v to the token's slot, v bit
-for bit. Bytes: each element once.
+for bit. A quantised cache gets what append_kv_ would make of them. Bytes: each element once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append_kv import refuse_quantized
+from .append_kv import as_bits, put_codes, quantized
 from .configs import config
 from .numerics import dense_rows, narrow
 
@@ -19,12 +19,13 @@ from .numerics import dense_rows, narrow
 @triton.jit
 def rope_kernel(
     qkv, row_stride, out, k_cache, v_cache, positions, cos_sin, slots, page_size, num_q_heads, num_kv_heads,
-    q_norm, k_norm, eps, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    q_norm, k_norm, eps, k_page, k_slot, k_head, v_page, v_slot, v_head, k_scale, v_scale, k_zero, v_zero,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
-    head = tl.arange(0, HEADS)[:, None]
+    heads = tl.arange(0, HEADS)
+    head = heads[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     column = d < HALF
     is_q = head < num_q_heads
@@ -62,12 +63,27 @@ def rope_kernel(
     slot = tl.load(slots + t).to(tl.int64)
     page = slot // page_size
     offset = slot % page_size
-    key = k_cache + page * k_page + offset * k_slot + (head - num_q_heads).to(tl.int64) * k_head + d
-    tl.store(key, rotated_low, mask=column & is_k)
-    tl.store(key + HALF, rotated_high, mask=column & is_k)
-    v_at = page * v_page + offset * v_slot + (head - num_q_heads - num_kv_heads).to(tl.int64) * v_head + d
-    tl.store(v_cache + v_at, raw_low, mask=column & is_v)
-    tl.store(v_cache + v_at + HALF, raw_high, mask=column & is_v)
+    of_k = (heads - num_q_heads).to(tl.int64)  # which of the KV heads a row is
+    of_v = of_k - num_kv_heads
+    k_at = page * k_page + offset * k_slot + of_k * k_head
+    v_at = page * v_page + offset * v_slot + of_v * v_head
+    if k_scale is None:
+        key = k_cache + k_at[:, None] + d
+        tl.store(key, rotated_low, mask=column & is_k)
+        tl.store(key + HALF, rotated_high, mask=column & is_k)
+        value = v_cache + v_at[:, None] + d
+        tl.store(value, raw_low, mask=column & is_v)
+        tl.store(value + HALF, raw_high, mask=column & is_v)
+    else:
+        own = column & (is_k | is_v)
+        low = tl.where(is_k, rotated_low, raw_low).to(tl.float32)
+        high = tl.where(is_k, rotated_high, raw_high).to(tl.float32)
+        four: tl.constexpr = k_zero is not None
+        low_codes, high_codes, scale_bits, zero_bits = quantized(low, high, own, own, four)
+        put_codes(low_codes, high_codes, own, own, d, k_cache, k_at, k_scale, k_zero, slot * num_kv_heads + of_k,
+                  scale_bits, zero_bits, (of_k >= 0) & (of_v < 0), HALF, four)  # fmt: skip
+        put_codes(low_codes, high_codes, own, own, d, v_cache, v_at, v_scale, v_zero, slot * num_kv_heads + of_v,
+                  scale_bits, zero_bits, (of_v >= 0) & (of_v < num_kv_heads), HALF, four)  # fmt: skip
 
 
 def rope_append_(
@@ -82,10 +98,12 @@ def rope_append_(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
-    *beside: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> Tensor:
     """Queries [T, Hq, D]."""
-    refuse_quantized(*beside)
     qkv, tokens, head_dim = dense_rows(qkv), qkv.shape[0], cos_sin.shape[1]
     out = qkv.new_empty(tokens, num_q_heads, head_dim)
     if qkv.numel():
@@ -93,7 +111,8 @@ def rope_append_(
         rope_kernel[(tokens,)](
             qkv, qkv.stride(0), out, k_cache, v_cache, positions.contiguous(), cos_sin.contiguous(),
             slots.contiguous(), k_cache.shape[1], num_q_heads, num_kv_heads, *norms, eps,
-            *k_cache.stride()[:3], *v_cache.stride()[:3], HALF=head_dim // 2,
+            *k_cache.stride()[:3], *v_cache.stride()[:3], *as_bits(k_scale, v_scale, k_zero, v_zero),
+            HALF=head_dim // 2,
             HEADS=triton.next_power_of_2(num_q_heads + 2 * num_kv_heads), BLOCK=triton.next_power_of_2(head_dim // 2),
             **config("rows", qkv.device),
         )  # fmt: skip

@@ -13,6 +13,8 @@ that a row's sums are the same in any company. Nothing depends on which program 
 A key that a row must not see may hold anything. Its score is replaced by -inf; its value, though its weight is 0,
 would turn an infinity or NaN into NaN, so blocks in which some row does not see some key multiply only finite values,
 and add the others, if there are any, key by key to the rows that see them.
+
+Codes of a quantised cache become elements of q's type when a block is loaded, once for all rows of the tile.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import SEGMENT_INTS, TASK_INTS
-from .append_kv import refuse_quantized
 from .configs import config
 from .numerics import LN2, LOG2E, dot, fused, narrow, tanh
 
@@ -80,15 +81,35 @@ def put(slot, head, top, total, acc, mask, d, part_out, part_max, part_sum, num_
     tl.store(part_sum + state, total, mask=mask)
 
 
+@triton.jit
+def elements(cache, at, d, mask, number, inside, scale, zero, dtype: tl.constexpr, FORMAT: tl.constexpr,
+             HALF: tl.constexpr):  # fmt: skip
+    """Elements d of heads that begin at ``cache + at``; their scales and zeros stand at ``number``."""
+    if FORMAT == 0:
+        x = tl.load(cache + at + d, mask=mask, other=0.0)
+    else:
+        factor = tl.load(scale + number, mask=inside, other=0.0).to(tl.float32)
+        if FORMAT == 4:
+            pair = tl.load(cache + at + d % HALF, mask=mask, other=0).to(tl.int32)
+            code = (tl.where(d >= HALF, pair >> 4, pair) & 15).to(tl.float32)
+            offset = tl.load(zero + number, mask=inside, other=0.0).to(tl.float32)
+            wide = code * factor + offset  # the product is exact
+        else:
+            wide = tl.load(cache + at + d, mask=mask, other=0).to(tl.float32) * factor
+        x = narrow(tl.where(mask, wide, 0.0), dtype)
+    return x
+
+
 @triton.jit(do_not_specialize=PIECES)
 def task_kernel(
     q, k_cache, v_cache, rows, positions, pages, segments, tasks, merge_indptr, sizes, sinks,
     out, lse, part_out, part_max, part_sum,
     page_size, num_q_heads, group, scale, softcap, window,
-    q_row, q_head, q_element, k_page, k_slot, k_head, v_page, v_slot, v_head,
+    q_row, q_head, q_element, k_page, k_slot, k_head, v_page, v_slot, v_head, k_scale, v_scale, k_zero, v_zero,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
+    dtype: tl.constexpr = q.dtype.element_ty
     task = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     if task < tl.load(sizes + 1):
@@ -167,11 +188,12 @@ def task_kernel(
                                 sees = sees & (at[None, :] > position[:, None] - window)
                                 all_see = all_see & (token_begin + n0 > most - window)
 
-                            keys = tl.load(
-                                k_cache + (page * k_page + slot * k_slot + kv_head * k_head)[None, :] + d[:, None],
-                                mask=inside[None, :] & (d < DIM)[:, None],
-                                other=0.0,
-                            )
+                            number = (page * page_size + slot) * tl.num_programs(1) + kv_head
+                            keys = elements(
+                                k_cache, (page * k_page + slot * k_slot + kv_head * k_head)[None, :], d[:, None],
+                                inside[None, :] & (d < DIM)[:, None], number[None, :], inside[None, :],
+                                k_scale, k_zero, dtype, FORMAT, DIM // 2,
+                            )  # fmt: skip
                             raw = dot(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
                             x = softcap * tanh(raw * scale / softcap) * LOG2E if SOFTCAP else raw * factor
                             part_top = tl.max(tl.where(sees, x, float("-inf")), 1)
@@ -182,12 +204,12 @@ def task_kernel(
                             part_total = tl.sum(weights, 1)
                             part_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-                            values = tl.load(
-                                v_cache + (page * v_page + slot * v_slot + kv_head * v_head)[:, None] + d[None, :],
-                                mask=inside[:, None] & (d < DIM)[None, :],
-                                other=0.0,
-                            )
-                            weights = narrow(weights, v_cache.dtype.element_ty)
+                            values = elements(
+                                v_cache, (page * v_page + slot * v_slot + kv_head * v_head)[:, None], d[None, :],
+                                inside[:, None] & (d < DIM)[None, :], number[:, None], inside[:, None],
+                                v_scale, v_zero, dtype, FORMAT, DIM // 2,
+                            )  # fmt: skip
+                            weights = narrow(weights, dtype)
                             if not all_see:
                                 wide = values.to(tl.float32)
                                 finite = (wide - wide) == 0.0
@@ -279,10 +301,12 @@ def tree_attention(
     softcap: float,
     window: int,
     sinks: Tensor | None,
-    *beside: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_zero: Tensor | None = None,
+    v_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [T, Hq, D] and lse [T, Hq]."""
-    refuse_quantized(*beside)
     num_rows, num_q_heads, dim = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     if q.numel() == 0:
@@ -302,9 +326,9 @@ def tree_attention(
             q, k_cache, v_cache, rows, positions, pages, segments, tasks, merge_indptr, sizes, logits,
             out, lse, part_out, part_max, part_sum,
             page_size, num_q_heads, group, scale, softcap, window,
-            *q.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3],
+            *q.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], k_scale, v_scale, k_zero, v_zero,
             SOFTCAP=softcap != 0, WINDOW=window > 0, SINKS=sinks is not None, DIM=dim, BLOCK_D=block_d,
-            BLOCK_M=block_m, **options,
+            BLOCK_M=block_m, FORMAT=0 if k_scale is None else 8 if k_zero is None else 4, **options,
         )  # fmt: skip
     block_h = min(8, triton.next_power_of_2(num_q_heads))
     merge_kernel[(num_rows, triton.cdiv(num_q_heads, block_h))](
