@@ -21,23 +21,27 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: these tests start their own process", allow_module_level=True)
 
-from trees import brute_plan, caches, grow
+from trees import brute_plan, grow
 from triton_backend import ahead_of_time as aot
 
 OPS = ["step_scores", "aggregate_steps", "prune", "score_and_prune", "append_kv", "copy_pages", "tree_attention",
-       "merge_states", "linear", "linear_logprob", "sample", "rms_norm", "rope_append", "swiglu"]  # fmt: skip
+       "merge_states", "linear", "linear_logprob", "sample", "rms_norm", "rope_append", "swiglu",
+       "quantize_rows"]  # fmt: skip
 HERE = Path(__file__).parent
-# Of linear a GPU has whole numbers alone, and dequantises them; floats are torch's.
-ON_A_GPU = {"linear": ["gpu_emulator/linear.py", "-k", "whole_numbers or zero_points or spoils"]}
+OTHER_TESTS = {
+    # Of linear a GPU has whole numbers alone, and dequantises them; floats are torch's.
+    "linear": ["gpu_emulator/linear.py", "-k", "whole_numbers or zero_points or spoils"],
+    "x_cache": ["models/test_x_cache_on_triton.py"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "x_cache"])
 def test_the_tests_of_the_op_pass_in_the_interpreter(op: str) -> None:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    test, *options = ON_A_GPU.get(op, [f"test_{op}.py"])
+    test, *options = OTHER_TESTS.get(op, [f"test_{op}.py"])
     command = [sys.executable, "-m", "pytest", "-p", "triton_backend.plugin", "-p", "no:cacheprovider", "--timeout=600"]
     done = subprocess.run(
         [*command, str(HERE / test), *options], env=env, capture_output=True, text=True, cwd=HERE.parent
@@ -80,16 +84,19 @@ def call_all(dtype: torch.dtype) -> None:
     for head_dim in (64, 80, 128, 256):
         attend(dtype, head_dim, 1)
     attend(dtype, 128, 20, softcap=3.0, window=9)
+    for stored in ("int8", "int4"):
+        attend(dtype, 80, 1, stored)
     state = (torch.randn(4, 8, 128).to(dtype), torch.randn(4, 8))
     tk.merge_states(*state, *state)
     decode(dtype)
 
 
-def attend(dtype: torch.dtype, head_dim: int, rows: int, **options: Any) -> None:
+def attend(dtype: torch.dtype, head_dim: int, rows: int, stored: str | None = None, **options: Any) -> None:
     tree = grow(16, [-1, 0, 0], [64, 30, 40])
     plan = brute_plan(tree, [rows] * 2, 8, 2, head_dim)
-    k, v = caches(tree, 2, head_dim, dtype)
-    tk.tree_attention(torch.randn(2 * rows, 8, head_dim).to(dtype), k, v, plan, **options)
+    kv = tk.KVCache(1, tree.num_pages, 2, head_dim, dtype=stored or dtype)
+    q = torch.randn(2 * rows, 8, head_dim).to(dtype)
+    tk.tree_attention(q, kv.k[0], kv.v[0], plan, **options, **kv.beside(0))
 
 
 def decode(dtype: torch.dtype) -> None:
@@ -98,11 +105,18 @@ def decode(dtype: torch.dtype) -> None:
     x, norm = torch.randn(3, 512).to(dtype), torch.rand(64).to(dtype)
     for norms in ({}, {"q_norm": norm, "k_norm": norm}):
         tk.rope_append_(x, k, v, tokens, angles, slots, num_q_heads=4, num_kv_heads=2, **norms)
-    tk.append_kv_(k, v, torch.ones(3, 2, 64).to(dtype), torch.ones(3, 2, 64).to(dtype), slots)
+    new = torch.ones(3, 2, 64).to(dtype)
+    tk.append_kv_(k, v, new, new, slots)
+    for stored in ("int8", "int4"):
+        kv = tk.KVCache(1, 4, 2, 64, dtype=stored)
+        tk.rope_append_(x, kv.k[0], kv.v[0], tokens, angles, slots, num_q_heads=4, num_kv_heads=2, **kv.beside(0))
+        kv.append(0, new, new, slots)
     tk.copy_pages_([k, v, torch.zeros(4, 8, 2, 64)], slots[:1], slots[1:2])
     for residual in (None, x):
         tk.rms_norm(x, torch.rand(512).to(dtype), 1e-5, residual)
     tk.swiglu(x)
+    for bits in (2, 3, 4, 8):
+        tk.dequantize_rows(tk.quantize_rows(x, bits, 128), 512, bits, 128, dtype)
 
 
 def serve(rows: int) -> None:
@@ -120,6 +134,7 @@ def serve(rows: int) -> None:
     tk.linear(x, tk.pack_linear(torch.randn(100, 512).bfloat16(), quantize="int8"), None, x[:, :100])
     tk.rms_norm(x, torch.rand(512).bfloat16(), 1e-5, x)
     tk.swiglu(x)
+    tk.dequantize_rows(tk.quantize_rows(x, 3, 128), 512, 3, 128, torch.bfloat16)
     k, v = (torch.zeros(rows + 1, 16, 2, 64).bfloat16() for _ in range(2))
     tk.copy_pages_([k, v], index[:1], index[:1] + 1)
     q = tk.rope_append_(x, k, v, index, torch.rand(rows, 64), 16 * index, num_q_heads=4, num_kv_heads=2)

@@ -47,7 +47,7 @@ def quantize_rows(x: Tensor, bits: int, group_size: int) -> Tensor:
     Notes
     -----
     Reads x once. A row's bytes do not depend on the other rows. The quantiser of KIVI (arXiv 2402.02750) and XQuant
-    (arXiv 2508.10395). It runs on CPUs; on a GPU its definition in plain torch does.
+    (arXiv 2508.10395). On a GPU it runs in Triton, or else in plain torch.
 
     Examples
     --------
