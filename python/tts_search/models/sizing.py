@@ -8,6 +8,7 @@ from typing import Final, get_args
 
 import torch
 
+import tts_kernels as tk
 from tts_search.models.decoder import PAGE_SIZE, Decoder, KvDtype, KVPool
 from tts_search.models.llama import LlamaDecoder
 from tts_search.models.x_cache import XPool, block_token_bytes, window_token_bytes
@@ -68,7 +69,8 @@ def _x_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype) ->
     if memory < least:
         raise ValueError(f"kv_memory: expected room for {BLOCK} tokens ({least} bytes), got {kv_memory!r}")
     num_windows = max(pages, memory // 2 // window)
-    return XPool(layers, shape, max(1, (memory - num_windows * window) // block), num_windows, dtype, kv_dtype)
+    num_blocks = max(1, (memory - num_windows * window) // block)
+    return XPool(layers, shape, num_blocks, num_windows, dtype, kv_dtype, decoder.device)
 
 
 def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
@@ -77,8 +79,11 @@ def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
     if kv_dtype not in get_args(KvDtype):
         names = ", ".join(map(repr, get_args(KvDtype)))
         raise ValueError(f"kv_dtype: expected None or one of {names}, got {kv_dtype!r}")
-    if decoder.device.type != "cpu":
-        raise ValueError(f"kv_dtype: expected None on {decoder.device}, as {kv_dtype} is for CPUs")
+    if kv_dtype not in KINDS and decoder.device.type == "cuda" and tk.backend_info().on_gpu["tree_attention"] == "cpp":
+        raise ValueError(
+            f"kv_dtype: expected None on {decoder.device} with the C++ backend, whose attention there reads floats "
+            f"only, got {kv_dtype!r}; tts_kernels.use_backend('triton') reads it"
+        )
     if kv_dtype == "int4" and decoder.shape.head_dim % 2:
         raise ValueError(f"kv_dtype: expected no int4 for heads of an odd size, {decoder.shape.head_dim}")
 

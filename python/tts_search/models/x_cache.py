@@ -22,6 +22,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.models.decoder import PAGE_SIZE, Batch, DecoderShape, KVPool
+from tts_search.models.device import upload
 from tts_search.models.x_layers import BLOCK, KeptLayer, Latents, formats_of
 
 __all__ = ["Kept", "XCache", "XForest", "XPool", "block_token_bytes", "window_token_bytes"]
@@ -159,6 +160,8 @@ class XCache(tk.KVCache):
         Of keys and values.
     name : str
         Of the kind.
+    device : torch.device or str
+        Of the layers.
     """
 
     def __init__(
@@ -169,17 +172,19 @@ class XCache(tk.KVCache):
         num_windows: int,
         dtype: torch.dtype,
         name: str,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.layers, self.shape, self.num_windows = layers, shape, num_windows
         self.page_size, self.dtype = PAGE_SIZE, name
         self.first = len(layers) * num_windows  # of the pages that all layers share
         pages = self.first + num_blocks * _PAGES
-        self.pages = [torch.empty(pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim, dtype=dtype) for _ in range(2)]
+        heads = (pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+        self.pages = [torch.empty(heads, dtype=dtype, device=device) for _ in range(2)]
         self.k, self.v = (tuple(torch.split(each[: self.first], num_windows)) for each in self.pages)
         self.k_scale = self.v_scale = self.k_zero = self.v_zero = ()
 
         def room(count: int, width: int) -> Tensor:
-            return torch.empty(count, width, dtype=torch.uint8)
+            return torch.empty(count, width, dtype=torch.uint8, device=device)
 
         forms = [layer.format for layer in layers]
         self.window_rows = [room(num_windows * PAGE_SIZE, form.row.nbytes) for form in forms]
@@ -246,8 +251,8 @@ class XCache(tk.KVCache):
         if isinstance(keeps, Latents):
             turned = self.k[number].flatten(0, 1)[kept.full_slots].float()
             keys = _turned_back(turned, cos_sin[kept.full_positions]).flatten(1)
-            for block, its in zip(kept.full.tolist(), torch.split(keys, BLOCK), strict=True):
-                self.block_keys[number][block] = keeps.encode_keys(its).flatten()
+            columns = [keeps.encode_keys(its).flatten() for its in torch.split(keys, BLOCK)]
+            self.block_keys[number][kept.full] = torch.stack(columns)
 
 
 class XPool(KVPool):
@@ -265,11 +270,14 @@ class XPool(KVPool):
         Of keys and values.
     name : str
         Of the kind.
+    device : torch.device or str
+        Of the layers. Branches, blocks and plans are the host's.
     """
 
     forest: XForest  # type: ignore[assignment]
     kv: XCache
     block = BLOCK
+    records = False  # how many blocks are read differs from step to step
 
     def __init__(
         self,
@@ -279,9 +287,10 @@ class XPool(KVPool):
         num_windows: int,
         dtype: torch.dtype,
         name: str,
+        device: torch.device | str = "cpu",
     ) -> None:
         forest = XForest(num_blocks, num_windows)
-        cache = XCache(layers, shape, num_blocks, num_windows, dtype, name)
+        cache = XCache(layers, shape, num_blocks, num_windows, dtype, name, device)
         self._take(shape, forest, cache)  # type: ignore[arg-type]  # it has all of a forest that is asked for
 
     @property
@@ -335,19 +344,21 @@ class XPool(KVPool):
             num_q_heads=self.shape.num_q_heads,
             num_kv_heads=self.shape.num_kv_heads,
             head_dim=self.shape.head_dim,
+            device=self.device,
         )
         inside = torch.arange(BLOCK)
         full_rows = torch.nonzero(is_full).flatten()
-        kept = Kept(
-            blocks=unique,
-            positions=(place[:, None] * BLOCK + inside).flatten(),
-            slots=self.kv.first * PAGE_SIZE + torch.arange(len(unique) * BLOCK),
-            own=(plan.pages < self.kv.first).int(),
-            full=blocks[full_rows].gather(1, reads[full_rows, None]).flatten(),
-            full_slots=(windows[full_rows][..., None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten(),
-            full_positions=(reads[full_rows, None] * BLOCK + inside).flatten(),
+        places = (
+            unique,
+            (place[:, None] * BLOCK + inside).flatten(),
+            self.kv.first * PAGE_SIZE + torch.arange(len(unique) * BLOCK),
+            blocks[full_rows].gather(1, reads[full_rows, None]).flatten(),
+            (windows[full_rows][..., None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten(),
+            (reads[full_rows, None] * BLOCK + inside).flatten(),
         )
         ids, at = torch.as_tensor(tokens, dtype=torch.int64), torch.as_tensor(positions, dtype=torch.int64)
+        read_blocks, *where, ids, at, slots = (upload(part, self.device) for part in (*places, ids, at, slots))
+        kept = Kept(read_blocks, where[0], where[1], (plan.pages < self.kv.first).int(), *where[2:])
         return Batch(ids, at, slots, plan, kept=kept)
 
 

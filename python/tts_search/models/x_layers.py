@@ -151,9 +151,11 @@ class _Whole:
         self.one = tk.DecoderLayers([layer])
         # The rows of keys and values, and those of a query head before them, as `rope_append_` has one at least.
         heads = head_dim + 2 * width
-        panel = (layer.qkv.out_features - heads) // 16
-        scale, zero = (None if part is None else part[panel:] for part in (layer.qkv.scale, layer.qkv.zero))
-        self._heads = replace(layer.qkv, weight=layer.qkv.weight[panel:], out_features=heads, scale=scale, zero=zero)
+        first = layer.qkv.out_features - heads
+        if layer.qkv.weight.dim() > 2:  # panels of 16 rows
+            first //= 16
+        scale, zero = (None if part is None else part[first:] for part in (layer.qkv.scale, layer.qkv.zero))
+        self._heads = replace(layer.qkv, weight=layer.qkv.weight[first:], out_features=heads, scale=scale, zero=zero)
         self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-heads:]
 
     def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002

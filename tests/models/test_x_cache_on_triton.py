@@ -1,0 +1,98 @@
+"""The X cache with its memory on a GPU: a pretended one, on which Triton's kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET is not set: tests/test_triton.py runs these", allow_module_level=True)
+
+from pretend_gpu import CUDA, PretendGpu
+from test_llama_decoder import model_of
+from test_x_cache import Identity, read, text
+from tiny import save_checkpoint
+from torch import Tensor
+from tts_search.models.decoder import KVPool
+from tts_search.models.llama import LlamaDecoder
+from tts_search.models.loading import load_decoder
+from tts_search.models.x_cache import XPool
+from tts_search.models.x_layers import BLOCK, KINDS, Quantiser, kept_layers
+
+import tts_kernels as tk
+
+NAMES = {
+    "all heads": {},
+    "llama": {"num_key_value_heads": 1},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 32},
+}
+LAYERS = 4  # of "xquant-cl" the last one keeps changes
+MORE = 4  # tokens behind a block
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder: Path = tmp_path_factory.mktemp("models")
+    return {
+        name: save_checkpoint(folder / name, model_of(name, **options, num_hidden_layers=LAYERS))
+        for name, options in NAMES.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _cpu_kernels_on_a_cpu() -> None:
+    tk.use_backend("auto")
+
+
+def loaded(path: str, device: str) -> LlamaDecoder:
+    decoder = load_decoder(path, device=device, dtype="float32", decoder="lean", self_test=False)
+    assert isinstance(decoder, LlamaDecoder)
+    return decoder
+
+
+def pool_of(decoder: LlamaDecoder, kind: str | None, quantiser: type[Quantiser] = Quantiser) -> KVPool:
+    """Of a kind, or a plain one."""
+    shape, dtype = decoder.shape, decoder.dtype
+    if kind is None:
+        return KVPool(shape, 32, 16, dtype, decoder.device)
+    layers = kept_layers(kind, decoder.layers, shape.num_kv_heads, shape.head_dim, quantiser)
+    return XPool(layers, shape, 4, 32, dtype, kind, decoder.device)
+
+
+def logits(decoder: LlamaDecoder, pool: KVPool) -> Tensor:
+    """Of a text beyond a block, which two children share and go on with apart."""
+    root = pool.forest.add_root()
+    whole = read(decoder, pool, root, text(BLOCK + MORE))
+    children = pool.forest.fork([root, root])
+    ends = decoder.logits(pool.pack(children, [text(2, 1), text(3, 2)]), pool.kv)
+    return torch.cat([whole, ends])
+
+
+def on_device(path: str, kind: str | None, quantiser: type[Quantiser] = Quantiser) -> Tensor:
+    """The same on the pretended GPU."""
+    with PretendGpu(watches=False, triton=True):
+        decoder = loaded(path, "cuda")
+        pool = pool_of(decoder, kind, quantiser)
+        assert {tensor.device for tensor in pool.kv.tensors()} == {CUDA}
+        found: Tensor = logits(decoder, pool).values_  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), [("all heads", "xquant-4"), ("llama", "xquant-cl-4"), ("qwen3", "xquant-4")])
+def test_without_loss_the_logits_are_those_of_a_plain_cache(paths: dict[str, str], name: str, kind: str) -> None:
+    want, got = on_device(paths[name], None), on_device(paths[name], kind, Identity)
+    assert torch.equal(got[:BLOCK], want[:BLOCK])  # keys and values of a block that grows are what they are
+    assert (got - want).norm() < 2e-4 * want.norm()
+
+
+@pytest.mark.parametrize(("kind", "name"), zip(KINDS, ["all heads", "llama"] * 4, strict=False))
+def test_the_logits_are_near_those_of_a_cpu(paths: dict[str, str], name: str, kind: str) -> None:
+    """Sums in another order turn the rounding of a few codes: far less than what the codes lose."""
+    decoder = loaded(paths[name], "cpu")
+    exact, want = (logits(decoder, pool_of(decoder, each)) for each in (None, kind))
+    got = on_device(paths[name], kind)
+    assert (got - want)[:BLOCK].norm() < 1e-4 * want[:BLOCK].norm()
+    assert (got - want)[BLOCK:].norm() < 0.1 * (want - exact)[BLOCK:].norm()
