@@ -132,7 +132,8 @@ class SearchConfig(Presets):
         place would have had are not made. ``"compete"``: it keeps its score and competes for a place in each round;
         while it holds one, that place makes no candidates; when it loses it, it is gone.
     dedupe : bool
-        Drop later candidates of equal text before pruning.
+        Drop later candidates of equal text before pruning. Without it a text holds as many places as it was drawn:
+        no worse at equal tokens where it was measured, and mostly better.
     lookahead : int
         Greedy steps beyond each candidate that only the verifier reads.
     sort_completed : bool
