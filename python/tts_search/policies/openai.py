@@ -12,7 +12,7 @@ from tts_search.errors import ServerError, require
 from tts_search.policies.text import TextPolicy
 from tts_search.search.types import Step, StepRequest
 
-__all__ = ["OpenAIPolicy", "ServerError"]
+__all__ = ["OpenAIPolicy"]
 
 T = TypeVar("T")
 # How vLLM and SGLang call the field that holds the text at which a choice stopped; null, or a token, at the end of the
