@@ -100,7 +100,7 @@ def main() -> None:
         record.write(
             "dedupe-chat",
             what=f"The same with a chat model that is asked about each of its steps: {len(tasks)} problems of MATH-500",
-            command="python benchmarks/dedupe.py --policy PATH --data math500.jsonl",
+            command=f"python benchmarks/dedupe.py --policy PATH --data math500.jsonl --limit {options.limit}",
             beside=options.beside,
             tables={"smollm2-135m-instruct": chat(options.policy, tasks)},
             packages=("torch", "transformers"),
