@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import DTYPES, assert_names
+from rules import DTYPES, assert_names, reading_fp8
 from torch import Tensor
 from torch.library import opcheck
 
@@ -214,3 +214,45 @@ def test_bad_input_of_quantised_caches_names_the_argument() -> None:
         assert_same_memory(cache, before)
     plain = inputs(torch.float32, 9)
     assert_names(TypeError, "k_scale", tk.append_kv_, *plain, k_scale=torch.zeros(3, 16, 3, dtype=torch.float16))
+
+
+# ---- fp8 -----------------------------------------------------------------------------------------------------
+
+
+def nearest_e4m3(x: Tensor) -> Tensor:
+    """Bytes of the numbers of float8_e4m3fn nearest to those of x, by looking for them."""
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    size = x.double().abs().clamp(max=448)
+    high = torch.searchsorted(grid, size).clamp(max=126)
+    low = (high - 1).clamp(min=0)
+    up, down = grid[high] - size, size - grid[low]
+    code = torch.where((up < down) | ((up == down) & (high % 2 == 0)), high, low)
+    return (torch.where(x.isnan(), 127, code) + 128 * x.signbit()).to(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_fp8_cache_gets_the_nearest_numbers(dtype: torch.dtype) -> None:
+    """Numbers between two of them, subnormal ones, those beyond 448, infinities and NaN among them."""
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = [(grid[1:] + grid[:-1]) / 2, grid, grid * 1.03, torch.tensor([460.0, 470.0, 6e4, torch.inf, torch.nan])]
+    sizes = torch.cat([*between, 2.0 ** torch.linspace(-14, 10, 121)])
+    new = torch.cat([sizes, -sizes]).to(dtype)
+    new = new[: len(new) // 20 * 20].view(-1, 2, 10)
+    cache = tk.KVCache(1, len(new) // 4 + 2, 2, 10, page_size=4, dtype="fp8")
+    slots = torch.randperm(len(cache.k[0]) * 4)[: len(new)]
+    for t in cache.tensors():
+        t.fill_(9)
+    with reading_fp8():
+        cache.append(0, new, -new, slots)
+    others = torch.ones(len(cache.k[0]) * 4, dtype=torch.bool)
+    others[slots] = False
+    for written, values in zip(cache.tensors(), (new, -new), strict=True):
+        assert torch.equal(written.flatten(0, 1)[slots], nearest_e4m3(values))
+        assert (written.flatten(0, 1)[others] == 9).all()
+
+
+def test_an_fp8_cache_is_refused_by_cpp() -> None:
+    cache = tk.KVCache(1, 3, 3, 20, dtype=torch.float8_e4m3fn)
+    _, _, k, v, slots = inputs(torch.float32, 9)
+    with tk.use_backend("cpp"):
+        assert_names(TypeError, "k_cache: expected no torch.float8_e4m3fn with", cache.append, 0, k, v, slots)

@@ -71,3 +71,13 @@ def test_append_and_copy_of_a_quantised_cache(dtype: str) -> None:
     again = reference.dequantize_kv(cache.v[1], beside["v_scale"], beside.get("v_zero"), dtype=torch.float32)
     assert (again[3] - v[:2]).abs().max() < 0.6 * step * v.abs().max()
     assert (again[0, 0] - v[2]).abs().max() < 0.6 * step * v.abs().max()
+
+
+def test_an_fp8_cache_has_a_byte_for_each_element() -> None:
+    cache = tk.KVCache(2, 4, num_kv_heads=3, head_dim=6, page_size=2, dtype="fp8")
+    assert all(t.shape == (4, 2, 3, 6) and t.dtype == torch.float8_e4m3fn for t in (*cache.k, *cache.v))
+    assert cache.nbytes == 2 * 2 * 4 * 2 * 3 * 6
+    assert tk.KVCache(1, 1, 1, 1, dtype=torch.float8_e4m3fn).dtype == cache.dtype == "fp8"
+    cache.v[1].view(torch.uint8)[2] = 77
+    cache.copy_pages(torch.tensor([2]), torch.tensor([3]))
+    assert (cache.v[1].view(torch.uint8)[3] == 77).all()

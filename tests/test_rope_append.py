@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule, compilations
+from rules import DTYPES, assert_names, assert_rule, compilations, reading_fp8
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -258,3 +258,23 @@ def test_scales_of_a_quantised_cache_that_are_missing_are_named() -> None:
     wide = tk.KVCache(1, 9, 1, 16, dtype="int4")
     args = (case.qkv, wide.k[0], wide.v[0], case.positions, case.cos_sin, case.slots)
     assert_names(ValueError, "k_cache", tk.rope_append_, *args, num_q_heads=2, num_kv_heads=1, **wide.beside(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_fp8_cache_gets_what_append_makes_of_the_rotated_keys(dtype: torch.dtype) -> None:
+    case = Case.random(20, 4, 2, 34, dtype, norms=True)
+    case.qkv[3] *= 1000
+    ours, expected = (tk.KVCache(1, 9, 2, 34, dtype="fp8") for _ in range(2))
+    for t in (*ours.tensors(), *expected.tensors()):
+        t.zero_()
+    with reading_fp8():
+        q = case.run()
+        k, v = (cache.flatten(0, 1)[case.slots.long()] for cache in (case.k_cache, case.v_cache))
+        expected.append(0, k, v, case.slots)
+        options = dict(list(vars(case).items())[6:])
+        got = tk.rope_append_(case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots, **options)
+    assert torch.equal(got, q)
+    assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), expected.tensors(), strict=True))
+    args = (case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots)
+    with tk.use_backend("cpp"):
+        assert_names(TypeError, "k_cache: expected no torch.float8_e4m3fn", tk.rope_append_, *args, **options)

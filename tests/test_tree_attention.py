@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule, compilations
+from rules import DTYPES, assert_names, assert_rule, compilations, reading_fp8
 from torch import Tensor
 from torch.library import opcheck
 from trees import Plan, Tree, brute_plan, caches, dense_attention, grow, poison, with_short_branches
@@ -619,3 +619,22 @@ def test_opcheck_and_bad_input_of_quantised_caches(stored: str) -> None:
     assert_names(TypeError, "v_cache", attend, q, codes[0], codes[1].float(), plan, **beside)
     plain = caches(tree, 2, 16, torch.float32)
     assert_names(TypeError, "k_scale", attend, q, *plain, plan, **beside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_fp8_cache_attends_as_a_plain_cache_of_its_elements(dtype: torch.dtype) -> None:
+    """To the bit, strided too; bytes that no row sees are NaN."""
+    tree = dvts(16)
+    q_lens = [1] * len(tree.pages)
+    plan = brute_plan(tree, q_lens, 6, 2, 20)
+    stored = [poison(tree, cache).to(torch.float8_e4m3fn) for cache in caches(tree, 2, 20, torch.float32)]
+    plain = [cache.to(dtype) for cache in stored]
+    q = torch.randn(len(q_lens), 6, 20).to(dtype)
+    with reading_fp8():
+        expected = tk.tree_attention(q, plain[0], plain[1], plan)
+        assert torch.equal(tk.tree_attention(q, stored[0], stored[1], plan), expected)
+        heads_first = [c.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2).view(c.dtype) for c in stored]
+        assert torch.equal(tk.tree_attention(q, heads_first[0], heads_first[1], plan), expected)
+    assert expected.isfinite().all()
+    with tk.use_backend("cpp"):
+        assert_names(TypeError, "k_cache: expected no torch.float8_e4m3fn", tk.tree_attention, q, *stored, plan)

@@ -84,7 +84,7 @@ def call_all(dtype: torch.dtype) -> None:
     for head_dim in (64, 80, 128, 256):
         attend(dtype, head_dim, 1)
     attend(dtype, 128, 20, softcap=3.0, window=9)
-    for stored in ("int8", "int4"):
+    for stored in ("int8", "int4", "fp8"):
         attend(dtype, 80, 1, stored)
     state = (torch.randn(4, 8, 128).to(dtype), torch.randn(4, 8))
     tk.merge_states(*state, *state)
@@ -107,7 +107,7 @@ def decode(dtype: torch.dtype) -> None:
         tk.rope_append_(x, k, v, tokens, angles, slots, num_q_heads=4, num_kv_heads=2, **norms)
     new = torch.ones(3, 2, 64).to(dtype)
     tk.append_kv_(k, v, new, new, slots)
-    for stored in ("int8", "int4"):
+    for stored in ("int8", "int4", "fp8"):
         kv = tk.KVCache(1, 4, 2, 64, dtype=stored)
         tk.rope_append_(x, kv.k[0], kv.v[0], tokens, angles, slots, num_q_heads=4, num_kv_heads=2, **kv.beside(0))
         kv.append(0, new, new, slots)

@@ -15,7 +15,8 @@ from .choices import state
 
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = (torch.int32, torch.int64)
-CACHE = (*FLOAT, torch.int8, torch.uint8)
+FP8 = torch.float8_e4m3fn
+CACHE = (*FLOAT, FP8, torch.int8, torch.uint8)
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -85,13 +86,13 @@ def caches(
     *,
     written: bool = False,
 ) -> list[int | str]:
-    """A layer's caches of heads of `shape`: of the tokens' dtype, or quantised with what is to be `beside` them.
+    """A layer's caches of heads of `shape`: of the tokens' dtype, fp8, or quantised with what is to be `beside` them.
 
     `beside` are k_scale, v_scale, k_zero and v_zero under their names. Returns [Hkv, D] of the tokens. TypeError,
     ValueError.
     """
     quantized = {torch.int8: 1, torch.uint8: 2}  # elements of a byte
-    tensor(k_name, k_cache, CACHE if tokens is None else (tokens, *quantized))
+    tensor(k_name, k_cache, CACHE if tokens is None else (tokens, FP8, *quantized))
     dtype, each = k_cache.dtype, quantized.get(k_cache.dtype, 1)
     pages, page_size, heads, head_dim = shape
     if not isinstance(head_dim, str):
@@ -106,6 +107,13 @@ def caches(
         wanted = dtype == torch.uint8 if "zero" in name else dtype in quantized
         _check_beside(name, value, k_cache, wanted)
     return [k_cache.shape[2], k_cache.shape[3] * each]
+
+
+def no_cpp_for(*caches: Any) -> str:
+    """Why the C++ backend has no kernels for a layer's caches; empty if it has."""
+    if all(getattr(each, "dtype", None) != FP8 for each in caches):
+        return ""
+    return f"k_cache: expected no {FP8} with the C++ backend: Triton and the reference read it (use_backend)"
 
 
 def _check_beside(name: str, value: Any, k_cache: Tensor, wanted: bool) -> None:

@@ -12,6 +12,7 @@ from .ops.append_kv import append_kv_
 from .ops.copy_pages import copy_pages_
 
 _CODES: Final = {"int8": torch.int8, "int4": torch.uint8}
+_STORED: Final = {**_CODES, "fp8": checks.FP8}
 
 
 class Beside(TypedDict, total=False):
@@ -32,7 +33,8 @@ class KVCache:
         Sizes, at least 1 each.
     dtype
         float32, bfloat16 or float16; or "int8" or "int4", on a CPU or for Triton, which store each head of a token as
-        whole numbers with a scale of its own (`append_kv_`): D + 2 and D / 2 + 4 bytes.
+        whole numbers with a scale of its own (`append_kv_`): D + 2 and D / 2 + 4 bytes; or "fp8", for Triton:
+        float8_e4m3fn.
     device
         Where; the default device if None.
 
@@ -81,14 +83,15 @@ class KVCache:
         }
         for name, size in sizes.items():
             checks.integer(name, size, 1)
-        if dtype not in (*checks.FLOAT, *_CODES):
-            names = [*map(str, checks.FLOAT), *map(repr, _CODES)]
+        dtype = "fp8" if dtype == checks.FP8 else dtype
+        if dtype not in (*checks.FLOAT, *_STORED):
+            names = [*map(str, checks.FLOAT), *map(repr, _STORED)]
             raise TypeError(f"dtype: expected {' or '.join(names)}, got {dtype!r}")
         if dtype == "int4" and head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for int4, got {head_dim}")
         self.page_size = page_size
         self.dtype = dtype
-        stored = dtype if isinstance(dtype, torch.dtype) else _CODES[dtype]
+        stored = dtype if isinstance(dtype, torch.dtype) else _STORED[dtype]
         heads = (num_pages, page_size, num_kv_heads)
         width = head_dim // 2 if dtype == "int4" else head_dim
 
@@ -108,7 +111,8 @@ class KVCache:
     def tensors(self) -> list[Tensor]:
         """All of its memory as caches [P, page_size, Hkv, n]: what `copy_pages_` copies of a page."""
         beside = (*self.k_scale, *self.v_scale, *self.k_zero, *self.v_zero)
-        return [*self.k, *self.v, *(t[..., None] for t in beside)]
+        heads = (t.view(torch.uint8) if t.dtype == checks.FP8 else t for t in (*self.k, *self.v))
+        return [*heads, *(t[..., None] for t in beside)]
 
     def beside(self, layer: int) -> Beside:
         """The scales and zeros of a layer, under the names that operators take them by; none of a plain cache."""

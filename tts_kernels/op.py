@@ -32,6 +32,8 @@ class Op:
         made of such.
     rather_composed
         Whether that is the better choice for these arguments on a GPU, although there is a kernel.
+    no_cpp_for
+        Why C++ has no kernel for these arguments on any device, where "auto" goes on to Triton; empty if it has.
 
     A call to the C++ kernels runs no Python check: they check all that they read and fail bare, and only then does
     `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, where
@@ -47,6 +49,7 @@ class Op:
         fake: Callable[..., Any],
         composed: Callable[..., Any] | None = None,
         rather_composed: Callable[..., bool] = lambda *_: False,
+        no_cpp_for: Callable[..., str] = lambda *_: "",
     ) -> None:
         self.name = name
         OPS[name] = self
@@ -54,6 +57,7 @@ class Op:
         self.check = check
         self.composed = composed
         self.rather_composed = rather_composed
+        self.no_cpp_for = no_cpp_for
         self.overload = getattr(torch.ops.tts_kernels, name).default
         torch.library.register_fake(f"tts_kernels::{name}", self._checked(fake))
         self.triton = triton.define(self.overload, self._checked(fake))
@@ -66,6 +70,10 @@ class Op:
         runs = self.runs(device)
         if device == "cuda" and state.backend == "auto" and self.rather_composed(*args):
             runs = "torch"
+        if runs == "cpp" and (reason := self.no_cpp_for(*args)):
+            if state.backend != "auto" or self.triton is None or device not in triton.DEVICES:
+                raise TypeError(reason)
+            runs = "triton"
         if runs == "cpp":
             return self._cpp(args)
         if not torch.compiler.is_compiling() or self.triton is None:

@@ -339,11 +339,12 @@ def append_kv_(
     k_zero: Tensor | None = None,
     v_zero: Tensor | None = None,
 ) -> None:
-    """One row for each token, as `quantize_kv` makes it where the caches are quantised."""
+    """One row for each token, as `quantize_kv` makes it where the caches are quantised; fp8 ends at 448."""
     page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
     for tokens, cache, scale, zero in ((k, k_cache, k_scale, k_zero), (v, v_cache, v_scale, v_zero)):
         if scale is None:
-            cache[page, offset] = tokens
+            narrow = cache.dtype == torch.float8_e4m3fn
+            cache[page, offset] = tokens.float().clamp(-448, 448).to(cache.dtype) if narrow else tokens
             continue
         cache[page, offset], scale[page, offset], zeros = quantize_kv(tokens, 8 if zero is None else 4)
         if zero is not None:

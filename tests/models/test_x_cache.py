@@ -233,7 +233,7 @@ def test_the_command_line_takes_the_same_names() -> None:
     from tts_search.models.decoder import KvDtype
 
     assert get_args(get_args(get_args(KvType)[0])[0]) == get_args(KvDtype)
-    assert set(get_args(KvDtype)) == {"int8", "int4", *KINDS}
+    assert set(get_args(KvDtype)) == {"fp8", "int8", "int4", *KINDS}
 
 
 def test_bases_do_not_depend_on_threads() -> None:

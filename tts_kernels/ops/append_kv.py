@@ -25,15 +25,18 @@ def append_kv_(
     ``k_cache[slots[t] // page_size, slots[t] % page_size] = k[t]``, and v alike. Quantised caches get whole numbers, by
     a scale of its own for each head of a token: int8 ``x / scale`` with ``scale = max |x| / 127``; int4 ``(x - zero) /
     scale`` with ``zero = min x``, ``scale = (max x - min x) / 15``. Scale and zero are rounded to float16 before they
-    are used. A head with an element, scale or zero that is not finite is NaN.
+    are used. A head with an element, scale or zero that is not finite is NaN. fp8 caches get the nearest number of 8
+    bits, beyond 448 that, and NaN for NaN.
 
     Parameters
     ----------
     k_cache, v_cache
-        [P, page_size, Hkv, D] float or int8, or uint8 [P, page_size, Hkv, D / 2] for 4 bits: byte j has element j and,
-        in its high half, element j + D / 2. May be strided views, last dimension contiguous, but not expanded ones.
+        [P, page_size, Hkv, D] float, fp8 (float8_e4m3fn) or int8, or uint8 [P, page_size, Hkv, D / 2] for 4 bits: byte
+        j has element j and, in its high half, element j + D / 2. May be strided views, last dimension contiguous, but
+        not expanded ones.
     k, v
-        [T, Hkv, D], of the caches' dtype, or any float dtype where they are quantised. Rows and heads may be strided.
+        [T, Hkv, D], of the caches' dtype, or any float dtype where they are fp8 or quantised. Rows and heads may be
+        strided.
     slots
         [T] int: page * page_size + offset, as `KVForest.append` returns them. All different: which of two tokens
         a slot of both ends up with is undefined.
@@ -53,7 +56,7 @@ def append_kv_(
     Notes
     -----
     Reads and writes 2 T Hkv D elements; one launch. Copy the pages that `KVForest.append` names first (`copy_pages_`).
-    Quantised caches are for CPUs, and for GPUs with Triton: the CUDA kernels copy floats.
+    Quantised caches are for CPUs, and for GPUs with Triton: the CUDA kernels copy floats. fp8 is for Triton.
 
     Examples
     --------
@@ -81,7 +84,8 @@ def _check(
     heads = checks.caches("k_cache", k_cache, "v_cache", v_cache, beside=beside, written=True)
     checks.tensor("slots", slots, checks.INDEX, ["T"], k_cache.device)
     shape = [slots.shape[0], *heads]
-    checks.tensor("k", k, checks.FLOAT if k_scale is not None else (k_cache.dtype,), shape, k_cache.device)
+    narrow = k_scale is not None or k_cache.dtype == checks.FP8
+    checks.tensor("k", k, checks.FLOAT if narrow else (k_cache.dtype,), shape, k_cache.device)
     checks.tensor("v", v, (k.dtype,), shape, k_cache.device)
     checks.index_range("slots", slots, 0, k_cache.shape[0] * k_cache.shape[1])
     checks.distinct("slots", slots)
@@ -91,4 +95,10 @@ def _fake(*args: Tensor | None) -> None:  # noqa: ARG001
     return None
 
 
-_op = Op("append_kv_", reference=reference.append_kv_, check=_check, fake=_fake)
+_op = Op(
+    "append_kv_",
+    reference=reference.append_kv_,
+    check=_check,
+    fake=_fake,
+    no_cpp_for=lambda *args: checks.no_cpp_for(*args[:2]),
+)

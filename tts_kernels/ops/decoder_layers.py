@@ -336,4 +336,5 @@ _op = Op(
     check=_check,
     fake=_fake,
     composed=partial(reference.decoder_layers_, ops=_OPERATORS),
+    no_cpp_for=lambda *args: checks.no_cpp_for(*args[2], *args[3]),
 )

@@ -138,4 +138,10 @@ def _fake(qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty((qkv.shape[0], num_q_heads, cos_sin.shape[1]))
 
 
-rope_append_op = Op("rope_append_", reference=reference.rope_append_, check=_check, fake=_fake)
+rope_append_op = Op(
+    "rope_append_",
+    reference=reference.rope_append_,
+    check=_check,
+    fake=_fake,
+    no_cpp_for=lambda *args: checks.no_cpp_for(*args[1:3]),
+)

@@ -79,8 +79,8 @@ def tree_attention(
     q
         [T, Hq, D] float: the packed query rows of the plan's branches. Rows and heads may be strided.
     k_cache, v_cache
-        [P, page_size, Hkv, D], of q's dtype, or quantised as in `append_kv_`: one layer's pages. May be strided views,
-        last dimension contiguous. Slots that no row sees may hold anything, NaN included.
+        [P, page_size, Hkv, D], of q's dtype, or fp8 or quantised as in `append_kv_`: one layer's pages. May be strided
+        views, last dimension contiguous. Slots that no row sees may hold anything, NaN included.
     plan
         What `KVForest.plan` or `plan_attention` made; it serves every layer.
     scale
@@ -124,7 +124,7 @@ def tree_attention(
     a text into forwards, on pages, on plans or on threads. Keys are summed up in blocks of 64 and chunks of 512
     (256 on a GPU) at absolute positions, in ascending order.
     Quantised heads become elements of q's dtype once for all rows that share them, on CPUs and in Triton: the CUDA
-    kernels read floats.
+    kernels read floats. fp8 is for Triton.
     bfloat16 products are accumulated in float32; weights are rounded to bfloat16 before they meet the values where the
     processor multiplies pairs of bfloat16.
 
@@ -298,4 +298,10 @@ def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-tree_attention_op = Op("tree_attention", reference=reference.tree_attention, check=_check, fake=_fake)
+tree_attention_op = Op(
+    "tree_attention",
+    reference=reference.tree_attention,
+    check=_check,
+    fake=_fake,
+    no_cpp_for=lambda *args: checks.no_cpp_for(*args[1:3]),
+)

@@ -1,8 +1,8 @@
 """append_kv_: the keys and values of new tokens into their slots.
 
 A program per token copies its row of k and of v, Hkv D elements each, as integers of their width: bit for bit. Bytes:
-twice the new tokens. A quantised cache gets what csrc/include/quantized_kv.h says, to the bit: a token's heads are a
-tile, in two halves, since a byte of 4-bit codes has one of each.
+twice the new tokens. An fp8 cache gets the nearest bytes, a quantised one what csrc/include/quantized_kv.h says, to
+the bit: a token's heads are a tile, in two halves, since a byte of 4-bit codes has one of each.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .numerics import codes, is_finite, of_half, scale_and_zero
+from .numerics import codes, is_finite, of_half, scale_and_zero, to_e4m3
 
-BITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
+BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+FP8 = torch.float8_e4m3fn
 
 
 @triton.jit
 def append_kernel(
     k_cache, v_cache, k, v, slots, page_size, heads, dim,
     k_page, k_slot, k_head, v_page, v_slot, v_head, k_token, k_from, k_element, v_token, v_from, v_element,
-    BLOCK: tl.constexpr,
+    FP8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + t).to(tl.int64)
@@ -34,8 +35,11 @@ def append_kernel(
         d = (i % dim).to(tl.int64)
         there = i < heads * dim
         x = tl.load(k + t * k_token + head * k_from + d * k_element, mask=there)
-        tl.store(k_cache + page * k_page + offset * k_slot + head * k_head + d, x, mask=there)
         y = tl.load(v + t * v_token + head * v_from + d * v_element, mask=there)
+        if FP8:
+            x = to_e4m3(x.to(tl.float32))
+            y = to_e4m3(y.to(tl.float32))
+        tl.store(k_cache + page * k_page + offset * k_slot + head * k_head + d, x, mask=there)
         tl.store(v_cache + page * v_page + offset * v_slot + head * v_head + d, y, mask=there)
 
 
@@ -131,9 +135,10 @@ def append_kv_(
             FOUR=k_zero is not None, **config("rows", k.device),
         )  # fmt: skip
         return
-    bits = BITS[k.element_size()]
+    fp8, bits = k_cache.dtype == FP8, BITS[k_cache.element_size()]
+    new = (k, v) if fp8 else (k.view(bits), v.view(bits))
     append_kernel[(tokens,)](
-        k_cache.view(bits), v_cache.view(bits), k.view(bits), v.view(bits), slots.contiguous(),
-        k_cache.shape[1], heads, dim, *strides,
+        k_cache.view(bits), v_cache.view(bits), *new, slots.contiguous(),
+        k_cache.shape[1], heads, dim, *strides, FP8=fp8,
         BLOCK=min(1024, triton.next_power_of_2(heads * dim)), **config("rows", k.device),
     )  # fmt: skip

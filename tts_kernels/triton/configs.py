@@ -29,6 +29,7 @@ CONFIGS: dict[str, dict[str, _Config]] = {
         "sample": {"BLOCK": 4096, "num_warps": 16},
         "tree_attention": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "tree_attention_wide": {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1},  # float32, or a head above 128
+        "tree_attention_codes": {},  # what is other for caches of fp8, int8 or int4
     },
     "ampere": {},
     "ada": {"linear_logprob": {"BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}},
@@ -38,6 +39,7 @@ CONFIGS: dict[str, dict[str, _Config]] = {
         "hidden_layer": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "linear_logprob": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "sample": {"BLOCK": 4096, "num_warps": 8},
+        "tree_attention_codes": {"BLOCK_N": 16, "num_warps": 1},  # Triton 3.7 fails to compile more
     },
     "interpreter": {},
 }

@@ -114,6 +114,29 @@ def codes(x, scale, zero, bottom, top):
     return tl.where(some, code, 0.0).to(tl.int32)
 
 
+# ---- float8_e4m3fn, in whole numbers: not every GPU has it, nor does the interpreter ---------------------------------
+
+
+@triton.jit
+def to_e4m3(x):
+    """The byte nearest to a float32, an even one on ties; beyond 448 that of 448."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(tl.abs(x), 448.0)
+    whole = size.to(tl.int32, bitcast=True)
+    normal = ((whole + 0x7FFFF + ((whole >> 20) & 1)) >> 20) - (120 << 3)  # 3 bits of 23, a bias of 7 for 127
+    small = ((size * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)  # steps of 2**-9
+    code = tl.where(x != x, 0x7F, tl.where(size < 0.015625, small, normal))
+    return (((bits >> 24) & 0x80) | code).to(tl.uint8)
+
+
+@triton.jit
+def of_e4m3(byte):
+    """float32 of a byte, by way of float16: 4 more bits of mantissa, a bias of 15 for 7."""
+    code = byte.to(tl.int32)
+    x = of_half(((code & 0x80) << 8) | ((code & 0x7F) << 7)) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), x)
+
+
 # ---- order: csrc/include/total_order.h ---------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 A program per token: its Hq + 2 Hkv heads are a tile; heads of q and k are normed (if there are weights) and rotated in
 float32, pairs being the halves of a head, and rounded once; q goes to the output, k and v to the token's slot, v bit
-for bit. A quantised cache gets what append_kv_ would make of them. Bytes: each element once.
+for bit. A cache of fp8 or codes gets what append_kv_ would make of them. Bytes: each element once.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append_kv import as_bits, put_codes, quantized
+from .append_kv import BITS, FP8, as_bits, put_codes, quantized
 from .configs import config
-from .numerics import dense_rows, narrow
+from .numerics import dense_rows, narrow, to_e4m3
 
 
 @triton.jit
 def rope_kernel(
     qkv, row_stride, out, k_cache, v_cache, positions, cos_sin, slots, page_size, num_q_heads, num_kv_heads,
     q_norm, k_norm, eps, k_page, k_slot, k_head, v_page, v_slot, v_head, k_scale, v_scale, k_zero, v_zero,
-    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    FP8: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -68,6 +68,11 @@ def rope_kernel(
     k_at = page * k_page + offset * k_slot + of_k * k_head
     v_at = page * v_page + offset * v_slot + of_v * v_head
     if k_scale is None:
+        if FP8:
+            rotated_low = to_e4m3(rotated_low.to(tl.float32))
+            rotated_high = to_e4m3(rotated_high.to(tl.float32))
+            raw_low = to_e4m3(raw_low.to(tl.float32))
+            raw_high = to_e4m3(raw_high.to(tl.float32))
         key = k_cache + k_at[:, None] + d
         tl.store(key, rotated_low, mask=column & is_k)
         tl.store(key + HALF, rotated_high, mask=column & is_k)
@@ -107,12 +112,14 @@ def rope_append_(
     qkv, tokens, head_dim = dense_rows(qkv), qkv.shape[0], cos_sin.shape[1]
     out = qkv.new_empty(tokens, num_q_heads, head_dim)
     if qkv.numel():
+        fp8 = k_cache.dtype == FP8
+        caches = (cache.view(BITS[1]) if fp8 else cache for cache in (k_cache, v_cache))
         norms = (None if norm is None else norm.contiguous() for norm in (q_norm, k_norm))
         rope_kernel[(tokens,)](
-            qkv, qkv.stride(0), out, k_cache, v_cache, positions.contiguous(), cos_sin.contiguous(),
+            qkv, qkv.stride(0), out, *caches, positions.contiguous(), cos_sin.contiguous(),
             slots.contiguous(), k_cache.shape[1], num_q_heads, num_kv_heads, *norms, eps,
             *k_cache.stride()[:3], *v_cache.stride()[:3], *as_bits(k_scale, v_scale, k_zero, v_zero),
-            HALF=head_dim // 2,
+            FP8=fp8, HALF=head_dim // 2,
             HEADS=triton.next_power_of_2(num_q_heads + 2 * num_kv_heads), BLOCK=triton.next_power_of_2(head_dim // 2),
             **config("rows", qkv.device),
         )  # fmt: skip

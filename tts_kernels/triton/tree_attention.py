@@ -14,7 +14,8 @@ A key that a row must not see may hold anything. Its score is replaced by -inf; 
 would turn an infinity or NaN into NaN, so blocks in which some row does not see some key multiply only finite values,
 and add the others, if there are any, key by key to the rows that see them.
 
-Codes of a quantised cache become elements of q's type when a block is loaded, once for all rows of the tile.
+Bytes of an fp8 cache, and codes of a quantised one, become elements of q's type when a block is loaded, once for all
+rows of the tile.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import SEGMENT_INTS, TASK_INTS
+from .append_kv import BITS, FP8
 from .configs import config
-from .numerics import LN2, LOG2E, dot, fused, narrow, tanh
+from .numerics import LN2, LOG2E, dot, fused, narrow, of_e4m3, tanh
 
 SEGMENT = tl.constexpr(SEGMENT_INTS)
 TASK = tl.constexpr(TASK_INTS)
@@ -34,6 +36,9 @@ KEY_BLOCK = tl.constexpr(64)  # kKeyBlock of csrc/include/plan.h
 # Where the state of a row's chunk goes; else a slot.
 NOWHERE = tl.constexpr(-2)
 OWN = tl.constexpr(-1)
+
+# How caches have their elements.
+PLAIN, E4M3, INT8, INT4 = (tl.constexpr(i) for i in range(4))
 
 # Pieces of one buffer (a plan's tables, the partial states), which begin at any multiple of 4 bytes: a kernel compiled
 # for each alignment of each piece would be compiled anew for nearly every plan.
@@ -85,11 +90,13 @@ def put(slot, head, top, total, acc, mask, d, part_out, part_max, part_sum, num_
 def elements(cache, at, d, mask, number, inside, scale, zero, dtype: tl.constexpr, FORMAT: tl.constexpr,
              HALF: tl.constexpr):  # fmt: skip
     """Elements d of heads that begin at ``cache + at``; their scales and zeros stand at ``number``."""
-    if FORMAT == 0:
+    if FORMAT == PLAIN:
         x = tl.load(cache + at + d, mask=mask, other=0.0)
+    elif FORMAT == E4M3:
+        x = narrow(of_e4m3(tl.load(cache + at + d, mask=mask, other=0)), dtype)
     else:
         factor = tl.load(scale + number, mask=inside, other=0.0).to(tl.float32)
-        if FORMAT == 4:
+        if FORMAT == INT4:
             pair = tl.load(cache + at + d % HALF, mask=mask, other=0).to(tl.int32)
             code = (tl.where(d >= HALF, pair >> 4, pair) & 15).to(tl.float32)
             offset = tl.load(zero + number, mask=inside, other=0.0).to(tl.float32)
@@ -321,6 +328,13 @@ def tree_attention(
     options = config("tree_attention_wide" if wide else "tree_attention", q.device)
     block_m = 16 if wide else 32  # whatever the plan: another tile might sum up in another order
     logits = lse if sinks is None else sinks
+    form = PLAIN
+    if k_cache.dtype == FP8:
+        form, k_cache, v_cache = E4M3, k_cache.view(BITS[1]), v_cache.view(BITS[1])
+    elif k_scale is not None:
+        form = INT8 if k_zero is None else INT4
+    if form.value != PLAIN.value:
+        options = options | config("tree_attention_codes", q.device)
     if tasks.shape[0]:
         task_kernel[(tasks.shape[0], num_kv_heads)](
             q, k_cache, v_cache, rows, positions, pages, segments, tasks, merge_indptr, sizes, logits,
@@ -328,7 +342,7 @@ def tree_attention(
             page_size, num_q_heads, group, scale, softcap, window,
             *q.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], k_scale, v_scale, k_zero, v_zero,
             SOFTCAP=softcap != 0, WINDOW=window > 0, SINKS=sinks is not None, DIM=dim, BLOCK_D=block_d,
-            BLOCK_M=block_m, FORMAT=0 if k_scale is None else 8 if k_zero is None else 4, **options,
+            BLOCK_M=block_m, FORMAT=form.value, **options,
         )  # fmt: skip
     block_h = min(8, triton.next_power_of_2(num_q_heads))
     merge_kernel[(num_rows, triton.cdiv(num_q_heads, block_h))](

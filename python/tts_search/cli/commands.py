@@ -142,10 +142,12 @@ Memory = Annotated[
     Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.", callback=_checked_by(_check_memory)),
 ]
 KvType = Annotated[
-    Literal["int8", "int4", "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2"]
-    | None,
+    Literal[
+        "fp8", "int8", "int4",
+        "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2",
+    ] | None,
     Option("--kv-dtype", help="Keep keys and values of both models in few bits; by default in the models' dtype."),
-]
+]  # fmt: skip
 Quantize = Annotated[
     Literal["int8", "int4"] | None, Option("--quantize", help="Quantise the weights of both models while they load.")
 ]

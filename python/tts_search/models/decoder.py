@@ -20,7 +20,7 @@ from tts_search.models.device import refill, upload
 PAGE_SIZE: Final = 16
 DecoderKind = Literal["auto", "lean", "transformers"]
 KvDtype = Literal[
-    "int8", "int4", "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2"
+    "fp8", "int8", "int4", "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2"
 ]
 
 
@@ -55,7 +55,7 @@ class DecoderShape:
         if isinstance(dtype, torch.dtype):
             head = self.head_dim * dtype.itemsize
         else:
-            head = {"int8": self.head_dim + 2, "int4": self.head_dim // 2 + 4}[dtype]
+            head = {"fp8": self.head_dim, "int8": self.head_dim + 2, "int4": self.head_dim // 2 + 4}[dtype]
         return 2 * self.num_layers * self.num_kv_heads * head
 
     def flops(self, tokens: int, keys: int, logit_rows: int) -> float:
@@ -132,7 +132,7 @@ class KVPool:
     num_pages, page_size : int
         Of the pool; it holds ``num_pages * page_size`` tokens.
     dtype, device
-        Of keys and values; "int8" and "int4" as in :class:`tts_kernels.KVCache`.
+        Of keys and values; "fp8", "int8" and "int4" as in :class:`tts_kernels.KVCache`.
 
     Attributes
     ----------

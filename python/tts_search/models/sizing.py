@@ -79,10 +79,16 @@ def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
     if kv_dtype not in get_args(KvDtype):
         names = ", ".join(map(repr, get_args(KvDtype)))
         raise ValueError(f"kv_dtype: expected None or one of {names}, got {kv_dtype!r}")
-    if kv_dtype not in KINDS and decoder.device.type == "cuda" and tk.backend_info().on_gpu["tree_attention"] == "cpp":
+    info, device = tk.backend_info(), decoder.device
+    by_cpp = info.on_gpu["tree_attention"] == "cpp" if device.type == "cuda" else info.in_use in ("auto", "cpp")
+    if kv_dtype == "fp8" and by_cpp and (device.type == "cpu" or info.in_use == "cpp" or info.available["triton"]):
         raise ValueError(
-            f"kv_dtype: expected None on {decoder.device} with the C++ backend, whose attention there reads floats "
-            f"only, got {kv_dtype!r}; tts_kernels.use_backend('triton') reads it"
+            f"kv_dtype: expected no fp8 on {device}, as C++'s kernels do not read it; Triton's on a GPU do"
+        )
+    if kv_dtype in ("int8", "int4") and by_cpp and device.type == "cuda":
+        raise ValueError(
+            f"kv_dtype: expected no {kv_dtype} on {device} with the C++ backend, whose attention there reads floats "
+            "only; tts_kernels.use_backend('triton') reads it"
         )
     if kv_dtype == "int4" and decoder.shape.head_dim % 2:
         raise ValueError(f"kv_dtype: expected no int4 for heads of an odd size, {decoder.shape.head_dim}")

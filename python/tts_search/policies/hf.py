@@ -65,7 +65,8 @@ class HFPolicy:
         ``"int8"`` and ``"int4"`` store keys and values in 8 or 4 bits, with a scale for each head of a token: about
         half and 0.28 of bfloat16's bytes, so that the pool has room for so many more tokens. ``"xquant-8"``, ``-4``,
         ``-3``, ``-2`` and ``"xquant-cl-4"``, ``-3``, ``-2`` keep the inputs of the layers in so many bits and make keys
-        and values of them in every forward (models of the lean decoder). On a CPU. By default the dtype of the model.
+        and values of them in every forward (models of the lean decoder). ``"fp8"``, on a GPU, stores a byte for each
+        element without a scale. By default the dtype of the model.
     decoder : {"auto", "lean", "transformers"}
         What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
         modules in transformers with attention over the forest. The other two values insist on one.
