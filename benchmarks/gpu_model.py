@@ -36,7 +36,8 @@ ASSUMPTIONS = """\
   published: A100's rate an SM and clock, 26% of the data sheet's, is assumed.
 * The SM with the most blocks ends last; a launch costs 2 us beside its work (as a node of a CUDA graph).
 * CUDA cores: a lane does one instruction a clock at the float32 rate. `sample`: 25 instructions an element of a pass
-  that weighs it, 10 of one that compares it; with a cut 4 passes weigh and 6 compare, without one 3 and 1."""
+  that weighs it, 10 of one that compares it; with a cut 4 passes weigh and 6 compare, without one 3 and 1. Where
+  blocks share a row, they meet after each pass, which takes a write and a read of memory."""
 
 SUSTAINED, LATENCY, LAUNCH = 0.92, 700e-9, 2e-6
 L2_BYTES_A_CLOCK, SHARED_BYTES_A_CLOCK = 32, 128
@@ -85,7 +86,8 @@ GPUS = {
 @dataclass(frozen=True)
 class Launch:
     """One launch. ``kernel`` is a pattern of gpu_static's names; ``l2``: bytes that go through L2 beside ``memory``;
-    ``shared``: bytes that warps load from shared memory."""
+    ``shared``: bytes that warps load from shared memory. Where SMs are left over, ``most`` blocks at most do the work
+    of one, and meet ``meetings`` times."""
 
     kernel: str
     blocks: int
@@ -95,21 +97,33 @@ class Launch:
     tensor: float = 0
     instructions: float = 0
     shared: float = 0
+    most: int = 1
+    meetings: int = 0
+
+    def grid(self, sms: int) -> int:
+        """Blocks on a GPU of so many SMs."""
+        return self.blocks * max(1, min(self.most, sms // max(1, self.blocks)))
 
     def seconds(self, gpu: GPU, blocks_an_sm: int) -> float:
         """What the model predicts."""
         if self.blocks == 0:
             return 0.0
-        resident = min(self.blocks, gpu.sms * blocks_an_sm)
-        busy = self.blocks / (math.ceil(self.blocks / gpu.sms) * gpu.sms)
+        blocks = self.grid(gpu.sms)
+        resident = min(blocks, gpu.sms * blocks_an_sm)
+        busy = blocks / (math.ceil(blocks / gpu.sms) * gpu.sms)
         arriving = resident * self.under_way / LATENCY
         clocks = busy * gpu.sms * gpu.clock
-        return LAUNCH + max(
-            self.memory / min(SUSTAINED * gpu.memory, arriving),
-            (self.memory + self.l2) / (clocks * L2_BYTES_A_CLOCK),
-            self.shared / (clocks * SHARED_BYTES_A_CLOCK),
-            self.tensor / (busy * gpu.mma_share * gpu.tensor),
-            self.instructions / (busy * gpu.float32 / 2),
+        together = LAUNCH + 2 * LATENCY * self.meetings if blocks > self.blocks else 0.0  # clears counters first
+        return (
+            LAUNCH
+            + together
+            + max(
+                self.memory / min(SUSTAINED * gpu.memory, arriving),
+                (self.memory + self.l2) / (clocks * L2_BYTES_A_CLOCK),
+                self.shared / (clocks * SHARED_BYTES_A_CLOCK),
+                self.tensor / (busy * gpu.mma_share * gpu.tensor),
+                self.instructions / (busy * gpu.float32 / 2),
+            )
         )
 
 
@@ -225,11 +239,13 @@ def merge_states(rows: int, heads: int, dim: int) -> list[Launch]:
 
 
 def sample(rows: int, vocabulary: int, cut: bool) -> list[Launch]:
-    """A block of 512 threads for each row, two turns of eight float32 logits under way in each."""
+    """A block of 512 threads for each row, two turns of eight float32 logits under way in each; up to eight blocks."""
     weigh, compare = (4, 6) if cut else (3, 1)
     work = rows * vocabulary * (25.0 * weigh + 10 * compare)
     bytes_ = 4 * rows * vocabulary
-    return [Launch(r"^sample_kernel<float", rows, 512 * 64, bytes_, (weigh + compare - 1) * bytes_, 0, work)]
+    most, passes = min(8, max(1, vocabulary // 8192)), weigh + compare
+    again = (passes - 1) * bytes_
+    return [Launch(r"^sample_kernel<float", rows, 512 * 64, bytes_, again, 0, work, most=most, meetings=passes)]
 
 
 @dataclass(frozen=True)
@@ -335,8 +351,11 @@ def cases() -> list[Case]:
             for n in (4, 64)
             for bits in (8, 4)
         ),
-        Case("sample", "64 x 151,936, top-p", costs.sample(64, vocabulary, F32), sample(64, vocabulary, True)),
-        Case("sample", "64 x 151,936, plain", costs.sample(64, vocabulary, F32), sample(64, vocabulary, False)),
+        *(
+            Case("sample", f"{n} x 151,936, {how}", costs.sample(n, vocabulary, F32), sample(n, vocabulary, cut))
+            for n in (64, 4)
+            for how, cut in (("top-p", True), ("plain", False))
+        ),
         *(
             Case("step_scores", f"32 steps of {h}", costs.step_scores(32, h, BF16), step_scores(32, h))
             for h in (1536, 8192)

@@ -86,6 +86,25 @@ def test_draws_exactly_the_definition(name: str, dtype: torch.dtype, vocab: int)
     assert_rule(out.logprobs, exact, plain)
 
 
+@pytest.mark.parametrize("name", ["plain", "greedy", "top_k, top_p", "all"])
+@pytest.mark.parametrize("vocab", [2051, 20_011])
+def test_rows_whose_ends_decide(name: str, vocab: int) -> None:
+    """Where blocks of a GPU share a row, each has a part of it, and one finds the token."""
+    logits = torch.randn(6, vocab)
+    logits[0, -3:] = 30.0  # the last part has it all
+    logits[1] = 0.25
+    logits[2, [5, -5, -4]] = torch.inf
+    logits[3, -1] = torch.nan
+    logits[4] = -torch.inf
+    logits[5, : vocab // 2] = -torch.inf
+    seeds, offsets = torch.arange(6), torch.arange(6) * 7
+    out = draw(logits, seeds, offsets, **OPTIONS[name])
+    with tk.use_backend("reference"):
+        expected = draw(logits, seeds, offsets, **OPTIONS[name])
+    assert torch.equal(out.tokens, expected.tokens)
+    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["top_k", "top_p", "top_k, top_p", "top_p, min_p", "all"])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
 def test_a_misleading_row(name: str, spread: float) -> None:

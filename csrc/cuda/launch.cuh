@@ -38,4 +38,13 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
     check(cudaGetLastError());
 }
 
+// The same for blocks that wait for each other: CUDA refuses a grid that the device does not run at once.
+template <class... Parameters>
+void launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                     Parameters... args) {
+    void* pointers[] = {&args...};
+    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(blocks),
+                                      threads, pointers, 0, stream));
+}
+
 }  // namespace tts::cuda

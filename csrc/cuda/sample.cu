@@ -2,7 +2,9 @@
 //
 // Weights are integers (fixed_exp.cuh), so every sum is exact and the draw is the CPU's to the bit; what the
 // options mean is told in csrc/cpu/sample.cpp. A block of 512 threads for each row, a warp for each sixteenth
-// of it; the first pass brings the row into L2, where the others find it:
+// of it; where rows are fewer than SMs, up to eight blocks share a row (Team): they add up their sums through
+// memory and meet there after each pass, so they all decide alike. The first pass brings the row into L2,
+// where the others find it:
 //
 //   1  the maximum;  2  all weights, tempered and not;
 //   3  for top-k and for top-p, the cut: the range that it lies in is halved, a pass each time, until up to
@@ -12,7 +14,10 @@
 //   into
 //      pieces again, until a warp holds it.
 //
-// Bytes: V logits from memory, six to ten times as many from L2 with a cut, three without. One launch.
+// Bytes: V logits from memory, six to ten times as many from L2 with a cut, three without. One launch, a
+// cooperative one behind a clearing of counters where blocks share rows.
+#include <algorithm>
+
 #include "block_size.cuh"
 #include "fixed_exp.cuh"
 #include "launch.cuh"
@@ -29,10 +34,89 @@ namespace {
 
 constexpr int kThreads = block_size(512), kWarps = kThreads / kWarp, kList = 2 * kThreads, kEach = 8;
 constexpr float kLargest = 3.40282347e38f;
+constexpr int64_t kLogitsOfBlock = 16 * kThreads;  // at least, of a row that blocks share
+constexpr int kElsewhere = -2;                     // in place of a token that another block finds
 
-struct Piece {  // of the kept weights, by warp
+struct Piece {  // of the kept weights, by warp or by block
     uint64_t above;
     uint32_t ties;
+};
+
+// ---- the blocks that share a row --------------------------------------------------------------------------
+
+// What one block has found, and what all have.
+struct Note {
+    uint64_t a = 0, b = 0, c = 0;
+
+    __device__ Note operator+(const Note& other) const { return {a + other.a, b + other.b, c + other.c}; }
+};
+
+// A row's blocks in memory: counters, 0 at first, and what needs no value before.
+struct RowCounters {
+    uint32_t arrived, listed[2];
+};
+struct RowBoard {
+    Note notes[2][kMostSampleBlocks];
+    uint64_t weights[kList];
+    int32_t keys[kList];
+};
+
+// This block's place among those of its row. Its members are the same in all threads and, but for the rank,
+// in all blocks, which call its functions in the same order.
+class Team {
+  public:
+    __device__ Team(RowCounters* counters, RowBoard* board, int rank, int size)
+        : counters_(counters), board_(board), rank_(rank), size_(size) {}
+
+    __device__ int rank() const { return rank_; }
+    __device__ int size() const { return size_; }
+    __device__ RowBoard& board() const { return *board_; }
+    // What draw returns where all blocks know that there is no token: one of them says so.
+    __device__ int no_token() const { return rank_ == 0 ? -1 : kElsewhere; }
+
+    // Waits for all blocks; what they wrote before can be read then.
+    __device__ void meet() {
+        ++meetings_;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            atomicAdd(&counters_->arrived, 1u);
+            const uint32_t all = meetings_ * static_cast<uint32_t>(size_);
+            while (*static_cast<volatile uint32_t*>(&counters_->arrived) < all) {
+            }
+            __threadfence();
+        }
+        __syncthreads();
+    }
+
+    // What each block has found, which every thread of it knows, from the first block to the last. It can be
+    // read until the next meeting but one.
+    __device__ const Note* share(const Note& mine) {
+        Note* notes = board_->notes[meetings_ % 2];
+        if (threadIdx.x == 0) notes[rank_] = mine;
+        meet();
+        return notes;
+    }
+
+    __device__ Note sum(const Note& mine) {
+        if (size_ == 1) return mine;
+        const Note* notes = share(mine);
+        Note all;
+        for (int i = 0; i < size_; ++i) all = all + notes[i];
+        return all;
+    }
+
+    // The first of `count` free places in one of the row's two lists, and how many are taken.
+    __device__ uint32_t reserve(int list, uint32_t count) const {
+        return atomicAdd(&counters_->listed[list], count);
+    }
+    __device__ uint32_t listed(int list) const { return counters_->listed[list]; }
+
+  private:
+    RowCounters* counters_;
+    RowBoard* board_;
+    int rank_, size_;
+    uint32_t meetings_ = 0;
 };
 
 struct Shared {
@@ -42,7 +126,7 @@ struct Shared {
     uint32_t counts[kWarps];
     float floats[kWarps];
     Piece pieces[kWarps];
-    uint32_t listed;
+    uint32_t listed, at;
 };
 
 // ---- a row ------------------------------------------------------------------------------------------------
@@ -51,7 +135,8 @@ template <class T>
 struct Row {
     const T* x;
     int vocab;
-    bool vectors;  // the row begins at a multiple of 16 bytes
+    bool vectors;    // the row begins at a multiple of 16 bytes
+    int begin, end;  // this block's part; begin is a multiple of kEach
     SampleOptions options;
 
     __device__ bool greedy() const { return options.temperature == 0.0f; }
@@ -75,11 +160,11 @@ struct Row {
         }
     }
 
-    // The same for the whole row, by the block.
+    // The same for this block's part, by the block.
     template <class F>
     __device__ void each(F f) const {
-        const int size = piece_size(0, vocab);
-        each(min(warp() * size, vocab), min((warp() + 1) * size, vocab), f);
+        const int size = piece_size(begin, end), first = min(begin + warp() * size, end);
+        each(first, min(first + size, end), f);
     }
 
     // A warp's part of [begin, end), a multiple of kEach.
@@ -125,11 +210,29 @@ __device__ int32_t middle(int32_t low, int32_t high, int step) {
     return min(max(by_value, low), high - 1);
 }
 
+// All blocks' lists in place of this block's.
+__device__ void gather(int list, Team& team, Shared& shared) {
+    RowBoard& board = team.board();
+    if (threadIdx.x == 0) shared.at = team.reserve(list, shared.listed);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < shared.listed; i += kThreads) {
+        board.keys[shared.at + i] = shared.keys[i];
+        board.weights[shared.at + i] = shared.weights[i];
+    }
+    team.meet();
+    if (threadIdx.x == 0) shared.listed = team.listed(list);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < shared.listed; i += kThreads) {
+        shared.keys[i] = board.keys[i];
+        shared.weights[i] = board.weights[i];
+    }
+}
+
 // The largest logit whose measure, with that of all above it, reaches `target`; `above`: the measure of those
 // above it alone. An element measures its weight, or 1. It lies in [floor, top], where `count` elements are.
 template <class T>
 __device__ float select(const Row<T>& row, bool by_weight, float top, float floor, uint32_t count,
-                        uint64_t target, uint64_t& above, Shared& shared) {
+                        uint64_t target, uint64_t& above, Team& team, Shared& shared) {
     const FixedExp exp = row.weights();
     const auto measure = [&](float x) { return by_weight ? exp.weight(x - top) : uint64_t{1}; };
     int32_t low = order_key(floor), high = order_key(top);
@@ -147,6 +250,7 @@ __device__ float select(const Row<T>& row, bool by_weight, float top, float floo
                 shared.weights[at] = measure(x);
             });
             __syncthreads();
+            if (team.size() > 1) gather(by_weight, team, shared);
             count = shared.listed;
             listed = true;
         }
@@ -166,6 +270,10 @@ __device__ float select(const Row<T>& row, bool by_weight, float top, float floo
             upper.count = reduce_block<kThreads>(upper.count, shared.counts, Add{});
         }
         upper.measure = reduce_block<kThreads>(upper.measure, shared.sums, Add{});
+        if (!listed) {
+            const Note all = team.sum({upper.measure, upper.count, 0});
+            upper = {all.a, static_cast<uint32_t>(all.b)};
+        }
         if (above + upper.measure >= target) {
             low = mid + 1;
             if (!listed) count = upper.count;
@@ -180,7 +288,7 @@ __device__ float select(const Row<T>& row, bool by_weight, float top, float floo
 
 // `all`: the sum of all weights; `count`: of the logits that are not below `floor`, where weights are 0.
 template <class T>
-__device__ Cut find_cut(const Row<T>& row, float top, float floor, uint64_t all, uint32_t count,
+__device__ Cut find_cut(const Row<T>& row, float top, float floor, uint64_t all, uint32_t count, Team& team,
                         Shared& shared) {
     const FixedExp exp = row.weights();
     Cut cut;
@@ -188,18 +296,18 @@ __device__ Cut find_cut(const Row<T>& row, float top, float floor, uint64_t all,
     cut.least = row.options.min_p * static_cast<float>(uint64_t{1} << kWeightBits);
     const uint64_t k = static_cast<uint64_t>(row.options.top_k);
     if (row.has_top_k() && k <= count) {
-        cut.logit = select(row, false, top, floor, count, k, above, shared);
+        cut.logit = select(row, false, top, floor, count, k, above, team, shared);
         if (row.has_top_p()) {  // of what top-k leaves
             uint64_t left = 0;
             row.each([&](int, float x) {
                 if (x >= cut.logit) left += exp.weight(x - top);
             });
-            all = reduce_block<kThreads>(left, shared.sums, Add{});
+            all = team.sum({reduce_block<kThreads>(left, shared.sums, Add{}), 0, 0}).a;
         }
     }
     if (row.has_top_p()) {
         const uint64_t target = part_of(row.options.top_p, all);
-        cut.logit = select(row, true, top, floor, count, target, above, shared);
+        cut.logit = select(row, true, top, floor, count, target, above, team, shared);
         const uint64_t weight = exp.weight(cut.logit - top);
         if (weight > 0) cut.ties = static_cast<uint32_t>((target - above + weight - 1) / weight);
     }
@@ -229,24 +337,38 @@ __device__ void weigh_pieces(const Row<T>& row, const Cut& cut, float top, int b
     __syncthreads();
 }
 
-// The token at which the running sum of kept weights exceeds a random part of it.
+// The token at which the running sum of kept weights exceeds a random part of it; kElsewhere if another block
+// finds it.
 template <class T>
-__device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Shared& shared) {
+__device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Team& team, Shared& shared) {
     const FixedExp exp = row.weights();
     const float tie = exp(cut.logit - top);
     const uint64_t tie_weight = tie >= cut.least ? __float2ull_rn(tie) : 0;
     uint32_t ties_left = cut.ties;
     const auto kept = [&](const Piece& p) { return p.above + tie_weight * min(p.ties, ties_left); };
 
-    int begin = 0, end = row.vocab;
+    int begin = row.begin, end = row.end;
     weigh_pieces(row, cut, top, begin, end, shared);
+    Note mine;
+    for (const Piece& p : shared.pieces) mine = mine + Note{p.above, p.ties, 0};
+    const Note* const notes = team.size() > 1 ? team.share(mine) : &mine;
+    const auto piece_of = [&](int block) {
+        return Piece{notes[block].a, static_cast<uint32_t>(notes[block].b)};
+    };
     uint64_t total = 0;
-    for (int w = 0; w < kWarps; ++w) {
-        total += kept(shared.pieces[w]);
-        ties_left -= min(shared.pieces[w].ties, ties_left);
+    for (int b = 0; b < team.size(); ++b) {
+        total += kept(piece_of(b));
+        ties_left -= min(piece_of(b).ties, ties_left);
     }
     uint64_t target = draw_below(row.options, total);
     ties_left = cut.ties;
+    for (int b = 0; b < team.rank(); ++b) {
+        const uint64_t weight = kept(piece_of(b));
+        if (target < weight) return kElsewhere;
+        target -= weight;
+        ties_left -= min(piece_of(b).ties, ties_left);
+    }
+    if (team.rank() < team.size() - 1 && target >= kept(piece_of(team.rank()))) return kElsewhere;
     for (;;) {
         const int size = Row<T>::piece_size(begin, end);
         int w = 0;
@@ -272,10 +394,21 @@ __device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Shared& 
     return -1;
 }
 
-// The index of the n-th logit that equals `value`, -1 if there is none where it should be.
+// The index of the n-th logit that equals `value`, -1 if there is none where it should be; kElsewhere if it
+// is another block's.
 template <class T>
-__device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Shared& shared) {
-    int begin = 0, end = row.vocab;
+__device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Team& team, Shared& shared) {
+    if (team.size() > 1) {
+        uint32_t equal = 0;
+        row.each([&](int, float x) { equal += x == value; });
+        const Note* const notes = team.share({reduce_block<kThreads>(equal, shared.counts, Add{}), 0, 0});
+        for (int b = 0; b < team.rank(); ++b) {
+            if (n < notes[b].a) return kElsewhere;
+            n -= notes[b].a;
+        }
+        if (team.rank() < team.size() - 1 && n >= notes[team.rank()].a) return kElsewhere;
+    }
+    int begin = row.begin, end = row.end;
     for (;;) {
         const int size = Row<T>::piece_size(begin, end), first = min(begin + warp() * size, end);
         uint32_t equal = 0;
@@ -297,7 +430,7 @@ __device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Shared& sha
 
 // A row with +inf: each such logit weighs 1 and all others nothing; -1 without a finite logit beside them.
 template <class T>
-__device__ int draw_infinite(const Row<T>& row, float& logprob, Shared& shared) {
+__device__ int draw_infinite(const Row<T>& row, float& logprob, Team& team, Shared& shared) {
     uint32_t infinite = 0;
     bool finite = false;
     row.each([&](int, float x) {
@@ -305,10 +438,11 @@ __device__ int draw_infinite(const Row<T>& row, float& logprob, Shared& shared) 
         finite |= x - x == 0.0f;
     });
     infinite = reduce_block<kThreads>(infinite, shared.counts, Add{});
-    if (!__syncthreads_or(finite)) return -1;
-    logprob = static_cast<float>(-log(static_cast<double>(infinite)));
-    const uint64_t part = part_of(row.options.top_p, infinite);
-    return nth_equal(row, INFINITY, row.greedy() ? 0 : draw_below(row.options, part), shared);
+    const Note all = team.sum({infinite, __syncthreads_or(finite) != 0, 0});
+    if (all.b == 0) return team.no_token();
+    logprob = static_cast<float>(-log(static_cast<double>(all.a)));
+    const uint64_t part = part_of(row.options.top_p, all.a);
+    return nth_equal(row, INFINITY, row.greedy() ? 0 : draw_below(row.options, part), team, shared);
 }
 
 struct Scan {
@@ -317,7 +451,7 @@ struct Scan {
 };
 
 template <class T>
-__device__ Scan find_top(const Row<T>& row, Shared& shared) {
+__device__ Scan find_top(const Row<T>& row, Team& team, Shared& shared) {
     float top = -INFINITY;
     bool nan = false;
     row.each([&](int, float x) {
@@ -325,17 +459,25 @@ __device__ Scan find_top(const Row<T>& row, Shared& shared) {
         nan |= x != x;
     });
     top = reduce_block<kThreads>(top, shared.floats, Max{});
-    return {top, __syncthreads_or(nan) != 0};
+    nan = __syncthreads_or(nan) != 0;
+    if (team.size() == 1) return {top, nan};
+    const Note* const notes = team.share({__float_as_uint(top), nan, 0});
+    for (int b = 0; b < team.size(); ++b) {
+        top = fmaxf(top, __uint_as_float(static_cast<uint32_t>(notes[b].a)));
+        nan |= notes[b].b != 0;
+    }
+    return {top, nan};
 }
 
-// A row's token, -1 if there is none, and its log-probability.
+// A row's token, -1 if there is none, and its log-probability; kElsewhere in all blocks but one if it is a
+// block's own.
 template <class T>
-__device__ int draw(const Row<T>& row, float& logprob, Shared& shared) {
+__device__ int draw(const Row<T>& row, float& logprob, Team& team, Shared& shared) {
     logprob = NAN;
-    const Scan scan = find_top(row, shared);
+    const Scan scan = find_top(row, team, shared);
     const float top = scan.top;
-    if (scan.nan || top == -INFINITY) return -1;
-    if (top == INFINITY) return draw_infinite(row, logprob, shared);
+    if (scan.nan || top == -INFINITY) return team.no_token();
+    if (top == INFINITY) return draw_infinite(row, logprob, team, shared);
 
     const FixedExp exp = row.weights(), plain(1.0f);
     const bool tempered = row.options.temperature != 1.0f;
@@ -350,12 +492,14 @@ __device__ int draw(const Row<T>& row, float& logprob, Shared& shared) {
     all = reduce_block<kThreads>(all, shared.sums, Add{});
     count = reduce_block<kThreads>(count, shared.counts, Add{});
     untempered = tempered ? reduce_block<kThreads>(untempered, shared.sums, Add{}) : all;
+    const Note of_row = team.sum({all, count, untempered});
+    all = of_row.a, count = static_cast<uint32_t>(of_row.b), untempered = of_row.c;
 
     int token;
     if (row.greedy()) {
-        token = nth_equal(row, top, 0, shared);
+        token = nth_equal(row, top, 0, team, shared);
     } else {
-        token = draw_token(row, find_cut(row, top, floor, all, count, shared), top, shared);
+        token = draw_token(row, find_cut(row, top, floor, all, count, team, shared), top, team, shared);
     }
     if (token < 0) return token;
     const double sum = static_cast<double>(untempered) * 0x1p-39;
@@ -365,25 +509,50 @@ __device__ int draw(const Row<T>& row, float& logprob, Shared& shared) {
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void sample_kernel(SampleArgs args) {
+__global__ __launch_bounds__(kThreads, 1) void sample_kernel(SampleArgs args, int blocks,
+                                                             RowCounters* counters, RowBoard* boards) {
     __shared__ Shared shared;
-    const int64_t r = blockIdx.x;
+    const int64_t r = blockIdx.x / blocks;
+    Team team(counters + r, boards + r, static_cast<int>(blockIdx.x % blocks), blocks);
     const T* x = static_cast<const T*>(args.logits.data) + r * args.stride;
-    const Row<T> row{x, static_cast<int>(args.vocab), reinterpret_cast<uintptr_t>(x) % 16 == 0,
-                     options_of(args, r)};
+    const int vocab = static_cast<int>(args.vocab),
+              part = static_cast<int>(round_up(divide_up(vocab, blocks), kEach)),
+              begin = min(team.rank() * part, vocab);
+    const Row<T> row{.x = x,
+                     .vocab = vocab,
+                     .vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0,
+                     .begin = begin,
+                     .end = min(begin + part, vocab),
+                     .options = options_of(args, r)};
     float logprob;
-    const int token = draw(row, logprob, shared);
-    if (threadIdx.x != 0) return;
+    const int token = draw(row, logprob, team, shared);
+    if (threadIdx.x != 0 || token == kElsewhere) return;
     args.tokens[r] = token;
     args.logprobs[r] = logprob;
 }
 
 }  // namespace
 
-void sample(const SampleArgs& args, cudaStream_t stream) {
-    dispatch(args.logits.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        launch(sample_kernel<T>, args.rows, kThreads, 0, stream, args);
+SampleGrid sample_grid(const SampleArgs& args) {
+    const int64_t fill = device_attribute(cudaDevAttrMultiProcessorCount) / std::max<int64_t>(args.rows, 1),
+                  pay = args.vocab / kLogitsOfBlock;
+    const int64_t blocks = std::clamp<int64_t>(std::min(fill, pay), 1, kMostSampleBlocks);
+    constexpr int64_t kBytes = sizeof(RowBoard) + sizeof(RowCounters);
+    return {blocks, blocks > 1 ? divide_up(args.rows * kBytes, int64_t{sizeof(uint64_t)}) : 0};
+}
+
+void sample(const SampleArgs& args, const SampleGrid& grid, void* workspace, cudaStream_t stream) {
+    auto* const boards = static_cast<RowBoard*>(workspace);
+    auto* const counters = reinterpret_cast<RowCounters*>(boards + args.rows);
+    const int blocks = static_cast<int>(grid.blocks);
+    dispatch(args.logits.dtype, [&]<class T>(T*) {
+        if (blocks == 1) {
+            launch(sample_kernel<T>, args.rows, kThreads, 0, stream, args, 1, counters, boards);
+        } else {
+            check(cudaMemsetAsync(counters, 0, static_cast<size_t>(args.rows) * sizeof(RowCounters), stream));
+            launch_together(sample_kernel<T>, args.rows * blocks, kThreads, stream, args, blocks, counters,
+                            boards);
+        }
         if (args.top) launch(likeliest_kernel<T>, args.rows, kLikeliestThreads, 0, stream, args);
     });
 }

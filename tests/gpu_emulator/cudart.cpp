@@ -19,8 +19,9 @@ namespace {
 
 // What library.py provides: runs a kernel, false if it fails; and learns of a buffer, or with size 0 that an
 // operator begins. `limit`: what static and dynamic shared memory may be together.
+// `together`: blocks may wait for each other.
 using Launch = bool (*)(const char* kernel, const uint32_t* grid, const uint32_t* block, uint32_t shared,
-                        uint32_t limit, void** args);
+                        uint32_t limit, bool together, void** args);
 using Buffer = void (*)(uint64_t address, uint64_t bytes);
 Launch run_kernel;
 Buffer note_buffer;
@@ -29,6 +30,7 @@ Buffer note_buffer;
 // A100 has, for an operator that has asked the device.
 constexpr uint32_t kWithoutAsking = 48 << 10, kEverywhere = 99 << 10, kMost = 163 << 10;
 bool asked_device;
+constexpr int kSms = 108;  // an A100's
 
 uint32_t most_shared() { return asked_device ? kMost : kEverywhere; }
 
@@ -50,14 +52,14 @@ struct Configuration {
 cudaError_t last_error = cudaSuccess;
 char stream_of_torch;
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** args, size_t shared,
-                   cudaStream_t stream) {
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t stream,
+                   bool together) {
     const Kernel& k = kernels().at(kernel);
     if (stream != emulator_stream()) return last_error = cudaErrorInvalidResourceHandle;
     if (shared > (k.asked ? k.asked : kWithoutAsking)) return last_error = cudaErrorInvalidValue;
     const uint32_t g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
     const bool good = run_kernel(k.name.c_str(), g, b, static_cast<uint32_t>(shared),
-                                 k.asked ? most_shared() : kWithoutAsking, args);
+                                 k.asked ? most_shared() : kWithoutAsking, together, args);
     return last_error = good ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -161,7 +163,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* host) {
 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared,
                                cudaStream_t stream) {
-    return launch(kernel, grid, block, args, shared, stream);
+    return launch(kernel, grid, block, args, shared, stream, false);
 }
 
 // ---- what csrc/cuda calls ---------------------------------------------------------------------------------
@@ -185,6 +187,13 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
     return cudaSuccess;
 }
 
+// A block of each SM fits at least.
+cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3 grid, dim3 block, void** args, size_t shared,
+                                        cudaStream_t stream) {
+    if (grid.x * grid.y * grid.z > kSms) return cudaErrorCooperativeLaunchTooLarge;
+    return launch(host, grid, block, args, shared, stream, true);
+}
+
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
     if (stream != emulator_stream()) return cudaErrorInvalidResourceHandle;
     std::memset(p, value, bytes);
@@ -196,11 +205,10 @@ cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 
-// An A100's.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount:
-            *value = 108;
+            *value = kSms;
             return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             asked_device = true;

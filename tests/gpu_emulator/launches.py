@@ -136,9 +136,9 @@ def prune() -> Any:
     return gpu_model.prune(3, 4, 2)
 
 
-def sample() -> Any:
-    tk.sample(torch.rand(3, 100), seeds=torch.arange(3), offsets=torch.arange(3), top_p=0.9)
-    return gpu_model.sample(3, 100, True)
+def sample(vocabulary: int) -> Any:
+    tk.sample(torch.rand(3, vocabulary), seeds=torch.arange(3), offsets=torch.arange(3), top_p=0.9)
+    return gpu_model.sample(3, vocabulary, True)
 
 
 CALLS = [
@@ -151,7 +151,7 @@ CALLS = [
     aggregate_steps,
     prune,
 ]
-CALLS += [lambda: attend(3), lambda: attend(40), sample]
+CALLS += [lambda: attend(3), lambda: attend(40), lambda: sample(100), lambda: sample(20_000)]
 CALLS += [lambda: linear_logprob(5), lambda: linear_logprob(70)]
 CALLS += [lambda: linear(5), lambda: linear(20), lambda: linear(5, 4), lambda: linear(70, 8)]
 
@@ -159,7 +159,7 @@ CALLS += [lambda: linear(5), lambda: linear(20), lambda: linear(5, 4), lambda: l
 @pytest.mark.parametrize("call", CALLS)
 def test_the_cost_model_counts_the_launches_that_are_made(emulated: Library, call: Any) -> None:
     counted = call()
-    assert [launch.grid[0] for launch in emulated.launches] == [launch.blocks for launch in counted]
+    assert [launch.grid[0] for launch in emulated.launches] == [launch.grid(108) for launch in counted]
     for made, launch in zip(emulated.launches, counted, strict=True):
         name = gpu_static.demangle(made.kernel)
         assert re.search(launch.kernel, name)

@@ -38,6 +38,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint32),
     ctypes.c_uint32,
     ctypes.c_uint32,
+    ctypes.c_bool,
     ctypes.POINTER(ctypes.c_void_p),
 )
 _BUFFER = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
@@ -103,13 +104,20 @@ class Library:
             self._buffers[address] = max(size, self._buffers.get(address, 0))
 
     def _launch(
-        self, name: bytes, grid: Sequence[int], block: Sequence[int], shared: int, limit: int, args: Sequence[int]
+        self,
+        name: bytes,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared: int,
+        limit: int,
+        together: bool,
+        args: Sequence[int],
     ) -> bool:
         try:
             kernel = self._kernels[name.decode()]
             self.launches.append(Launched(kernel.name, tuple(grid[:3]), tuple(block[:3]), shared))
             launch = kernel._sized(grid[:3], block[:3], shared, limit)
-            launch.seed, launch.timeout = self.seed, _TIMEOUT
+            launch.seed, launch.timeout, launch.cooperative = self.seed, _TIMEOUT, together
             none = torch.empty(0)  # the operator keeps the memory
             buffers = [Buffer(a, size, f"buffer {i}", none) for i, (a, size) in enumerate(self._buffers.items())]
             arguments = _Arguments(_bytes(kernel.params, args), buffers)

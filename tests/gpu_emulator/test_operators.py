@@ -39,7 +39,8 @@ FEW = {
     "prune": "test_sizes or groups_of_nan or saturated",
     "score_and_prune": "equals_its_parts and last",
     "linear_logprob": "test_equals_the_definition and (size2 or size3 or size6)",
-    "sample": "(draws_exactly or likeliest) and 37 or likeliest_tokens_of",
+    "sample": "(draws_exactly or likeliest) and 37 or likeliest_tokens_of or ends_decide and 2051-plain"
+    " or ends_decide and 2051-all",
     "tree_attention": "test_head_sizes[7- or test_head_sizes[64-",  # plain and on tensor cores
 }
 

@@ -63,6 +63,9 @@ PLANTS = {
     "weigh_pieces writes while others read the last pieces": Plant(
         "sample.cu", "__syncthreads();  // the last pieces have been read", "", "sample", FEW["sample"]
     ),
+    "blocks that share a row meet without fences": Plant(
+        "sample.cu", "__threadfence();", "", "sample", "ends_decide and 2051-all"
+    ),
     "copy_pages takes a cache more than there is room for": Plant(
         "copy_pages.cu", "end - begin < kMaxCaches", "end - begin <= kMaxCaches", "copy_pages", "more_caches",
         "out-of-bounds", None,

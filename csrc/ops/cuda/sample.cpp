@@ -17,7 +17,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample(const Tensor& logits, const Te
     const OnDevice device(logits);
     const Sampling sampling(logits, seeds, offsets, temperature, top_k, top_p, min_p, temperatures, top_ks,
                             top_ps, min_ps, top_logprobs);
-    cuda::sample(sampling.args, device.stream());
+    const cuda::SampleGrid grid = cuda::sample_grid(sampling.args);
+    const Tensor workspace = empty(logits, {grid.words}, ScalarType::Long);
+    cuda::sample(sampling.args, grid, workspace.mutable_data_ptr(), device.stream());
     return sampling.results();
 }
 

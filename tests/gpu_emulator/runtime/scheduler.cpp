@@ -219,7 +219,7 @@ std::string doing(const Thread& thread) {
     return "";
 }
 
-// ---- stacks: kept from launch to launch ----
+// ---- stacks: as many as a large block has are kept from launch to launch ----
 // A thread's locals lie where another block's thread had its own before. TSan would take that for a race, so
 // for TSan a stack is mapped anew for each thread, which makes it forget who wrote there.
 class Stacks {
@@ -238,7 +238,16 @@ class Stacks {
         return stacks_[index];
     }
 
+    // Gives back those of blocks that ran at once: a process has 65,530 mappings, a stack and its guard are
+    // two, and each kernel has stacks of its own.
+    void trim() {
+        for (; stacks_.size() > kKept; stacks_.pop_back())
+            munmap(static_cast<u8*>(stacks_.back()) - kGuardBytes, kGuardBytes + kStackBytes);
+    }
+
   private:
+    static constexpr size_t kKept = 1024;
+
     static void* renew(void* stack) {
         void* memory = mmap(stack, kStackBytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
@@ -478,6 +487,7 @@ void run_grid() {
         for (Block& block : blocks) finish_block(block);
     }
     tsan::acquire_all();
+    stacks.trim();
 }
 
 }  // namespace
