@@ -32,7 +32,17 @@ case $sanitizer in
 esac
 # libstdc++ beside it: the runtime looks for __cxa_throw when it starts, before Python has loaded any C++.
 preload="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so)"
-PYTHONPATH=$site:$PWD/python LD_PRELOAD=$preload OMP_NUM_THREADS=$threads \
-  ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-  "$python" -m pytest -n auto --dist worksteal -p no:cacheprovider -o timeout=0 \
-  -m "not slow and not gpu" -k "$chosen" "${files[@]}"
+run() {
+  PYTHONPATH=$site:$PWD/python LD_PRELOAD=$preload OMP_NUM_THREADS=$threads \
+    ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+    "$python" -m pytest -n auto --dist worksteal -p no:cacheprovider -o timeout=0 \
+    -m "not slow and not gpu" -k "$chosen" "$@"
+}
+run "${files[@]}"
+
+# AMX tiles are software here (CMakeLists.txt), so that level is tested on processors without them, too.
+levels=$(PYTHONPATH=$PWD/python "$python" -c "import tts_kernels as tk; i = tk.backend_info(); print(i.cpu_isa, *i.cpu_isas)")
+if [ "$sanitizer" != thread ] && [[ $levels != amx* ]] && [[ $levels == *avx512_vnni* ]]; then
+  echo "== -fsanitize=$sanitizer: the level amx"
+  TTS_KERNELS_CPU_ISA=amx run tests/test_linear*.py
+fi

@@ -69,7 +69,7 @@ uint32_t saved_state() {
 }
 
 // Linux lets a process use tiles once it has asked for them.
-bool may_use_tiles() {
+[[maybe_unused]] bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -93,9 +93,13 @@ struct Features {
         avx_vnni = avx2 && bit(more.eax, 4);
         avx512_vnni = avx512 && bit(extended.ecx, 11);
         avx512_bf16 = avx512_vnni && bit(more.eax, 5);
+#if defined(TTS_AMX_IN_SOFTWARE)
+        amx = avx512_vnni;
+#else
         const bool tiles = (state & 0x60000) == 0x60000;
         amx = avx512_vnni && tiles && bit(extended.edx, 22) && bit(extended.edx, 24) &&
               bit(extended.edx, 25) && may_use_tiles();  // BF16, TILE, INT8
+#endif
     }
 };
 
