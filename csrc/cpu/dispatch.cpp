@@ -97,7 +97,7 @@ struct Features {
         amx = avx512_vnni;
 #else
         const bool tiles = (state & 0x60000) == 0x60000;
-        amx = avx512_vnni && tiles && bit(extended.edx, 22) && bit(extended.edx, 24) &&
+        amx = avx512_bf16 && tiles && bit(extended.edx, 22) && bit(extended.edx, 24) &&
               bit(extended.edx, 25) && may_use_tiles();  // BF16, TILE, INT8
 #endif
     }

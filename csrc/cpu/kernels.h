@@ -61,6 +61,7 @@
     X(linear)              \
     X(linear_cut)          \
     X(linear_pack_x)       \
+    X(tree_attention)      \
     TTS_QUANTIZED_KERNELS(X)
 
 namespace tts {

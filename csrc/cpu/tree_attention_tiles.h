@@ -97,6 +97,22 @@ inline bool all_finite(const T* x, int64_t n) {
     return reduce_add(sum) == 0.0f;
 }
 
+// to[step][lane - begin] for lanes [begin, end) of the head in hand.
+template <class T>
+inline void pack_queries(const Item<T>& item, int64_t begin, int64_t end, float* to, int64_t to_stride) {
+    constexpr int W = Vec::width;
+    const Scratch& s = item.scratch;
+    const int64_t dim = item.args.head_dim, stride = kPairs<T> ? s.dim_pad / 2 : s.dim_pad;
+    for (int64_t lane = begin; lane < end; lane += W, to += W) {
+        item.each_query(lane, lane + W < end ? lane + W : end, [&](int64_t l, const T* q) {
+            copy_row(q, s.stage + (l - lane) * stride, dim);
+        });
+        for (int64_t k = 0; k < num_steps<T>(dim); k += W) {
+            transpose(s.stage + k, stride, to + k * to_stride, to_stride);
+        }
+    }
+}
+
 // ---- one segment
 // -----------------------------------------------------------------------------------------------
 
@@ -114,7 +130,9 @@ class Tiles {
           map_{item.args.scale, item.args.softcap} {}
 
     void run() {
-        if (item_.packed_head != item_.kv_head) pack_queries();
+        if (item_.packed_head != item_.kv_head) {
+            pack_queries(item_, 0, item_.lanes, s_.q_pack, s_.lanes_pad);
+        }
         item_.packed_head = item_.kv_head;
         item_.begin(segment_);
         load_states();
@@ -128,19 +146,6 @@ class Tiles {
 
   private:
     static constexpr int W = Vec::width;
-
-    // q_pack[step][lane] for every lane of the item.
-    void pack_queries() {
-        const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
-        for (int64_t lane = 0; lane < item_.lanes; lane += W) {
-            const int64_t end = lane + W < item_.lanes ? lane + W : item_.lanes;
-            item_.each_query(
-                lane, end, [&](int64_t l, const T* q) { copy_row(q, s_.stage + (l - lane) * stride, dim_); });
-            for (int64_t k = 0; k < steps_; k += W) {
-                transpose(s_.stage + k, stride, s_.q_pack + k * s_.lanes_pad + lane, s_.lanes_pad);
-            }
-        }
-    }
 
     // Fills `visible` for each lane; the keys that any row sees.
     Visible find_visible() {

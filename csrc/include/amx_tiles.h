@@ -40,7 +40,7 @@ class AmxTiles {
     AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// Four tiles of sums: of 16 rows and 4 panels, or of 32 rows and 2.
+// Four tiles of sums: of 16 rows and 4 panels, of 32 rows and 2, or of 64 rows and one.
 inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
@@ -52,11 +52,12 @@ inline void zero_sums() {
 template <int R>
 inline void store_sums(void* sums) {
     auto* out = static_cast<char*>(sums);
-    constexpr int64_t row = (R == 16 ? 4 : 2) * kTileLine;
-    _tile_stored(0, out, row);
-    _tile_stored(1, out + kTileLine, row);
-    _tile_stored(2, out + (R == 16 ? 2 * kTileLine : 16 * row), row);
-    _tile_stored(3, out + (R == 16 ? 3 * kTileLine : 16 * row + kTileLine), row);
+    constexpr int64_t P = 64 / R, row = P * kTileLine;
+    const auto at = [&](int64_t tile) { return out + tile / P * 16 * row + tile % P * kTileLine; };
+    _tile_stored(0, at(0), row);
+    _tile_stored(1, at(1), row);
+    _tile_stored(2, at(2), row);
+    _tile_stored(3, at(3), row);
 }
 
 // Sums S += rows A times the weights of their panel; an intrinsic takes its registers as literals.
@@ -80,27 +81,36 @@ inline void add_product(IntProduct) {
     if constexpr (S == 3 && A == 5) _tile_dpbsud(3, 5, 7);
 }
 
-// Adds the products of R rows (a tile of 16, and the next one `apart` bytes behind) and the panels whose
-// weights `part(p)` points to.
+// Adds the products of R rows (tiles of 16, each `apart` bytes behind the one before) and the panels whose
+// weights `part(p)` points to, `stride` bytes from step to step.
 template <class Product, int R, class F>
-inline void add_products(const void* rows, int64_t apart, F part) {
-    _tile_loadd(4, rows, kTileLine);
-    _tile_loadd(6, part(0), kTileLine);
+inline void add_products(const void* rows, int64_t apart, F part, int64_t stride = kTileLine) {
+    const auto* tile = static_cast<const char*>(rows);
+    _tile_loadd(4, tile, kTileLine);
+    _tile_loadd(6, part(0), stride);
     if constexpr (R == 16) {
         add_product<0, 4>(Product{});
-        _tile_loadd(7, part(1), kTileLine);
+        _tile_loadd(7, part(1), stride);
         add_product<1, 4>(Product{});
-        _tile_loadd(6, part(2), kTileLine);
+        _tile_loadd(6, part(2), stride);
         add_product<2, 4>(Product{});
-        _tile_loadd(7, part(3), kTileLine);
+        _tile_loadd(7, part(3), stride);
         add_product<3, 4>(Product{});
-    } else {
-        _tile_loadd(5, static_cast<const char*>(rows) + apart, kTileLine);
+    } else if constexpr (R == 32) {
+        _tile_loadd(5, tile + apart, kTileLine);
         add_product<0, 4>(Product{});
         add_product<2, 5>(Product{});
-        _tile_loadd(7, part(1), kTileLine);
+        _tile_loadd(7, part(1), stride);
         add_product<1, 4>(Product{});
         add_product<3, 5>(Product{});
+    } else {
+        _tile_loadd(5, tile + apart, kTileLine);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(4, tile + 2 * apart, kTileLine);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(5, tile + 3 * apart, kTileLine);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
     }
 }
 

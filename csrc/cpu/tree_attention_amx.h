@@ -1,0 +1,415 @@
+// A segment by AMX tiles, bfloat16: 16 lanes x the 64 keys of a block at a time, however many lanes there are.
+//
+//   scores[key][lane] = sum_d   K[key][d] * Q[d][lane]       rows: keys as they lie; weights: pairs of d
+//   row[lane][d]      = sum_key P[lane][key] * V[key][d]     rows: P, transposed;    weights: pairs of keys
+//
+// Scores lie as in tree_attention_tiles.h, lanes along the vector: the softmax runs down the columns, and no
+// key is transposed, which a segment of few lanes could not make up for. What is transposed is P, 4 KiB of
+// pairs for 16 lanes. Rows of the states stay where they are. A tile's sum depends on its own row and column
+// alone, so few lanes (the rest of the tile is not looked at) give the bits of many.
+#pragma once
+
+#include <utility>
+
+#include "amx_tiles.h"
+#include "tree_attention_item.h"
+#include "tree_attention_tiles.h"
+
+TTS_BEGIN_ISA
+
+class AmxSegment {
+  public:
+    AmxSegment(Item<bf16>& item, const Segment& segment)
+        : item_(item),
+          s_(item.scratch),
+          dim_(item.args.head_dim),
+          segment_(segment),
+          first_lane_(item.first_lane(segment)),
+          lanes_(item.num_lanes(segment)),
+          map_{item.args.scale, item.args.softcap} {}
+
+    // Every head [begin, end) of the item in turn over a block of keys: together they read whole tokens.
+    void run(int64_t head_begin, int64_t head_end) {
+        const int64_t heads = head_end - head_begin;
+        for (int64_t h = 0; h < heads; ++h) {
+            item_.select(head_begin + h);
+            item_.begin(segment_);
+            pack_queries(queries(h));
+        }
+        const Visible all = find_visible();
+        for (int64_t begin = block_floor(all.begin); begin < all.end; begin += kKeyBlock) {
+            const int64_t left = all.end - begin, count = left < kKeyBlock ? left : kKeyBlock;
+            item_.locate(segment_, begin, count);
+            item_.look_ahead(segment_, begin + count, heads * steps_of_prefetch(count));
+            for (int64_t h = 0; h < heads; ++h) {
+                item_.select(head_begin + h);
+                run_block(queries(h), begin, count);
+            }
+        }
+    }
+
+  private:
+    static constexpr int W = Vec::width;
+    static constexpr int64_t kKeyTiles = kKeyBlock / kTileLines;  // tiles of 16 keys
+    static constexpr int64_t kPairTiles = kKeyBlock / 32;         // tiles of 16 pairs of keys
+
+    // [16 lanes][pairs of elements][lane], as much for each head of a narrow segment as its q_rows have room.
+    float* queries(int64_t h) const {
+        return lanes_ > kNarrow ? s_.q_pack : s_.q_rows + h * kNarrow * s_.dim_pad;
+    }
+    const float* queries_of(const float* q, int64_t lane) const { return q + lane * s_.dim_pad / 2; }
+
+    void pack_queries(float* to) {
+        const int64_t stride = s_.dim_pad / 2;
+        for (int64_t lane = 0; lane < lanes_; lane += W) {
+            const int64_t first = first_lane_ + lane, last = first_lane_ + lanes_;
+            item_.each_query(first, first + W < last ? first + W : last, [&](int64_t l, const bf16* q) {
+                copy_row(q, s_.stage + (l - first) * stride, dim_);
+            });
+            for (int64_t k = 0; k < stride; k += W, to += W * W) transpose(s_.stage + k, stride, to, W);
+        }
+    }
+
+    // About how often a head's block calls prefetch.step().
+    int64_t steps_of_prefetch(int64_t count) const {
+        const int64_t tiles = divide_up(lanes_, 2 * W);
+        return count + divide_up(count, 2) * (1 + tiles) + (lanes_ <= W ? s_.dim_pad / 32 + 2 * lanes_ : 0);
+    }
+
+    Visible find_visible() {
+        Visible all{segment_.length, 0};
+        for (int64_t row = segment_.row_begin; row < segment_.row_end; ++row) {
+            const Visible v = item_.visible(segment_, row);
+            const int64_t lane = (row - segment_.row_begin) * item_.group;
+            for (int64_t g = 0; g < item_.group; ++g) s_.visible[lane + g] = v;
+            if (v.begin == v.end) continue;
+            if (v.begin < all.begin) all.begin = v.begin;
+            if (v.end > all.end) all.end = v.end;
+        }
+        return all;
+    }
+
+    struct View {
+        bool all, none;
+    };
+    View view(int64_t lane, int64_t end, int64_t begin, int64_t count) const {
+        View view{true, true};
+        for (; lane < end; ++lane) {
+            const Visible v = s_.visible[lane];
+            view.all &= v.begin <= begin && v.end >= begin + count;
+            view.none &= v.begin >= begin + count || v.end <= begin;
+        }
+        return view;
+    }
+
+    // While the weights of some lanes are found, the tiles are at work on the scores of the next.
+    void run_block(const float* q, int64_t begin, int64_t count) {
+        item_.dequantize(count);
+        pack_keys(count);
+        pack_values(count);
+        clean_ = view(0, lanes_, begin, count).all || make_clean(count);
+        int64_t lane = next_seen(0, begin, count);
+        if (lane < lanes_) find_scores(q, lane);
+        while (lane < lanes_) {
+            float* scores = scores_;
+            const int64_t next = next_seen(lane + 2 * W, begin, count);
+            scores_ = scores == score_rooms_[0] ? score_rooms_[1] : score_rooms_[0];
+            if (next < lanes_) find_scores(q, next);
+            std::swap(scores, scores_);
+            ahead_ = reinterpret_cast<const char*>(queries_of(q, next + 2 * W));
+            lanes_ - lane > W ? run_lanes<2>(lane, begin, count) : run_lanes<1>(lane, begin, count);
+            scores_ = scores;
+            lane = next;
+        }
+    }
+
+    // The first lanes from `lane` on of which any sees keys of the block.
+    int64_t next_seen(int64_t lane, int64_t begin, int64_t count) const {
+        while (lane < lanes_ && view(lane, lane + width_at(lane), begin, count).none) lane += 2 * W;
+        return lane;
+    }
+    int64_t width_at(int64_t lane) const { return lanes_ - lane < 2 * W ? lanes_ - lane : 2 * W; }
+
+    void find_scores(const float* q, int64_t lane) {
+        lanes_ - lane > W ? find_scores<2>(queries_of(q, lane)) : find_scores<1>(queries_of(q, lane));
+    }
+
+    // [32 elements][64 keys][32]
+    void pack_keys(int64_t count) {
+        auto* to = reinterpret_cast<char*>(s_.k_block);
+        for (int64_t i = 0; i < count; ++i, to += kTileLine) {
+            item_.prefetch.step();
+            const bf16* key = item_.key(i);
+            for (int64_t d = 0; d < dim_; d += 32) {
+                _mm512_store_si512(to + d / 32 * kKeyTiles * kTileBytes, load_row(key, d));
+            }
+        }
+    }
+
+    __m512i load_row(const bf16* row, int64_t d) const {
+        const int64_t left = dim_ - d;
+        return _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1u, row + d);
+    }
+
+    // [16 elements][32 pairs of keys][16][2]
+    void pack_values(int64_t count) {
+        auto* to = reinterpret_cast<char*>(s_.v_block);
+        constexpr int64_t kPanel = kPairTiles * kTileBytes;
+        for (int64_t i = 0; i < kKeyBlock; i += 2, to += kTileLine) {
+            item_.prefetch.step();
+            for (int64_t d = 0; d < dim_; d += 32) {
+                const __m512i x = i < count ? load_row(item_.value(i), d) : _mm512_setzero_si512();
+                const __m512i y = i + 1 < count ? load_row(item_.value(i + 1), d) : _mm512_setzero_si512();
+                const Pairs pairs = interleave(x, y);
+                _mm512_store_si512(to + d / 16 * kPanel, pairs.low);
+                _mm512_store_si512(to + d / 16 * kPanel + kPanel, pairs.high);
+            }
+        }
+    }
+
+    template <int kVecs>
+    void run_lanes(int64_t lane, int64_t begin, int64_t count) {
+        const int64_t width = width_at(lane);
+        find_states(lane, width);
+        if (!map_.deferred()) {
+            for (int64_t i = 0; i < count * kVecs * W; i += W) map_(Vec::load(scores_ + i)).store(scores_ + i);
+        }
+        if (!view(lane, lane + width, begin, count).all) hide_scores<kVecs>(lane, width, begin, count);
+        softmax<kVecs>(width, count);
+        merge_states<kVecs>(width);
+        add_values<kVecs>(width);
+        if (!clean_) add_not_finite(lane, width, begin, count);
+    }
+
+    template <int kVecs>
+    void find_scores(const float* q) {
+        constexpr int kRows = 64 / kVecs;  // keys at once
+        const int64_t apart = s_.dim_pad / 2 * W;
+        fence();
+        for (int64_t key = 0; key < kKeyBlock; key += kRows) {
+            const char* keys = reinterpret_cast<const char*>(s_.k_block) + key * kTileLine;
+            const float* step = q;
+            zero_sums();
+            for (int64_t d = 0; d < dim_; d += 32, keys += kKeyTiles * kTileBytes, step += W * W) {
+                if constexpr (kVecs == 1) item_.prefetch.step();
+                add_products<BFloat16Product, kRows>(keys, kTileBytes,
+                                                     [&](int64_t panel) { return step + panel * apart; });
+            }
+            store_sums<kRows>(scores_ + key * kVecs * W);
+        }
+    }
+
+    // -inf where the lane must not see the key.
+    template <int kVecs>
+    void hide_scores(int64_t lane, int64_t width, int64_t begin, int64_t count) {
+        for (int v = 0; v < kVecs; ++v) {
+            float first[W], last[W];  // of the block's keys, as floats: small whole numbers
+            for (int64_t i = 0; i < W; ++i) {
+                const int64_t l = v * W + i;
+                const Visible seen = l < width ? s_.visible[lane + l] : Visible{begin, begin + count};
+                const int64_t low = seen.begin - begin, high = seen.end - begin;
+                first[i] = static_cast<float>(low < 0 ? 0 : low > count ? count : low) - 0.5f;
+                last[i] = static_cast<float>(high < 0 ? 0 : high > count ? count : high) - 0.5f;
+            }
+            const Vec low = Vec::load(first), high = Vec::load(last), hidden = Vec::all(-kInfinity);
+            for (int64_t key = 0; key < count; ++key) {
+                float* p = scores_ + (key * kVecs + v) * W;
+                const Vec k = Vec::all(static_cast<float>(key));
+                const Vec x = select_less(k, high, Vec::load(p), hidden);
+                select_less(low, k, x, hidden).store(p);
+            }
+        }
+    }
+
+    void find_states(int64_t lane, int64_t width) {
+        const TreeAttentionArgs& args = item_.args;
+        const int64_t group = item_.group, first = first_lane_ + lane;
+        int64_t row = item_.row_of(first) - segment_.row_begin, g = first % group;
+        for (int64_t i = 0; i < width; ++i) {
+            const StateRef ref = segment_.slot < 0
+                                     ? item_.chunk(first + i)
+                                     : slot_ref(args, segment_.slot + row, item_.kv_head * group + g);
+            states_[i] = &ref.state;
+            rows_[i] = ref.row;
+            if (++g == group) g = 0, ++row;
+        }
+    }
+
+    // Scores -> pairs of weights relative to the block's largest score, transposed; the block's states.
+    template <int kVecs>
+    void softmax(int64_t width, int64_t count) {
+        constexpr int64_t stride = kVecs * W;
+        const Vec f = Vec::all(map_.factor());
+        Vec top[kVecs][2], shift[kVecs], sum[kVecs][2];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) top[v][0] = top[v][1] = Vec::all(-kInfinity);
+        const auto more = [&](int64_t key, int half) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) {  // NaN: max gives its second argument
+                top[v][half] = max(Vec::load(scores_ + key * stride + v * W), top[v][half]);
+            }
+        };
+        int64_t key = 0;
+        for (; key + 2 <= count; key += 2) more(key, 0), more(key + 1, 1);
+        if (key < count) more(key, 0);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) {
+            const Vec block = max(top[v][0], top[v][1]) * f;
+            block.store(block_max_ + v * W);
+            shift[v] = Vec::zero() - finite_top(block);
+            sum[v][0] = sum[v][1] = Vec::zero();
+        }
+        const auto weight = [&](int64_t k, int v) {
+            return weight_of_score<bf16>(fma(Vec::load(scores_ + k * stride + v * W), f, shift[v]));
+        };
+        for (key = 0; key + 2 <= count; key += 2) {
+            item_.prefetch.step();
+            bring(key / 2, width);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) {
+                const Vec even = weight(key, v), odd = weight(key + 1, v);
+                sum[v][0] = sum[v][0] + even, sum[v][1] = sum[v][1] + odd;
+                store_pairs(even, odd, scores_ + key / 2 * stride + v * W);
+            }
+        }
+        if (key < count) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) {
+                const Vec even = weight(key, v);
+                sum[v][0] = sum[v][0] + even;
+                store_pairs(even, Vec::zero(), scores_ + key / 2 * stride + v * W);
+            }
+            key += 2;
+        }
+        for (; key < kKeyBlock; key += 2) {
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) Vec::zero().store(scores_ + key / 2 * stride + v * W);
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) {
+            (sum[v][0] + sum[v][1]).store(block_sum_ + v * W);
+            for (int64_t s = 0; s < kPairTiles; ++s) {
+                transpose(scores_ + s * W * stride + v * W, stride, p_ + (v * kPairTiles + s) * W * W, W);
+            }
+        }
+    }
+
+    // To L1: a row of the states in hand, and some of the queries to come.
+    void bring(int64_t i, int64_t width) const {
+        if (lanes_ <= W) return;
+        if (i < width) {
+            for (int64_t d = 0; d < dim_; d += W) __builtin_prefetch(rows_[i] + d, 1, 3);
+        }
+        const int64_t bytes = s_.dim_pad * 2;  // of 32 lanes, a 32nd part
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead_ + i * bytes + at, 0, 3);
+    }
+
+    static void store_pairs(Vec even, Vec odd, float* to) {
+        alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+    }
+
+    // The states' max and sum become those of the merged states; what their rows are to be multiplied by.
+    template <int kVecs>
+    void merge_states(int64_t width) {
+        alignas(64) float maxes[kVecs * W] = {}, sums[kVecs * W] = {};
+        for (int64_t i = 0; i < width; ++i) maxes[i] = states_[i]->max, sums[i] = states_[i]->sum;
+        for (int64_t i = 0; i < kVecs * W; i += W) {
+            const Vec old = Vec::load(maxes + i), block = Vec::load(block_max_ + i);
+            const Vec top = max(block, old), base = finite_top(top);
+            const Vec a = exp2(old - base), b = exp2(block - base);
+            top.store(maxes + i);
+            (a * Vec::load(sums + i) + b * Vec::load(block_sum_ + i)).store(sums + i);
+            a.store(old_weight_ + i);
+            b.store(block_weight_ + i);
+        }
+        for (int64_t i = 0; i < width; ++i) *states_[i] = {maxes[i], sums[i]};
+    }
+
+    template <int kVecs>
+    void add_values(int64_t width) {
+        constexpr int64_t kPanels = 4 / kVecs;
+        const auto* values = reinterpret_cast<const char*>(s_.v_block);
+        constexpr int64_t kPanel = kPairTiles * kTileBytes;
+        for (int64_t d = 0; d < dim_; d += kPanels * W, values += kPanels * kPanel) {
+            fence();
+            zero_sums();
+            for (int64_t s = 0; s < kPairTiles; ++s) {
+                add_products<BFloat16Product, kVecs * W>(
+                    p_ + s * W * W, kPairTiles * kTileBytes,
+                    [&](int64_t panel) { return values + panel * kPanel + s * kTileBytes; });
+            }
+            store_sums<kVecs * W>(sums_);
+            const int64_t left = divide_up(dim_ - d, W);
+            left >= kPanels ? merge_values<kPanels>(width, d, kPanels) : merge_values<kPanels>(width, d, left);
+        }
+    }
+
+    template <int64_t kPanels>
+    void merge_values(int64_t width, int64_t d, int64_t vecs) {
+        for (int64_t i = 0; i < width; ++i) {
+            const Vec a = Vec::all(old_weight_[i]), b = Vec::all(block_weight_[i]);
+            if constexpr (kPanels == 4) item_.prefetch.step();
+            const float* sum = sums_ + i * kPanels * W;
+            float* row = rows_[i] + d;
+            for (int64_t v = 0; v < vecs; ++v, sum += W, row += W) {
+                merge_rows(Vec::load(row), a, Vec::load(sum), b).store(row);
+            }
+        }
+    }
+
+    static bool is_finite(bf16 x) { return to_float(x) - to_float(x) == 0.0f; }
+
+    // Whether the block's values are all finite; those that are not become 0 in the packed block.
+    bool make_clean(int64_t count) {
+        bool clean = true;
+        for (int64_t i = 0; i < count; ++i) {
+            const bf16* value = item_.value(i);
+            if (all_finite(value, dim_)) continue;
+            clean = false;
+            for (int64_t d = 0; d < dim_; ++d) {
+                if (is_finite(value[d])) continue;
+                auto* to = reinterpret_cast<bf16*>(s_.v_block);
+                to[((d / 16 * kPairTiles * 16 + i / 2) * 16 + d % 16) * 2 + i % 2] = bf16{0};
+            }
+        }
+        return clean;
+    }
+
+    void add_not_finite(int64_t lane, int64_t width, int64_t begin, int64_t count) {
+        const auto* p = reinterpret_cast<const bf16*>(p_);
+        for (int64_t i = 0; i < count; ++i) {
+            const bf16* value = item_.value(i);
+            if (all_finite(value, dim_)) continue;
+            for (int64_t l = 0; l < width; ++l) {
+                const Visible v = s_.visible[lane + l];
+                if (begin + i < v.begin || begin + i >= v.end) continue;
+                const float weight = to_float(p[((l / W * kPairTiles + i / 32) * W + l % W) * 32 + i % 32]) * block_weight_[l];
+                for (int64_t d = 0; d < dim_; ++d) {
+                    if (!is_finite(value[d])) rows_[l][d] += weight * to_float(value[d]);
+                }
+            }
+        }
+    }
+
+    Item<bf16>& item_;
+    const Scratch& s_;
+    const int64_t dim_;
+    const Segment& segment_;
+    const int64_t first_lane_, lanes_;
+    const ScoreMap map_;
+    bool clean_ = true;
+    SoftmaxState* states_[2 * W];
+    float* rows_[2 * W];
+    const char* ahead_ = nullptr;
+    alignas(64) float score_rooms_[2][kKeyBlock * 2 * W];
+    float* scores_ = score_rooms_[0];  // [key][lane], then pairs of weights
+    alignas(64) float p_[2 * kKeyBlock / 2 * W];   // [16 lanes][32 keys][lane][key]
+    alignas(64) float sums_[kKeyBlock * W];        // [lane][panels of 16 elements]
+    alignas(64) float block_max_[2 * W], block_sum_[2 * W], old_weight_[2 * W], block_weight_[2 * W];
+};
+
+TTS_END_ISA
