@@ -105,7 +105,8 @@ class AmxSegment {
     // While the weights of some lanes are found, the tiles are at work on the scores of the next.
     void run_block(const float* q, int64_t begin, int64_t count) {
         item_.dequantize(count);
-        pack_keys(count);
+        key_stride_ = lanes_ <= W ? stride_of_keys(count) : 0;
+        if (key_stride_ == 0) pack_keys(count);
         pack_values(count);
         clean_ = view(0, lanes_, begin, count).all || make_clean(count);
         int64_t lane = next_seen(0, begin, count);
@@ -131,7 +132,40 @@ class AmxSegment {
     int64_t width_at(int64_t lane) const { return lanes_ - lane < 2 * W ? lanes_ - lane : 2 * W; }
 
     void find_scores(const float* q, int64_t lane) {
+        if (key_stride_ != 0) return find_scores_in_place(queries_of(q, lane));
         lanes_ - lane > W ? find_scores<2>(queries_of(q, lane)) : find_scores<1>(queries_of(q, lane));
+    }
+
+    // Bytes from key to key where a whole block's tiles can be loaded as the keys lie, page by page; else 0.
+    int64_t stride_of_keys(int64_t count) const {
+        if (count < kKeyBlock || dim_ % 32 != 0) return 0;
+        const auto at = [&](int64_t i) { return reinterpret_cast<const char*>(item_.key(i)); };
+        const int64_t stride = at(1) - at(0);
+        for (int64_t i = 1; i < kKeyBlock; ++i) {
+            if (i % kTileLines != 0 && at(i) - at(i - 1) != stride) return 0;
+        }
+        return stride;
+    }
+
+    // Scores of one tile of lanes, from keys where they lie.
+    void find_scores_in_place(const float* q) {
+        fence();
+        zero_sums();
+        const char* keys[kKeyTiles];
+        for (int64_t i = 0; i < kKeyTiles; ++i) keys[i] = reinterpret_cast<const char*>(item_.key(i * kTileLines));
+        for (int64_t d = 0; d < dim_; d += 32, q += W * W) {
+            for (int i = 0; i < 4; ++i) item_.prefetch.step();
+            _tile_loadd(6, q, kTileLine);
+            _tile_loadd(4, keys[0] + 2 * d, key_stride_);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, keys[1] + 2 * d, key_stride_);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(4, keys[2] + 2 * d, key_stride_);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(5, keys[3] + 2 * d, key_stride_);
+            _tile_dpbf16ps(3, 5, 6);
+        }
+        store_sums<64>(scores_);
     }
 
     // [32 elements][64 keys][32]
@@ -402,6 +436,7 @@ class AmxSegment {
     const int64_t first_lane_, lanes_;
     const ScoreMap map_;
     bool clean_ = true;
+    int64_t key_stride_ = 0;
     SoftmaxState* states_[2 * W];
     float* rows_[2 * W];
     const char* ahead_ = nullptr;
