@@ -44,5 +44,5 @@ run "${files[@]}"
 levels=$(PYTHONPATH=$PWD/python "$python" -c "import tts_kernels as tk; i = tk.backend_info(); print(i.cpu_isa, *i.cpu_isas)")
 if [ "$sanitizer" != thread ] && [[ $levels != amx* ]] && [[ $levels == *avx512_vnni* ]]; then
   echo "== -fsanitize=$sanitizer: the level amx"
-  TTS_KERNELS_CPU_ISA=amx run tests/test_linear*.py
+  TTS_KERNELS_CPU_ISA=amx run tests/test_linear*.py tests/test_tree_attention.py
 fi

@@ -18,15 +18,19 @@ FILES = sorted(
     if (HERE.parent / "csrc" / "cpu" / f.name[5:]).with_suffix(".cpp").exists() or f.name == "test_row_independence.py"
 )
 # Sets that have kernels of their own for these alone.
-OWN = ("test_linear.py", "test_linear_logprob.py", "test_linear_quantized.py")
-SMALL = ("avx_vnni", "avx512_vnni", "amx")
+LINEAR = ("test_linear.py", "test_linear_logprob.py", "test_linear_quantized.py")
+OWN = {
+    "avx_vnni": LINEAR,
+    "avx512_vnni": LINEAR,
+    "amx": (*LINEAR, "test_tree_attention.py", "test_row_independence.py"),
+}
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("isa", [isa for isa in tk.backend_info().cpu_isas if isa != tk.backend_info().cpu_isa])
 def test_kernels_at(isa: str) -> None:
     """The rest of the suite runs with the level in use."""
-    files = [f for f in FILES if isa not in SMALL or f.endswith(OWN)]
+    files = [f for f in FILES if isa not in OWN or f.endswith(OWN[isa])]
     assert files
     command = [
         sys.executable,
