@@ -1,4 +1,5 @@
-// A segment by AMX tiles, bfloat16: 16 lanes x the 64 keys of a block at a time, however many lanes there are.
+// A segment by AMX tiles, bfloat16: 16 lanes x the 64 keys of a block at a time, however many lanes there
+// are.
 //
 //   scores[key][lane] = sum_d   K[key][d] * Q[d][lane]       rows: keys as they lie; weights: pairs of d
 //   row[lane][d]      = sum_key P[lane][key] * V[key][d]     rows: P, transposed;    weights: pairs of keys
@@ -152,7 +153,8 @@ class AmxSegment {
         fence();
         zero_sums();
         const char* keys[kKeyTiles];
-        for (int64_t i = 0; i < kKeyTiles; ++i) keys[i] = reinterpret_cast<const char*>(item_.key(i * kTileLines));
+        for (int64_t i = 0; i < kKeyTiles; ++i)
+            keys[i] = reinterpret_cast<const char*>(item_.key(i * kTileLines));
         for (int64_t d = 0; d < dim_; d += 32, q += W * W) {
             for (int i = 0; i < 4; ++i) item_.prefetch.step();
             _tile_loadd(6, q, kTileLine);
@@ -206,7 +208,8 @@ class AmxSegment {
         const int64_t width = width_at(lane);
         find_states(lane, width);
         if (!map_.deferred()) {
-            for (int64_t i = 0; i < count * kVecs * W; i += W) map_(Vec::load(scores_ + i)).store(scores_ + i);
+            for (int64_t i = 0; i < count * kVecs * W; i += W)
+                map_(Vec::load(scores_ + i)).store(scores_ + i);
         }
         if (!view(lane, lane + width, begin, count).all) hide_scores<kVecs>(lane, width, begin, count);
         softmax<kVecs>(width, count);
@@ -378,7 +381,8 @@ class AmxSegment {
             }
             store_sums<kVecs * W>(sums_);
             const int64_t left = divide_up(dim_ - d, W);
-            left >= kPanels ? merge_values<kPanels>(width, d, kPanels) : merge_values<kPanels>(width, d, left);
+            left >= kPanels ? merge_values<kPanels>(width, d, kPanels)
+                            : merge_values<kPanels>(width, d, left);
         }
     }
 
@@ -421,7 +425,8 @@ class AmxSegment {
             for (int64_t l = 0; l < width; ++l) {
                 const Visible v = s_.visible[lane + l];
                 if (begin + i < v.begin || begin + i >= v.end) continue;
-                const float weight = to_float(p[((l / W * kPairTiles + i / 32) * W + l % W) * 32 + i % 32]) * block_weight_[l];
+                const float weight =
+                    to_float(p[((l / W * kPairTiles + i / 32) * W + l % W) * 32 + i % 32]) * block_weight_[l];
                 for (int64_t d = 0; d < dim_; ++d) {
                     if (!is_finite(value[d])) rows_[l][d] += weight * to_float(value[d]);
                 }
@@ -441,9 +446,9 @@ class AmxSegment {
     float* rows_[2 * W];
     const char* ahead_ = nullptr;
     alignas(64) float score_rooms_[2][kKeyBlock * 2 * W];
-    float* scores_ = score_rooms_[0];  // [key][lane], then pairs of weights
-    alignas(64) float p_[2 * kKeyBlock / 2 * W];   // [16 lanes][32 keys][lane][key]
-    alignas(64) float sums_[kKeyBlock * W];        // [lane][panels of 16 elements]
+    float* scores_ = score_rooms_[0];             // [key][lane], then pairs of weights
+    alignas(64) float p_[2 * kKeyBlock / 2 * W];  // [16 lanes][32 keys][lane][key]
+    alignas(64) float sums_[kKeyBlock * W];       // [lane][panels of 16 elements]
     alignas(64) float block_max_[2 * W], block_sum_[2 * W], old_weight_[2 * W], block_weight_[2 * W];
 };
 

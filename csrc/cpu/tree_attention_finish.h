@@ -6,7 +6,8 @@
 TTS_BEGIN_ISA
 
 // The sink of a head joins the state: a weight without a value.
-inline SoftmaxState with_sink(const TreeAttentionArgs& args, int64_t head, const StateRef& from, float* factor) {
+inline SoftmaxState with_sink(const TreeAttentionArgs& args, int64_t head, const StateRef& from,
+                              float* factor) {
     *factor = 1.0f;
     if (!args.sinks) return from.state;
     const MergeWeights w = merge(from.state, {args.sinks[head] * kLog2E, 1.0f});

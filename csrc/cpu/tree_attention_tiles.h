@@ -104,9 +104,8 @@ inline void pack_queries(const Item<T>& item, int64_t begin, int64_t end, float*
     const Scratch& s = item.scratch;
     const int64_t dim = item.args.head_dim, stride = kPairs<T> ? s.dim_pad / 2 : s.dim_pad;
     for (int64_t lane = begin; lane < end; lane += W, to += W) {
-        item.each_query(lane, lane + W < end ? lane + W : end, [&](int64_t l, const T* q) {
-            copy_row(q, s.stage + (l - lane) * stride, dim);
-        });
+        item.each_query(lane, lane + W < end ? lane + W : end,
+                        [&](int64_t l, const T* q) { copy_row(q, s.stage + (l - lane) * stride, dim); });
         for (int64_t k = 0; k < num_steps<T>(dim); k += W) {
             transpose(s.stage + k, stride, to + k * to_stride, to_stride);
         }
