@@ -10,8 +10,6 @@
 // alone, so few lanes (the rest of the tile is not looked at) give the bits of many.
 #pragma once
 
-#include <utility>
-
 #include "amx_tiles.h"
 #include "tree_attention_item.h"
 #include "tree_attention_tiles.h"
@@ -117,7 +115,8 @@ class AmxSegment {
             const int64_t next = next_seen(lane + 2 * W, begin, count);
             scores_ = scores == score_rooms_[0] ? score_rooms_[1] : score_rooms_[0];
             if (next < lanes_) find_scores(q, next);
-            std::swap(scores, scores_);
+            float* const found = scores_;
+            scores_ = scores, scores = found;
             ahead_ = reinterpret_cast<const char*>(queries_of(q, next + 2 * W));
             lanes_ - lane > W ? run_lanes<2>(lane, begin, count) : run_lanes<1>(lane, begin, count);
             scores_ = scores;

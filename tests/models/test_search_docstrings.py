@@ -80,6 +80,8 @@ def stand_ins(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tts_search, "HFPolicy", load(HFPolicy, paths["policy"]), raising=False)
     monkeypatch.setattr(tts_search, "HFVerifier", load(HFVerifier, paths["language"]), raising=False)
+    labels = importlib.import_module("tts_search.verifiers.labels")
+    monkeypatch.setattr(labels, "LocalLabels", load(labels.LocalLabels, paths["language"]))
     adapter = importlib.import_module("tts_search.adapters.search_and_learn")
     monkeypatch.setattr(adapter, "HFPolicy", load(HFPolicy, paths["policy"]), raising=False)
 
