@@ -4,11 +4,14 @@
 //
 // One launch, a block of 128 threads for each token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k
 // and 16 of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any
-// case.
+// case. Into quantised caches (csrc/include/quantized_kv.h says how, to the bit) a warp takes a head at a
+// time: it reads the head once for its range, and once more, from L1, for its codes.
 #include "append_kv.h"
 #include "block_size.cuh"
 #include "copy_rows.cuh"
+#include "kv_numbers.h"
 #include "launch.cuh"
+#include "reduce.cuh"
 #include "vector.cuh"
 
 namespace tts::cuda {
@@ -16,11 +19,15 @@ namespace {
 
 constexpr int kThreads = block_size(128);
 
+__device__ char* slot_of(const PagedBytes& cache, int64_t slot) {
+    return cache.data + slot / cache.page_size * cache.page_stride +
+           slot % cache.page_size * cache.token_stride;
+}
+
 template <class Unit>
 __device__ void append(const AppendKvArgs& args, int64_t token, int64_t slot) {
     const PagedBytes& to = args.to;
-    const int64_t page = slot / to.page_size, offset = slot % to.page_size;
-    copy_rows<Unit>({.to = to.data + page * to.page_stride + offset * to.token_stride,
+    copy_rows<Unit>({.to = slot_of(to, slot),
                      .from = args.from + token * args.from_token,
                      .to_stride = to.head_stride,
                      .from_stride = args.from_head,
@@ -35,6 +42,84 @@ __global__ void __launch_bounds__(kThreads)
     append<Unit>(k, token, slot);
     append<Unit>(v, token, slot);
 }
+
+// ---- quantised caches ------------------------------------------------------------------------------------
+
+struct HeadRange {
+    float low, high;
+    bool finite;
+};
+
+struct Least {
+    __device__ float operator()(float a, float b) const { return fminf(a, b); }
+};
+struct Greatest {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <class T>
+__device__ HeadRange range_of(const T* x, int dim) {
+    float low = to_float(x[0]), high = low;
+    bool finite = true;
+    for (int d = lane(); d < dim; d += kWarp) {
+        const float v = to_float(x[d]);
+        low = fminf(v, low), high = fmaxf(v, high), finite = finite && v - v == 0.0f;
+    }
+    return {reduce_lanes(low, Least()), reduce_lanes(high, Greatest()), __all_sync(kAllLanes, finite) != 0};
+}
+
+// The code of an element, rounded to the nearest even; 0 for a scale of 0 or NaN.
+struct Encode {
+    float scale, zero, low, high;
+
+    template <class T>
+    __device__ int operator()(T element) const {
+        if (!(scale > 0.0f)) return 0;
+        const float x = __fdiv_rn(__fsub_rn(to_float(element), zero), scale);
+        return __float2int_rn(fminf(fmaxf(x, low), high));
+    }
+};
+
+// A head of a token, by a warp.
+template <class T>
+__device__ void quantize_head(const AppendKvArgs& args, int64_t token, int64_t slot, int head) {
+    const int dim = static_cast<int>(args.head_dim);
+    const bool four = args.format == KvFormat::int4;
+    const T* x = reinterpret_cast<const T*>(args.from + token * args.from_token + head * args.from_head);
+    char* codes = slot_of(args.to, slot) + head * args.to.head_stride;
+    const HeadRange range = range_of(x, dim);
+    const float span = four ? __fsub_rn(range.high, range.low) : fmaxf(range.high, -range.low);
+    const Affine numbers =
+        affine_of(range.finite, from_float<f16>(__fdiv_rn(span, four ? kMostInt4 : kMostInt8)),
+                  four ? from_float<f16>(range.low) : f16{0});
+    if (lane() == 0) {
+        const int64_t index = slot * args.to.heads + head;
+        args.scales.scale[index] = numbers.scale;
+        if (four) args.scales.zero[index] = numbers.zero;
+    }
+    const Encode encode{to_float(numbers.scale), to_float(numbers.zero), four ? 0.0f : -kMostInt8,
+                        four ? kMostInt4 : kMostInt8};
+    if (four) {
+        const int half = dim / 2;
+        for (int d = lane(); d < half; d += kWarp) {
+            codes[d] = static_cast<char>(encode(x[d]) | encode(x[half + d]) << 4);
+        }
+    } else {
+        for (int d = lane(); d < dim; d += kWarp) codes[d] = static_cast<char>(encode(x[d]));
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    append_quantized_kernel(const __grid_constant__ AppendKvArgs k, const __grid_constant__ AppendKvArgs v) {
+    const int64_t token = blockIdx.x, slot = at(k.slots, token);
+    const int heads = static_cast<int>(k.to.heads);
+    for (int i = warp(); i < 2 * heads; i += kThreads / kWarp) {
+        i < heads ? quantize_head<T>(k, token, slot, i) : quantize_head<T>(v, token, slot, i - heads);
+    }
+}
+
+// ---- launches --------------------------------------------------------------------------------------------
 
 // A token's heads as one row, where they are.
 AppendKvArgs join_heads(AppendKvArgs args) {
@@ -54,6 +139,11 @@ bool wide(const AppendKvArgs& args) {
 }  // namespace
 
 void append_kv(const AppendKvArgs& k_in, const AppendKvArgs& v_in, int64_t tokens, cudaStream_t stream) {
+    if (k_in.format != KvFormat::plain) {
+        return dispatch(k_in.dtype, [&]<class T>(T*) {
+            launch(append_quantized_kernel<T>, tokens, kThreads, 0, stream, k_in, v_in);
+        });
+    }
     const AppendKvArgs k = join_heads(k_in), v = join_heads(v_in);
     const auto kernel = wide(k) && wide(v) ? append_kv_kernel<uint4> : append_kv_kernel<uint16_t>;
     launch(kernel, tokens, kThreads, 0, stream, k, v);

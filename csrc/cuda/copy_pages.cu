@@ -2,11 +2,14 @@
 //
 //   caches [P, page_size, Hkv, D]:  cache[dst[i]] = cache[src[i]] for all of them
 //
+// Elements of any type, codes and scales of quantised caches too, are bytes here.
 // One launch for up to 448 caches of one layout (keys and values of 224 layers): their addresses travel as a
 // kernel parameter, of which there are 4 KB, so nothing is copied to the device first and a captured graph
 // has them. A block of 256 threads copies a page of a cache, 16 bytes per thread at a time: at 16 tokens of 8
 // heads of 128 bfloat16 that is 32 KB and 8 turns. The pages may be copied in any order: none is both read
 // and written.
+#include <algorithm>
+
 #include "block_size.cuh"
 #include "copy_pages.h"
 #include "copy_rows.cuh"
@@ -64,8 +67,10 @@ bool same_layout(const PagedBytes& a, const PagedBytes& b) {
            a.row_bytes == b.row_bytes;
 }
 
-bool wide(const PagedBytes& cache) {
-    return aligned(cache.data, cache.page_stride | cache.token_stride | cache.head_stride | cache.row_bytes);
+// Bytes that all of a cache's rows can be copied by at a time.
+int unit(const PagedBytes& cache) {
+    const int64_t strides = cache.page_stride | cache.token_stride | cache.head_stride | cache.row_bytes;
+    return aligned<16>(cache.data, strides) ? 16 : aligned<2>(cache.data, strides) ? 2 : 1;
 }
 
 }  // namespace
@@ -75,13 +80,15 @@ void copy_pages(std::span<const PagedBytes> caches, IndexArray src, IndexArray d
     for (size_t begin = 0, end = 0; begin < caches.size(); begin = end) {
         PageCopyLaunch call{
             .layout = join(caches[begin]), .src = src, .dst = dst, .num_caches = 0, .caches = {}};
-        bool in_units = true;
+        int bytes = 16;
         for (; end < caches.size() && end - begin < kMaxCaches && same_layout(caches[begin], caches[end]);
              ++end) {
             call.caches[call.num_caches++] = caches[end].data;
-            in_units = in_units && wide(join(caches[end]));
+            bytes = std::min(bytes, unit(join(caches[end])));
         }
-        const auto kernel = in_units ? copy_pages_kernel<uint4> : copy_pages_kernel<uint16_t>;
+        const auto kernel = bytes == 16  ? copy_pages_kernel<uint4>
+                            : bytes == 2 ? copy_pages_kernel<uint16_t>
+                                         : copy_pages_kernel<uint8_t>;
         launch(kernel, count * call.num_caches, kThreads, 0, stream, call);
     }
 }

@@ -37,9 +37,10 @@ __device__ inline float load(FloatArray a, int64_t i) {
     return to_float(static_cast<const f16*>(a.data)[i]);
 }
 
-// Whether rows that begin `bytes` apart can be read 16 bytes at a time.
-inline bool aligned(const void* p, int64_t bytes = 0) {
-    return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) % 16 == 0;
+// Whether rows that begin `bytes` apart can be read so many bytes at a time.
+template <int kUnit = 16>
+bool aligned(const void* p, int64_t bytes = 0) {
+    return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) % kUnit == 0;
 }
 
 // The two elements of a word, the one at the lower address first.

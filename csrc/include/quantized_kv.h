@@ -14,6 +14,7 @@
 
 #include "int_vec.h"
 #include "isa.h"
+#include "kv_numbers.h"
 #include "paged_cache.h"
 #include "vec.h"
 #include "vec_row.h"
@@ -46,24 +47,10 @@ inline HeadRange range_of(const T* x, int64_t dim) {
     return {0.0f - reduce_max(Vec::zero() - low), reduce_max(high), reduce_add(odd) == 0.0f};
 }
 
-// As float16; -0.0 becomes 0.0, so that it does not matter which of them is the least element.
-inline f16 half_of(float x) {
-    const f16 half = from_float<f16>(x);
-    return (half.bits & 0x7fffu) == 0 ? f16{0} : half;
-}
-
-inline bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
-
 // The scale and zero of codes from 0 to `most` over a range.
-struct Affine {
-    f16 scale, zero;
-};
-
-constexpr f16 kNaN{0x7e00u};
-
 inline Affine affine_of(const HeadRange& range, float most) {
-    const f16 zero = half_of(range.low), scale = half_of((range.high - range.low) / most);
-    return {range.finite && is_finite(scale) && is_finite(zero) ? scale : kNaN, range.finite ? zero : kNaN};
+    return affine_of(range.finite, from_float<f16>((range.high - range.low) / most),
+                     from_float<f16>(range.low));
 }
 
 // Codes as floats that are whole after rounding, within [low, high]; 0 for a scale of 0 or NaN.
@@ -98,15 +85,15 @@ inline void quantize_head(const T* x, int64_t dim, KvFormat format, char* codes,
     const HeadRange range = range_of(x, dim);
     if (format == KvFormat::int8) {
         const float top = range.high > 0.0f - range.low ? range.high : 0.0f - range.low;
-        const f16 scale = half_of(top / 127.0f);
-        to.scale[index] = range.finite && is_finite(scale) ? scale : kNaN;
-        const Encoder encode(to_float(to.scale[index]), 0.0f, -127.0f, 127.0f);
+        const f16 scale = affine_of(range.finite, from_float<f16>(top / kMostInt8), f16{0}).scale;
+        to.scale[index] = scale;
+        const Encoder encode(to_float(scale), 0.0f, -kMostInt8, kMostInt8);
         for_vectors(dim, [&](int64_t i, int n) { encode(x + i, n, reinterpret_cast<int8_t*>(codes) + i); });
         return;
     }
-    const Affine affine = affine_of(range, 15.0f);
+    const Affine affine = affine_of(range, kMostInt4);
     to.scale[index] = affine.scale, to.zero[index] = affine.zero;
-    const Encoder encode(to_float(affine.scale), to_float(affine.zero), 0.0f, 15.0f);
+    const Encoder encode(to_float(affine.scale), to_float(affine.zero), 0.0f, kMostInt4);
     const int64_t half = dim / 2;
     for_vectors(half, [&](int64_t i, int n) {
         int8_t low[W], high[W];

@@ -28,12 +28,6 @@ inline bool is_cache(const Tensor& t) {
            rows_contiguous(t);
 }
 
-inline void require_kernels(const Tensor& cache) {
-    require(
-        kHasQuantizedKv || format_of(cache) == KvFormat::plain,
-        "quantised KV caches (int8, int4) have no CUDA kernels: use a cache of the model's dtype on a GPU");
-}
-
 // No two slots are one memory, as those of an expanded tensor are.
 inline bool writable(const Tensor& cache) {
     bool distinct = true;
@@ -86,7 +80,6 @@ struct LayerCaches {
         : k(k_cache), v(v_cache), format(format_of(k_cache)) {
         require(same_cache(k, v), "caches");
         require(format != KvFormat::plain || k.scalar_type() == tokens, "caches");
-        require_kernels(k);
         head_dim = format == KvFormat::int4 ? 2 * k.size(3) : k.size(3);
         require(format == KvFormat::plain || head_dim >= 1, "caches");
         k_scales = {numbers(beside.k_scale, format != KvFormat::plain),
@@ -167,7 +160,6 @@ struct CopyPages {
         require(dst_tensor.numel() == count, "dst");
         for (const Tensor& cache : tensors) {
             require(is_cache(cache) && writable(cache), "caches");
-            require_kernels(cache);
             require_range(src, count, 0, cache.size(0));
             require_range(dst, count, 0, cache.size(0));
             if (cache.numel() > 0) caches.push_back(paged_bytes(cache));

@@ -64,20 +64,20 @@ void guarded(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
 
 // ---- the device -------------------------------------------------------------------------------------------
 
-// Whether a tensor is where this library's kernels run, whether index tensors are read and checked there
-// (values on a GPU are not, but under tk.debug_checks, in Python), and whether there are kernels for
-// quantised KV caches. csrc/ops/cuda/common.h makes the device of an op's first tensor the current one.
+// Whether a tensor is where this library's kernels run, and whether index tensors are read and checked there
+// (values on a GPU are not, but under tk.debug_checks, in Python). csrc/ops/cuda/common.h makes the device of
+// an op's first tensor the current one.
 #if defined(TTS_CUDA)
-inline constexpr bool kReadable = false, kHasQuantizedKv = false;
+inline constexpr bool kReadable = false;
 
 inline bool is_here(const Tensor& t) {
     return t.is_cuda() && t.get_device_index() == torch::stable::accelerator::getCurrentDeviceIndex();
 }
 #else
 #if defined(TTS_EMULATED)  // a GPU's operators on CPU tensors (tests/gpu_emulator)
-inline constexpr bool kReadable = false, kHasQuantizedKv = false;
+inline constexpr bool kReadable = false;
 #else
-inline constexpr bool kReadable = true, kHasQuantizedKv = true;
+inline constexpr bool kReadable = true;
 #endif
 
 inline bool is_here(const Tensor& t) { return t.is_cpu(); }

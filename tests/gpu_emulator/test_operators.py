@@ -33,7 +33,7 @@ TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set", "
 FEW = {
     "aggregate_steps": "strided",
     "append_kv": "strided or nan",
-    "copy_pages": "strided",
+    "copy_pages": "strided or codes",
     "merge_states": "empty_state or nan_shows",
     "step_scores": "test_equals_the_definition and 3-17",
     "prune": "test_sizes or groups_of_nan or saturated",

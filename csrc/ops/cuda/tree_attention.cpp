@@ -37,6 +37,8 @@ std::tuple<Tensor, Tensor> tree_attention(
     const OnDevice device(q_in);
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
     const LayerCaches caches(k_cache, v_cache, q.scalar_type(), {k_scale, v_scale, k_zero, v_zero});
+    require(caches.format == KvFormat::plain,
+            "tree_attention reads no quantised KV caches (int8, int4) in CUDA: use_backend('triton') does");
     check_tensors(q, k_cache, page_size, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
     require(max_slots >= 0, "max_slots");

@@ -1,0 +1,31 @@
+// The scale and zero beside a quantised head of keys or values, as every wing makes them (quantized_kv.h).
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "isa.h"
+
+TTS_BEGIN_ISA
+
+// The largest codes, of 8 bits with a sign and of 4 without.
+inline constexpr float kMostInt8 = 127.0f, kMostInt4 = 15.0f;
+
+// -0.0 becomes 0.0, so that it does not matter which of them is the least element.
+TTS_HD inline f16 unsigned_zero(f16 x) { return (x.bits & 0x7fffu) == 0 ? f16{0} : x; }
+
+TTS_HD inline bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
+
+struct Affine {
+    f16 scale, zero;
+};
+
+// Of a head whose elements are finite or not, from what arithmetic gave, rounded to float16.
+TTS_HD inline Affine affine_of(bool finite, f16 scale, f16 zero) {
+    constexpr uint16_t kNaN = 0x7e00u;
+    if (!finite) return {{kNaN}, {kNaN}};
+    scale = unsigned_zero(scale), zero = unsigned_zero(zero);
+    return {is_finite(scale) && is_finite(zero) ? scale : f16{kNaN}, zero};
+}
+
+TTS_END_ISA
