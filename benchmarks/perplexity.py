@@ -5,10 +5,11 @@ python benchmarks/perplexity.py --checkpoint PATH --data math500.jsonl [--limit 
 
 The text of a problem is the problem, a blank line and the solution, and every token but the first counts; with --chat
 it is the solution behind the problem in the chat template, and the tokens of the solution count. With --pack texts are
-joined, a blank line between them, and cut to so many tokens. A GGUF file of the
-same model is read twice: by our decoder, and by transformers with its weights in float. With --kv the first format is
-read with that kv_dtype too. Beside the perplexity: on how many tokens the likeliest one is that of the first format,
-and the mean KL divergence from it.
+joined, a blank line between them, and cut to so many tokens. A GGUF file of the same model is read twice: by our
+decoder, and by transformers with its weights in float. The format "mha" is bf16 with each KV head once for each of its
+query heads: what the model computes, with as many KV heads as query heads. With --kv the first format is read with that
+kv_dtype too. Beside the perplexity: on how many tokens the likeliest one is that of the first format, and the mean KL
+divergence from it.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from transformers import AutoTokenizer
 from tts_search.models import llama
 from tts_search.models.decoder import Decoder, KvDtype
 from tts_search.models.formats.opening import open_checkpoint
-from tts_search.models.loading import load_decoder
+from tts_search.models.loading import lean_decoder, load_decoder
 from tts_search.models.sizing import pool_for
 from tts_search.models.transformers import load_config
 from tts_search.policies.prompt import prompt_of
 
 FORMATS = {
-    "bf16": (None, None), "fp32": (None, None), "int8": ("int8", None), "int4": ("int4", 32), "int4-64": ("int4", 64)
+    "bf16": (None, None), "fp32": (None, None), "int8": ("int8", None), "int4": ("int4", 32), "int4-64": ("int4", 64),
+    "mha": (None, None),
 }  # fmt: skip
-NAMES = {"int4": "int4, groups of 32", "int4-64": "int4, groups of 64"}
+NAMES = {"int4": "int4, groups of 32", "int4-64": "int4, groups of 64", "mha": "bf16, a KV head for each query head"}
 # Log-probabilities [len(ids) - 1, V] of every next token.
 Reader = Callable[[list[int]], Tensor]
 
@@ -58,12 +60,27 @@ def texts(path: Path, limit: int, tokenizer: Any, chat: bool) -> list[tuple[list
 
 def quantised(checkpoint: str, name: str) -> Decoder:
     quantize, group_size = FORMATS[name]
+    if name == "mha":
+        return with_all_heads(checkpoint)
     before = llama.INT4_GROUP
     llama.INT4_GROUP = group_size or before
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
     decoder = load_decoder(checkpoint, dtype=dtype, device="cpu", decoder="lean", quantize=quantize)
     llama.INT4_GROUP = before
     return decoder
+
+
+def with_all_heads(checkpoint: str) -> Decoder:
+    """The model with each KV head once for each of its query heads."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    config = model.config
+    heads, config.num_key_value_heads = config.num_key_value_heads, config.num_attention_heads
+    for layer in model.base_model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            for parameter in projection.parameters():
+                each = parameter.data.unflatten(0, (heads, -1))
+                parameter.data = each.repeat_interleave(config.num_attention_heads // heads, 0).flatten(0, 1)
+    return lean_decoder(model)
 
 
 def packed(rows: list[tuple[list[int], int]], size: int, between: list[int]) -> list[tuple[list[int], int]]:
@@ -134,7 +151,7 @@ def main() -> None:
             options.write,
             what=f"{options.what} on {texts_of(options, len(rows))} of {options.data.stem}, {tokens} tokens: "
             f"perplexity, and tokens beside those of {next(iter(readers))}",
-            command=f"python benchmarks/perplexity.py {shlex.join(_hidden(one) for one in sys.argv[1:])}",
+            command=f"python benchmarks/perplexity.py {shlex.join(map(record.hidden, sys.argv[1:]))}",
             beside=options.beside,
             tables={options.table: table},
             packages=("torch", "transformers"),
@@ -146,12 +163,6 @@ def texts_of(options: argparse.Namespace, count: int) -> str:
     if options.pack:
         return f"{count} pieces of {options.pack} tokens of problems with solutions"
     return f"{count} problems with solutions"
-
-
-def _hidden(argument: str) -> str:
-    """An argument, with PATH for where a file lies on this machine."""
-    name, equals, path = argument.rpartition("=")
-    return f"{name}{equals}PATH" if Path(path).is_absolute() else argument
 
 
 def measure(readers: dict[str, Reader], rows: list[tuple[list[int], int]]) -> dict[str, dict[str, record.Cell]]:

@@ -1,10 +1,12 @@
 """Scores of process reward models in few bits, beside those of the same model as it is.
 
-python benchmarks/prm_scores.py [--checkpoint PATH ... --format FORMAT] [--problems 40] [--n 8] [--write NAME]
+python benchmarks/prm_scores.py [--checkpoint PATH ... --format FORMAT] [--policy PATH --tasks FILE] [--problems 40]
+    [--n 8] [--kv int8 xquant-4 ...] [--write NAME]
 
-Texts are completions that the demo's policy samples for its own problems, right and wrong ones; verifiers are the
-demo's, or checkpoints of yours. For each step: how far its score is from that of the model as it is. For each problem:
-whether the best completion by the last step's score is the same one, a tie going to the first.
+Texts are completions that the demo's policy samples for its own problems, right and wrong ones, or a policy of yours
+for yours; verifiers are the demo's, or checkpoints of yours. With --kv the forms are those of keys and values. For each
+step: how far its score is from that of the model as it is. For each problem: whether the best completion by the last
+step's score is the same one, a tie going to the first.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 import record
 import torch
 from tts_search import HFPolicy, HFVerifier, SearchConfig, search
 from tts_search.adapters.stateless import StepScorer
+from tts_search.evaluation.tasks import load_tasks
 from tts_search.lab import MODELS_DIR
 from tts_search.lab.arithmetic import generate
+from tts_search.models.decoder import KvDtype
 
 FORMS: dict[str, dict[str, str]] = {
     "as it is": {},
@@ -31,10 +36,11 @@ FORMS: dict[str, dict[str, str]] = {
 Texts = list[tuple[str, list[tuple[str, ...]]]]
 
 
-def completions(problems: int, n: int) -> Texts:
+def completions(policy_path: str, tasks: str | None, problems: int, n: int) -> Texts:
     """Each problem with the steps of n completions."""
-    policy = HFPolicy(str(MODELS_DIR / "policy-0.6m"))
-    texts = [problem.problem for problem in generate("test", 3, problems, seed=7)]
+    policy = HFPolicy(policy_path)
+    found = load_tasks(tasks, problems) if tasks else generate("test", 3, problems, seed=7)
+    texts = [one.problem for one in found]
     config = SearchConfig("best_of_n", n=n, max_tokens=400)
     results = search(texts, policy, None, config, progress=False)
     return [(result.problem, [one.steps for one in result.completions]) for result in results]
@@ -74,16 +80,20 @@ def main() -> None:
         "--checkpoint", nargs="+", default=[str(MODELS_DIR / name) for name in ("prm-weak", "prm-strong")]
     )
     parser.add_argument("--format", default="auto")
+    parser.add_argument("--policy", default=str(MODELS_DIR / "policy-0.6m"))
+    parser.add_argument("--tasks", help="a file of problems; else the demo's")
+    parser.add_argument("--kv", nargs="+", choices=get_args(KvDtype), help="the forms: keys and values in so few bits")
     parser.add_argument("--problems", type=int, default=40)
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--write", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
-    texts = completions(options.problems, options.n)
+    texts = completions(options.policy, options.tasks, options.problems, options.n)
+    forms = {"as it is": {}, **{f"KV in {kind}": {"kv_dtype": kind} for kind in options.kv}} if options.kv else FORMS
     rows: dict[str, dict[str, record.Cell]] = {}
     for checkpoint in options.checkpoint:
         name = Path(checkpoint).name
         plain = scores(checkpoint, options.format, {}, texts)
-        for form, own in FORMS.items():
+        for form, own in forms.items():
             found = plain if not own else scores(checkpoint, options.format, own, texts)
             row: dict[str, record.Cell] = {"verifier": name, "form": form, **compare(found, plain)}
             print(row, flush=True)
@@ -92,8 +102,8 @@ def main() -> None:
         record.write(
             options.write,
             what=f"Scores of steps by form of the verifier, beside the verifier as it is: {options.n} completions of "
-            f"{options.problems} of the demo's problems",
-            command=shlex.join(["python", "benchmarks/prm_scores.py", *sys.argv[1:]]),
+            f"{options.problems} problems of {Path(options.tasks).stem if options.tasks else 'the demo'}",
+            command=shlex.join(["python", "benchmarks/prm_scores.py", *map(record.hidden, sys.argv[1:])]),
             beside="other work (scores do not depend on it)",
             tables={"scores": rows},
         )

@@ -128,6 +128,12 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def hidden(argument: str) -> str:
+    """An argument of a command, with PATH for where a file lies on this machine."""
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}PATH" if Path(path).is_absolute() else argument
+
+
 def commit() -> str:
     """The commit that is checked out, ``-dirty`` behind it where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
