@@ -121,18 +121,22 @@ def main() -> None:
     parser.add_argument("--record", help="write benchmarks/results/NAME.json")
     parser.add_argument("--beside", default="other work", help="what else ran, for --record")
     options = parser.parse_args()
-    common = {"dtype": options.dtype, "kv_memory": options.kv_memory, "quantize": options.quantize}
-    models = HFPolicy(options.policy, **common), HFVerifier(options.verifier, format=options.format, **common)
+
+    def load() -> tuple[HFPolicy, HFVerifier]:
+        """New models: what a run has left in the prefix caches must not serve the next one."""
+        common = {"dtype": options.dtype, "kv_memory": options.kv_memory, "quantize": options.quantize}
+        return HFPolicy(options.policy, **common), HFVerifier(options.verifier, format=options.format, **common)
+
     config = SearchConfig(
         method=options.method, n=options.n, max_steps=options.max_steps, max_step_tokens=options.max_step_tokens
     )
     problems = [task.problem for task in load_tasks(options.tasks, options.limit)]
-    run(models, problems[:1], config, "64 rows")  # whatever is done once
+    run(load(), problems[:1], config, "64 rows")  # whatever is done once
     found: dict[str, list[dict[str, float | None]]] = {engine: [] for engine in options.engines}
     first: list[str] = []
     for _ in range(options.rounds):
         for engine in options.engines:
-            numbers, trees = run(models, problems, config, engine)
+            numbers, trees = run(load(), problems, config, engine)
             first = first or trees
             if trees != first:
                 raise SystemExit(f"{engine}: another result than the first engine's")
