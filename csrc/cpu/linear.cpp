@@ -20,7 +20,6 @@ TTS_BEGIN_ISA
 namespace {
 
 constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while the panels pass
-constexpr int64_t kFewRows = 4;      // so few wait for memory, which the hardware's prefetching keeps busy
 constexpr int64_t kFewGroup = 4;     // with long streams: panels one after another
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,9 +53,8 @@ void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end, i
     const auto* weight = static_cast<const T*>(args.weight);
     const int64_t next = begin + args.ahead;
     const bool fetch = passes * R > kFewRows && next + P <= args.cut.panels;
-    const int64_t share = fetch ? divide_up(P * kLine, passes) : 0;
-    const auto* from = reinterpret_cast<const char*>(weight + (fetch ? next : 0) * panel);
-    const Ahead ahead{from + pass * share * steps, share};
+    const T* from = weight + (fetch ? next : 0) * panel;
+    const Ahead ahead = Ahead::share(from, fetch ? P * kLine : 0, steps, pass, passes);
     alignas(64) float sums[R * P * kPanel];
     for (int64_t width; begin < end; begin += width) {
         width = begin + P <= end ? P : 1;

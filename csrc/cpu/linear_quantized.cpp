@@ -13,7 +13,7 @@
 // the rest: Dettmers et al., arXiv 2208.07339. A row with NaN or an infinity is NaN.
 //
 // Few rows are bound by reading W, a byte or half of one per element; a tile of rows passes a group of panels
-// while they are in cache (int_tile.h).
+// while they are in cache, and fetches those of the next group (int_tile.h).
 #include "linear_quantized.h"
 
 #include "int_vec.h"
@@ -154,21 +154,31 @@ void add_group(const LinearQuantizedArgs& args, const int32_t* sums, int64_t row
     }
 }
 
+// Of the row tiles that pass the same panels, the one at work: it fetches its share of those that come
+// `ahead` panels later.
+struct Pass {
+    int64_t number, count, ahead;
+};
+
 // A row tile through P panels from `panel` on, or through that one alone, P times (no panel apart). At the
 // end use(acc, stride, panels) gets the tile's [height] rows of sums, that many panels wide.
 template <int Bits, int R, int P, class F>
 void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int64_t panel, bool alone,
-              F use) {
+              Pass pass, F use) {
     const QuantizedWeight& weight = args.weight;
     const int64_t apart = alone ? 0 : 1, bytes = weight.depth / kIntStep * kIntLine<Bits>;
     const int8_t* rows = args.packed + row * args.cut.row_bytes;
+    const int64_t next = panel + pass.ahead, steps = weight.depth / kIntStep;
+    const bool fetch = pass.count * R > kFewRows && next + P <= args.cut.panels;
+    const Ahead ahead = Ahead::share(weight.data + (fetch ? next : 0) * bytes, fetch ? P * kIntLine<Bits> : 0,
+                                     steps, pass.number, pass.count);
     alignas(64) float acc[R * P * kIntPanel];
     alignas(64) int32_t sums[R * P * kIntPanel];
     for (int64_t i = 0; i < height * P * kIntPanel; ++i) acc[i] = 0.0f;
     for (int64_t g = 0; g < weight.groups; ++g) {
         const int64_t begin = g * weight.group, end = least(begin + weight.group, weight.depth);
         const uint8_t* data = weight.data + panel * bytes;
-        int_tile<Bits, R, P>(rows, weight.depth, data, apart * bytes, begin, end, sums);
+        int_tile<Bits, R, P>(rows, weight.depth, data, apart * bytes, begin, end, ahead, sums);
         if (kIntSplit) add_outliers_of<Bits, P>(args, row, height, data, apart * bytes, g, sums);
         add_group<P>(args, sums, row, height, panel, apart, g, acc);
     }
@@ -178,15 +188,15 @@ void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int6
 // Panels [begin, end) for a row tile, whose height becomes a constant: whole units of it.
 template <int Bits, int R = kIntRows, class F>
 void run_panels(const LinearQuantizedArgs& args, int64_t row, int64_t height, int64_t begin, int64_t end,
-                F use) {
+                Pass pass, F use) {
     if constexpr (R > 0) {
         if (height <= R - kIntUnit) {
-            return run_panels<Bits, R - kIntUnit>(args, row, height, begin, end, use);
+            return run_panels<Bits, R - kIntUnit>(args, row, height, begin, end, pass, use);
         }
         constexpr int P = int_panels(R);
         int64_t panel = begin;
-        for (; panel + P <= end; panel += P) run_tile<Bits, R, P>(args, row, height, panel, false, use);
-        for (; panel < end; ++panel) run_tile<Bits, R, P>(args, row, height, panel, true, use);
+        for (; panel + P <= end; panel += P) run_tile<Bits, R, P>(args, row, height, panel, false, pass, use);
+        for (; panel < end; ++panel) run_tile<Bits, R, P>(args, row, height, panel, true, pass, use);
     }
 }
 
@@ -205,7 +215,7 @@ void run_unit(const LinearQuantizedArgs& args, int64_t unit) {
                                  panels * kIntPanel);
             });
         };
-        run_panels<Bits>(args, row, height, panel, end, finish);
+        run_panels<Bits>(args, row, height, panel, end, {t - first, last - first, args.ahead}, finish);
     }
 }
 
@@ -215,7 +225,7 @@ constexpr int64_t kLogitPanels = 4, kLogits = kLogitPanels * kIntPanel;
 // The logits of `count` outputs from panel `begin` on, folded into the states of a row tile.
 template <int Bits>
 void fold_block(const QuantizedLogprobArgs& args, int64_t row, int64_t height, int64_t begin, int64_t count,
-                float* max_state, float* sum_state) {
+                Pass pass, float* max_state, float* sum_state) {
     const float* scales = args.linear.scales + row;
     alignas(64) float logits[kIntRows * kLogits];
     const auto keep = [&](const float* acc, int64_t stride, int64_t panel, int64_t panels) {
@@ -226,7 +236,7 @@ void fold_block(const QuantizedLogprobArgs& args, int64_t row, int64_t height, i
             }
         }
     };
-    run_panels<Bits>(args.linear, row, height, begin, begin + divide_up(count, kIntPanel), keep);
+    run_panels<Bits>(args.linear, row, height, begin, begin + divide_up(count, kIntPanel), pass, keep);
     for (int64_t i = 0; i < height; ++i) {
         const float* of_row = logits + i * kLogits;
         fold_logits<kLogits>(of_row, static_cast<int>(count), args.inv_temperature, max_state[row + i],
@@ -251,8 +261,8 @@ void logprob_chunk(const QuantizedLogprobArgs& args, int64_t chunk) {
     for (int64_t output = first; output < last; output += kLogits) {
         const int64_t count = least(kLogits, last - output);
         for (int64_t t = 0; t < tiles.count; ++t) {
-            fold_block<Bits>(args, tiles.begin(t), tiles.height(t), output / kIntPanel, count, max_state,
-                             sum_state);
+            fold_block<Bits>(args, tiles.begin(t), tiles.height(t), output / kIntPanel, count,
+                             {t, tiles.count, kLogitPanels}, max_state, sum_state);
         }
     }
 }

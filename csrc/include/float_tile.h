@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "isa.h"
 #include "vec_math.h"
 
@@ -154,20 +155,12 @@ inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth,
     }
 }
 
-// Memory to be fetched while a tile computes: `stride` bytes per step, from `begin` on. It goes to L2, since
-// L1 holds what the tile reads, and hardware prefetching alone keeps no more than half of the memory's rate.
-struct Ahead {
-    const char* begin;
-    int64_t stride;
-};
-
 // sums [R][P][16] = rows . panels over all steps; `panel` elements lie between panels.
 template <class T, int R, int P>
 inline void float_tile(const float* rows, const T* weights, int64_t panel, int64_t steps, Ahead ahead,
                        float* sums) {
     using Step = FloatStep<T>;
     constexpr int V = kPanel / Vec::width;  // vectors in a panel
-    constexpr int kLine = 64;
     for (int64_t begin = 0; begin < steps || begin == 0; begin += kChain<T>) {
         const int64_t end = begin + kChain<T> < steps ? begin + kChain<T> : steps;
         Vec acc[R][P * V];
@@ -176,9 +169,7 @@ inline void float_tile(const float* rows, const T* weights, int64_t panel, int64
         }
         for (int64_t s = begin; s < end; ++s) {
             typename Step::Weights w[P * V];
-            for (int64_t at = 0; at < ahead.stride; at += kLine) {
-                __builtin_prefetch(ahead.begin + s * ahead.stride + at, 0, /* locality */ 2);
-            }
+            ahead.fetch(s);
 #pragma GCC unroll 32
             for (int v = 0; v < P * V; ++v) {
                 w[v] = Step::load(weights + (v / V) * panel + (s * kPanel + (v % V) * Vec::width) * kStep<T>);

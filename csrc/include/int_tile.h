@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "amx_tiles.h"
 #include "args/linear_quantized.h"
 #include "isa.h"
@@ -305,7 +306,7 @@ inline const uint8_t* unpacked(const uint8_t* panel, int64_t step, int64_t steps
 // sums [R][P][16] = rows . panels over the depth [begin, end); `panel` bytes lie between panels.
 template <int Bits, int R, int P>
 inline void int_tile(const int8_t* rows, int64_t depth, const uint8_t* weights, int64_t panel, int64_t begin,
-                     int64_t end, int32_t* sums) {
+                     int64_t end, Ahead /* fetch_ahead does it */, int32_t* sums) {
     alignas(64) uint8_t room[kTileBytes];
     const int64_t steps = end - begin < kIntBlock ? kIntGroup / kIntStep : kIntBlock / kIntStep;
     zero_sums();
@@ -326,7 +327,7 @@ inline constexpr int kIntUnit = 1;
 
 #if defined(__AVX512VNNI__)
 inline constexpr int kIntRows = 14;
-inline constexpr int int_panels(int rows) { return rows <= 6 ? 4 : rows <= 9 ? 3 : 2; }
+inline constexpr int int_panels(int rows) { return rows <= 6 ? 4 : 2; }
 #elif defined(__AVX512BW__)
 inline constexpr int kIntRows = 12;
 inline constexpr int int_panels(int) { return 1; }
@@ -365,7 +366,7 @@ struct IntTiles {
 // odd steps have sums of their own where there are few, so that they do not wait for each other.
 template <int Bits, int R, int P>
 inline void int_tile(const int8_t* rows, int64_t /*depth*/, const uint8_t* weights, int64_t panel,
-                     int64_t begin, int64_t end, int32_t* sums) {
+                     int64_t begin, int64_t end, Ahead ahead, int32_t* sums) {
     using Step = IntStep;
     constexpr int C = R * P * sizeof(Step::Sums) <= 4 * 64 ? 2 : 1;
     typename Step::Sums acc[C][R][P];
@@ -377,6 +378,7 @@ inline void int_tile(const int8_t* rows, int64_t /*depth*/, const uint8_t* weigh
     const auto* words = reinterpret_cast<const Step::Word*>(rows);
     const auto step = [&]<int Half>(int64_t s) {
         typename Step::Weights w[P];
+        ahead.fetch(s);
         const uint8_t* line = weights + (Bits == 8 ? s : s / 2) * kIntLine<8>;
 #pragma GCC unroll 8
         for (int v = 0; v < P; ++v) w[v] = Step::load<Bits, Half>(line + v * panel);

@@ -56,6 +56,7 @@ struct Linear {
                 .residual = residual ? residual->const_data_ptr() : nullptr,
                 .residual_stride = residual ? residual->stride(0) : 0,
                 .cut = {},
+                .ahead = 0,
                 .packed = nullptr,
                 .scales = nullptr,
                 .totals = nullptr,

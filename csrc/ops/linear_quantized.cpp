@@ -28,7 +28,9 @@ void run_quantized(const Tensor& x, LinearQuantizedArgs args) {
     // A thread is worth starting for 2**18 bytes of weights, or for 2**22 multiplications.
     const int64_t weights = args.columns * args.weight.depth;
     const int64_t worth = std::max(weights * args.weight.bits >> 21, weights * args.rows >> 22);
-    for_units(args.cut.units, worth,
+    const int64_t threads = threads_for(args.cut.units, worth);
+    args.ahead = args.cut.group * threads;
+    for_units(args.cut.units, threads,
               [&](int64_t unit, int64_t) { kernels().linear_quantized(args, unit, unit + 1); });
 }
 

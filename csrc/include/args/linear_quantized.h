@@ -45,6 +45,7 @@ struct LinearQuantizedArgs {
     const void* residual;  // [T, N] of x's type, or null
     int64_t residual_stride;
     QuantizedCut cut;
+    int64_t ahead;      // panels from one that a thread is at to the one that it will take next
     int8_t* packed;     // workspace: rows of x in whole numbers, tile by tile
     float* scales;      // workspace [T]: what a row's whole numbers are multiples of
     int32_t* totals;    // workspace [T, groups]: their sum in each group
