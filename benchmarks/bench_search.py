@@ -41,6 +41,7 @@ class Verifier:
         self.score = driver.score
 
 
+COUNTS = {"decode steps", "tokens", "speculated"}
 ENGINES: dict[str, dict[str, int]] = {
     "64 rows": {"max_rows": 64},
     "4 problems": {"max_in_flight": 4},
@@ -161,7 +162,8 @@ def medians(engine: str, runs: Sequence[dict[str, float | None]]) -> dict[str, r
     row: dict[str, record.Cell] = {"engine": engine}
     for name in runs[0]:
         values = [value for each in runs if (value := each[name]) is not None]
-        row[name] = float(f"{statistics.median(values):.4g}") if values else None
+        median = float(f"{statistics.median(values):.4g}") if values else None
+        row[name] = int(median) if median is not None and name in COUNTS else median
     return row
 
 

@@ -120,12 +120,14 @@ def machine() -> dict[str, Cell]:
 
 
 def processor() -> str:
-    """The model of the processor."""
+    """The name of the processor, with the numbers of its family and model: a virtual machine's name says little."""
+    fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def hidden(argument: str) -> str:
