@@ -316,6 +316,22 @@ def test_a_search_of_one_problem_votes_by_behaviour():
 
 
 @needs_sandbox
+def test_white_space_is_a_difference_between_programs():
+    """A statement that is indented by one level too many is another program, and does not vote for the right one."""
+    task = task_of(MBPP, "0")
+    grader = CodeGrader(task, Judge())
+    early, late = (
+        f"def larger(*both):\n    most = 0\n    for one in both:\n        most = max(most, one)\n{end}return most\n"
+        for end in (" " * 8, " " * 4)
+    )
+    texts = [f"```python\n{program}```" for program in (early, late, "def larger(a, b): return max(a, b)\n")]
+    policy = TextPolicy(lambda requests: [[Step(text, True) for text in texts] for _ in requests])
+    config = SearchConfig("best_of_n", n=3)
+    (result,) = search([task.problem], policy, None, config, extract_answer=grader.extract, equal=grader.equal)
+    assert result.answer("majority") == late
+
+
+@needs_sandbox
 def test_codet_prefers_the_larger_agreement():
     """The paper's figure: two right programs that pass two tests beat one wrong program that passes another two."""
     task, judge = task_of(MBPP, "0"), Judge()

@@ -1,7 +1,7 @@
 r"""Answers: taking them out of a text (``\boxed{...}``), and which of them count as one.
 
-Spellings of one number are one answer, and so are texts up to variants of LaTeX that change nothing. Whether two
-answers mean the same beyond that is for whoever searches to say: see :mod:`tts_search.domains.mathematics`.
+By default spellings of one number are one answer, and so are texts up to variants of LaTeX that change nothing.
+Whether two answers mean the same is for whoever searches to say: see :mod:`tts_search.domains.mathematics`.
 """
 
 from __future__ import annotations
@@ -93,15 +93,16 @@ def same(gold: str, answer: str) -> bool:
 class Equivalence:
     """Classes of answers that mean the same, each known by the spelling that came first.
 
-    Spellings of one number, or of one normalized text, are one answer. Others are of one class if `equal` says so in
-    either order, or of both a third one: so the classes are those of the answers, in whatever order they come. At most
-    (distinct answers)^2 comparisons by `equal`.
+    Answers are of one class if their texts are equal, if `equal` says so in either order, or of both a third one: so
+    the classes are those of the answers, in whatever order they come. Spellings of one number, or of one normalized
+    text, are asked about first, and where `equal` takes them for one answer they are compared with nothing else; it
+    alone knows what white space means: in a program, much. At most (distinct answers)^2 comparisons by `equal`.
     """
 
     def __init__(self, equal: Equality = same) -> None:
         self._equal = equal
-        self._spelling: dict[str | Fraction, str] = {}  # of every form seen so far, its first spelling
-        self._known_by: dict[str | Fraction, str | Fraction] = {}  # of a form, another one that came first
+        self._known_by: dict[str, str] = {}  # of every answer so far, one of its class that came first, or itself
+        self._compared: dict[str | Fraction, list[str]] = {}  # by their forms, those that were compared with all
 
     def first(self, answer: str) -> str:
         """Return the first spelling of the answer's class; a new class begins with `answer` itself."""
@@ -109,28 +110,33 @@ class Equivalence:
 
     def firsts(self, answers: Iterable[str]) -> list[str]:
         """Return the first spelling of each answer's class, when all of them are known."""
-        forms = [self._form(answer) for answer in answers]
-        return [self._spelling[self._class(form)] for form in forms]
+        given = list(answers)
+        for answer in given:
+            if answer not in self._known_by:
+                self._add(answer)
+        return [self._class(answer) for answer in given]
 
-    def _form(self, answer: str) -> str | Fraction:
-        form = canonical_form(answer)
-        if form not in self._spelling:
-            others = list(self._spelling.items())
-            self._spelling[form] = answer
-            for other, spelling in others:
-                if self._class(other) != self._class(form) and (
-                    self._equal(spelling, answer) or self._equal(answer, spelling)
-                ):
-                    self._join(other, form)
-        return form
+    def _add(self, answer: str) -> None:
+        alike = self._compared.setdefault(canonical_form(answer), [])
+        spelled = next((other for other in alike if self._means(other, answer)), answer)
+        self._known_by[answer] = spelled
+        if spelled != answer:
+            return
+        for other in [each for own in self._compared.values() if own is not alike for each in own]:
+            if self._class(other) != self._class(answer) and self._means(other, answer):
+                self._join(other, answer)
+        alike.append(answer)
 
-    def _class(self, form: str | Fraction) -> str | Fraction:
-        while form in self._known_by:
-            form = self._known_by[form]
-        return form
+    def _means(self, known: str, answer: str) -> bool:
+        return self._equal(known, answer) or self._equal(answer, known)
 
-    def _join(self, one: str | Fraction, other: str | Fraction) -> None:
-        """Make two classes one, known by the form that came first."""
+    def _class(self, answer: str) -> str:
+        while (first := self._known_by[answer]) != answer:
+            answer = first
+        return answer
+
+    def _join(self, one: str, other: str) -> None:
+        """Make two classes one, known by the answer that came first."""
         heads = {self._class(one), self._class(other)}
-        first, second = [form for form in self._spelling if form in heads]
+        first, second = [answer for answer in self._known_by if answer in heads]
         self._known_by[second] = first
