@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 
 import torch
 from tts_search.cli.main import main
+from tts_search.domains.code import Level, Sandbox
 from tts_search.evaluation.evaluate import read_records
 from tts_search.evaluation.records import Journal
 from tts_search.lab import MODELS_DIR
@@ -128,6 +129,10 @@ def check_line(status: object, text: str, named: str) -> None:
         ([*EVAL, "--in-flight", "0"], "--in-flight"),
         ([*EVAL, "--in-flight", "-2"], "--in-flight"),
         ([*EVAL, "--actors", "0"], "--actors"),
+        ([*EVAL, "--written-tests", "2"], "--written-tests: expected with --verifier execution only"),
+        ([*EVAL, "--verifier", VERIFIER, "--written-tests", "2"], "--written-tests: expected with"),
+        ([*EVAL, "--verifier", "execution", "--written-tests", "2"], "--written-tests: expected tasks of programming"),
+        ([*EVAL, "--verifier", "execution", "--written-tests", "0"], "--written-tests"),
         ([*EVAL, "--actors", "2"], "--actors: expected with --ray"),
         ([*EVAL[:-1], "data.jsonl"], "--out"),
         ([*EVAL[:-1], "data.jsonl/below"], "--out"),
@@ -410,3 +415,24 @@ def test_a_disk_that_cannot_be_written(tmp_path):
         "--out: expected a folder that can be written",
     )
     assert list((tmp_path / "after").iterdir()) == []
+
+
+def test_tests_are_written_once(run):
+    """What a policy wrote stays: the same command draws nothing again, and says the same of what it cost."""
+    if not sys.platform.startswith("linux") or Sandbox().level() < Level.FULL:
+        pytest.skip("no sandbox of the full level")
+    task = {"task_id": 1, "text": "The larger.", "test_list": ["assert larger(1, 2) == 2", "assert larger(3, 2) == 3"]}
+    Path("code.jsonl").write_text(json.dumps(task))
+    options = ("--policy", POLICY, "--verifier", "execution", "--written-tests", 2, "--n", 2, "--out", "out")
+    command = ("eval", "code.jsonl", *options, "--set", "max_step_tokens=32", "--no-self-test")
+    status, shown, _ = run(*command)
+    assert not status
+    assert "written tests: 0 in 2 texts for each of 1 tasks (1 without any); " in shown
+    lines = {path.name: path.read_bytes() for path in Path("out").glob("*.jsonl")}
+    assert sorted(lines) == ["results.jsonl", "written-tests.jsonl"]
+    assert run(*command)[1] == shown
+    assert {path.name: path.read_bytes() for path in Path("out").glob("*.jsonl")} == lines
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["runs"][-1]["written_tests"] in shown
+    assert not run(*command, "--seed", 1)[0]
+    assert len(read_records("out/written-tests.jsonl")) == 2, "other draws have other tests"

@@ -23,8 +23,9 @@ from tts_search.engine.scheduler import Speculate
 from tts_search.errors import ConfigError, MissingExtraError, SearchError
 from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
 from tts_search.evaluation.runs import check_success, failures, run_experiments
+from tts_search.evaluation.suites import questions, write_suites
 from tts_search.evaluation.tables import accuracy_table, cost_table
-from tts_search.evaluation.tasks import Task, TaskFile
+from tts_search.evaluation.tasks import Task, TaskFile, Tasks
 from tts_search.search.config import METHODS, SearchConfig, options_of
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
@@ -244,8 +245,17 @@ def evaluate_(
         ),
     ] = None,
     method: Annotated[list[str], _method(f"May be given several times; of {', '.join(METHODS)}.")] = ["best_of_n"],
+    written_tests: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="N",
+            help="With --verifier execution: run tests that the policy writes before, N texts of them for each task, "
+            "instead of public ones (CodeT); the vote is prm_vote by default.",
+        ),
+    ] = None,
     n: Annotated[list[int], Option("--n", min=1, help="May be given several times.")] = [16],
-    seed: Annotated[list[int], Option(help="May be given several times.")] = [0],
+    seed: Annotated[list[int], Option(help="May be given several times (tests are written by the first).")] = [0],
     temperature: Temperature = 0.8,
     settings: Settings = [],
     out: Annotated[Path, Option(help="Folder of the results; what it holds is not run again.", file_okay=False)] = Path(
@@ -288,31 +298,50 @@ def evaluate_(
     _check_verifier(verifier, list(configs.values()), vote, format)
     if actors is not None and ray is None:
         raise SearchError("--actors: expected with --ray only")
-    elected = _elected(vote, verifier)
+    if written_tests is not None and verifier != _EXECUTION:
+        raise SearchError(f"--written-tests: expected with --verifier {_EXECUTION} only")
+    elected = _elected(vote or ("prm_vote" if written_tests else None), verifier)
     with naming("DATA"):
-        tasks = TaskFile(data, limit)
+        tasks: Tasks = TaskFile(data, limit)
+    if written_tests is not None:
+        with naming("--written-tests"):
+            questions(tasks)
     _check_folder(out)
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
-    load = partial(load_checkpoints, policy, verifier, *options, tasks=list(tasks) if verifier == _EXECUTION else ())
-    models: tuple[Policy | None, Verifier | None] = (None, None)
-    if ray is None:
-        _check_device_is_there(device)
-        models = load()
-        run: Runner = partial(run_here, max_in_flight=in_flight, speculate=SPECULATE[speculate])
-    else:
+
+    def place(verifier: str | None) -> tuple[tuple[Policy | None, Verifier | None], Runner]:
+        """The models, if they are here, and what runs an experiment with them."""
+        known = list(tasks) if verifier == _EXECUTION else ()
+        load = partial(load_checkpoints, policy, verifier, *options, tasks=known)
+        if ray is None:
+            return load(), partial(run_here, max_in_flight=in_flight, speculate=SPECULATE[speculate])
         from tts_search.evaluation.ray import on_ray
 
         run = on_ray(load, address=ray or None, actors=actors, device=device, max_in_flight=in_flight)
+        return (None, None), run
+
+    if ray is None:
+        _check_device_is_there(device)
+    models, run = place(verifier if written_tests is None else None)
     names: tuple[str, ...] = (policy, verifier or "", system_prompt or "", format, dtype or "", quantize or "")
     names += (f"kv {kv_dtype}",) if kv_dtype else ()
-    experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
+    facts: dict[str, Any] = {}
     try:
-        rows = run_experiments(tasks, experiments, out, data=data, vote=elected, run=run, emit=lambda _: None)
+        if written_tests is not None:
+            draws: dict[str, Any] = {"texts": written_tests, "temperature": temperature, "seed": seed[0]}
+            suites = write_suites(tasks, models[0], out / "written-tests.jsonl", **draws, names=names, run=run)
+            tasks, facts = suites.tasks, {"written_tests": str(suites)}
+            names += (f"written tests: {written_tests}, seed {seed[0]}",)
+            models, run = ((models[0], _execution(tasks)), run) if ray is None else place(verifier)
+        experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
+        rows = run_experiments(tasks, experiments, out, data=data, vote=elected, run=run, emit=lambda _: None, **facts)
     except KeyboardInterrupt:
         print(f"interrupted; finished tasks are in {out / 'results.jsonl'}, run it again to go on", file=sys.stderr)
         raise Exit(130) from None
     print(sanitize(f"{accuracy_table(rows)}\n\n{cost_table(rows)}"))  # levels are the data set's words
     print(f"\n{len(tasks)} tasks; results: {out / 'results.jsonl'}")
+    for fact in facts.values():
+        print(fact)
     if failed := failures(rows):
         print(failed)
     check_success(rows)

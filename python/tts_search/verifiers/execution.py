@@ -1,4 +1,4 @@
-"""A verifier that runs what a policy wrote on a problem's public tests."""
+"""A verifier that runs what a policy wrote on a problem's public tests, or on tests that a policy wrote."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ class ExecutionVerifier:
     A step up to which there is a program that defines what is asked for is a runnable prefix, and has a score of its
     own. Up to any other step nothing is known, and the score is `pending`: between a program that fails every test (or
     does not compile, or takes too long), 0, and one that passes some. Hidden tests are never run.
+
+    Of a task with written tests (``CodeTask.written``) it runs those instead, each as often as it was drawn. The vote
+    ``prm_vote`` then is the dual execution agreement of CodeT (Chen et al., arXiv 2207.10397, section 2.2): programs
+    that pass the same tests are one answer (:meth:`~tts_search.domains.code.CodeGrader.equal`), and its score is the
+    number of programs times the number of tests that they pass.
 
     Parameters
     ----------
@@ -43,7 +48,8 @@ class ExecutionVerifier:
         self.pending = pending
         self._tasks: dict[str, CodeTask] = {}
         for task in tasks:
-            if self._tasks.setdefault(task.problem, task).public != task.public:
+            known = self._tasks.setdefault(task.problem, task)
+            if (known.public, known.written) != (task.public, task.written):
                 raise ValueError(f"tasks: expected one task for a text, got two for {task.problem[:60]!r}")
         self._problems: dict[int, CodeTask] = {}
 
@@ -76,5 +82,5 @@ class ExecutionVerifier:
         for step in steps:
             text += step
             program = task.program_of(text)
-            scores.append(self.judge.public(task, program).share if program else self.pending)
+            scores.append(self.judge.visible(task, program).share if program else self.pending)
         return scores

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from tts_search.domains.code.judging import CodeGrader, Judge, Verdict, codet_scores, written_tests
+from tts_search.domains.code.judging import CodeGrader, Judge, Verdict
 from tts_search.domains.code.sandbox import Level, Limits, Outcome, Sandbox, SandboxError, Session
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, humaneval
+from tts_search.domains.code.writing import ask_for_tests, written_tests
 
 __all__ = [
     "Asserts",
@@ -23,7 +24,7 @@ __all__ = [
     "SandboxError",
     "Session",
     "Verdict",
-    "codet_scores",
+    "ask_for_tests",
     "humaneval",
     "written_tests",
 ]

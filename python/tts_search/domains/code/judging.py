@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tts_search.domains.code.plain import same_value
 from tts_search.domains.code.sandbox import Outcome, Sandbox
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, Test
 
-__all__ = ["CodeGrader", "Judge", "Verdict", "codet_scores", "written_tests"]
+__all__ = ["CodeGrader", "Judge", "Verdict"]
 
 _REMEMBERED: Final = 65536
+# Of a processor, and of waiting, for a written test: there are many of them, and some cannot be passed.
+_WRITTEN_CPU_S, _WRITTEN_WALL_S = 1, 2.0
+_ENDINGS: Final = ("timeout", "output", "died")  # after which a process says nothing more
 _DECIMAL_BITS: Final = 4096  # Python refuses to write the digits of integers of more than some 14,000 bits
 
 
@@ -51,6 +53,10 @@ class Judge:
 
     def __init__(self, sandbox: Sandbox | None = None) -> None:
         self.sandbox = sandbox or Sandbox()
+        own = self.sandbox
+        cpu_s, wall_s = min(own.limits.cpu_s, _WRITTEN_CPU_S), min(own.limits.wall_s, _WRITTEN_WALL_S)
+        limits = replace(own.limits, cpu_s=cpu_s, wall_s=wall_s)
+        self._for_written = Sandbox(limits, require=own.require, threads=own.threads)
         self._known: OrderedDict[Hashable, Verdict] = OrderedDict()
 
     def public(self, task: CodeTask, program: str) -> Verdict:
@@ -61,70 +67,97 @@ class Judge:
         """Run the tests that decide."""
         return self._remembered(task, program, task.hidden)
 
-    def written(self, task: CodeTask, program: str, tests: Sequence[str]) -> Verdict:
-        """Run assertions that a policy wrote."""
-        return self._remembered(task, program, tuple(map(Asserts, tests)))
+    def written(self, task: CodeTask, program: str) -> Verdict:
+        """Run the tests that a policy wrote; each counts as often as it was drawn.
+
+        One that ends a process or takes long costs the others nothing: it is run in a process of its own, for a second
+        of CPU time at most. Without any, as :meth:`public`.
+        """
+        verdict = self._remembered(task, program, task.suite, written=True)
+        if not task.written:
+            return verdict
+        found = dict(zip(dict.fromkeys(task.written), zip(verdict.passed, verdict.outcomes, strict=True), strict=True))
+        return Verdict(*zip(*(found[test] for test in task.written), strict=True))
+
+    def visible(self, task: CodeTask, program: str) -> Verdict:
+        """Run what a search goes by: the written tests if the task has any of them, else the public ones."""
+        return self.public(task, program) if task.written is None else self.written(task, program)
 
     def passes(self, task: CodeTask, program: str) -> bool:
         """Whether a program passes all hidden tests."""
         return bool(program) and all(self.hidden(task, program).passed)
 
     def behaviour(self, task: CodeTask, program: str) -> tuple[str, ...]:
-        """Return what a program does on the public inputs."""
-        return self.public(task, program).outcomes if program else ()
+        """Return what a program does on the public inputs; with written tests, which of them it passes."""
+        if not program:
+            return ()
+        if task.written is None:
+            return self.public(task, program).outcomes
+        return tuple("passed" if one else "failed" for one in self.written(task, program).passed)
 
-    def _remembered(self, task: CodeTask, program: str, tests: tuple[Test, ...]) -> Verdict:
-        key = (task.id, task.entry, program, repr(tests))
+    def _remembered(self, task: CodeTask, program: str, tests: tuple[Test, ...], *, written: bool = False) -> Verdict:
+        key = (task.id, task.entry, program, repr(tests), written)
         if key not in self._known:
-            self._known[key] = self._run(task, program, tests)
+            self._known[key] = self._run(task, program, tests, written)
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return self._known[key]
 
-    def _run(self, task: CodeTask, program: str, tests: tuple[Test, ...]) -> Verdict:
+    def _run(self, task: CodeTask, program: str, tests: tuple[Test, ...], written: bool) -> Verdict:
+        sandbox = self._for_written if written else self.sandbox
         if not tests:
-            with self.sandbox.open() as session:
+            with sandbox.open() as session:
                 outcome = session.load(program)
             return Verdict((outcome.is_value,), (_words(outcome),))
         calls = [test for test in tests if isinstance(test, Call)]
-        found = dict(zip(map(id, calls), self._calls(task, program, calls), strict=True))
+        outcomes = _calls(sandbox, task, program, calls, apart=written)
+        found = dict(zip(map(id, calls), map(_judged, calls, outcomes), strict=True))
         for test in tests:
             if isinstance(test, Program):
-                found[id(test)] = self._program(program, test)
+                found[id(test)] = _program(sandbox, program, test)
             elif isinstance(test, Asserts):
-                found[id(test)] = self._asserts(task, program, test)
+                found[id(test)] = _asserts(sandbox, task, program, test)
         return Verdict(*zip(*(found[id(test)] for test in tests), strict=True))
 
-    def _calls(self, task: CodeTask, program: str, calls: Sequence[Call]) -> list[tuple[bool, str]]:
-        """Of each call, whether it is right and what it came to; all in one process."""
-        if not calls:
-            return []
-        with self.sandbox.open() as session:
-            loaded = session.load(program)
-            if not loaded.is_value:
-                return [(False, _words(loaded))] * len(calls)
-            outcomes = [session.call(task.entry, call.args) for call in calls]
-        return [
-            (outcome.is_value and same_value(call.expected, outcome.value), _words(outcome))
-            for call, outcome in zip(calls, outcomes, strict=True)
-        ]
 
-    def _program(self, program: str, test: Program) -> tuple[bool, str]:
-        with self.sandbox.open() as session:
-            outcome = session.run(program, test.stdin)
-            printed = session.printed
-        words = _lines(printed)
-        return outcome.is_value and words == _lines(test.stdout), repr(words) if outcome.is_value else _words(outcome)
+def _judged(call: Call, outcome: Outcome) -> tuple[bool, str]:
+    return outcome.is_value and same_value(call.expected, outcome.value), _words(outcome)
 
-    def _asserts(self, task: CodeTask, program: str, test: Asserts) -> tuple[bool, str]:
-        """The tests run in one process, the program in another one."""
-        with self.sandbox.open() as session:
+
+def _calls(sandbox: Sandbox, task: CodeTask, program: str, calls: Sequence[Call], *, apart: bool) -> list[Outcome]:
+    """What each call came to, in one process; `apart`, one that ends it is made again as the first of another one."""
+    found: list[Outcome] = []
+    while len(found) < len(calls):
+        with sandbox.open() as session:
             loaded = session.load(program)
-            if not loaded.is_value:
-                return False, _words(loaded)
-            with self.sandbox.open() as checker:
-                outcome = checker.check(test.setup, test.source, task.entry, session)
-        return outcome.is_value, "passed" if outcome.is_value else _words(outcome)
+            first = len(found)
+            for call in calls[first:]:
+                outcome = session.call(task.entry, call.args) if loaded.is_value else loaded
+                is_over = apart and loaded.is_value and outcome.kind in _ENDINGS
+                if not is_over or len(found) == first:
+                    found.append(outcome)
+                if is_over:
+                    break
+    return found
+
+
+def _program(sandbox: Sandbox, program: str, test: Program) -> tuple[bool, str]:
+    with sandbox.open() as session:
+        outcome = session.run(program, test.stdin)
+        printed = session.printed
+    words = _lines(printed)
+    return outcome.is_value and words == _lines(test.stdout), repr(words) if outcome.is_value else _words(outcome)
+
+
+def _asserts(sandbox: Sandbox, task: CodeTask, program: str, test: Asserts) -> tuple[bool, str]:
+    """The tests run in one process, the program in another one."""
+    with sandbox.open() as session:
+        loaded = session.load(program)
+        if not loaded.is_value:
+            return False, _words(loaded)
+        with sandbox.open() as checker:
+            outcome = checker.check(test.setup, test.source, task.entry, session)
+    return outcome.is_value, "passed" if outcome.is_value else _words(outcome)
 
 
 def _lines(text: str) -> list[str]:
@@ -174,7 +207,10 @@ class CodeGrader:
         return self.task.program_of(text)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two programs behave alike on the public inputs, without failing on all of them."""
+        """Whether two programs behave alike on the public inputs, without failing on all of them.
+
+        With written tests, whether they pass the same ones, and any: they are one consensus set.
+        """
         mine, yours = (self.judge.behaviour(self.task, program) for program in (one, other))
         return mine == yours and not all(map(_is_failure, mine))
 
@@ -184,65 +220,4 @@ class CodeGrader:
 
 
 def _is_failure(words: str) -> bool:
-    return words.startswith("raised ") or words in ("syntax", "timeout", "output", "died")
-
-
-_ASSERT = re.compile(r"^\s*(assert\b.+)$", re.MULTILINE)
-
-
-def written_tests(text: str, entry: str, limit: int = 5) -> list[str]:
-    r"""Return the assertions about a function that a policy wrote, a line each, the first ones.
-
-    Examples
-    --------
-    >>> written_tests("Tests:\n    assert f(1) == 2\n    assert g(1)\n    assert f(", "f")
-    ['assert f(1) == 2']
-    """
-    found: list[str] = []
-    for match in _ASSERT.finditer(text):
-        line = match[1].strip()
-        if re.search(rf"\b{re.escape(entry)}\(.*\)", line) and line not in found and _balanced(line):
-            found.append(line)
-    return found[:limit]
-
-
-def _balanced(line: str) -> bool:
-    return all(line.count(one) == line.count(other) for one, other in ("()", "[]", "{}"))
-
-
-def codet_scores(
-    programs: Sequence[str], tests: Sequence[str], passes: Callable[[str, Sequence[str]], Sequence[bool]]
-) -> list[float]:
-    """Return the scores of dual execution agreement.
-
-    Programs that pass the same tests are one consensus set; a program's score is the number of programs in its set
-    times the number of tests that these pass. Programs and tests count as often as they were drawn.
-
-    Parameters
-    ----------
-    programs, tests : sequence of str
-        As a policy wrote them.
-    passes : callable
-        Of a program and the different tests, which it passes: for a :class:`Judge`,
-        ``lambda program, tests: judge.written(task, program, tests).passed``.
-
-    Notes
-    -----
-    CodeT (Chen et al., arXiv 2207.10397), section 2.2. O(programs x tests) executions, of different ones.
-
-    Examples
-    --------
-    >>> good = {"a": (True, True), "b": (True, True), "c": (True, False)}
-    >>> codet_scores(["a", "b", "c"], ["s", "t"], lambda program, tests: good[program])
-    [4.0, 4.0, 1.0]
-    """
-    different = list(dict.fromkeys(tests))
-    weights = [tests.count(test) for test in different]
-    passed = {program: tuple(passes(program, different)) if different else () for program in dict.fromkeys(programs)}
-    sizes: dict[tuple[bool, ...], int] = {}
-    for program in programs:
-        sizes[passed[program]] = sizes.get(passed[program], 0) + 1
-    return [
-        float(sizes[passed[program]] * sum(w for w, ok in zip(weights, passed[program], strict=True) if ok))
-        for program in programs
-    ]
+    return words.startswith("raised ") or words in ("failed", "syntax", *_ENDINGS)

@@ -14,13 +14,24 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tts_search.domains.code.extract import code_of, defines
 from tts_search.errors import require
 
-__all__ = ["Asserts", "Call", "CodeTask", "Program", "examples_in", "humaneval", "is_code", "repeated", "task_of"]
+__all__ = [
+    "Asserts",
+    "Call",
+    "CodeTask",
+    "Program",
+    "asserts_about",
+    "examples_in",
+    "humaneval",
+    "is_code",
+    "repeated",
+    "task_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,9 @@ class CodeTask:
         Code that a model may have gone on with instead of answering; empty if the problem has none.
     level : str
         Its difficulty, if the data set says one.
+    written : tuple of str or None
+        Assertions that a policy wrote, each as often as it was drawn: what a search goes by instead of `public`. None:
+        nobody asked for any.
     """
 
     id: str
@@ -83,6 +97,7 @@ class CodeTask:
     preamble: str = ""
     prompt: str = ""
     level: str = ""
+    written: tuple[str, ...] | None = None
 
     def program_of(self, text: str) -> str:
         """Return the program that a completion amounts to; empty if it has no code that defines the entry."""
@@ -95,9 +110,15 @@ class CodeTask:
         return f"{self.preamble}\n{code}" if self.preamble else code
 
     @property
+    def suite(self) -> tuple[Test, ...]:
+        """The written tests that differ, in the order in which they were drawn."""
+        return tuple(_written(test, self) for test in dict.fromkeys(self.written or ()))
+
+    @property
     def fingerprint(self) -> str:
-        """Return the entry and a hash of the hidden tests: what an answer is right by."""
-        tests = repr(self.hidden).encode(errors="surrogatepass")
+        """Return the entry and a hash of the hidden tests, what an answer is right by, and of written ones, if any."""
+        decisive = self.hidden if self.written is None else (self.hidden, self.written)
+        tests = repr(decisive).encode(errors="surrogatepass")
         return f"{self.entry or 'program'} #{hashlib.blake2b(tests, digest_size=6).hexdigest()}"
 
 
@@ -122,6 +143,8 @@ def is_code(entry: Mapping[str, Any]) -> bool:
 def task_of(entry: Mapping[str, Any], number: str) -> CodeTask:
     """Return the task of an entry in the fields of HumanEval, MBPP or LiveCodeBench.
 
+    In each of them ``written_tests`` may be a list of assertions that a policy wrote.
+
     Raises
     ------
     ValueError
@@ -131,9 +154,19 @@ def task_of(entry: Mapping[str, Any], number: str) -> CodeTask:
     if read is None:
         raise ValueError("expected the fields of HumanEval, MBPP or LiveCodeBench")
     try:
-        return read(entry, number)
+        return _with_written(read(entry, number), entry.get("written_tests"))
     except (KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
         raise ValueError(f"a task of programming: {type(error).__name__}: {error}") from None
+
+
+def _with_written(task: CodeTask, tests: Any) -> CodeTask:
+    if tests is None:
+        return task
+    if not isinstance(tests, (list, tuple)) or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"written_tests: expected a list of texts, got {str(tests)[:60]!r}")
+    if not task.entry:
+        raise ValueError("written_tests: expected none of a whole program, which assertions cannot call")
+    return replace(task, written=tuple(tests))
 
 
 def _shape(entry: Mapping[str, Any]) -> Callable[[Mapping[str, Any], str], CodeTask] | None:
@@ -172,7 +205,7 @@ def _mbpp_task(entry: Mapping[str, Any], number: str) -> CodeTask:
 
     def asserts(tests: list[str]) -> Iterator[Test]:
         for test in tests:
-            yield _as_call(test, name) or Asserts(test, setup)
+            yield _asserted(test, name, setup)
 
     return CodeTask(str(entry.get("task_id", number)), problem, name, tuple(asserts(tests[:1])), tuple(asserts(hidden)))
 
@@ -206,8 +239,19 @@ _BUILT_IN: Final = frozenset(
 )
 
 
+def _asserted(test: str, name: str, setup: str = "") -> Test:
+    """An assertion: of the form ``assert f(literals) == literal`` as a call, else as the code that it is."""
+    return _as_call(test, name) or Asserts(test, setup)
+
+
+def _written(test: str, task: CodeTask) -> Test:
+    try:
+        return _asserted(test, task.entry, task.preamble)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return Asserts(test)  # which no program passes
+
+
 def _as_call(test: str, name: str) -> Call | None:
-    """An assertion of the form ``assert f(literals) == literal`` as a call; None if it is another one."""
     body = ast.parse(test.strip()).body
     if len(body) != 1 or not isinstance(body[0], ast.Assert) or not isinstance(compare := body[0].test, ast.Compare):
         return None
@@ -216,8 +260,29 @@ def _as_call(test: str, name: str) -> Call | None:
     return _literal_call(compare.left, compare.comparators[0], name)
 
 
+def asserts_about(line: str, name: str) -> bool:
+    """Whether a line is one assertion, of code that calls the function, or the method ``Class.method``."""
+    try:
+        body = ast.parse(line).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    if len(body) != 1 or not isinstance(body[0], ast.Assert):
+        return False
+    return any(isinstance(node, ast.Call) and _is_call_of(node, name) for node in ast.walk(body[0].test))
+
+
+def _is_call_of(call: ast.Call, name: str) -> bool:
+    """Whether the function of a call is this one; of ``Class.method``, whether it is ``Class().method``."""
+    owner, _, method = name.rpartition(".")
+    function = call.func
+    if owner and isinstance(function, ast.Attribute) and function.attr == method:
+        made = function.value
+        return isinstance(made, ast.Call) and not (made.args or made.keywords) and _is_call_of(made, owner)
+    return not owner and isinstance(function, ast.Name) and function.id == method
+
+
 def _literal_call(call: ast.expr, expected: ast.expr, name: str) -> Call | None:
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != name or call.keywords:
+    if not isinstance(call, ast.Call) or not _is_call_of(call, name) or call.keywords:
         return None
     try:
         return Call(tuple(map(ast.literal_eval, call.args)), ast.literal_eval(expected))

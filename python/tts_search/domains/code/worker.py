@@ -109,7 +109,9 @@ def _check(question: dict[str, Any], space: dict[str, Any], pipe: _Pipe) -> dict
         raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(answer["text"])
 
     _load(question, space, pipe)
-    space[question["name"]] = space["candidate"] = under_test
+    owner, _, method = question["name"].rpartition(".")
+    space[owner or method] = type(owner, (), {method: staticmethod(under_test)}) if owner else under_test
+    space["candidate"] = under_test
     exec(compile(question["tests"], "<tests>", "exec", dont_inherit=True), space)
     return {"value": None}
 
