@@ -25,6 +25,7 @@ from tts_search.lab import MODELS_DIR
 POLICY, VERIFIER = str(MODELS_DIR / "policy-0.1m"), str(MODELS_DIR / "prm-strong")
 SOLVE = ["solve", "1 + 2", "--policy", POLICY, "--verifier", VERIFIER]
 EVAL = ["eval", "data.jsonl", "--policy", POLICY, "--n", "2", "--out", "out"]
+SERVE = ["serve", "--policy", POLICY]
 ALONE = ["solve", "1 + 2", "--policy", POLICY, "--method", "best_of_n"]
 
 
@@ -129,6 +130,8 @@ def check_line(status: object, text: str, named: str) -> None:
         ([*EVAL, "--in-flight", "0"], "--in-flight"),
         ([*EVAL, "--in-flight", "-2"], "--in-flight"),
         ([*EVAL, "--actors", "0"], "--actors"),
+        ([*SERVE, "--pooling", "tokens"], "--pooling: expected steps without a --verifier"),
+        ([*SERVE, "--verifier", POLICY, "--format", "yes_no", "--pooling", "tokens"], "head that classifies tokens"),
         ([*EVAL, "--written-tests", "2"], "--written-tests: expected with --verifier execution only"),
         ([*EVAL, "--verifier", VERIFIER, "--written-tests", "2"], "--written-tests: expected with"),
         ([*EVAL, "--verifier", "execution", "--written-tests", "2"], "--written-tests: expected tasks of programming"),

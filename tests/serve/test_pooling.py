@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import arithmetic_models
 import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
 from tts_search import HFVerifier
 from tts_search.lab import MODELS_DIR
 from tts_search.search.protocol import Score
+from tts_search.verifiers import FORMATS
 
 PROBLEM = "Start with 20, add 5, multiply by 3. What is the result modulo 100?"
+CLASSIFY = ("two_class", "mlp", "scalar")
 STEPS = ("20 + 5 = 25\n\n", "25 * 3 = 75\n\n", "The answer is \\boxed{75}.")
 
 
@@ -157,3 +165,105 @@ class TestInput:
             reply = local.post("/pooling", json=body)
             assert reply.status_code == 400
             assert "one of both" in reply.json()["error"]["message"]
+
+
+class TestTokens:
+    """Without a format of steps every token is scored, as the model's own class of transformers does it."""
+
+    TEXT = "Is the answer 12?\n\nYes. <|step|> the"
+
+    @pytest.fixture
+    def classifier(self, tmp_path):
+        """A checkpoint of a token classifier, and what transformers makes of tokens with it."""
+        model = tiny.tiny_model("qwen2", head="tokens")
+        path = tiny.save_checkpoint(tmp_path, model)
+
+        def own(ids):
+            return torch.softmax(model(torch.tensor([ids])).logits[0], dim=-1).tolist()
+
+        return path, own
+
+    @pytest.fixture
+    def client(self, classifier, serve):
+        return serve(arithmetic_models.policy(0.3), HFVerifier(classifier[0], dtype="float32", every_token=True))
+
+    def check(self, entry, expected):
+        assert len(entry["data"]) == len(expected)
+        for found, wanted in zip(entry["data"], expected, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-4)
+
+    def test_texts_tokens_and_conversations(self, client, classifier):
+        own, tokenizer = classifier[1], tiny.tiny_tokenizer()
+        ids = tokenizer(self.TEXT)["input_ids"]
+        for given, count in ((self.TEXT, 1), (ids, 1), ([self.TEXT, self.TEXT], 2), ([ids, ids[:3]], 2)):
+            reply = client.post("/pooling", json={"input": given, "task": "token_classify"}).json()
+            assert len(reply["data"]) == count
+            self.check(reply["data"][0], own(ids))
+        self.check(reply["data"][1], own(ids[:3]))
+        said = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes"}]
+        for options in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+            ids = tokenizer.apply_chat_template(said, return_dict=False, **{"add_generation_prompt": False, **options})
+            (entry,) = client.post("/pooling", json={"messages": said, **options}).json()["data"]
+            self.check(entry, own(ids))
+
+    def test_a_text_that_goes_on_costs_its_new_tokens(self, client):
+        first = client.post("/pooling", json={"input": [7, 8, 9, 10] * 30}).json()
+        again = client.post("/pooling", json={"input": [7, 8, 9, 10] * 30 + [11, 12]}).json()
+        assert (read(first), read(again)) == (120, 2)
+        assert again["data"][0]["data"][:120] == first["data"][0]["data"]
+        assert len(again["data"][0]["data"]) == 122
+
+    def test_a_scalar_gives_one_number_a_token(self, serve, tmp_path):
+        model = tiny.tiny_model("llama", head="tokens", num_labels=1)
+        path = tiny.save_checkpoint(tmp_path, model, verifier={"head": "scalar", "prompt": "{problem}{steps}"})
+        client = serve(arithmetic_models.policy(0.3), HFVerifier(path, dtype="float32", every_token=True))
+        ids = [20, 21, 22, 23, 24]
+        expected = torch.sigmoid(model(torch.tensor([ids])).logits[0]).tolist()
+        self.check(client.post("/pooling", json={"input": ids}).json()["data"][0], expected)
+
+    def test_an_inner_layer_gives_a_pair(self, serve, tmp_path):
+        model = tiny.tiny_model("llama")
+        inner, outer = torch.nn.Linear(64, 64), torch.nn.Linear(64, 2)
+        tensors = {"score.0.weight": inner.weight, "score.0.bias": inner.bias,
+                   "score.2.weight": outer.weight, "score.2.bias": outer.bias}  # fmt: skip
+        entry = {"head": "mlp", "prompt": "{problem}{steps}", "head_file": "head.safetensors",
+                 "weight": "score.2.weight", "bias": "score.2.bias"}  # fmt: skip
+        path = tiny.save_checkpoint(tmp_path, model, verifier=entry)
+        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, tmp_path / "head.safetensors")
+        client = serve(arithmetic_models.policy(0.3), HFVerifier(path, dtype="float32", every_token=True))
+        ids = [20, 21, 22, 23, 24]
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0]
+        expected = torch.softmax(outer(torch.relu(inner(hidden))), dim=-1).tolist()
+        self.check(client.post("/pooling", json={"input": ids}).json()["data"][0], expected)
+
+    @pytest.mark.parametrize("name", ["math_shepherd", "llemma", "llemma_logit", "eurus_prm", "yes_no"])
+    def test_heads_that_classify_no_tokens_are_refused_by_name(self, name, classifier):
+        with pytest.raises(ValueError, match=f"format '{name}': expected a head that classifies tokens"):
+            HFVerifier(classifier[0], format=name, every_token=True)
+
+    @pytest.mark.parametrize(
+        ("route", "body", "named"),
+        [
+            ("pooling", {"input": "", "add_special_tokens": False}, "input"),
+            ("pooling", {"input": [10**6]}, "tokens"),
+            ("pooling", {"input": [5] * 600}, "context"),
+            (
+                "pooling",
+                {"messages": turns("a"), "add_generation_prompt": True, "continue_final_message": True},
+                "add_gen",
+            ),
+            ("score", {"queries": "a", "documents": "b"}, "scores tokens"),
+            ("v1/search", {"problem": "a", "method": "best_of_n", "n": 2}, "scores tokens"),
+            ("worker_reward_inference", {"input_str": "a b"}, "scores tokens"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, client, route, body, named):
+        reply = client.post(f"/{route}", json=body)
+        assert reply.status_code == 400, reply.text
+        assert named in reply.text
+
+    def test_the_page_names_the_formats(self):
+        page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+        named = page.partition("for heads that classify tokens: the formats ")[2].partition(". Others")[0]
+        able = {name for name, entry in FORMATS.items() if entry.source and entry.head in CLASSIFY}
+        assert set(re.findall(r"`([\w.]+)`", named)) == able

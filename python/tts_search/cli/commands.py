@@ -43,7 +43,7 @@ app = Typer(
 
 
 _EXECUTION: Final = "execution"  # the verifier that runs public tests
-_JUDGE: Final = "judge:"  # stands before the checkpoint or the server of a judge of whole solutions
+JUDGE: Final = "judge:"  # stands before the checkpoint or the server of a judge of whole solutions
 
 
 def _version(wanted: bool) -> None:
@@ -529,8 +529,11 @@ def load_checkpoints(
     self_test: bool,
     *,
     tasks: Sequence[Task] = (),
+    every_token: bool = False,
 ) -> tuple[Policy, Verifier | None]:
     """Return the models of the options; the verifier ``execution`` knows the tests of the tasks.
+
+    With `every_token` a verifier scores tokens and not steps.
 
     Raises
     ------
@@ -556,9 +559,9 @@ def load_checkpoints(
     with naming(f"--verifier: {verifier}"):
         if verifier == _EXECUTION:
             return loaded, _execution(tasks)
-        if verifier.startswith(_JUDGE):
-            return loaded, _judge(verifier.removeprefix(_JUDGE), format, own)
-        return loaded, HFVerifier(verifier, format=format, **own)
+        if verifier.startswith(JUDGE):
+            return loaded, _judge(verifier.removeprefix(JUDGE), format, own)
+        return loaded, HFVerifier(verifier, format=format, every_token=every_token, **own)
 
 
 def _judge(where: str, format: str, options: dict[str, Any]) -> Verifier:

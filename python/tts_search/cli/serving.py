@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Option
 
 from tts_search.cli.commands import (
+    JUDGE,
     SPECULATE,
     Device,
     Dtype,
@@ -28,7 +29,7 @@ from tts_search.cli.commands import (
     load_checkpoints,
     naming,
 )
-from tts_search.errors import require
+from tts_search.errors import SearchError, require
 
 __all__ = ["app", "serve"]
 
@@ -50,6 +51,13 @@ def serve(
     max_n: Annotated[int, Option(min=1, help="Answers of one request, or candidates of a search.")] = 256,
     max_rows: Annotated[int | None, Option(min=1, help="Steps that are sampled at a time.")] = None,
     speculate: Speculating = "auto",
+    pooling: Annotated[
+        Literal["steps", "tokens"],
+        Option(
+            help="What /pooling scores: the steps that the verifier's format says, or, without a format of steps, all "
+            "tokens. (With tokens the verifier serves no search.)"
+        ),
+    ] = "steps",
     timeout: Annotated[float, Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[int, Option(min=0, help="Seconds to wait for answers under way when it is to end.")] = 600,
     allow_chat_template: Annotated[
@@ -73,6 +81,8 @@ def serve(
     from tts_search.serve.service import Service
     from tts_search.serve.settings import Settings, default_name, read_keys
 
+    if pooling == "tokens" and (verifier is None or verifier.startswith(JUDGE)):
+        raise SearchError(f"--pooling: expected steps without a --verifier that classifies tokens, got {pooling}")
     keys: tuple[str, ...] = ()
     if api_key_file is not None:
         with naming("--api-key-file"):
@@ -88,7 +98,7 @@ def serve(
         allow_chat_template=allow_chat_template,
     )
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
-    models = load_checkpoints(policy, verifier, *options)
+    models = load_checkpoints(policy, verifier, *options, every_token=pooling == "tokens")
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{settings.names[0]} at {where}: OpenAI's API under /v1, a page at /", file=sys.stderr)
     if not keys:

@@ -19,6 +19,7 @@ from tts_search.serve.solutions import (
     Reading,
     Solution,
     read_all,
+    scores_tokens,
     solution_of_input,
     solution_of_messages,
     solution_of_pair,
@@ -33,7 +34,10 @@ Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=4096)]
 
 
 class Pooling(Request):
-    """A solution, or several, whose steps are to be scored."""
+    """A solution, or several, whose steps are to be scored; of a server without a format of steps, any texts.
+
+    How a text becomes tokens (`add_special_tokens`, and of messages the other two) is the format's where there is one.
+    """
 
     messages: Conversation | Annotated[list[Conversation], Field(min_length=1, max_length=4096)] | None = None
     input: (
@@ -45,11 +49,16 @@ class Pooling(Request):
     ) = None
     task: Literal["token_classify"] = "token_classify"
     encoding_format: Literal["float"] = "float"
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Pooling:
         if (self.messages is None) == (self.input is None):
             raise ValueError("expected messages or input, one of both")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt: expected false with continue_final_message")
         return self
 
 
@@ -74,7 +83,7 @@ class GenerativeScoring(Request):
 @routes.post("/pooling")
 @routes.post("/v1/pooling")
 async def pooling(body: Pooling, service: Served, request: HttpRequest) -> dict[str, Any]:
-    """Score the steps of solutions: for each step what speaks against it and for it."""
+    """Score the steps of solutions: for each step, or each token, what speaks against it and for it."""
     service.check_model(body.model, service.settings.verifier_names)
     solutions = _solutions(service, body)
     reading = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
@@ -87,11 +96,33 @@ async def pooling(body: Pooling, service: Served, request: HttpRequest) -> dict[
 
 def _solutions(service: Service, body: Pooling) -> list[Solution]:
     if body.messages is not None:
-        conversations = body.messages if isinstance(body.messages[0], list) else [body.messages]
+        conversations: Any = body.messages if isinstance(body.messages[0], list) else [body.messages]
+        if scores_tokens(service):
+            return [solution_of_input(service, _tokens_of(service, each, body)) for each in conversations]
         return [solution_of_messages(service, each) for each in conversations]
     given: Any = body.input
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    if scores_tokens(service):
+        texts = [_tokens_of(service, each, body) if isinstance(each, str) else each for each in texts]
     return [solution_of_input(service, each) for each in texts]
+
+
+def _tokens_of(service: Service, given: Any, body: Pooling) -> list[int]:
+    """The tokens of a text or a conversation for a verifier that scores all of them."""
+    texts = service.texts_of(service.settings.verifier_names[0])
+    special = body.add_special_tokens
+    if isinstance(given, str):
+        tokens = texts.encode(given, special=special is not False)
+    else:
+        tokens = texts.prompt(
+            [each.model_dump() for each in given],
+            generation_prompt=body.add_generation_prompt,
+            continue_final=body.continue_final_message,
+            special=special,
+        )
+    if not tokens:
+        raise ApiError(400, "input: expected a text of at least one token, got an empty one", "input")
+    return tokens
 
 
 @routes.post("/score")
@@ -146,8 +177,13 @@ def _label_score(logprobs: Sequence[float], *, normalised: bool) -> float:
 
 
 def _both_classes(service: Service, score: float) -> list[float]:
-    """A probability as vLLM gives those of two classes, the good one last; another score alone."""
+    """A probability as vLLM gives those of two classes, the good one last; another score alone.
+
+    A token has as many numbers as the head has classes.
+    """
     entry = getattr(service.verifier, "format", None)
+    if entry is not None and entry.score_at == "token" and entry.head == "scalar":
+        return [score]
     is_probability = entry is not None and entry.head != "log_ratio" and entry.activation == "sigmoid"
     return [1.0 - score, score] if is_probability else [score]
 

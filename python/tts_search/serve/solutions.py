@@ -21,6 +21,7 @@ __all__ = [
     "Reading",
     "Solution",
     "read_all",
+    "scores_tokens",
     "solution_of_input",
     "solution_of_messages",
     "solution_of_pair",
@@ -121,6 +122,11 @@ def solution_of_input(service: Service, given: str | Sequence[int]) -> Solution:
     except ValueError as error:
         raise ApiError(400, f"input: {error}", "input") from error
     return problem, steps
+
+
+def scores_tokens(service: Service) -> bool:
+    """Whether the verifier has no format of steps, so that every token of a text is scored."""
+    return getattr(getattr(service.verifier, "format", None), "score_at", "") == "token"
 
 
 async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> Reading:

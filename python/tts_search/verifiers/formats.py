@@ -6,7 +6,8 @@ A verifier reads ``prompt`` with the problem in it, then each step followed by i
 
 and the hidden state at the last token of a boundary is what the head scores. With ``score_at="closing"`` the text after
 ``{steps}`` in the prompt is read behind each step, scored at its last token and taken back: a question about the text
-so far. A :class:`Judge` answers such a question in words first.
+so far. A :class:`Judge` answers such a question in words first. With ``score_at="token"`` there are no steps: whoever
+asks brings tokens, and each of them is scored.
 
 New formats are data: construct a :class:`VerifierFormat`, :func:`register_format` it, or write one into a checkpoint's
 ``config.json`` as ``"tts_verifier"``. The formats of published models are in ``published.py``.
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
-__all__ = ["FORMATS", "Judge", "VerifierFormat", "format_of", "register_format"]
+__all__ = ["FORMATS", "Judge", "VerifierFormat", "each_token", "format_of", "register_format"]
 
 PROBLEM: Final = "{problem}"
 STEPS: Final = "{steps}"
@@ -29,9 +30,17 @@ NUMBER: Final = "{number}"
 HeadKind = Literal["label_pair", "label", "vocab_mean", "two_class", "mlp", "scalar", "log_ratio"]
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "head": get_args(HeadKind),
-    "score_at": ("boundary", "closing"),
+    "score_at": ("boundary", "closing", "token"),
     "encoding": ("text", "steps", "pieces"),
     "activation": ("sigmoid", "identity"),
+}
+
+_IN_WORDS: Final = "compares words of the LM head: they are a verdict where the format asks for one, and nowhere else"
+_NOT_OF_TOKENS: Final[dict[str, str]] = {
+    "label_pair": _IN_WORDS,
+    "label": _IN_WORDS,
+    "vocab_mean": "is a mean over the LM head, trained behind steps",
+    "log_ratio": "is a sum over the tokens of all steps",
 }
 
 
@@ -117,7 +126,8 @@ class VerifierFormat:
         the last token of the step itself is scored.
     score_at : str
         ``"boundary"``: the last token of the boundary is scored. ``"closing"``: the last token of the text after
-        ``{steps}``, which is read for the score alone.
+        ``{steps}``, which is read for the score alone. ``"token"``: every token; nothing of the text is the format's.
+        For heads that classify tokens (:func:`each_token`).
     strip : bool
         Whether white space around a step is taken off (a step as generated holds its delimiter).
     replace : tuple of (str, str)
@@ -181,7 +191,7 @@ class VerifierFormat:
     reply: str = ""
     boundary: str = ""
     separator: str = ""
-    score_at: Literal["boundary", "closing"] = "boundary"
+    score_at: Literal["boundary", "closing", "token"] = "boundary"
     strip: bool = True
     replace: tuple[tuple[str, str], ...] = ()
     numbered: str = ""
@@ -238,6 +248,11 @@ class VerifierFormat:
         asks_ahead = self.judge is not None and STEP in self.judge.question
         if self.outcome and (self.score_at != "closing" or asks_ahead):
             raise ValueError(f"format {self.name!r}, outcome: expected score_at closing, and no {STEP} in a question")
+        if self.score_at == "token" and (why := _NOT_OF_TOKENS.get(self.head)):
+            raise ValueError(
+                f"format {self.name!r}: expected a head that classifies tokens (two_class, mlp, scalar) with score_at "
+                f"token, got {self.head}, which {why}"
+            )
         if self.head == "log_ratio" and self.score_at != "boundary":
             raise ValueError(f"format {self.name!r}: expected score_at boundary with head log_ratio")
 
@@ -287,6 +302,17 @@ def register_format(entry: VerifierFormat) -> VerifierFormat:
     """Add a format to ``FORMATS``, or replace the one of that name; returns it."""
     FORMATS[entry.name] = entry
     return entry
+
+
+def each_token(entry: VerifierFormat) -> VerifierFormat:
+    """Return what scores every token of a text by the head of a format.
+
+    Raises
+    ------
+    ValueError
+        If its head does not classify tokens; the message says what it does.
+    """
+    return replace(entry, score_at="token")
 
 
 def format_of(

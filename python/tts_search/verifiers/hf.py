@@ -19,13 +19,13 @@ from tts_search.models.reading import Place
 from tts_search.models.streams import Stream
 from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate
-from tts_search.verifiers.formats import STEP, VerifierFormat, format_of
+from tts_search.verifiers.formats import STEP, VerifierFormat, each_token, format_of
 from tts_search.verifiers.heads import lm_head, load_head
 from tts_search.verifiers.judge import JudgeScorer
 from tts_search.verifiers.lanes import load_lane
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.memory import ScoreMemory, keys_of
-from tts_search.verifiers.reader import Reader, Tail
+from tts_search.verifiers.reader import Reader, Tail, TokenReader
 from tts_search.verifiers.tasks import Contest, HeadScorer, Stages, Task, branch_at
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class HFVerifier:
         Folder or hub id of the reference model of a ``log_ratio`` format; by default the one that the format names.
     batch_tokens : int
         The most tokens of one forward.
+    every_token : bool
+        Score the tokens of texts instead of steps, by the format's head, as a server without a step format does
+        (``tts-search serve --pooling tokens``). Such a verifier is none for a search.
 
     Raises
     ------
@@ -76,7 +79,7 @@ class HFVerifier:
         Without transformers.
     ValueError
         If nothing says the format, a label is not one token, a tensor of the head is not in the checkpoint, or the
-        model cannot be followed over a forest.
+        model cannot be followed over a forest; if tokens are to be scored by a head that does not classify them.
 
     Examples
     --------
@@ -98,6 +101,7 @@ class HFVerifier:
         quantize: Literal["int8", "int4"] | None = None,
         reference: str | None = None,
         batch_tokens: int = MAX_FORWARD_TOKENS,
+        every_token: bool = False,
         self_test: bool = True,
     ) -> None:
         require("transformers", "search")
@@ -107,9 +111,10 @@ class HFVerifier:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected an int of at least 1, got {batch_tokens!r}")
         config, checkpoint = adapter.load_config(path_or_id), open_checkpoint(path_or_id)
-        self.format = entry = format_of(format, config, path_or_id, checkpoint.names)
+        entry = format_of(format, config, path_or_id, checkpoint.names)
+        self.format = entry = each_token(entry) if every_token else entry
         self.tokenizer = adapter.load_tokenizer(path_or_id)
-        self._reader = Reader(self.tokenizer, entry)
+        self._reader = (TokenReader if entry.score_at == "token" else Reader)(self.tokenizer, entry)
         options: dict[str, Any] = {
             "dtype": dtype,
             "device": device,
@@ -389,7 +394,7 @@ class HFVerifier:
         else:
             last = branch_at(last, start, tokens)
             job.chain.append(last)
-        if self.format.score_at == "boundary":
+        if self.format.score_at != "closing":
             last.marks.append(last.length - 1)
             job.places.append((last, last.length - 1))
         elif not asks_ahead and not self.format.outcome:

@@ -11,7 +11,10 @@ from typing import Any, Final
 
 from tts_search.verifiers.formats import NUMBER, PROBLEM, STEP, STEPS, VerifierFormat
 
-__all__ = ["Reader", "Tail"]
+__all__ = ["TOKENS", "Reader", "Tail", "TokenReader"]
+
+TOKENS: Final = "\ue0f0tokens\ue0f1"
+"""The problem of whoever has tokens scored: no other problem is called so."""
 
 # Stand for the steps while a chat template is rendered: no template and no problem writes them.
 _MARK: Final = "\ue0f0steps\ue0f1"
@@ -226,6 +229,34 @@ class Reader:
         if self.format.generation_prompt or not (end := self.tokenizer.eos_token):
             return text
         return text.removesuffix("\n").removesuffix(end) if text.removesuffix("\n").endswith(end) else text
+
+
+class TokenReader(Reader):
+    """Takes tokens as they are, in the place of steps: each is a step, its id in digits. The problem is `TOKENS`."""
+
+    def __init__(self, tokenizer: Any, entry: VerifierFormat) -> None:
+        self.tokenizer = tokenizer
+        self.format = entry
+
+    def prompt(self, problem: str) -> tuple[list[int], Tail]:
+        """No tokens: all of them are steps.
+
+        Raises
+        ------
+        ValueError
+            If somebody has a problem, whose steps nothing here would tell.
+        """
+        if problem != TOKENS:
+            raise ValueError("this verifier scores tokens: it has no format in which a problem and its steps stand")
+        return [], Tail("", 0, [])
+
+    def step(self, tail: Tail, step: str, number: int) -> tuple[int, list[int], Tail]:
+        """Add a token."""
+        return number - 1, [int(step)], tail
+
+    def parsed(self, tokens: Sequence[int]) -> tuple[str, tuple[str, ...]]:
+        """The tokens."""
+        return TOKENS, tuple(map(str, tokens))
 
 
 def _beginning(tokenizer: Any, entry: VerifierFormat) -> list[int]:
