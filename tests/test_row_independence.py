@@ -254,6 +254,30 @@ def test_attention_in_any_number_of_forwards(options: dict[str, Any], stored: st
     assert same_bits(got[17], expected[-1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_zeros_have_one_sign_in_any_company(group: int, dtype: torch.dtype) -> None:
+    """Where weight * value underflows below 0, a row becomes -0.0; keys that others see must not make it 0.0."""
+    shape = Shape(2 * group, 2, 64, dtype)
+    text = vanishing(shape, 1300)
+    expected = alone(shape, text)
+    for at in (100, 600, 1087, 1100, 1151, 1152):
+        world = World(shape, 16, at // 16 + 1)
+        root = world.root()
+        world.append(root, text[: at + 1])
+        (got,) = world.attend([root], [1], False)
+        assert same_bits(got[0], expected[at]), at
+
+
+def vanishing(shape: Shape, tokens: int) -> Text:
+    """Tokens 0 and 1024 have all the weight and zeros as values; beside them each other weight * value underflows."""
+    k, v = (torch.zeros(tokens, shape.kv_heads, shape.dim, dtype=shape.dtype) for _ in range(2))
+    heavy = torch.arange(0, tokens, 1024)
+    k[heavy], v[:] = 10.0, -(2.0**-24) if shape.dtype == torch.float16 else -(2.0**-100)
+    v[heavy] = 0.0
+    return Text(k, v, torch.ones(tokens, shape.q_heads, shape.dim, dtype=shape.dtype))
+
+
 # ---- The other operators -------------------------------------------------------------------------------------
 
 

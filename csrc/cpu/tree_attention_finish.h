@@ -15,7 +15,8 @@ inline SoftmaxState with_sink(const TreeAttentionArgs& args, int64_t head, const
     return w.state;
 }
 
-// out = row / sum; the empty state gives 0.
+// out = row / sum; the empty state gives 0. A zero is +0: the sign of one in a row, which only signs of zeros
+// come from, may be that of keys which others see (merge_rows).
 template <class T>
 inline void write_result(const TreeAttentionArgs& args, int64_t row, int64_t head, const StateRef& from) {
     constexpr int W = Vec::width;
@@ -28,7 +29,7 @@ inline void write_result(const TreeAttentionArgs& args, int64_t row, int64_t hea
     const Vec factor = Vec::all(kept / state.sum);
     for (int64_t d = 0; d < dim; d += W) {
         const int n = dim - d < W ? static_cast<int>(dim - d) : W;
-        const Vec x = empty ? Vec::zero() : Vec::load(from.row + d, n) * factor;
+        const Vec x = empty ? Vec::zero() : Vec::load(from.row + d, n) * factor + Vec::zero();
         n < W ? x.store(out + d, n) : x.store(out + d);
     }
 }

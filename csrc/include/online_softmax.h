@@ -7,7 +7,8 @@
 // bit.
 //
 // The empty state is (-inf, 0, 0). Its max must never be subtracted from itself (-inf - -inf is NaN), so
-// `weight` answers 0 for it; merging with it returns the other state bit for bit (a weight of 1, plus 0).
+// `weight` answers 0 for it; merging with it returns the other state bit for bit (a weight of 1, plus 0), but
+// for zeros of its row, which become +0.
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
 #pragma once
 

@@ -4,15 +4,14 @@
 // How a row's result is put together, so that it depends on the row and its keys alone:
 //
 //   block   kKeyBlock positions, cut at absolute multiples of it. The keys of a block that the row sees make
-//   a
-//           state from empty; a key that it does not see changes no bit.
+//           a state from empty; a key that it does not see changes no bit.
 //   chunk   a number of blocks (PlanRules::chunk positions, at absolute multiples): C = merge(C, block), in
 //           ascending order, from empty
 //   row     R = merge(R, C), in ascending order, from empty; then the sink, if there is one
 //
-// Merging with the empty state changes no bit, so blocks and chunks that a row does not see may be left out,
-// or not. Who computes which part is the plan's choice: a segment continues a chunk's state or begins one,
-// and a state joins its task's own R or lies in a slot until the row's states are merged.
+// Merging with the empty state changes no bit of a result, so blocks and chunks that a row does not see may
+// be left out, or not. Who computes which part is the plan's choice: a segment continues a chunk's state or
+// begins one, and a state joins its task's own R or lies in a slot until the row's states are merged.
 #pragma once
 
 #include <cstdint>
