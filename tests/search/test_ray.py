@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError
 from tts_search.cli.main import _with_ray_address
+from tts_search.domains.code import Level, Sandbox
 from tts_search.evaluation.evaluate import Experiment, Record, evaluate, read_records
 from tts_search.evaluation.ray import on_ray, problems_per_call
 from tts_search.lab import MODELS_DIR
@@ -127,6 +129,28 @@ def test_command_line(tmp_path: Path) -> None:
     shown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert "best_of_n, n=4, seed=0" in shown
     assert len(read_records(tmp_path / "results.jsonl")) == 2
+
+
+@pytest.mark.slow
+def test_written_tests_travel(tmp_path: Path) -> None:
+    """A policy in a worker writes them, and the workers that search have them: the records of one machine."""
+    pytest.importorskip("ray")
+    if not sys.platform.startswith("linux") or Sandbox().level() < Level.FULL:
+        pytest.skip("no sandbox of the full level")
+    task = {"task_id": 1, "text": "The larger.", "test_list": ["assert larger(1, 2) == 2", "assert larger(3, 2) == 3"]}
+    data = tmp_path / "code.jsonl"
+    data.write_text(json.dumps(task))
+    arguments = [str(data), "--policy", POLICY, "--verifier", "execution", "--written-tests", "2", "--n", "2"]
+    command = [sys.executable, "-m", "tts_search.cli", "eval", *arguments, "--set", "max_step_tokens=32"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for where, options in (("here", []), ("there", ["--ray=local", "--actors", "1"])):
+        out = ["--out", str(tmp_path / where)]
+        shown = subprocess.run(
+            [*command, *options, *out], env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        assert "written tests: 0 in 2 texts for each of 1 tasks" in shown
+    for name in ("written-tests.jsonl", "results.jsonl"):
+        assert comparable(read_records(tmp_path / "there" / name)) == comparable(read_records(tmp_path / "here" / name))
 
 
 def test_what_it_needs(tmp_path: Path) -> None:
