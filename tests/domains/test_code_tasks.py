@@ -16,7 +16,7 @@ from tts_search import SearchConfig, Step, TextPolicy, search
 from tts_search.domains.code import CodeGrader, Judge, Level, Limits, Sandbox, humaneval
 from tts_search.domains.code.extract import code_blocks, code_of
 from tts_search.domains.code.plain import NotPlainError, from_json, same_value, to_json
-from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, examples_in, task_of
+from tts_search.domains.code.tasks import PROGRAMS, Asserts, Call, CodeTask, Program, examples_in
 from tts_search.evaluation.evaluate import Experiment, evaluate
 from tts_search.evaluation.tasks import load_tasks
 from tts_search.verifiers.execution import ExecutionVerifier
@@ -149,7 +149,7 @@ def test_examples_in_a_docstring(text, found):
 
 
 def test_the_shape_of_humaneval():
-    task = task_of(HUMANEVAL, "0")
+    task = PROGRAMS.read(HUMANEVAL, "0")
     assert (task.id, task.entry) == ("HumanEval/x", "total")
     assert task.public == (Call(([1, 2],), 6), Call(([],), 0))
     assert "twice" in task.preamble
@@ -182,7 +182,7 @@ def test_humaneval_as_it_is_published(tmp_path):
 
 
 def test_the_shape_of_mbpp():
-    task = task_of(MBPP, "0")
+    task = PROGRAMS.read(MBPP, "0")
     assert task.entry == "larger"
     assert task.public == (Call((1, 2), 2),)
     assert task.hidden == (Call((5, 2), 5), Asserts("assert set([larger(3, 3)]) == {3}", ""), Call((-1, -2), -1))
@@ -191,11 +191,11 @@ def test_the_shape_of_mbpp():
 
 
 def test_the_shape_of_livecodebench():
-    task = task_of(LCB, "0")
+    task = PROGRAMS.read(LCB, "0")
     assert (task.public, task.hidden, task.level) == ((Program("1 2\n", "3\n"),), (Program("2 2\n", "4\n"),), "easy")
     packed = {**LCB, "private_test_cases": base64.b64encode(zlib.compress(LCB["private_test_cases"].encode())).decode()}
-    assert task_of(packed, "0") == task
-    method = task_of(LCB_METHOD, "0")
+    assert PROGRAMS.read(packed, "0") == task
+    method = PROGRAMS.read(LCB_METHOD, "0")
     assert method.entry == "Solution.add"
     assert method.public == (Call(([1, 2], 3), 6),)
 
@@ -208,7 +208,7 @@ class Bomb:
 def test_a_pickle_is_refused_and_not_read():
     cases = base64.b64encode(zlib.compress(pickle.dumps(Bomb()))).decode()
     with pytest.raises(ValueError, match=r"private_test_cases: expected JSON.*pickle"):
-        task_of({**LCB, "private_test_cases": cases}, "0")
+        PROGRAMS.read({**LCB, "private_test_cases": cases}, "0")
 
 
 @needs_sandbox
@@ -231,7 +231,7 @@ def test_a_pickle_is_refused_and_not_read():
     ],
 )
 def test_hidden_tests_decide(entry, right, wrong):
-    task, judge = task_of(entry, "0"), Judge()
+    task, judge = PROGRAMS.read(entry, "0"), Judge()
     grader = CodeGrader(task, judge)
     assert grader.correct(grader.extract(right))
     assert judge.public(task, grader.extract(right)).share == 1
@@ -241,7 +241,7 @@ def test_hidden_tests_decide(entry, right, wrong):
 
 @needs_sandbox
 def test_programs_that_behave_alike_count_as_one():
-    task = task_of(HUMANEVAL, "0")
+    task = PROGRAMS.read(HUMANEVAL, "0")
     grader = CodeGrader(task, Judge(Sandbox(Limits(cpu_s=1, wall_s=2.0))))
     one, same, other, broken, worse = (
         f"def total(values): {body}"
@@ -254,7 +254,7 @@ def test_programs_that_behave_alike_count_as_one():
 
 @needs_sandbox
 def test_steps_are_scored_by_the_prefixes_that_run():
-    task = task_of(HUMANEVAL, "0")
+    task = PROGRAMS.read(HUMANEVAL, "0")
     verifier = ExecutionVerifier([task])
     steps = (
         "Let me see.\n\n",
@@ -284,13 +284,13 @@ def test_a_search_sees_public_tests_and_hidden_ones_decide(tmp_path):
     with pytest.raises(ValueError, match="two for"):
         ExecutionVerifier(
             [
-                task_of(HUMANEVAL, "0"),
-                task_of({**HUMANEVAL, "prompt": HUMANEVAL["prompt"]}, "1"),
-                CodeTask("c", task_of(HUMANEVAL, "0").problem, "total", (), ()),
+                PROGRAMS.read(HUMANEVAL, "0"),
+                PROGRAMS.read({**HUMANEVAL, "prompt": HUMANEVAL["prompt"]}, "1"),
+                CodeTask("c", PROGRAMS.read(HUMANEVAL, "0").problem, "total", (), ()),
             ]
         )
     tasks = tasks[:1]
-    verifier = ExecutionVerifier([task_of(HUMANEVAL, "0")])
+    verifier = ExecutionVerifier([PROGRAMS.read(HUMANEVAL, "0")])
     runs = [
         Experiment(name, SearchConfig("best_of_n", n=5), policy, own)
         for name, own in (("none", None), ("run", verifier))
@@ -299,13 +299,13 @@ def test_a_search_sees_public_tests_and_hidden_ones_decide(tmp_path):
     assert (plain.num_correct, plain.num_completions, plain.solved) == (2, 5, True)
     assert plain.correct == {"majority": True}  # two programs that behave alike, and the cheat, which does too
     assert executed.correct["prm_max"]
-    assert executed.answers["prm_max"] == task_of(HUMANEVAL, "0").program_of(right)
-    assert executed.gold == task_of(HUMANEVAL, "0").fingerprint
+    assert executed.answers["prm_max"] == PROGRAMS.read(HUMANEVAL, "0").program_of(right)
+    assert executed.gold == PROGRAMS.read(HUMANEVAL, "0").fingerprint
 
 
 @needs_sandbox
 def test_a_search_of_one_problem_votes_by_behaviour():
-    task = task_of(MBPP, "0")
+    task = PROGRAMS.read(MBPP, "0")
     grader = CodeGrader(task, Judge())
     bodies = ["return 7", "return max(a, b)", "return a if a > b else b"]
     texts = [f"```python\ndef larger(a, b): {body}\n```" for body in bodies]
@@ -318,7 +318,7 @@ def test_a_search_of_one_problem_votes_by_behaviour():
 @needs_sandbox
 def test_white_space_is_a_difference_between_programs():
     """A statement that is indented by one level too many is another program, and does not vote for the right one."""
-    task = task_of(MBPP, "0")
+    task = PROGRAMS.read(MBPP, "0")
     grader = CodeGrader(task, Judge())
     early, late = (
         f"def larger(*both):\n    most = 0\n    for one in both:\n        most = max(most, one)\n{end}return most\n"

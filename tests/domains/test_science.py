@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tts_search import Step, TextPolicy
 from tts_search.domains.grading import grader_of
-from tts_search.domains.science import ChoiceGrader, NumericGrader, Quantity, answer_in, quantity, task_of, unit_of
+from tts_search.domains.science import QUESTIONS, ChoiceGrader, NumericGrader, Quantity, answer_in, quantity, unit_of
 from tts_search.evaluation.evaluate import Experiment, evaluate
 from tts_search.evaluation.tasks import load_tasks
 from tts_search.search.config import SearchConfig
@@ -207,18 +207,18 @@ def test_published_shapes(tmp_path, entry, answer, grader, level):
 
 
 def test_the_options_of_gpqa_are_in_an_order_that_says_nothing():
-    task = task_of(GPQA, "0")
+    task = QUESTIONS.read(GPQA, "0")
     assert sorted(task.details["options"]) == ["the third", "wrong 1", "wrong 2", "wrong 3"]
     assert task.details["options"]["ABCD".index(task.answer)] == "the third"
-    golds = {task_of({**GPQA, "Correct Answer": f"right {number}"}, "0").answer for number in range(40)}
+    golds = {QUESTIONS.read({**GPQA, "Correct Answer": f"right {number}"}, "0").answer for number in range(40)}
     assert golds == set("ABCD")
 
 
 def test_tolerances_of_the_shapes():
-    assert task_of(SCIBENCH, "0").details["tolerance"] == 0.05
-    assert task_of(CHEMBENCH, "0").details["tolerance"] == 0.01
-    assert task_of(OWN, "0").details == {"unit": "m", "tolerance": 0.1}
-    assert "The unit of the answer is $\\mathrm{kJ}" in task_of(SCIBENCH, "0").problem
+    assert QUESTIONS.read(SCIBENCH, "0").details["tolerance"] == 0.05
+    assert QUESTIONS.read(CHEMBENCH, "0").details["tolerance"] == 0.01
+    assert QUESTIONS.read(OWN, "0").details == {"unit": "m", "tolerance": 0.1}
+    assert "The unit of the answer is $\\mathrm{kJ}" in QUESTIONS.read(SCIBENCH, "0").problem
 
 
 @pytest.mark.parametrize(

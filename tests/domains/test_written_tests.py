@@ -20,7 +20,7 @@ from tts_search.domains.code import (
     ask_for_tests,
     written_tests,
 )
-from tts_search.domains.code.tasks import Asserts, Call, task_of
+from tts_search.domains.code.tasks import PROGRAMS, Asserts, Call
 from tts_search.evaluation.evaluate import Experiment, evaluate
 from tts_search.evaluation.records import read_records
 from tts_search.evaluation.suites import questions, write_suites
@@ -66,12 +66,12 @@ def said(program):
     return f"So:\n\n```python\n{program}```\n\nDone."
 
 
-PROGRAMS = [f"def f():\n{indent}return {number}\n" for number in range(4) for indent in (" ", "  ")]
+SOURCES = [f"def f():\n{indent}return {number}\n" for number in range(4) for indent in (" ", "  ")]
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    programs=st.lists(st.sampled_from([*PROGRAMS, ""]), min_size=1, max_size=12),
+    programs=st.lists(st.sampled_from([*SOURCES, ""]), min_size=1, max_size=12),
     tests=st.lists(st.integers(0, 5), max_size=12),
     bits=st.lists(st.booleans(), min_size=48, max_size=48),
 )
@@ -79,7 +79,7 @@ def test_the_weighted_vote_elects_what_codet_ranks_first(programs, tests, bits):
     """Programs and tests as often as they were drawn; some differ in white space alone, some completions have none."""
 
     def passes(program, test):
-        return bits[6 * PROGRAMS.index(program) + int(test[-1])]
+        return bits[6 * SOURCES.index(program) + int(test[-1])]
 
     drawn = tuple(f"assert f() == {number}" for number in tests)
     task = CodeTask("t", "p", "f", (), (), written=drawn)
@@ -99,7 +99,7 @@ def test_the_weighted_vote_elects_what_codet_ranks_first(programs, tests, bits):
 def test_the_larger_agreement_wins():
     """The paper's figure: two right programs that pass two tests beat a wrong one that passes three of the others."""
     task = replace(
-        task_of(MBPP, "0"),
+        PROGRAMS.read(MBPP, "0"),
         written=("assert larger(1, 2) == 2", "assert larger(3, 2) == 3", *["assert larger(0, 1) == 9"] * 3),
     )
     judge = Judge()
@@ -162,18 +162,18 @@ def test_tests_in_a_text():
 
 def test_a_suite_of_a_file():
     tests = ["assert larger(1, 2) == 2", "assert larger(1, 2) > 0"]
-    task = task_of({**MBPP, "written_tests": tests}, "0")
+    task = PROGRAMS.read({**MBPP, "written_tests": tests}, "0")
     assert task.written == tuple(tests)
     assert task.suite == (Call((1, 2), 2), Asserts(tests[1]))
-    assert task.fingerprint not in (task_of(MBPP, "0").fingerprint, replace(task, written=()).fingerprint)
+    assert task.fingerprint not in (PROGRAMS.read(MBPP, "0").fingerprint, replace(task, written=()).fingerprint)
     for wrong in ("assert larger(1, 2)", [1], {"a": 1}):
         with pytest.raises(ValueError, match="written_tests: expected a list of texts, got"):
-            task_of({**MBPP, "written_tests": wrong}, "0")
+            PROGRAMS.read({**MBPP, "written_tests": wrong}, "0")
     program = {"question_content": "q", "public_test_cases": "[]", "written_tests": []}
     with pytest.raises(ValueError, match="written_tests: expected none of a whole program"):
-        task_of(program, "0")
+        PROGRAMS.read(program, "0")
     with pytest.raises(ValueError, match="two for"):
-        ExecutionVerifier([task, task_of(MBPP, "0")])
+        ExecutionVerifier([task, PROGRAMS.read(MBPP, "0")])
 
 
 @pytest.mark.parametrize(
@@ -221,12 +221,14 @@ def test_a_policy_writes_tests_and_then_programs(tmp_path):
     suites = write_suites(tasks, writer.policy, tmp_path / "written.jsonl", texts=3, progress=False)
     assert (suites.texts, suites.tests, suites.without, suites.failed, suites.tokens) == (3, 18, 0, 0, 120)
     assert str(suites).startswith("written tests: 18 in 3 texts for each of 2 tasks (0 without any); 120 tokens")
-    code = [task_of(task.details, task.id) for task in suites.tasks]
+    code = [PROGRAMS.read(task.details, task.id) for task in suites.tasks]
     assert all(len(one.written) == 9 and len(one.suite) == 5 for one in code)
     assert all(one.answer == own.fingerprint for one, own in zip(suites.tasks, code, strict=True))
 
     config = SearchConfig("best_of_n", n=5)
-    plain = Experiment("plain", config, writer.policy, ExecutionVerifier([task_of(one.details, "") for one in tasks]))
+    plain = Experiment(
+        "plain", config, writer.policy, ExecutionVerifier([PROGRAMS.read(one.details, "") for one in tasks])
+    )
     run = Experiment("codet", config, writer.policy, ExecutionVerifier(code))
     before = evaluate(tasks, [plain], tmp_path / "results.jsonl", progress=False)
     after = evaluate(suites.tasks, [run], tmp_path / "results.jsonl", progress=False)
@@ -249,12 +251,12 @@ def test_a_policy_that_fails_writes_no_tests(tmp_path):
     def fail(_):
         raise RuntimeError("no")
 
-    task = Task("a", task_of(MBPP, "a").problem, "", grader="code", details=MBPP)
+    task = Task("a", PROGRAMS.read(MBPP, "a").problem, "", grader="code", details=MBPP)
     suites = write_suites([task], TextPolicy(fail), tmp_path / "w.jsonl", texts=2, progress=False)
     assert suites.tasks[0].details["written_tests"] == []
     assert "(1 without any, 1 because the policy failed)" in str(suites)
 
 
 def test_what_is_asked_for_names_the_call():
-    assert "`assert larger(...) == ...`" in ask_for_tests(task_of(MBPP, "0"))
+    assert "`assert larger(...) == ...`" in ask_for_tests(PROGRAMS.read(MBPP, "0"))
     assert "`assert S().add(...) == ...`" in ask_for_tests(CodeTask("t", "p", "S.add", (), ()))

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -30,6 +29,7 @@ from tts_search.search.config import METHODS, SearchConfig, options_of
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.voting import canonical
+from tts_search.serve.results import result_as_dict
 from tts_search.terminal import sanitize
 
 __all__ = ["app"]
@@ -222,7 +222,10 @@ def solve(
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
     models = load_checkpoints(policy, verifier, *options)
     result = search([text], *models, config, speculate=SPECULATE[speculate])[0]
-    print(result_as_json(result, elected) if as_json else result_as_text(result, elected, show_tree=tree))
+    if as_json:
+        print(json.dumps(result_as_dict(result, elected, tree=True), indent=2, allow_nan=False))
+    else:
+        print(result_as_text(result, elected, show_tree=tree))
 
 
 @app.command(
@@ -576,10 +579,10 @@ def _judge(where: str, format: str, options: dict[str, Any]) -> Verifier:
 
 
 def _execution(tasks: Sequence[Task]) -> Verifier:
-    from tts_search.domains.code.tasks import task_of
+    from tts_search.domains.code.tasks import PROGRAMS
     from tts_search.verifiers.execution import ExecutionVerifier
 
-    code = [task_of(task.details, task.id) for task in tasks if task.grader == "code"]
+    code = [PROGRAMS.read(task.details, task.id) for task in tasks if task.grader == "code"]
     if not code or len(code) < len(tasks):
         raise SearchError("expected tasks of programming, which have public tests")
     return ExecutionVerifier(code)
@@ -602,28 +605,3 @@ def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) 
         f"{stats.peak_logical_kv_tokens} without sharing; {stats.peak_kv_bytes / 2**20:.1f} MiB",
     ]
     return "\n".join([*lines, "", result.tree.render()] if show_tree else lines)
-
-
-def result_as_json(result: SearchResult, vote: str) -> str:
-    """Return a result as JSON; scores that are no finite number are null."""
-    data = {
-        "problem": result.problem,
-        "answer": result.answer(vote),
-        "vote": vote,
-        "best": asdict(result.best),
-        "completions": [asdict(completion) for completion in result.completions],
-        "stats": asdict(result.stats),
-        "config": result.config.as_dict(),
-        "tree": json.loads(result.tree.to_json()),
-    }
-    return json.dumps(_finite(data), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
-    return value

@@ -45,9 +45,9 @@ def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
         return _Mathematics(gold)
     if name == "code":
         from tts_search.domains.code import CodeGrader
-        from tts_search.domains.code.tasks import task_of
+        from tts_search.domains.code.tasks import PROGRAMS
 
-        return CodeGrader(task_of(details, ""), _judge())
+        return CodeGrader(PROGRAMS.read(details, ""), _judge())
     if name in ("choice", "numeric"):
         from tts_search.domains.science import ChoiceGrader, NumericGrader
 

@@ -11,13 +11,14 @@ import hashlib
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tts_search.domains.shapes import Shapes
 from tts_search.search.answers import boxed, normalize
 
-__all__ = ["ChoiceGrader", "NumericGrader", "Quantity", "ScienceTask", "answer_in", "is_science", "quantity", "task_of"]
+__all__ = ["QUESTIONS", "ChoiceGrader", "NumericGrader", "Quantity", "ScienceTask", "answer_in", "quantity"]
 
 _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TAGGED: Final = re.compile(r"\[ANSWER\](.*?)\[/ANSWER\]", re.DOTALL | re.IGNORECASE)
@@ -286,44 +287,6 @@ def unit_of(text: str) -> str:
     return re.sub(r" +", "*", text).replace("^", "**")
 
 
-def is_science(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a file is in a shape that is known, or names one of these graders."""
-    return _shape(entry) is not None
-
-
-def task_of(entry: Mapping[str, Any], number: str) -> ScienceTask:
-    """Return the task of an entry in the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or that names its grader.
-
-    Raises
-    ------
-    ValueError
-        If it is of none of these shapes, or a field is not what it should be; the message names it.
-    """
-    read = _shape(entry)
-    if read is None:
-        raise ValueError("expected the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or a grader")
-    try:
-        return read(entry, number)
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]}: expected in a question of science, got none") from None
-    except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"a question of science: {type(error).__name__}: {error}") from None
-
-
-def _shape(entry: Mapping[str, Any]) -> Callable[[Mapping[str, Any], str], ScienceTask] | None:
-    if entry.get("grader") in ("choice", "numeric"):
-        return _own
-    for fields, read in (
-        (("Question", "Correct Answer"), _gpqa),
-        (("problem_text", "answer_number"), _scibench),
-        (("examples", "preferred_score"), _chembench),
-        (("question", "options", "answer"), _mmlu_pro),
-    ):
-        if all(entry.get(field) is not None for field in fields):
-            return read
-    return None
-
-
 def _own(entry: Mapping[str, Any], number: str) -> ScienceTask:
     name, text = str(entry.get("id", number)), entry.get("problem") or entry["question"]
     if entry["grader"] == "choice":
@@ -385,3 +348,18 @@ def _number(name: str, text: str, gold: str, unit: str, tolerance: float, level:
     hint = f" The unit of the answer is {unit.strip()}." if unit.strip() else ""
     problem = f"{text.strip()}{hint}\n\nThe answer is a number. {_ASKED}"
     return ScienceTask(name, problem, gold, "numeric", {"unit": unit, "tolerance": tolerance}, level)
+
+
+QUESTIONS: Final = Shapes(
+    "a question of science",
+    "GPQA, MMLU-Pro, SciBench or ChemBench, or a grader",
+    (
+        (("grader:choice",), _own),
+        (("grader:numeric",), _own),
+        (("Question", "Correct Answer"), _gpqa),
+        (("problem_text", "answer_number"), _scibench),
+        (("examples", "preferred_score"), _chembench),
+        (("question", "options", "answer"), _mmlu_pro),
+    ),
+)
+"""Questions of science in files, and tasks that name one of its graders."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from tts_search.domains.code.tasks import CodeTask, task_of
+from tts_search.domains.code.tasks import PROGRAMS, CodeTask
 from tts_search.domains.code.writing import ask_for_tests, written_tests
 from tts_search.evaluation.evaluate import Runner, evaluate
 from tts_search.evaluation.experiment import Experiment
@@ -130,18 +130,18 @@ def questions(tasks: Tasks) -> list[Task]:
 def _code_task(task: Task) -> CodeTask:
     if task.grader != "code":
         raise ValueError(f"expected tasks of programming, got {task.id}, which is none")
-    own = task_of(task.details, task.id)
+    own = PROGRAMS.read(task.details, task.id)
     if own.written is not None:
         raise ValueError(f"expected tasks without written_tests, got {task.id}, which has some")
     return own
 
 
 def _suite(record: Record, task: Task) -> list[str]:
-    entry = task_of(task.details, task.id).entry
+    entry = PROGRAMS.read(task.details, task.id).entry
     nodes = SearchTree.from_json(record.tree).nodes[1:] if record.tree else ()
     return [test for node in nodes for test in written_tests(node.text, entry)]
 
 
 def _with_suite(task: Task, suite: list[str]) -> Task:
     details = {**task.details, "written_tests": suite}
-    return replace(task, details=details, answer=task_of(details, task.id).fingerprint)
+    return replace(task, details=details, answer=PROGRAMS.read(details, task.id).fingerprint)

@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn, Protocol
 
-from tts_search.domains import science
-from tts_search.domains.code.tasks import is_code, task_of
+from tts_search.domains.code.tasks import PROGRAMS
 from tts_search.domains.grading import Grader, grader_of
+from tts_search.domains.science import QUESTIONS
 from tts_search.errors import require
 from tts_search.search.answers import boxed
 
@@ -282,29 +282,20 @@ class _Entry:
     def task(self, number: int) -> Task:
         if not isinstance(self.fields, Mapping):
             raise self._error("", f"got {_kind(self.fields)}")
-        if is_code(self.fields):
-            return self._code_task(number)
-        if science.is_science(self.fields):
-            return self._science_task(number)
+        try:
+            if PROGRAMS.known(self.fields):
+                own = PROGRAMS.read(self.fields, str(number))
+                return Task(own.id, own.problem, own.fingerprint, own.level, "code", self.fields)
+            if QUESTIONS.known(self.fields):
+                one = QUESTIONS.read(self.fields, str(number))
+                return Task(one.id, one.problem, one.answer, one.level, one.grader, one.details)
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from None
         name, problem = self._first(_PROBLEMS)
         if not isinstance(problem, str) or not problem.strip():
             raise self._error(name, f"expected a text, got {_kind(problem)}")
         level = self._scalar(*self._first(("level",))).removeprefix("Level ")
         return Task(self._scalar(*self._first(_IDS)) or str(number), problem, self._answer(), level)
-
-    def _code_task(self, number: int) -> Task:
-        try:
-            task = task_of(self.fields, str(number))
-        except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from None
-        return Task(task.id, task.problem, task.fingerprint, task.level, "code", self.fields)
-
-    def _science_task(self, number: int) -> Task:
-        try:
-            one = science.task_of(self.fields, str(number))
-        except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from None
-        return Task(one.id, one.problem, one.answer, one.level, one.grader, one.details)
 
     def _answer(self) -> str:
         name, answer = self._first((*_ANSWERS, "solution"))

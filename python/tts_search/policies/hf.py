@@ -22,6 +22,7 @@ from tts_search.models.sizing import pool_for
 from tts_search.models.streams import Lane
 from tts_search.models.texts import GrowingText, Stops, Text, TextStream
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
+from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Generate, Generated, Load, Usage, answers_of
 from tts_search.search.types import Messages, Step
 
@@ -186,8 +187,7 @@ class HFPolicy:
         ValueError
             If the number belongs to a problem in flight.
         """
-        if problem in self._problems:
-            raise ValueError(f"problem {problem} is in flight: an HFPolicy serves one search at a time")
+        unused(problem, self._problems, self)
         tokens = self.prompt_tokens(text)
         root = Branch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = _Problem(root, {0: _Node(root, "")})

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Score, Usage
 from tts_search.search.types import Messages, Step, StepRequest
 
@@ -41,8 +42,7 @@ class _TextDriver:
         """
         if not isinstance(text, str):
             raise TypeError(f"problem: a {type(self).__name__} takes a text, got messages")
-        if problem in self._texts:
-            raise ValueError(f"problem {problem} is in flight: a {type(self).__name__} serves one search at a time")
+        unused(problem, self._texts, self)
         self._texts[problem] = text
 
     def release(self, problem: int, branches: Sequence[int]) -> None:

