@@ -37,7 +37,7 @@ def results(
     options: argparse.Namespace, tasks: Sequence[Task], config: SearchConfig, kv_dtype: KvDtype | None
 ) -> list[SearchResult]:
     """The searches of all problems."""
-    policy = HFPolicy(options.policy, kv_dtype=kv_dtype)
+    policy = HFPolicy(options.policy, system_prompt=options.system_prompt, kv_dtype=kv_dtype)
     verifier = HFVerifier(options.verifier, format=options.format, kv_dtype=kv_dtype)
     return search([task.problem for task in tasks], policy, verifier, config, progress=False)
 
@@ -77,6 +77,7 @@ def compare(
     differences = [first_difference(one, other, count) for one, other in pairs]
     moved = [each for each in differences if each is not None]
     return {
+        "answered, %": round(share * sum(bool(one.answer()) for one in found), 1),
         "right, %": round(share * right, 1),
         "same answer, %": round(share * same, 1),
         "same tree, %": round(share * (len(tasks) - len(moved)), 1),
@@ -90,6 +91,7 @@ def main() -> None:
     """Print a row for each kind of keys and values, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default=str(MODELS_DIR / "policy-0.1m"))
+    parser.add_argument("--system-prompt", help="of the policy")
     parser.add_argument("--verifier", default=str(MODELS_DIR / "prm-strong"))
     parser.add_argument("--format", default="auto")
     parser.add_argument("--tasks", help="a file of problems with answers; else the demo's")
