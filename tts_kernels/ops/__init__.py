@@ -1,1 +1,1 @@
-"""The public functions, one file an op."""
+"""The public functions, one file for each op."""

@@ -27,7 +27,7 @@ def linear_logprob(
         [V, H] float: the LM head, which may differ from ``hidden`` in dtype. Rows may be strided. Or one of 8 or 4 bits
         (`pack_linear`), whose logits are those of `linear`, unrounded.
     targets
-        [N] int: a token a row, in [0, V).
+        [N] int: a token for each row, in [0, V).
     temperature
         Divides the logits; finite and above 0.
 

@@ -116,13 +116,13 @@ def tree_attention(
 
     Notes
     -----
-    With N unique and L logical tokens (counted once a branch): reads 2 N Hkv D elements, and at most 63 tokens before
-    each fork once more for each child; O(L Hq D) operations, one launch and one for merging. The tree is walked as in
-    DeFT (arXiv 2404.00242) and FastTree (MLSys 2025); partial results merge as in "FlashInfer" (arXiv 2501.01005).
-    A row's result depends on its query, its position, the options and the keys and values that it sees, and on nothing
-    else, to the bit within a backend and an instruction set: not on other rows, on who shares a key, on how q_lens cuts
-    a text into forwards, on pages, on plans or on threads. Keys are summed up in blocks of 64 and chunks of 512
-    (256 on a GPU) at absolute positions, in ascending order.
+    With N unique and L logical tokens (counted once for each branch): reads 2 N Hkv D elements, and at most 63 tokens
+    before each fork once more for each child; O(L Hq D) operations, one launch and one for merging. The tree is walked
+    as in DeFT (arXiv 2404.00242) and FastTree (MLSys 2025); partial results merge as in "FlashInfer" (arXiv
+    2501.01005). A row's result depends on its query, its position, the options and the keys and values that it sees,
+    and on nothing else, to the bit within a backend and an instruction set: not on other rows, on who shares a key, on
+    how q_lens cuts a text into forwards, on pages, on plans or on threads. Keys are summed up in blocks of 64 and
+    chunks of 512 (256 on a GPU) at absolute positions, in ascending order.
     Quantised heads become elements of q's dtype once for all rows that share them, on CPUs and in Triton: the CUDA
     kernels read floats. fp8 is for Triton.
     bfloat16 products are accumulated in float32; weights are rounded to bfloat16 before they meet the values where the

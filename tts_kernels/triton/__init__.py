@@ -1,4 +1,4 @@
-"""The operators in Triton: one file an op, each with a function of the operator's own name and signature.
+"""The operators in Triton: one file for each op, each with a function of the operator's own name and signature.
 
 `define` makes each of them an operator of its own, ``torch.ops.tts_kernels_triton.<name>``, so that torch.compile
 sees one opaque call. Nothing here imports triton: a file of kernels does, when its operator first runs.

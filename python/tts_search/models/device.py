@@ -1,8 +1,8 @@
 """Traffic between the host and the device of a model: indices go up, tokens and scores come down, nothing else does.
 
 The host of a search on a GPU plans and the device computes, at the same time. So what goes up is copied from pinned
-memory while the host goes on, and the host waits for the device in `read_tokens` and `read_scores` alone: once a decode
-step and once a round of scoring. On a CPU nothing is copied.
+memory while the host goes on, and the host waits for the device in `read_tokens` and `read_scores` alone: once in a
+decode step and once in a round of scoring. On a CPU nothing is copied.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Ending(Hashable, Protocol):
     """Says at which tokens steps may end; what it says is remembered by it."""
 
     def may_end(self, token: int) -> bool:
-        """Whether a stream has to be looked at when this token comes. Asked once a token."""
+        """Whether a stream has to be looked at when this token comes. Asked once for each token."""
         ...
 
 

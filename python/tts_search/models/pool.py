@@ -297,7 +297,7 @@ class BranchPool:
         return Forwarded(outputs, places, done)
 
     def run(self, branches: Sequence[Branch]) -> list[int]:
-        """Let branches with one pending token grow by a row's token a forward from now on; their forest branches.
+        """Let branches with one pending token grow by a row's token in each forward from now on; their forest branches.
 
         Those that have no KV yet are forked from their parents. The tokens that they forward are the caller's affair
         until they `rest`.

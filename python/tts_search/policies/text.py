@@ -69,10 +69,10 @@ class TextPolicy(_TextDriver):
     Parameters
     ----------
     fn : callable
-        ``fn(requests: list[StepRequest]) -> list[list[Step]]``, one list a request, ``num_samples`` steps in it; sync
-        or async. It is called with all requests that wait then, those of a problem in candidate order, in the thread of
-        the search and never twice at once. If it raises, it is called once more for each problem, and those whose call
-        raises again fail.
+        ``fn(requests: list[StepRequest]) -> list[list[Step]]``, one list for each request, ``num_samples`` steps in it;
+        sync or async. It is called with all requests that wait then, those of a problem in candidate order, in the
+        thread of the search and never twice at once. If it raises, it is called once more for each problem, and those
+        whose call raises again fail.
 
     Raises
     ------
@@ -120,9 +120,9 @@ class TextVerifier(_TextDriver):
     Parameters
     ----------
     fn : callable
-        ``fn(branches: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]``: for each (problem, steps) one score a
-        step; sync or async. Called as the function of a :class:`TextPolicy` is. A search asks about a text once,
-        however many of its branches have it.
+        ``fn(branches: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]``: for each (problem, steps) one score
+        for each step; sync or async. Called as the function of a :class:`TextPolicy` is. A search asks about a text
+        once, however many of its branches have it.
 
     Raises
     ------

@@ -34,7 +34,7 @@ def expand(
     run : Run
         The search.
     parents : iterable of Branch
-        One entry a child to be.
+        One entry for each child to be.
     last : bool
         Whether no round follows: the new branches end, whatever the policy says.
     params : callable or None
@@ -114,7 +114,7 @@ def score(
     Raises
     ------
     SearchError
-        If the verifier does not return one number a step, or one of them is NaN.
+        If the verifier does not return one number for each step, or one of them is NaN.
     """
     if not run.scored:
         return
@@ -149,8 +149,8 @@ def score_and_prune(
     Raises
     ------
     SearchError
-        If the verifier does not return one number a step, one of them is NaN, or its survivors are not `keep` of each
-        group.
+        If the verifier does not return one number for each step, one of them is NaN, or its survivors are not `keep` of
+        each group.
     """
     fresh = yield from _to_score(run, branches, last)
     if fresh:

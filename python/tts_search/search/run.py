@@ -26,9 +26,9 @@ FIRST_LOOKAHEAD_ID = 1 << 30  # branches that are not part of the tree are numbe
 class Branch:
     """A node of the search tree, and the path that ends in it.
 
-    The path's text is kept twice: `texts`, one entry a node, as it was generated (what a policy continues), and
-    `steps`, one entry a step (what a verifier reads). They differ where a text was generated without a delimiter and
-    holds several steps, and where it is blank: `blank` belongs to the step that will follow it.
+    The path's text is kept twice: `texts`, one entry for each node, as it was generated (what a policy continues), and
+    `steps`, one entry for each step (what a verifier reads). They differ where a text was generated without a delimiter
+    and holds several steps, and where it is blank: `blank` belongs to the step that will follow it.
     """
 
     id: int

@@ -1,8 +1,8 @@
 r"""The formats of published verifiers, one entry each; docs/verifiers.md says what each was checked on.
 
-Where authors' code and popular wrappers of it differ, the entry follows the authors, with one score a step. ThinkPRM's
-and R-PRM's instructions are published without a licence: theirs are in our words here, around the markers that the
-models answer to. Pass the authors' text as ``format=replace(FORMATS["r_prm"], prompt=...)`` to use it.
+Where authors' code and popular wrappers of it differ, the entry follows the authors, with one score for each step.
+ThinkPRM's and R-PRM's instructions are published without a licence: theirs are in our words here, around the markers
+that the models answer to. Pass the authors' text as ``format=replace(FORMATS["r_prm"], prompt=...)`` to use it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def puct(run: Run) -> Moves[list[Branch]]:
 
         mean value + exploration * log-growth * sqrt(visits of the parent) / (1 + visits) / (number of siblings)
 
-    the earlier one on ties; a leaf is visited once a round at most, and until its children are scored the visit counts
-    as one of value 0. Siblings are samples of the policy, so each has the same prior.
+    the earlier one on ties; a leaf is visited at most once in each round, and until its children are scored the visit
+    counts as one of value 0. Siblings are samples of the policy, so each has the same prior.
 
     Raises
     ------
