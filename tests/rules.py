@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -42,6 +42,27 @@ def assert_names(kind: type[Exception], name: str, call: Callable[..., Any], *ar
     with pytest.raises(kind, match=rf"^{name}") as caught:
         call(*args, **kwargs)
     assert type(caught.value) is kind
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch's, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_by_threads(call: Callable[..., Tensor | Sequence[Tensor]], *args: Any, **kwargs: Any) -> None:
+    """1, 2 and 3 threads, and 1 again, give the same result, or the same results."""
+    results = []
+    for count in (1, 2, 3, 1):
+        with threads(count):
+            result = call(*args, **kwargs)
+        results.append([result] if isinstance(result, Tensor) else list(result))
+    assert all(torch.equal(a, b) for one in results[1:] for a, b in zip(results[0], one, strict=True))
 
 
 def compilations(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> int:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -53,16 +53,7 @@ def test_strided_scores() -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     scores, indptr = torch.rand(60_000), torch.arange(0, 60_001, 5)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(tk.aggregate_steps(scores, indptr, "prod"))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert_same_by_threads(tk.aggregate_steps, scores, indptr, "prod")
 
 
 def test_opcheck_and_compile() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import threads
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -263,13 +264,9 @@ def test_a_shared_token_is_read_once(case: Case) -> None:
 @settings(max_examples=30, deadline=None)
 @given(case=cases())
 def test_a_plan_does_not_depend_on_threads(case: Case) -> None:
-    threads = torch.get_num_threads()
     plan = case.plan()
-    try:
-        torch.set_num_threads(5)
+    with threads(5):
         assert_equal_plans(case.plan(), plan)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @st.composite

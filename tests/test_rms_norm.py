@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -62,14 +62,7 @@ def test_zero_rows_and_non_finite_values() -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     x, weight, residual = inputs(700, 300, torch.bfloat16)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(tk.rms_norm(x, weight, 1e-6, residual)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], r) for r in results)
+    assert_same_by_threads(tk.rms_norm, x, weight, 1e-6, residual)
 
 
 def test_opcheck_and_compile() -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule, compilations, reading_fp8
+from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads, compilations, reading_fp8
+from torch import Tensor
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -151,15 +152,13 @@ def test_empty_and_non_finite() -> None:
 
 
 def test_threads_do_not_change_the_result() -> None:
-    case, before, results = Case.random(140, 9, 3, 64, torch.bfloat16, norms=True), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            own = case.copy()
-            results.append((own.run(), own.k_cache, own.v_cache))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    case = Case.random(140, 9, 3, 64, torch.bfloat16, norms=True)
+
+    def results() -> list[Tensor]:
+        own = case.copy()
+        return [own.run(), own.k_cache, own.v_cache]
+
+    assert_same_by_threads(results)
 
 
 def test_opcheck_and_compile() -> None:

@@ -3,8 +3,7 @@ on the forwards that a text was cut into, on pages, on plans or on threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rules import DTYPES
+from rules import DTYPES, threads
 from torch import Tensor
 
 import tts_kernels as tk
@@ -22,16 +21,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal as bits: a NaN is itself, and -0.0 is not 0.0."""
     ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.shape == b.shape and torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------

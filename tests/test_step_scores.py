@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule
+from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads
 from torch.library import opcheck
 
 import tts_kernels as tk
@@ -90,16 +90,8 @@ def test_non_finite_hidden_states_show() -> None:
 
 def test_threads_do_not_change_the_result() -> None:
     hidden, positions = torch.randn(300, 257), torch.randint(0, 300, (200,))
-    before = torch.get_num_threads()
     for head in (HEADS["label_pair"](257), HEADS["mlp"](257)):
-        results = []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(tk.step_scores(hidden, positions, head))
-        finally:
-            torch.set_num_threads(before)
-        assert all(torch.equal(results[0], r) for r in results)
+        assert_same_by_threads(tk.step_scores, hidden, positions, head)
 
 
 def test_opcheck_and_compile() -> None:

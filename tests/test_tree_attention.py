@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule, compilations, reading_fp8
+from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads, compilations, reading_fp8
 from torch import Tensor
 from torch.library import opcheck
 from trees import Plan, Tree, brute_plan, caches, dense_attention, grow, poison, with_short_branches
@@ -293,21 +293,11 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
 def test_threads_do_not_change_the_result() -> None:
     tree = dvts(16)
     q_lens = [1] * len(tree.pages)
-    before = torch.get_num_threads()
     for dtype in DTYPES:
         plan = brute_plan(tree, q_lens, 8, 2, 64)
         k, v = caches(tree, 2, 64, dtype)
         q = torch.randn(len(q_lens), 8, 64).to(dtype)
-        results = []
-        try:
-            for threads in (1, 2, 3, 2, 1):
-                torch.set_num_threads(threads)
-                results.append(
-                    torch.cat([t.flatten().float() for t in tk.tree_attention(q, k, v, plan, return_lse=True)])
-                )
-        finally:
-            torch.set_num_threads(before)
-        assert all(torch.equal(results[0], r) for r in results)
+        assert_same_by_threads(tk.tree_attention, q, k, v, plan, return_lse=True)
 
 
 def test_how_the_work_is_cut_hardly_changes_the_result() -> None:
