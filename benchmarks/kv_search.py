@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import shlex
 import statistics
 import sys
@@ -29,6 +30,7 @@ from tts_search.lab import MODELS_DIR
 from tts_search.lab.arithmetic import LEVELS
 from tts_search.lab.demo import CONFIG, make_tasks
 from tts_search.models.decoder import KvDtype
+from tts_search.search.answers import boxed
 
 Tokens = Callable[[str], int]
 
@@ -39,7 +41,13 @@ def results(
     """The searches of all problems."""
     policy = HFPolicy(options.policy, system_prompt=options.system_prompt, kv_dtype=kv_dtype)
     verifier = HFVerifier(options.verifier, format=options.format, kv_dtype=kv_dtype)
-    return search([task.problem for task in tasks], policy, verifier, config, progress=False)
+    problems = [task.problem for task in tasks]
+    return search(problems, policy, verifier, config, extract_answer=answer_of, progress=False)
+
+
+def answer_of(text: str) -> str | None:
+    """What stands in the box; of a model that draws none, the last number."""
+    return boxed(text) or next(iter(re.findall(r"-?\d+(?:\.\d+)?", text)[::-1]), None)
 
 
 def first_difference(one: SearchResult, other: SearchResult, count: Tokens) -> tuple[int, int] | None:
