@@ -13,8 +13,8 @@ from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, search
 from tts_search.models.device import read_scores, read_tokens, upload
 from tts_search.models.generation import Generation
+from tts_search.verifiers.jobs import HeadScorer
 from tts_search.verifiers.log_ratio import LogRatioScorer
-from tts_search.verifiers.tasks import HeadScorer
 
 import tts_kernels as tk
 

@@ -22,12 +22,12 @@ from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answ
 from tts_search.search.voting import aggregate
 from tts_search.verifiers.formats import STEP, VerifierFormat, each_token, format_of
 from tts_search.verifiers.heads import lm_head, load_head
+from tts_search.verifiers.jobs import Contest, HeadScorer, Job, Stages, branch_at
 from tts_search.verifiers.judge import JudgeScorer
 from tts_search.verifiers.lanes import load_lane
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.memory import ScoreMemory, keys_of
 from tts_search.verifiers.reader import Reader, Tail, TokenReader
-from tts_search.verifiers.tasks import Contest, HeadScorer, Stages, Task, branch_at
 
 if TYPE_CHECKING:
     from tts_search.models.checkpoint import Checkpoint
@@ -456,7 +456,7 @@ class _Node:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Job(Task):
+class _Job(Job):
     """One request on its way.
 
     Attributes

@@ -20,8 +20,8 @@ from tts_search.models.pool import Branch
 from tts_search.models.reading import Read
 from tts_search.models.streams import Lane, Stream
 from tts_search.verifiers.formats import Judge
+from tts_search.verifiers.jobs import HeadScorer, Job, Stages, branch_at
 from tts_search.verifiers.reader import Reader, Tail
-from tts_search.verifiers.tasks import HeadScorer, Stages, Task, branch_at
 
 __all__ = ["JudgeScorer"]
 
@@ -55,14 +55,14 @@ class JudgeScorer(HeadScorer):
         self._sampling = Sampling(judge.temperature, judge.top_p, judge.top_k)
         self._ending = cache(lambda stops: Endings(stops, eos, reader.text_of, reader.encode("a")))
         self._decision_tokens = len(reader.encode(judge.decision)) + _ROOM
-        self._verdicts: dict[Task, dict[Branch, list[Read]]] = {}  # by question
+        self._verdicts: dict[Job, dict[Branch, list[Read]]] = {}  # by question
 
-    def stages(self, task: Task) -> Stages:
-        """The analyses behind all questions of a task, then their verdicts."""
-        asked = {question: self._analyses(question, task) for question in task.asked}
+    def stages(self, job: Job) -> Stages:
+        """The analyses behind all questions of a job, then their verdicts."""
+        asked = {question: self._analyses(question, job) for question in job.asked}
         used = [*asked, *(analysis.branch for analyses in asked.values() for analysis in analyses)]
         try:
-            if task.error is not None:
+            if job.error is not None:
                 return
             for question, analyses in asked.items():
                 self.generation.submit(question, analyses)
@@ -73,9 +73,9 @@ class JudgeScorer(HeadScorer):
             }
             used += [verdict for own in verdicts.values() for verdict in own]
             reads = {question: [self.reading.submit(each) for each in own] for question, own in verdicts.items()}
-            task.reads = [read for own in reads.values() for read in own]
-            yield list(task.reads)
-            self._verdicts[task] = reads
+            job.reads = [read for own in reads.values() for read in own]
+            yield list(job.reads)
+            self._verdicts[job] = reads
         finally:
             self.lane.pool.release(used)
 
@@ -88,26 +88,26 @@ class JudgeScorer(HeadScorer):
         super().cancel(gone)
         self.generation.cancel(gone)
 
-    def score(self, tasks: Iterable[Task]) -> None:
-        """Fill in what tasks whose stages are over are to find: the mean of the verdicts on each question."""
-        tasks = list(tasks)
-        super().score(tasks)
-        for task in tasks:
-            for question, reads in self._verdicts.pop(task, {}).items():
-                values = [task.found[read.places[-1]] for read in reads]
-                task.found[question, question.length - 1] = sum(values) / len(values)
+    def score(self, jobs: Iterable[Job]) -> None:
+        """Fill in what jobs whose stages are over are to find: the mean of the verdicts on each question."""
+        jobs = list(jobs)
+        super().score(jobs)
+        for job in jobs:
+            for question, reads in self._verdicts.pop(job, {}).items():
+                values = [job.found[read.places[-1]] for read in reads]
+                job.found[question, question.length - 1] = sum(values) / len(values)
 
-    def _analyses(self, question: Branch, task: Task) -> list[_Analysis]:
+    def _analyses(self, question: Branch, job: Job) -> list[_Analysis]:
         """The analyses that will be forked from a question."""
         room = self.lane.decoder.shape.max_length - question.length - self._decision_tokens
         if room < 1:
-            task.error = ValueError(
+            job.error = ValueError(
                 f"the verifier's text of {question.length} tokens leaves no room for an analysis in its context of "
                 f"{self.lane.decoder.shape.max_length} tokens"
             )
             return []
         path = question.path()
-        tail, number = task.tails[question]
+        tail, number = job.tails[question]
         stops = tuple(stop.replace("{next}", str(number + 1)) for stop in self.judge.stop)
         limit = min(room, self.judge.max_tokens)
         return [

@@ -22,7 +22,7 @@ from tts_search.models.pool import Branch
 from tts_search.models.reading import Place, Read, Reading
 from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Usage
-from tts_search.verifiers.tasks import Stages, Task
+from tts_search.verifiers.jobs import Job, Stages
 
 __all__ = ["Likelihood", "LogRatioScorer"]
 
@@ -40,7 +40,7 @@ class _Tree:
 
 
 class LogRatioScorer:
-    """Scores the branches of tasks by two models.
+    """Scores the branches of jobs by two models.
 
     Parameters
     ----------
@@ -59,9 +59,9 @@ class LogRatioScorer:
         """A problem begins; the reference reads it, too."""
         self._trees[root] = _Tree(twins={root: Branch(Meter(), None, 0, root.tokens, root.given)})
 
-    def stages(self, task: Task) -> Stages:
-        """Both models read what the first tokens of a task's branches are predicted from, then the branches."""
-        branches = task.asked
+    def stages(self, job: Job) -> Stages:
+        """Both models read what the first tokens of a job's branches are predicted from, then the branches."""
+        branches = job.asked
         sides = list(zip(self.models, (branches, [self._twin(branch) for branch in branches]), strict=True))
         yield list(dict.fromkeys(read for model, own in sides for read in model.read_before(own)))
         yield [read for model, own in sides for read in model.read(own)]
@@ -75,17 +75,17 @@ class LogRatioScorer:
         for model in self.models:
             model.cancel([stream for stream in gone if isinstance(stream, Read)])
 
-    def score(self, tasks: Iterable[Task]) -> None:
-        """Fill in what tasks whose stages are over are to find."""
-        owners = {branch: task for task in tasks if task.error is None for branch in task.asked}
+    def score(self, jobs: Iterable[Job]) -> None:
+        """Fill in what jobs whose stages are over are to find."""
+        owners = {branch: job for job in jobs if job.error is None for branch in job.asked}
         if not owners:
             return
         read = list(owners)
         twins = [self._twin(branch) for branch in read]
         columns = read_scores(self.models[0].logprobs(read), self.models[1].logprobs(twins))
         mine, theirs = (_by_branch(read, column) for column in columns)
-        for branch, task in owners.items():
-            self._sum(branch, task, mine[branch], theirs[branch])
+        for branch, job in owners.items():
+            self._sum(branch, job, mine[branch], theirs[branch])
 
     def release(self, branches: Iterable[Branch]) -> None:
         """Nobody asks for these branches any more."""
@@ -102,7 +102,7 @@ class LogRatioScorer:
         self.models[1].forget(tree.twins.values())
         return meter.usage(reference.pool.pool)
 
-    def _sum(self, branch: Branch, task: Task, mine: list[float], theirs: list[float]) -> None:
+    def _sum(self, branch: Branch, job: Job, mine: list[float], theirs: list[float]) -> None:
         sums = self._trees[_root(branch)].sums
         holder = _holder(branch, branch.start - 1)
         total = 0.0 if holder.parent is None else sums[holder][branch.start - 1 - holder.start]
@@ -110,11 +110,11 @@ class LogRatioScorer:
         for one, other in zip(mine, theirs, strict=True):
             total += one - other
             own.append(total)
-        for place in task.places:
+        for place in job.places:
             if place[0] is branch:
-                task.found[place] = self.beta * own[place[1] - branch.start]
+                job.found[place] = self.beta * own[place[1] - branch.start]
         if not isfinite(total):
-            task.error = FloatingPointError("the verifier gave a hidden state that is not finite")
+            job.error = FloatingPointError("the verifier gave a hidden state that is not finite")
 
     def _twin(self, branch: Branch) -> Branch:
         """The branch of the reference model that holds the same tokens."""

@@ -1,4 +1,4 @@
-"""How tasks of a verifier go through its model: what they wait for, and what is made of what was read."""
+"""How jobs of a verifier go through its model: what they wait for, and what is made of what was read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Usage
 from tts_search.verifiers.reader import Tail
 
-__all__ = ["Contest", "HeadScorer", "Task", "branch_at"]
+__all__ = ["Contest", "HeadScorer", "Job", "branch_at"]
 
 
 @dataclass(slots=True, eq=False)
-class Task:
+class Job:
     """Steps that are to be scored, or why they cannot be.
 
     Attributes
@@ -61,7 +61,7 @@ class Task:
 
 
 Stages = Generator[list[Stream], None, None]
-"""What a task waits for, one stage after another: streams that have been submitted."""
+"""What a job waits for, one stage after another: streams that have been submitted."""
 
 
 @dataclass(slots=True)
@@ -105,13 +105,13 @@ class HeadScorer:
         """A problem is over; what it cost besides what was read through the verifier's own branches."""
         return Usage()
 
-    def stages(self, task: Task) -> Stages:
-        """Submit what a task needs, stage by stage. It is over when this is, or when it has an error."""
+    def stages(self, job: Job) -> Stages:
+        """Submit what a job needs, stage by stage. It is over when this is, or when it has an error."""
         try:
-            task.reads = [self.reading.submit(branch) for branch in task.asked]
-            yield list(task.reads)
+            job.reads = [self.reading.submit(branch) for branch in job.asked]
+            yield list(job.reads)
         finally:
-            self.lane.pool.release(task.questions)
+            self.lane.pool.release(job.questions)
 
     def step(self) -> Sequence[Stream]:
         """Get on with all that was submitted; the streams that are over."""
@@ -121,17 +121,17 @@ class HeadScorer:
         """Streams are not wanted any more."""
         self.reading.cancel([stream for stream in gone if isinstance(stream, Read)])
 
-    def score(self, tasks: Iterable[Task]) -> None:
-        """Fill in what tasks whose stages are over are to find.
+    def score(self, jobs: Iterable[Job]) -> None:
+        """Fill in what jobs whose stages are over are to find.
 
-        A hidden state that is not finite is an error of its task: no score can be trusted then.
+        A hidden state that is not finite is an error of its job: no score can be trusted then.
         """
-        owners, places, hidden = _collected(tasks)
+        owners, places, hidden = _collected(jobs)
         if places:
             values = tk.step_scores(hidden, torch.arange(len(hidden), device=hidden.device), self.head)
             _note(owners, places, *read_scores(values, torch.isfinite(hidden).all(dim=-1)))
 
-    def score_and_prune(self, tasks: Iterable[Task], contest: Contest) -> list[list[int]]:
+    def score_and_prune(self, jobs: Iterable[Job], contest: Contest) -> list[list[int]]:
         """Do what `score` does, and find the best of each group: one op over all that was read.
 
         Returns
@@ -139,7 +139,7 @@ class HeadScorer:
         list of list of int
             Of each group its survivors, best first, by their numbers among all candidates.
         """
-        owners, places, hidden = _collected(tasks)
+        owners, places, hidden = _collected(jobs)
         if not places:  # nothing could be read
             return [[] for _ in contest.keep]
         row_of = {place: row for row, place in enumerate(places)}
@@ -167,20 +167,20 @@ class HeadScorer:
         return [[number for number in line if number >= 0] for line in best]
 
 
-def _collected(tasks: Iterable[Task]) -> tuple[list[Task], list[Place], Tensor]:
-    """What was read for tasks: row by row the task, the place, and its hidden state [rows, H]."""
-    reads = [(task, read) for task in tasks if task.error is None for read in task.reads]
-    owners = [task for task, read in reads for _ in read.places]
+def _collected(jobs: Iterable[Job]) -> tuple[list[Job], list[Place], Tensor]:
+    """What was read for jobs: row by row the job, the place, and its hidden state [rows, H]."""
+    reads = [(job, read) for job in jobs if job.error is None for read in job.reads]
+    owners = [job for job, read in reads for _ in read.places]
     places = [place for _, read in reads for place in read.places]
     parts = [part for _, read in reads for part in read.outputs]
     return owners, places, torch.cat(parts) if parts else torch.empty(0, 0)
 
 
-def _note(owners: Sequence[Task], places: Sequence[Place], values: Sequence[float], finite: Sequence[bool]) -> None:
-    for task, place, value, is_finite in zip(owners, places, values, finite, strict=True):
-        task.found[place] = value
+def _note(owners: Sequence[Job], places: Sequence[Place], values: Sequence[float], finite: Sequence[bool]) -> None:
+    for job, place, value, is_finite in zip(owners, places, values, finite, strict=True):
+        job.found[place] = value
         if not is_finite:
-            task.error = FloatingPointError("the verifier gave a hidden state that is not finite")
+            job.error = FloatingPointError("the verifier gave a hidden state that is not finite")
 
 
 def branch_at(parent: Branch, start: int, tokens: list[int]) -> Branch:
