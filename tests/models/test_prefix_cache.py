@@ -136,6 +136,22 @@ def test_a_prompt_is_found_while_it_is_in_use_and_after(decoder):
     assert recorder.sizes == [1]  # the last token is read for its output
 
 
+def test_prompts_that_begin_alike_are_read_once_though_they_come_at_once(decoder):
+    pool = small_pool(decoder, 100)
+    pool.prefix_cache = True
+    prompt, other = list(range(10, 30)), list(range(40, 47))
+    texts = [prompt, prompt, [*prompt[:15], 99, 98], other, [*other[:2], 97, 96, 95, 94, 93]]
+    branches = [Branch(Meter(), tokens=list(text), given=len(text)) for text in texts]
+    found = run(pool, branches, recorder := Recorder(decoder))
+    assert len(found) == len(texts)
+    assert recorder.sizes == [20 + 7 + 7, 1 + 2]  # the last one shares less than half
+    assert [branch.meter.cached for branch in branches] == [0, 19, 15, 0, 0]
+    plain = tiny_model()
+    for branch, output in found.items():
+        exact = plain.model(torch.tensor([branch.path()]), use_cache=False).last_hidden_state[0, -1]
+        assert (output - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
 def test_what_lies_behind_a_wanted_place_is_read_again(decoder):
     pool = small_pool(decoder, 100)
     pool.prefix_cache = True

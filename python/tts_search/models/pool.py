@@ -267,8 +267,7 @@ class BranchPool:
         for branch in branches if self._switch is not None else ():
             self._take_side(branch)
         if self._cache is not None:
-            for branch in branches:
-                self._seek(branch, self._cache)
+            branches = self._sought(branches, self._cache)
         while True:
             takes = self._choose(branches, max(1, min(self.max_tokens, most or self.max_tokens) - len(rows.kv)))
             try:
@@ -652,6 +651,23 @@ class BranchPool:
             forest.free([self._cache.pop()])
         return True
 
+    def _sought(self, branches: Sequence[Branch], cache: PrefixCache) -> list[Branch]:
+        """Branches that begin with what the prefix cache holds, without those that will soon find more there.
+
+        A prompt waits while an earlier one is being read that has half of what it would read itself. O(prompts squared)
+        at worst, for prompts that nobody has begun to read.
+        """
+        ready: list[Branch] = []
+        read: list[Branch] = []
+        for branch in branches:
+            if branch.parent is None and branch.kv is None and read and _shares_half(branch, read, cache):
+                continue
+            self._seek(branch, cache)
+            ready.append(branch)
+            if branch.parent is None and branch.given and branch.pending > 1:
+                read.append(branch)
+        return ready
+
     def _seek(self, branch: Branch, cache: PrefixCache) -> None:
         """Have a branch that lacks KV, or the nearest ancestor that can, begin with what the prefix cache holds.
 
@@ -705,6 +721,17 @@ class BranchPool:
                 return
             above.holders.discard(lower)
             lower = above if above.kv is None else None
+
+
+def _shares_half(prompt: Branch, others: Sequence[Branch], cache: PrefixCache) -> bool:
+    """Whether another prompt has half, or more, of what this one could find in the prefix cache and does not yet."""
+    most = min([prompt.length - 1, *prompt.marks])
+    half = (min(cache.find(prompt.tokens)[1], most) + most + 1) // 2
+    begin = prompt.tokens[:half]
+    return half < most and any(
+        len(each.tokens) >= half and each.tokens[half - 1] == begin[-1] and each.tokens[:half] == begin
+        for each in others
+    )
 
 
 def _reached(branch: Branch, take: int) -> list[int]:
