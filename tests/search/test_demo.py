@@ -15,6 +15,7 @@ from tts_search.evaluation.evaluate import Experiment, read_records
 from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.tasks import Task
 from tts_search.lab.demo import Models, load_models, run_demo
+from tts_search.serve.results import result_as_dict
 
 HOSTILE = "\x1b[31m\x1b]0;owned\x07"
 
@@ -142,10 +143,10 @@ def test_result_as_text(commands):
     assert "step scores: none" in commands.result_as_text(searched(scored=False), "majority")
 
 
-def test_result_as_json(commands):
+def test_a_result_as_json_has_no_number_that_json_lacks():
     for scored, vote in ((True, "prm_max"), (False, "majority")):
         result = searched(scored)
-        text = commands.result_as_json(result, vote)
+        text = json.dumps(result_as_dict(result, vote, tree=True), allow_nan=False)
         data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert data["answer"] == result.answer(vote)
         assert len(data["completions"]) == len(result.completions)
