@@ -46,9 +46,14 @@ def copy_pages(pages: int, caches: int, page_bytes: int) -> Bound:
     return Bound(2 * pages * caches * page_bytes)
 
 
-def tree_attention(tokens: int, reads: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Bound:
-    """``tokens``: of the tree, each read once; ``reads``: summed over the rows, the keys that a row sees."""
-    return Bound(2 * tokens * kv_heads * dim * dtype.itemsize, 4 * reads * heads * dim, dtype)
+def tree_attention(
+    tokens: int, reads: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, head_bytes: int = 0
+) -> Bound:
+    """``tokens``: of the tree, each read once; ``reads``: summed over the rows, the keys that a row sees.
+
+    ``head_bytes``: of a token's keys or values in a head, where they are quantised.
+    """
+    return Bound(2 * tokens * kv_heads * (head_bytes or dim * dtype.itemsize), 4 * reads * heads * dim, dtype)
 
 
 def merge_states(rows: int, heads: int, dim: int, dtype: torch.dtype) -> Bound:

@@ -257,30 +257,34 @@ class Task:
 
 
 def tree_attention(
-    tasks: Sequence[Task], slots: int, rows: int, heads: int, kv_heads: int, dim: int, tokens: int
+    tasks: Sequence[Task], slots: int, rows: int, heads: int, kv_heads: int, dim: int, tokens: int, head_bytes: int = 0
 ) -> list[Launch]:
     """A task and KV head at a time, in tiles of lanes, 64 keys at a time; then a warp merges a row.
 
     A lane is a query head of a row. With more than 64 of them a block has 8 warps and takes tiles of 128 or 32, else 4
     warps, 64 or 16; a warp loads keys and values for 16. A tile reads its keys anew, from L2 but for the first.
     ``blocks`` counts tasks and heads: the grid has no more blocks than the device holds at once, and each takes every
-    so many-th of them. Head sizes up to 128.
+    so many-th of them. Head sizes up to 128. ``head_bytes``: of a quantised head of a token; of its elements each takes
+    about four instructions.
     """
-    group, read, tensor, shared = heads // kv_heads, 0.0, 0.0, 0.0
+    group, read, tensor, shared, made = heads // kv_heads, 0.0, 0.0, 0.0, 0.0
+    kv_bytes = 2 * (head_bytes or 2 * dim)
     warps = 8 if rows * group > 64 else 4
     for task in tasks:
         wide, rest = divmod(task.rows * group, 16 * warps)
         lanes = 16 * warps * (wide + (rest > 4 * warps)) + 4 * warps * (0 < rest <= 4 * warps)
         tiles = wide + (rest > 0)
         padded = sum(64 * ceil_div(n, 64) for n in task.tokens)
-        read += tiles * sum(task.tokens) * 4 * dim * kv_heads
+        read += tiles * sum(task.tokens) * kv_bytes * kv_heads
+        made += tiles * padded * 2 * dim * kv_heads if head_bytes else 0
         tensor += 4.0 * lanes * padded * dim * kv_heads
         shared += lanes / 16 * padded * 4 * dim * kv_heads
-    unique, partial = 4 * tokens * kv_heads * dim, slots * heads * (4 * dim + 8)
-    kernel = rf"^tree_attention_mma<bf16, {next(d for d in (64, 96, 128) if dim <= d)}, {warps}>"
-    stage = 64 * 4 * dim  # K and V of a block of keys
+    unique, partial = tokens * kv_heads * kv_bytes, slots * heads * (4 * dim + 8)
+    form = f"{next(d for d in (64, 96, 128) if dim <= d)}, {warps}, {'true' if head_bytes else 'false'}"
+    kernel, stage = rf"^tree_attention_mma<bf16, {form}>", 64 * kv_bytes  # K and V of a block of keys
+    again = read - unique + partial
     return [
-        Launch(kernel, len(tasks) * kv_heads, stage, unique, read - unique + partial, tensor, shared=shared),
+        Launch(kernel, len(tasks) * kv_heads, stage, unique, again, tensor, 4 * made, shared),
         Launch(r"^merge_partials<bf16", ceil_div(rows * heads, 4), 4 * 128, 0, partial + 2 * rows * heads * dim),
     ]
 
@@ -298,7 +302,7 @@ class Case:
     launches: list[Launch]
 
 
-def attention_case(name: str, fan_out: list[int], lengths: list[int]) -> Case:
+def attention_case(name: str, fan_out: list[int], lengths: list[int], head_bytes: int = 0) -> Case:
     """32 query heads on 8 of 128, cut by the planner's rules for GPUs."""
     from bench_tree_attention import grow
 
@@ -310,8 +314,8 @@ def attention_case(name: str, fan_out: list[int], lengths: list[int]) -> Case:
     length = segments.view(-1, SEGMENT_INTS)[:num_segments, 2].tolist()
     plan = [Task(t[3] - t[2], length[t[0] : t[1]]) for t in tasks.view(-1, TASK_INTS)[:num_tasks].tolist()]
     rows, tokens = fan_out[-1], sum(n * length for n, length in zip(fan_out, lengths, strict=True))
-    bound = costs.tree_attention(tokens, rows * sum(lengths), 32, 8, 128, BF16)
-    return Case("tree_attention", name, bound, tree_attention(plan, slots, rows, 32, 8, 128, tokens))
+    bound = costs.tree_attention(tokens, rows * sum(lengths), 32, 8, 128, BF16, head_bytes)
+    return Case("tree_attention", name, bound, tree_attention(plan, slots, rows, 32, 8, 128, tokens, head_bytes))
 
 
 def cases() -> list[Case]:
@@ -322,6 +326,8 @@ def cases() -> list[Case]:
     return [
         *(attention_case(name, *tree) for name, tree in DECODE.items()),
         attention_case("64 branches, 8192 + 64", [1, 64], [8192, 64]),
+        attention_case("64 branches, 2048 + 64, int8", [1, 64], [2048, 64], 130),
+        attention_case("64 branches, 2048 + 64, int4", [1, 64], [2048, 64], 68),
         Case("merge_states", "1024 x 32 x 128", costs.merge_states(1024, 32, 128, BF16), merge_states(1024, 32, 128)),
         *(
             Case(

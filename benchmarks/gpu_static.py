@@ -59,18 +59,25 @@ DYNAMIC_SHARED = {
     r"ScalarTile<64>": 27648,
     r"ScalarTile<32>": 23040,
     r"ScalarTile<16>": 20736,
-    r"tree_attention_mma<\w+, 64, 4>": 41472,
-    r"tree_attention_mma<\w+, 96, 4>": 71168,
-    r"tree_attention_mma<\w+, 128, 4>": 91648,
-    r"tree_attention_mma<\w+, 64, 8>": 46080,
-    r"tree_attention_mma<\w+, 96, 8>": 89088,
-    r"tree_attention_mma<\w+, 128, 8>": 113664,
-    r"tree_attention_mma<\w+, 256, 4>": 93696,
-    r"tree_attention_fma<\w+, 4>": 49152,
-    r"tree_attention_fma<\w+, 1>": 41088,
+    r"tree_attention_mma<\w+, 64, 4, false>": 41472,
+    r"tree_attention_mma<\w+, 96, 4, false>": 71168,
+    r"tree_attention_mma<\w+, 128, 4, false>": 91648,
+    r"tree_attention_mma<\w+, 64, 8, false>": 46080,
+    r"tree_attention_mma<\w+, 96, 8, false>": 89088,
+    r"tree_attention_mma<\w+, 128, 8, false>": 113664,
+    r"tree_attention_mma<\w+, 256, 4, false>": 93696,
+    r"tree_attention_mma<\w+, 64, 4, true>": 43552,
+    r"tree_attention_mma<\w+, 96, 4, true>": 73248,
+    r"tree_attention_mma<\w+, 128, 4, true>": 93728,
+    r"tree_attention_mma<\w+, 64, 8, true>": 48192,
+    r"tree_attention_mma<\w+, 96, 8, true>": 91200,
+    r"tree_attention_mma<\w+, 128, 8, true>": 115776,
+    r"tree_attention_mma<\w+, 256, 4, true>": 94736,
+    r"tree_attention_fma<\w+, 4, \w+>": 49152,
+    r"tree_attention_fma<\w+, 1, \w+>": 41088,
 }
 # Launched on a device that has so much shared memory; others have another kernel for the same work.
-WHERE_THERE_IS_ROOM = r"tree_attention_mma<\w+, \d+, 8>"
+WHERE_THERE_IS_ROOM = r"tree_attention_mma<\w+, \d+, 8, \w+>"
 
 
 @dataclass(frozen=True)

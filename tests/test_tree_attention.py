@@ -57,6 +57,11 @@ TREES = {
 }
 
 
+def here(options: dict[str, Any]) -> dict[str, Any]:
+    """Sinks that were made when tests were collected, on the device of the tests."""
+    return {name: value.to(torch.get_default_device()) if name == "sinks" else value for name, value in options.items()}
+
+
 def assert_attends(
     tree: Tree,
     q_lens: list[int],
@@ -69,6 +74,7 @@ def assert_attends(
     **options: Any,
 ) -> None:
     """The tolerance rule for out and lse."""
+    options = here(options)
     plan = brute_plan(tree, q_lens, *heads, head_dim, seed)
     k, v = caches(tree, heads[1], head_dim, dtype)
     if poisoned:
@@ -541,6 +547,7 @@ def test_quantised_caches(
         k, v = poison(tree, k), poison(tree, v)
     codes, beside, exact, plain = quantised_caches(stored, k, v, dtype)
     q = torch.randn(sum(q_lens), heads[0], head_dim).to(dtype)
+    options = here(options)
     out, lse = tk.tree_attention(q, *codes, plan, return_lse=True, **options, **beside)
     exact_out, exact_lse = dense_attention(q.double(), *exact, tree, q_lens, **options)
     plain_out, plain_lse = dense_attention(q, *plain, tree, q_lens, **options)
@@ -576,6 +583,25 @@ def test_quantised_caches_attend_as_a_plain_cache_of_their_elements(stored: str,
     assert torch.equal(tk.tree_attention(q, *codes, plan, **beside), expected)
     strided = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in codes]
     assert torch.equal(tk.tree_attention(q, strided[0], strided[1], plan, **beside), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 96, 112, 128, 256, 300])
+def test_quantised_caches_of_any_head_size(head_dim: int, stored: str, dtype: torch.dtype) -> None:
+    """To the bit as a plain cache: few rows and many, and scales of an odd number of heads, at odd places too."""
+    for branches in (3, 30):
+        tree = star(16, branches, prefix=100)
+        q_lens = [1] * branches
+        plan = brute_plan(tree, q_lens, 9, 3, head_dim)
+        k, v = (poison(tree, c) for c in caches(tree, 3, head_dim, torch.float32))
+        codes, beside, _, plain = quantised_caches(stored, k, v, dtype)
+        q = torch.randn(branches, 9, head_dim).to(dtype)
+        expected = tk.tree_attention(q, *plain, plan)
+        assert expected.isfinite().all()
+        assert torch.equal(tk.tree_attention(q, *codes, plan, **beside), expected)
+        moved = {name: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for name, t in beside.items()}
+        assert torch.equal(tk.tree_attention(q, *codes, plan, **moved), expected)
 
 
 def test_non_finite_heads_of_quantised_caches() -> None:

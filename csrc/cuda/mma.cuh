@@ -19,6 +19,13 @@ __device__ inline void copy_async(void* shared, const void* global, int bytes) {
                  : "memory");
 }
 
+// The same for 4 bytes.
+__device__ inline void copy_word_async(void* shared, const void* global, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+}
+
 // Closes a group of this thread's copies.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -95,17 +95,31 @@ bool has_matrix_form(const TreeAttentionArgs& args) {
     return args.dtype != DType::f32 && args.head_dim % 8 == 0 && args.head_dim <= kMostDim;
 }
 
-bool in_units_of_16(const PagedCache& cache) {
-    return aligned(cache.data, 2 * (cache.page_stride | cache.token_stride | cache.head_stride));
+bool has_codes(const TreeAttentionArgs& args) { return args.format != KvFormat::plain; }
+
+// Whether a cache can be read 16 bytes at a time, and what lies beside it 4.
+bool in_units(const PagedCache& cache, const KvScales& beside, int64_t element_bytes) {
+    return aligned(cache.data,
+                   element_bytes * (cache.page_stride | cache.token_stride | cache.head_stride)) &&
+           aligned<4>(beside.scale) && aligned<4>(beside.zero);
+}
+
+template <class T, int kDim, int kWarps, bool kCodes>
+void launch_mma(TreeAttentionLaunch call, int64_t blocks, cudaStream_t stream) {
+    using Shape = MmaShape<kDim, kWarps, kCodes>;
+    const TreeAttentionArgs& args = call.args;
+    const int64_t element_bytes = kCodes ? 1 : 2;
+    call.aligned = aligned(args.q, 2 * (args.q_row_stride | args.q_head_stride)) &&
+                   in_units(args.k, args.k_scales, element_bytes) &&
+                   in_units(args.v, args.v_scales, element_bytes);
+    launch(tree_attention_mma<T, kDim, kWarps, kCodes>, blocks, Shape::kThreads, Shape::kShared, stream,
+           call);
 }
 
 template <class T, int kDim, int kWarps>
-void launch_mma(TreeAttentionLaunch call, int64_t blocks, cudaStream_t stream) {
-    using Shape = MmaShape<kDim, kWarps>;
-    const TreeAttentionArgs& args = call.args;
-    call.aligned = aligned(args.q, 2 * (args.q_row_stride | args.q_head_stride)) && in_units_of_16(args.k) &&
-                   in_units_of_16(args.v);
-    launch(tree_attention_mma<T, kDim, kWarps>, blocks, Shape::kThreads, Shape::kShared, stream, call);
+void launch_mma(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t stream) {
+    has_codes(call.args) ? launch_mma<T, kDim, kWarps, true>(call, blocks, stream)
+                         : launch_mma<T, kDim, kWarps, false>(call, blocks, stream);
 }
 
 template <class T, int kDim>
@@ -126,8 +140,11 @@ template <class T>
 void launch_fma(const TreeAttentionLaunch& call, int64_t blocks, cudaStream_t stream) {
     const int lanes = fma_lanes(call.args.head_dim);
     const auto shared = static_cast<int>(FmaShape::shared(lanes, call.args.head_dim));
-    launch(lanes > 1 ? tree_attention_fma<T, 4> : tree_attention_fma<T, 1>, blocks, FmaShape::kThreads,
-           shared, stream, call);
+    const auto run = [&]<bool kCodes>() {
+        launch(lanes > 1 ? tree_attention_fma<T, 4, kCodes> : tree_attention_fma<T, 1, kCodes>, blocks,
+               FmaShape::kThreads, shared, stream, call);
+    };
+    has_codes(call.args) ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 template <class T>
@@ -147,14 +164,16 @@ void launch_tasks(const TreeAttentionLaunch& call, const TreeAttentionGrid& grid
 bool runs_wide(const TreeAttentionArgs& args) {
     return kHasWide && has_matrix_form(args) && args.head_dim <= kMostDimWide &&
            task_parts(args, kHalfLanes) > 1 &&
-           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= MmaShape<kMostDimWide, 8>::kShared;
+           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >=
+               MmaShape<kMostDimWide, 8, true>::kShared;
 }
 
 }  // namespace
 
 TreeAttentionGrid tree_attention_grid(const TreeAttentionArgs& args, int64_t max_tasks) {
     const bool wide = runs_wide(args);
-    const int64_t blocks_an_sm = wide ? 1 : args.dtype == DType::f32 ? 3 : 2;  // by registers
+    const bool few_registers = args.dtype == DType::f32 && !has_codes(args);
+    const int64_t blocks_an_sm = wide ? 1 : few_registers ? 3 : 2;
     const int64_t lanes = wide ? kTaskLanes : kHalfLanes,
                   items = max_tasks * args.num_kv_heads * task_parts(args, lanes);
     return {std::min(items, device_attribute(cudaDevAttrMultiProcessorCount) * blocks_an_sm), lanes};

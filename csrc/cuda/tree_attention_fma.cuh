@@ -10,9 +10,12 @@
 //   b[r] = p v          a thread has every 32nd element of D; V is read from memory, coalesced
 //
 // Queries and the chunks' sums of weighted values of the block's lanes stay in shared memory: 8 bytes x 4
-// kRows x D. Hidden keys are skipped, so what their slots hold never matters.
+// kRows x D. Hidden keys are skipped, so what their slots hold never matters. Quantised heads (kCodes) become
+// elements of q's type when they are read: keys once for all rows of a tile, values once for each of its
+// warps.
 #pragma once
 
+#include "quantized_kv.cuh"
 #include "tree_attention_item.cuh"
 
 namespace tts::cuda {
@@ -28,7 +31,7 @@ struct FmaShape {
 };
 
 // Lanes [first, first + 4 * kRows) of an item; warp w has kRows of them.
-template <class T, int kRows>
+template <class T, int kRows, bool kCodes>
 class FmaTile {
     using Shape = FmaShape;
     static constexpr int kLanes = Shape::kWarps * kRows, kKeys = Shape::kKeys, kSlice = Shape::kSlice;
@@ -85,7 +88,7 @@ class FmaTile {
         for (int half = 0; half < kHalves; ++half) {
             const int left = count - half * kKeys, first = begin + half * kKeys;
             const int key = first + min(lane(), max(left, 1) - 1);
-            if (left > 0) score(p[half], item_.offset(args_.k, segment, key), min(left, kKeys));
+            if (left > 0) score(p[half], head_row(args_.k, args_.k_scales, segment, key), min(left, kKeys));
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
                 const Range range = visible(args_, segment, row_[r], position_[r]);
@@ -97,9 +100,46 @@ class FmaTile {
         accumulate(p, seen, segment, begin, count);
     }
 
-    // Scores of one key of this thread, whose row is at `offset`, one of `count`, and all lanes of its warp.
-    __device__ void score(float (&s)[kRows], int64_t offset, int count) {
-        const T* k = static_cast<const T*>(args_.k.data);
+    // This head's row of a token, and what lies beside it.
+    struct HeadRow {
+        int64_t offset;
+        KvNumbers numbers;
+
+        // That of another lane of the warp.
+        __device__ HeadRow of_lane(int other) const {
+            HeadRow row{__shfl_sync(kAllLanes, offset, other), {}};
+            if constexpr (kCodes) {
+                row.numbers = {__shfl_sync(kAllLanes, numbers.scale, other),
+                               __shfl_sync(kAllLanes, numbers.zero, other)};
+            }
+            return row;
+        }
+    };
+
+    __device__ HeadRow head_row(const PagedCache& cache, const KvScales& beside, const Segment& segment,
+                                int position) const {
+        const Place token = item_.place(segment, position);
+        HeadRow row{item_.offset(cache, token), {}};
+        if constexpr (kCodes) {
+            const int64_t number = item_.number(token);
+            row.numbers = {to_float(beside.scale[number]),
+                           beside.zero ? to_float(beside.zero[number]) : 0.0f};
+        }
+        return row;
+    }
+
+    // Element d of a row.
+    __device__ float read(const PagedCache& cache, const HeadRow& row, int d) const {
+        if constexpr (kCodes) {
+            return element<T>(static_cast<const uint8_t*>(cache.data) + row.offset, d, dim_, args_.format,
+                              row.numbers);
+        } else {
+            return to_float(static_cast<const T*>(cache.data)[row.offset + d]);
+        }
+    }
+
+    // Scores of one key of this thread, which has its row, one of `count`, and all lanes of its warp.
+    __device__ void score(float (&s)[kRows], const HeadRow& key, int count) {
         const float* mine = slice_ + min(lane(), count - 1) * Shape::kSliceStride;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) s[r] = 0.0f;
@@ -107,11 +147,11 @@ class FmaTile {
             const int width = min(kSlice, dim_ - begin);
             __syncthreads();
             for (int row = warp(); row < kKeys; row += Shape::kWarps) {
-                const T* from = k + __shfl_sync(kAllLanes, offset, row) + begin;
+                const HeadRow from = key.of_lane(row);
                 float* to = slice_ + row * Shape::kSliceStride;
 #pragma unroll
                 for (int d = lane(); d < kSlice; d += kWarp) {
-                    if (row < count && d < width) to[d] = to_float(from[d]);
+                    if (row < count && d < width) to[d] = read(args_.k, from, begin + d);
                 }
             }
             __syncthreads();
@@ -134,12 +174,11 @@ class FmaTile {
     // The block's softmax, its sums b = p v, and their merge into the chunk; p holds scores.
     __device__ void accumulate(float (&p)[kHalves][kRows], const uint32_t (&seen)[kHalves][kRows],
                                const Segment& segment, int begin, int count) {
-        const T* v = static_cast<const T*>(args_.v.data);
-        int64_t offset[kHalves];
+        HeadRow values[kHalves];
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             const int key = min(half * kKeys + lane(), count - 1);
-            offset[half] = item_.offset(args_.v, segment, begin + key);
+            values[half] = head_row(args_.v, args_.v_scales, segment, begin + key);
         }
         SoftmaxState state[kRows];
 #pragma unroll
@@ -150,8 +189,8 @@ class FmaTile {
 #pragma unroll
             for (int half = 0; half < kHalves; ++half) {
                 for (int key = 0; key < min(kKeys, count - half * kKeys); ++key) {
-                    const int64_t row = __shfl_sync(kAllLanes, offset[half], key);
-                    const float x = d < dim_ ? to_float(v[row + d]) : 0.0f;
+                    const HeadRow row = values[half].of_lane(key);
+                    const float x = d < dim_ ? read(args_.v, row, d) : 0.0f;
 #pragma unroll
                     for (int r = 0; r < kRows; ++r) {
                         const float weight = __shfl_sync(kAllLanes, p[half][r], key);
@@ -267,8 +306,8 @@ class FmaTile {
     bool has_own_[kRows];
 };
 
-template <class T, int kRows>
-__global__ void __launch_bounds__(FmaShape::kThreads, 3)
+template <class T, int kRows, bool kCodes>
+__global__ void __launch_bounds__(FmaShape::kThreads, kCodes ? 2 : 3)
     tree_attention_fma(const __grid_constant__ TreeAttentionLaunch launch) {
     extern __shared__ __align__(16) float floats[];
     const auto heads = static_cast<unsigned>(launch.args.num_kv_heads);
@@ -276,7 +315,7 @@ __global__ void __launch_bounds__(FmaShape::kThreads, 3)
     for (unsigned index = blockIdx.x; index < items; index += gridDim.x) {
         const Item item(launch.args, index / heads, index % heads);
         for (int first = 0; first < item.lanes(); first += FmaShape::kWarps * kRows) {
-            FmaTile<T, kRows>(launch, item, first, floats).run();
+            FmaTile<T, kRows, kCodes>(launch, item, first, floats).run();
         }
     }
 }

@@ -11,7 +11,12 @@ struct TreeAttentionLaunch {
     TreeAttentionArgs args;
     const PlanSizes* sizes;  // in use
     float* own;              // [blocks, lanes, D]: each tile's own states, between two chunks of keys
-    bool aligned;            // queries and keys can be read 16 bytes at a time
+    bool aligned;            // queries and keys can be read 16 bytes at a time, scales and zeros 4
+};
+
+// A page of the caches, and a token's slot in it.
+struct Place {
+    int page, slot;
 };
 
 // A task for one KV head. A *lane* is one query head of one row:
@@ -37,11 +42,21 @@ struct Item {
                head(lane) * args.q_head_stride;
     }
 
-    // Offset of this head's row of the token of a segment at a position.
-    __device__ int64_t offset(const PagedCache& cache, const Segment& segment, int position) const {
+    // Where the token of a segment at a position is.
+    __device__ Place place(const Segment& segment, int position) const {
         const int page_size = static_cast<int>(args.page_size), page = position / page_size;
-        return args.pages[segment.page_begin + page - segment.start / page_size] * cache.page_stride +
-               (position - page * page_size) * cache.token_stride + kv_head * cache.head_stride;
+        return {args.pages[segment.page_begin + page - segment.start / page_size],
+                position - page * page_size};
+    }
+
+    // Offset of this head's row of a token.
+    __device__ int64_t offset(const PagedCache& cache, Place token) const {
+        return token.page * cache.page_stride + token.slot * cache.token_stride + kv_head * cache.head_stride;
+    }
+
+    // Where the scales and zeros of a token's head are.
+    __device__ int64_t number(Place token) const {
+        return (token.page * args.page_size + token.slot) * args.num_kv_heads + kv_head;
     }
 };
 

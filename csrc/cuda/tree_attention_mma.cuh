@@ -19,6 +19,11 @@
 // copied meanwhile.) Rows of shared memory are 16 bytes longer than D, so that the eight rows of an ldmatrix
 // fall on different banks.
 //
+// Quantised heads (kCodes) are copied as codes, each into the end of the row that its elements will have.
+// When a block has come, each warp turns the rows that it copied into elements, in place, and from then on
+// they are what a plain cache would have been: so once for all rows that share them, and to the same bits.
+// Scales and zeros come beside them by words of two, of which `upper` says which one is meant.
+//
 // Hidden keys score -inf, and tokens that no row of the tile sees are zeros in shared memory. A token that
 // only some of the rows see may hold infinities or NaN, and 0 * inf is NaN: rows of V with such elements are
 // found while they are in hand (only in blocks that some row sees in part), the elements blanked in the
@@ -26,6 +31,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "quantized_kv.cuh"
 #include "tree_attention_item.cuh"
 
 namespace tts::cuda {
@@ -93,9 +99,17 @@ __device__ uint32_t nonfinite_mask(uint32_t pair) {
     return ((((pair & kExponent) + kLowest) >> 15) & 0x00010001u) * 0xffffu;
 }
 
-template <int kHeadDim, int kBlockWarps>
+// Beside a block of quantised keys and values.
+template <int kWarps>
+struct StagedNumbers {
+    uint32_t words[4][kKeyBlock];  // with the scales of K and V, and the zeros of K and V
+    uint32_t upper[kWarps];        // bit r: those of row r that the warp copied are in the upper halves
+};
+
+template <int kHeadDim, int kBlockWarps, bool kHasCodes>
 struct MmaShape {
     static constexpr int kDim = kHeadDim, kWarps = kBlockWarps, kThreads = kWarps * kWarp;
+    static constexpr bool kCodes = kHasCodes;
     static constexpr int kBlockLanes = kWarps / 4 * kHalfLanes;
     static constexpr bool kLarge = kDim > 128;
     static constexpr bool kKeepsQueries = kDim < 96;  // in registers; else they would spill
@@ -108,7 +122,8 @@ struct MmaShape {
     // all.
     static constexpr int kQueries = kKeepsQueries ? 2 * kTile : kStages * 2 * kTile;
     static constexpr int kScores = kStages * 2 * kTile + (kKeepsQueries ? 0 : 16 * kWideRowWarps * kStride);
-    static constexpr int kShared = 2 * kScores + 4 * 16 * kNarrowRowWarps * kScoreStride;  // bytes
+    static constexpr int kNumbers = 2 * kScores + 4 * 16 * kNarrowRowWarps * kScoreStride;  // bytes
+    static constexpr int kShared = kNumbers + (kCodes ? kStages * sizeof(StagedNumbers<kWarps>) : 0);
     static_assert(!kKeepsQueries || 16 * kWideRowWarps * kStride <= 2 * kTile);
     static_assert(kWarps > 4 || kShared <= 97 << 10);
 };
@@ -232,14 +247,16 @@ class MmaTile {
         ahead.advance();
         const int row = warp() * kCopyRows + lane() % kCopyRows;
         const KeyBlock block = ahead.block();
-        if (row >= block.count) return;
-        k_offset_ = item_.offset(launch_.args.k, ahead.segment(), block.start + row);
-        v_offset_ = item_.offset(launch_.args.v, ahead.segment(), block.start + row);
+        if (row < block.count) token_ = item_.place(ahead.segment(), block.start + row);
     }
 
     // The block that `ahead` is at, into a stage.
     __device__ void copy_keys(const KeyBlock& block, int stage) const {
-        if (launch_.aligned) {
+        if constexpr (Shape::kCodes) {
+            copy_numbers(block, stage);
+#pragma unroll 1
+            for (int pass = 0; pass < kPasses; ++pass) copy_codes(block, stage, pass);
+        } else if (launch_.aligned) {
 #pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) copy_chunks<true>(block, stage, pass);
         } else {
@@ -253,13 +270,14 @@ class MmaTile {
     template <bool kAligned>
     __device__ void copy_chunks(const KeyBlock& block, int stage, int pass) const {
         const Chunk at(pass);
-        const int64_t k_row = __shfl_sync(kAllLanes, k_offset_, at.row_of_warp),
-                      v_row = __shfl_sync(kAllLanes, v_offset_, at.row_of_warp);
+        const Place token = place_of(at);
         if (!at.exists()) return;
-        const bool take = at.row < block.count && at.d < launch_.args.head_dim;
-        const int64_t k = take ? k_row + at.d : 0, v = take ? v_row + at.d : 0;
-        copy<kAligned>(keys(stage) + at.index, static_cast<const T*>(launch_.args.k.data) + k, take);
-        copy<kAligned>(values(stage) + at.index, static_cast<const T*>(launch_.args.v.data) + v, take);
+        const TreeAttentionArgs& args = launch_.args;
+        const bool take = at.row < block.count && at.d < args.head_dim;
+        const int64_t k = take ? item_.offset(args.k, token) + at.d : 0,
+                      v = take ? item_.offset(args.v, token) + at.d : 0;
+        copy<kAligned>(keys(stage) + at.index, static_cast<const T*>(args.k.data) + k, take);
+        copy<kAligned>(values(stage) + at.index, static_cast<const T*>(args.v.data) + v, take);
     }
 
     // A pass copies kRowsAtOnce rows of the warp's; lanes that a row of 12 chunks leaves over do nothing.
@@ -273,9 +291,15 @@ class MmaTile {
         __device__ bool exists() const { return kRowLanes == kChunks || d < kDim; }
     };
 
+    __device__ Place place_of(const Chunk& at) const {
+        return {__shfl_sync(kAllLanes, token_.page, at.row_of_warp),
+                __shfl_sync(kAllLanes, token_.slot, at.row_of_warp)};
+    }
+
     // Waits for a block.
     __device__ void receive(const KeyBlock& block, int stage) const {
         wait_copies<0>();
+        if constexpr (Shape::kCodes) make_elements(stage);
         if (!block.whole) find_nonfinite(stage);
         __syncthreads();
     }
@@ -293,6 +317,99 @@ class MmaTile {
         }
         found = __reduce_or_sync(kAllLanes, found);
         if (lane() == 0) shared_.nonfinite[stage][warp()] = found;
+    }
+
+    // ---- quantised heads ----------------------------------------------------------------------------------
+
+    __device__ StagedNumbers<Shape::kWarps>& numbers(int stage) const {
+        return reinterpret_cast<StagedNumbers<Shape::kWarps>*>(reinterpret_cast<char*>(stages_) +
+                                                               Shape::kNumbers)[stage];
+    }
+
+    // Where the codes of a row of K or V are: at its end.
+    __device__ static uint8_t* codes(T* block, const Chunk& at) {
+        return reinterpret_cast<uint8_t*>(block + (at.row + 1) * kStride) - kDim;
+    }
+
+    // The words with this lane's token's numbers; zeros behind the last token.
+    __device__ void copy_numbers(const KeyBlock& block, int stage) const {
+        const TreeAttentionArgs& args = launch_.args;
+        const int row = warp() * kCopyRows + lane() % kCopyRows;
+        const bool take = row < block.count;
+        const int64_t index = take ? item_.number(token_) : 0, odd = index % 2;
+        const uint32_t upper = __ballot_sync(kAllLanes, odd != 0);
+        if (lane() == 0) numbers(stage).upper[warp()] = upper;
+        for (int which = lane() / kCopyRows; which < 4; which += kWarp / kCopyRows) {
+            const KvScales& beside = which % 2 ? args.v_scales : args.k_scales;
+            const f16* from = which < 2 ? beside.scale : beside.zero;
+            uint32_t* to = &numbers(stage).words[which][row];
+            if (!from) {
+                *to = 0;
+            } else if (launch_.aligned) {
+                copy_word_async(to, from + index - odd, take ? 2 + 2 * static_cast<int>(odd) : 0);
+            } else {
+                *to = take ? from[index].bits * 0x10001u : 0;
+            }
+        }
+    }
+
+    // This lane's 16 bytes of a pass over the rows of its warp, of K and of V.
+    __device__ void copy_codes(const KeyBlock& block, int stage, int pass) const {
+        const Chunk at(pass);
+        const Place token = place_of(at);
+        const TreeAttentionArgs& args = launch_.args;
+        const int byte = 2 * at.d;
+        const int left = static_cast<int>(code_bytes(args.format, args.head_dim)) - byte;
+        if (left <= 0) return;
+        const int bytes = at.row < block.count ? min(left, 16) : 0;
+        copy_bytes(codes(keys(stage), at) + byte, args.k, token, byte, bytes);
+        copy_bytes(codes(values(stage), at) + byte, args.v, token, byte, bytes);
+    }
+
+    // 16 bytes of a row of codes, from `first` on; zeros behind `bytes`.
+    __device__ void copy_bytes(uint8_t* to, const PagedCache& cache, Place token, int first,
+                               int bytes) const {
+        const auto* from =
+            static_cast<const uint8_t*>(cache.data) + (bytes ? item_.offset(cache, token) + first : 0);
+        if (launch_.aligned) return copy_async(to, from, bytes);
+#pragma unroll 1
+        for (int i = 0; i < 16; ++i) to[i] = i < bytes ? from[i] : 0;
+    }
+
+    // The rows that this warp has copied, from codes to elements. A pass has read its rows' codes before it
+    // writes over them.
+    __device__ void make_elements(int stage) const {
+        const KvFormat format = launch_.args.format;
+        const int dim = static_cast<int>(launch_.args.head_dim);
+        __syncwarp();  // other lanes' copies
+#pragma unroll 1
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const Chunk at(pass);
+            const bool has = at.d < dim;
+            const uint2 k = has ? eight_codes(codes(keys(stage), at), at.d, dim, format) : uint2{},
+                        v = has ? eight_codes(codes(values(stage), at), at.d, dim, format) : uint2{};
+            __syncwarp();  // the codes have been read
+            if (!at.exists()) continue;
+            put_elements(keys(stage) + at.index, k, has, numbers_of(stage, at, 0));
+            put_elements(values(stage) + at.index, v, has, numbers_of(stage, at, 1));
+        }
+    }
+
+    // Of a row of K (0) or V (1).
+    __device__ KvNumbers numbers_of(int stage, const Chunk& at, int which) const {
+        const StagedNumbers<Shape::kWarps>& all = numbers(stage);
+        const uint32_t shift = (all.upper[warp()] >> at.row_of_warp & 1) * 16;
+        const auto number = [&](int i) {
+            return to_float(f16{static_cast<uint16_t>(all.words[i][at.row] >> shift)});
+        };
+        return {number(which), number(2 + which)};
+    }
+
+    // Eight elements; zeros behind a head's last one.
+    __device__ void put_elements(T* to, uint2 codes, bool has, KvNumbers numbers) const {
+        const uint2 low = four_elements<T>(codes.x, launch_.args.format, numbers),
+                    high = four_elements<T>(codes.y, launch_.args.format, numbers);
+        *reinterpret_cast<uint4*>(to) = has ? uint4{low.x, low.y, high.x, high.y} : uint4{};
     }
 
     // ---- one block of keys --------------------------------------------------------------------------------
@@ -632,7 +749,7 @@ class MmaTile {
     int next_segment_;  // the first whose states have not begun
     int row_[2];        // of this thread's lanes, g and g + 8; -1: there is none
     Range seen_[2];
-    int64_t k_offset_ = 0, v_offset_ = 0;
+    Place token_ = {0, 0};  // that this lane has looked up for the next block
     uint32_t q_[Shape::kKeepsQueries ? kSteps : 1][4];
     float rows_[kOutTiles][4] = {};  // C: sums of weighted values
     SoftmaxState chunk_[2];
@@ -640,10 +757,10 @@ class MmaTile {
     bool has_own_[2] = {false, false};
 };
 
-template <class T, int kDim, int kWarps>
-__global__ void __launch_bounds__(MmaShape<kDim, kWarps>::kThreads, 8 / kWarps)
+template <class T, int kDim, int kWarps, bool kCodes>
+__global__ void __launch_bounds__(MmaShape<kDim, kWarps, kCodes>::kThreads, 8 / kWarps)
     tree_attention_mma(const __grid_constant__ TreeAttentionLaunch launch) {
-    using Shape = MmaShape<kDim, kWarps>;
+    using Shape = MmaShape<kDim, kWarps, kCodes>;
     extern __shared__ __align__(16) uint16_t stages[];
     __shared__ MmaShared<Shape> shared;
     each_item<Shape::kBlockLanes>(launch, [&](const Item& item, int begin, int end) {

@@ -66,18 +66,20 @@ def half(*shape: int) -> torch.Tensor:
     return torch.rand(shape).bfloat16()
 
 
-def attend(branches: int) -> Any:
+def attend(branches: int, stored: str | None = None) -> Any:
     forest = tk.KVForest(64)
     root = forest.add_root()
     forest.append([root], [40])
     leaves = forest.fork([root] * branches)
     forest.append(leaves, [5] * branches)
     plan = forest.plan(leaves, num_q_heads=4, num_kv_heads=2, head_dim=64)
-    tk.tree_attention(half(branches, 4, 64), half(64, 16, 2, 64), half(64, 16, 2, 64), plan)
+    cache = tk.KVCache(1, 64, 2, 64, dtype=stored or torch.bfloat16)
+    tk.tree_attention(half(branches, 4, 64), cache.k[0], cache.v[0], plan, **cache.beside(0))
     tasks = [
         gpu_model.Task(end - begin, [1]) for _, _, begin, end, _ in plan.tasks.tolist()
     ]  # all that there is room for
-    return gpu_model.tree_attention(tasks, plan.max_slots, branches, 4, 2, 64, 40 + 5 * branches)
+    head_bytes = 66 if stored == "int8" else 0
+    return gpu_model.tree_attention(tasks, plan.max_slots, branches, 4, 2, 64, 40 + 5 * branches, head_bytes)
 
 
 def hidden_layer() -> Any:
@@ -151,7 +153,13 @@ CALLS = [
     aggregate_steps,
     prune,
 ]
-CALLS += [lambda: attend(3), lambda: attend(40), lambda: sample(100), lambda: sample(20_000)]
+CALLS += [
+    lambda: attend(3),
+    lambda: attend(40),
+    lambda: attend(40, "int8"),
+    lambda: sample(100),
+    lambda: sample(20_000),
+]
 CALLS += [lambda: linear_logprob(5), lambda: linear_logprob(70)]
 CALLS += [lambda: linear(5), lambda: linear(20), lambda: linear(5, 4), lambda: linear(70, 8)]
 

@@ -27,12 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LIBRARY] = library
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     draw_less(items)
-    # Attention over floats only.
-    dropped = [item for item in items if "quantised_cache" in item.name and "attention" in item.nodeid]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if item not in dropped]
 
 
 LIBRARY = pytest.StashKey[Library]()

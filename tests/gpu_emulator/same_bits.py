@@ -15,20 +15,22 @@ LONG = 330  # tokens of the branch that is looked at: a chunk of 256 and more
 class World:
     """Branches with a text each; a token's key and value are the same wherever it stands at the same position."""
 
-    def __init__(self, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype, stored: str | None) -> None:
         torch.manual_seed(0)
         self.dim, self.forest = dim, tk.KVForest(400, PAGE)
         self.keys, self.values = torch.randn(2, 2, 700, KV_HEADS, dim).to(dtype)  # two texts
         self.queries = torch.randn(700, HEADS, dim).to(dtype)
-        self.k, self.v = torch.full((2, 400, PAGE, KV_HEADS, dim), torch.nan).to(dtype)
+        self.cache = tk.KVCache(1, 400, KV_HEADS, dim, PAGE, stored or dtype)
+        for memory in self.cache.tensors():
+            memory.view(torch.uint8).fill_(255)  # NaN: of floats, and of scales
 
     def append(self, branch: int, count: int, text: int = 0) -> None:
         begin = self.forest.length(branch)
         added = self.forest.append([branch], [count])
         if len(added.copy_src):
-            tk.copy_pages_([self.k, self.v], added.copy_src, added.copy_dst)
+            self.cache.copy_pages(added.copy_src, added.copy_dst)
         tokens = slice(begin, begin + count)
-        tk.append_kv_(self.k, self.v, self.keys[text, tokens], self.values[text, tokens], added.slots)
+        self.cache.append(0, self.keys[text, tokens], self.values[text, tokens], added.slots)
 
     def root(self, count: int) -> int:
         branch = self.forest.add_root()
@@ -43,7 +45,8 @@ class World:
         lengths = [self.forest.length(b) for b in branches]
         q = torch.cat([self.queries[n - rows : n] for n, rows in zip(lengths, q_lens, strict=True)])
         sinks = torch.linspace(-1, 1, HEADS)
-        out, lse = tk.tree_attention(q, self.k, self.v, plan, window=window, sinks=sinks, return_lse=True)
+        options = {"window": window, "sinks": sinks, **self.cache.beside(0)}
+        out, lse = tk.tree_attention(q, self.cache.k[0], self.cache.v[0], plan, return_lse=True, **options)
         return list(torch.cat([out.float(), lse[..., None]], -1).split(q_lens))
 
 
@@ -65,9 +68,19 @@ def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("_cut")
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (20, torch.float32)])
-def test_a_row_in_any_company(dim: int, dtype: torch.dtype, window: int | None) -> None:
-    world = World(dim, dtype)
+@pytest.mark.parametrize(
+    ("dim", "dtype", "stored"),
+    [
+        (64, torch.bfloat16, None),
+        (128, torch.bfloat16, None),
+        (20, torch.float32, None),
+        (64, torch.bfloat16, "int4"),
+        (128, torch.bfloat16, "int8"),
+        (20, torch.float32, "int4"),
+    ],
+)
+def test_a_row_in_any_company(dim: int, dtype: torch.dtype, stored: str | None, window: int | None) -> None:
+    world = World(dim, dtype, stored)
     alone = world.attend([world.root(LONG)], [1], window)[0][-1]
     for shared, branches in [(256, 3), (130, 40), (200, 9)]:
         assert torch.equal(company(world, shared, branches, window), alone)

@@ -53,6 +53,7 @@ class Plant:
         return self.old.join(head) + self.new + self.old.join(tail)
 
 
+QUANTISED = "plain_cache_of_their_elements[int4-dtype1"
 PLANTS = {
     "arrives_last has no fences": Plant(
         "score_and_prune.cu", "__threadfence();", "", "score_and_prune", "with_a_prior"
@@ -65,6 +66,12 @@ PLANTS = {
     ),
     "blocks that share a row meet without fences": Plant(
         "sample.cu", "__threadfence();", "", "sample", "ends_decide and 2051-all"
+    ),
+    "codes become elements before all of them are there": Plant(
+        "tree_attention_mma.cuh", "__syncwarp();  // other lanes' copies", "", "tree_attention", QUANTISED
+    ),
+    "elements are written over codes that others have yet to read": Plant(
+        "tree_attention_mma.cuh", "__syncwarp();  // the codes have been read", "", "tree_attention", QUANTISED
     ),
     "copy_pages takes a cache more than there is room for": Plant(
         "copy_pages.cu", "end - begin < kMaxCaches", "end - begin <= kMaxCaches", "copy_pages", "more_caches",

@@ -18,10 +18,10 @@ const int32_t* int32s(const Tensor& t, int64_t dim, int64_t size, const char* wh
     return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
-void check_tensors(const Tensor& q, const Tensor& k_cache, int64_t page_size, int64_t num_kv_heads) {
+void check_tensors(const Tensor& q, const LayerCaches& caches, int64_t page_size, int64_t num_kv_heads) {
     require(q.dim() == 3 && q.size(2) >= 1 && q.size(2) <= cuda::kMaxHeadDim, "q");
-    require(page_size >= 1 && k_cache.size(1) == page_size && k_cache.size(2) == num_kv_heads &&
-                k_cache.size(3) == q.size(2),
+    require(page_size >= 1 && caches.k.size(1) == page_size && caches.k.size(2) == num_kv_heads &&
+                caches.head_dim == q.size(2),
             "caches");
     require(num_kv_heads >= 1 && q.size(1) % num_kv_heads == 0, "q");
 }
@@ -37,9 +37,7 @@ std::tuple<Tensor, Tensor> tree_attention(
     const OnDevice device(q_in);
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
     const LayerCaches caches(k_cache, v_cache, q.scalar_type(), {k_scale, v_scale, k_zero, v_zero});
-    require(caches.format == KvFormat::plain,
-            "tree_attention reads no quantised KV caches (int8, int4) in CUDA: use_backend('triton') does");
-    check_tensors(q, k_cache, page_size, num_kv_heads);
+    check_tensors(q, caches, page_size, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
     require(max_slots >= 0, "max_slots");
     const int64_t num_rows = q.size(0), num_q_heads = q.size(1), head_dim = q.size(2);
@@ -74,6 +72,9 @@ std::tuple<Tensor, Tensor> tree_attention(
         .partial_rows = nullptr,
         .partial_states = nullptr,
         .padded_dim = head_dim,
+        .format = caches.format,
+        .k_scales = caches.k_scales,
+        .v_scales = caches.v_scales,
     };
     const auto* used = reinterpret_cast<const PlanSizes*>(int32s(sizes, 1, kPlanSizes, "sizes"));
     if (num_rows * num_q_heads == 0) return {out, lse};

@@ -85,11 +85,6 @@ def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
         raise ValueError(
             f"kv_dtype: expected no fp8 on {device}, as C++'s kernels do not read it; Triton's on a GPU do"
         )
-    if kv_dtype in ("int8", "int4") and by_cpp and device.type == "cuda":
-        raise ValueError(
-            f"kv_dtype: expected no {kv_dtype} on {device} with the C++ backend, whose attention there reads floats "
-            "only; tts_kernels.use_backend('triton') reads it"
-        )
     if kv_dtype == "int4" and decoder.shape.head_dim % 2:
         raise ValueError(f"kv_dtype: expected no int4 for heads of an odd size, {decoder.shape.head_dim}")
 
