@@ -2,8 +2,8 @@
 //
 //   x [T, K] -> q [T, K] whole, s [T]:  s = bound / 127,  q = round(x (127 / bound))
 //   bound = 8 mean |x|, but within max |x| / 128 and max |x|; 2**-100 at least
-//   out = s sum over groups g of ((sum of q w over g) - zero[g] (sum of q over g)) scale[g]  + bias +
-//   residual
+//   out = s sum over groups g of ((sum of q w over g) - zero[g] (sum of q over g)) scale[g]
+//         + bias + residual
 //
 // So nearly all of a row's numbers have 8 bits. The few outliers have up to 15 and a sign: a bound that they
 // fit into would make the steps of all the others coarse.

@@ -1,7 +1,7 @@
 // merge_states: two attentions over disjoint keys into one over both.
 //
-//   out = (w_a out_a + w_b out_b) / (w_a + w_b),   w = exp(lse - max(lse_a, lse_b)),   lse = logaddexp(lse_a,
-//   lse_b)
+//   out = (w_a out_a + w_b out_b) / (w_a + w_b),   w = exp(lse - max(lse_a, lse_b))
+//   lse = logaddexp(lse_a, lse_b)
 //
 // Each is a softmax state (online_softmax.h) of sum 1 and max lse. Taken relative to the larger lse before it
 // is turned into units of log2, so that large log-sum-exps lose nothing. Reads each row once.
@@ -13,8 +13,9 @@ TTS_BEGIN_ISA
 
 namespace {
 
+// The two states of one row and head.
 template <class T>
-void merge_row(const MergeStatesArgs& args, int64_t row) {
+void merge_pair(const MergeStatesArgs& args, int64_t row) {
     constexpr int W = Vec::width;
     const int64_t n = args.head_dim;
     const T *a = static_cast<const T*>(args.out_a) + row * n,
@@ -44,7 +45,7 @@ void merge_row(const MergeStatesArgs& args, int64_t row) {
 
 void merge_states(const MergeStatesArgs& args, int64_t begin, int64_t end) {
     dispatch(args.dtype, [&]<class T>(T*) {
-        for (int64_t row = begin; row < end; ++row) merge_row<T>(args, row);
+        for (int64_t row = begin; row < end; ++row) merge_pair<T>(args, row);
     });
 }
 

@@ -1,7 +1,7 @@
 // merge_states: two attentions over disjoint keys into one over both.
 //
-//   out = (w_a out_a + w_b out_b) / (w_a + w_b),   w = exp(lse - max(lse_a, lse_b)),   lse = logaddexp(lse_a,
-//   lse_b)
+//   out = (w_a out_a + w_b out_b) / (w_a + w_b),   w = exp(lse - max(lse_a, lse_b))
+//   lse = logaddexp(lse_a, lse_b)
 //
 // One launch, a warp for each of the N rows [D], which it reads once, 16 bytes per lane where they allow.
 // Log-sum-exps are taken relative to the larger one before they are turned into units of log2, so that large

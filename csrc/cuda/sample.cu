@@ -8,11 +8,9 @@
 //
 //   1  the maximum;  2  all weights, tempered and not;
 //   3  for top-k and for top-p, the cut: the range that it lies in is halved, a pass each time, until up to
-//   1024
-//      logits are left in it; these are listed in shared memory and the range is halved there;
+//      1024 logits are left in it; these are listed in shared memory and the range is halved there;
 //   4  the weights that are kept, a piece of the row at a time: the piece that the draw falls into is cut
-//   into
-//      pieces again, until a warp holds it.
+//      into pieces again, until a warp holds it.
 //
 // Bytes: V logits from memory, six to ten times as many from L2 with a cut, three without. One launch, a
 // cooperative one behind a clearing of counters where blocks share rows.

@@ -10,7 +10,7 @@
 //   * A branch is (run, length) and ends in the last page of its run; an empty branch has no run.
 //   * A page belongs to exactly one run; so references are counted on runs, and a fork costs O(1).
 //   * refs(run) = its branches + its child runs >= 1. A run with one reference, its only child run, is joined
-//     with that child at once. So there are fewer than two runs a branch, however long a chain of forks was.
+//     with that child at once. So there are fewer than two runs per branch, however long the chain of forks.
 //   * A run with child runs is full: its pages hold no free slot for those below, though a shorter branch may
 //     end in it.
 //   * Nothing recurses.

@@ -30,7 +30,7 @@ void check_lengths(const PageTableView& table, std::span<const int64_t> kv_lens,
 
 // The first `columns` entries of a row as int32.
 template <class Item>
-void copy_row(const PageTableView& table, int64_t row, int64_t columns, int32_t* pages) {
+void read_row(const PageTableView& table, int64_t row, int64_t columns, int32_t* pages) {
     const Item* item = static_cast<const Item*>(table.data) + row * table.row_stride;
     bool valid = true;
     for (int64_t c = 0; c < columns; ++c) {
@@ -114,9 +114,9 @@ PlanTree shared_prefixes(const PageTableView& table, std::span<const int64_t> kv
     for (size_t b = 0; b < kv_lens.size(); ++b) {
         const int64_t columns = pages_of(kv_lens[b], page_size), row = static_cast<int64_t>(b);
         if (table.item_size == 4) {
-            copy_row<int32_t>(table, row, columns, pages);
+            read_row<int32_t>(table, row, columns, pages);
         } else {
-            copy_row<int64_t>(table, row, columns, pages);
+            read_row<int64_t>(table, row, columns, pages);
         }
         tree.kv_lens.push_back(static_cast<int32_t>(kv_lens[b]));
         tree.leaf.push_back(prefixes.insert({pages, static_cast<size_t>(columns)}));

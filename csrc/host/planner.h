@@ -13,9 +13,8 @@
 //      whole block of keys that its rows share, cut at multiples of a chunk of positions. Keys that no row
 //      sees, by its position or the window, are left out.
 //   3. A block's parts are gathered into tasks of about equal cost, dearest first in the plan; the narrow
-//   ones,
-//      read by so few rows that the memory is the bound, go together. A task is a work item for each KV head;
-//      one of narrow parts is one item for all heads, which reads whole tokens.
+//      ones, read by so few rows that the memory is the bound, go together. A task is a work item for each
+//      KV head; one of narrow parts is one item for all heads, which reads whole tokens.
 //      Cost of a part and head = tokens * max(rows * group, 24) + overhead.
 //   4. States: a chunk that one task has whole, like all before it of its rows, joins the task's own state;
 //      rows of which one task has everything need no slot. Other chunks get slots. Where a chunk goes on in

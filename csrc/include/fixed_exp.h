@@ -8,8 +8,8 @@
 //   z     = scale * max(x, -42 / scale)   not rounded: only used inside the fused operations
 //   n     = fma(.., .., 1.5 * 2**23) - 1.5 * 2**23            nearest whole number to z
 //   f     = fma(.., .., -n)                                   |f| <= 1/2
-//   p     = 1 + f (c1 + f (c2 + f (c3 + f (c4 + f c5))))      Horner's rule, every step fused; 2**f
-//   within 1.7e-7 weight = round to nearest even of 2**(n + 39) p           0 where exp(x / T) <= 2**-40
+//   p     = 1 + f (c1 + f (c2 + f (c3 + f (c4 + f c5))))      2**f within 1.7e-7: Horner, every step fused
+//   weight = round to nearest even of 2**(n + 39) p           0 where exp(x / T) <= 2**-40
 //
 // A weight is at most 2**39, so 2**24 of them fit in a uint64.
 #pragma once

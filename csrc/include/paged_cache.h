@@ -14,12 +14,10 @@ struct PagedCache {
     int64_t page_stride, token_stride, head_stride;
 };
 
-// How the D elements of a head are stored. Quantised ones are whole numbers, and elements of the cache are
-// bytes:
+// How the D elements of a head are stored. Quantised ones are whole numbers; the cache is of bytes then:
 //   int8  x = code * scale, codes within 127
-//   int4  x = code * scale + zero, codes 0 to 15; byte j holds that of element j and, in its high half, that
-//   of
-//         element j + D / 2
+//   int4  x = code * scale + zero, codes 0 to 15; byte j holds that of element j and, in its high half,
+//         that of element j + D / 2
 enum class KvFormat : int32_t { plain, int8, int4 };
 
 // Beside quantised heads: [pages, page_size, kv_heads], contiguous. No zeros in int8.

@@ -10,8 +10,7 @@ namespace {
 constexpr int64_t kAlign = 16;      // floats: a cache line
 constexpr int64_t kMergeRows = 16;  // rows that a thread merges at a time
 
-// ---- the plan, checked
-// -----------------------------------------------------------------------------------------
+// ---- the plan, checked ------------------------------------------------------------------------------------
 
 const int32_t* int32s(const Tensor& t, int64_t dim, const char* what) {
     require(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Int && t.dim() == dim, what);
@@ -101,8 +100,7 @@ struct Plan {
     }
 };
 
-// ---- the tensors
-// -----------------------------------------------------------------------------------------------
+// ---- the tensors ------------------------------------------------------------------------------------------
 
 void check_tensors(const Tensor& q, const LayerCaches& caches, const Plan& plan, int64_t num_kv_heads) {
     require(q.dim() == 3 && q.size(2) >= 1 && rows_contiguous(q), "q");
