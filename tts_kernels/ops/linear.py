@@ -58,7 +58,7 @@ class PackedLinear:
         Parameters
         ----------
         q
-            [N, K] int8; or [N, K / 2] uint8 for 4 bits: numbers 0 to 15, two a byte, the first one in the low half.
+            [N, K] int8; or [N, K / 2] uint8 for 4 bits: numbers 0 to 15, two in each byte, the first one low.
         scale
             [N, groups] float, kept in float32.
         zero

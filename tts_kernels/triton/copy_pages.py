@@ -3,9 +3,9 @@
     cache[dst[i]] = cache[src[i]] for all caches
 
 One launch for all caches of one layout. Their addresses come from a table on the device that is made when a set of
-caches is first seen and never freed (8 bytes a cache): later calls copy nothing there, and a captured graph reads it.
-A program copies a page of a cache, as integers of the elements' width: bit for bit. The pages may be copied in any
-order: none is both read and written.
+caches is first seen and never freed (8 bytes for each cache): later calls copy nothing there, and a captured
+graph reads it. A program copies a page of a cache, as integers of the elements' width: bit for bit. The pages may be
+copied in any order: none is both read and written.
 """
 
 from __future__ import annotations

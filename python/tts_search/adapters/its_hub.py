@@ -70,7 +70,7 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
     async def agenerate(self, messages: Any, stop: str | None = None, **options: Any) -> dict[str, Any] | list[Any]:
         """Continue a conversation, or each of a list of them: ``{"role": "assistant", "content": ...}``.
 
-        Options are those that its_hub passes: `temperature` (a number, or one a conversation), `max_tokens` or
+        Options are those that its_hub passes: `temperature` (a number, or one for each conversation), `max_tokens` or
         `max_completion_tokens`, `include_stop_str_in_output`, `usage_accumulator`.
 
         Raises
@@ -86,7 +86,9 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
         temperature = options.pop("temperature", None)
         each = temperature if isinstance(temperature, list) else [temperature] * len(messages)
         if len(each) != len(messages):
-            raise ValueError(f"temperature: expected {len(messages)} numbers, one a conversation, got {len(each)}")
+            raise ValueError(
+                f"temperature: expected {len(messages)} numbers, one for each conversation, got {len(each)}"
+            )
         asked = [
             self._continuation(conversation, stop, one, options)
             for conversation, one in zip(messages, each, strict=True)

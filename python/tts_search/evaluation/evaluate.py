@@ -54,7 +54,7 @@ def evaluate(
     where it was; one that failed is tried again. Even a kill loses at most the problems in flight.
 
     Tasks are read as there is room for them, and records stay in the file: what it takes of memory besides the problems
-    in flight is a few hundred bytes a task.
+    in flight is a few hundred bytes for each task.
 
     Parameters
     ----------

@@ -194,7 +194,7 @@ def lock(file: int) -> Iterator[None]:
 class Stored(Sequence[Record]):
     """Records that stay in their files: each is read when it is asked for, and again when it is asked for again.
 
-    Holds 16 bytes a record. Equal to any sequence of the same records.
+    Holds 16 bytes for each record. Equal to any sequence of the same records.
 
     Parameters
     ----------

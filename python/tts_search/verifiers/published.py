@@ -27,7 +27,8 @@ register_format(
     )
 )
 
-# A conversation: the user says the problem and the first step, then a step a turn; the assistant would say + or -.
+# A conversation: the user says the problem and the first step, then one step in each turn; the assistant would say
+# + or -.
 register_format(
     VerifierFormat(
         name="rlhflow",
