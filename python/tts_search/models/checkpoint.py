@@ -145,12 +145,26 @@ def opened_tensors(path: str) -> Iterator[Any]:
         raise ValueError(f"{path}: not a safetensors file that can be read: {error}") from error
 
 
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Raises
+    ------
+    ValueError
+        If there is no such object; with the file's name.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
 def _weight_map(index: str) -> dict[str, str]:
     """The file of each tensor, as an index says."""
-    try:
-        found = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(name, str) and isinstance(shard, str) for name, shard in found.items()):
-            return dict(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected a weight_map of names and files, got {error!r}") from error
-    raise ValueError(f"{index}: expected a weight_map of names and files")
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise ValueError(f"{index}: expected a weight_map of names and files")
+    return found

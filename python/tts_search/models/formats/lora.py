@@ -7,18 +7,16 @@ were trained and saved whole, such as the head of a verifier, take the place of 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from tts_search.models.checkpoint import Checkpoint, opened_tensors
+from tts_search.models.checkpoint import Checkpoint, opened_tensors, read_json
 
 __all__ = ["LoRACheckpoint", "adapter_config", "base_of"]
 
@@ -43,11 +41,8 @@ def adapter_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = None if checkpoint.file("config.json") else checkpoint.file(_CONFIG)
     if path is None:
         return None
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+    config = read_json(path)
+    if not isinstance(config.get("base_model_name_or_path"), str):
         raise ValueError(f"{path}: expected base_model_name_or_path, got none")
     return config
 

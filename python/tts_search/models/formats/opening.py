@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Final
 
-from tts_search.models.checkpoint import Checkpoint
+from tts_search.models.checkpoint import Checkpoint, read_json
 from tts_search.models.formats.awq import AWQCheckpoint
 from tts_search.models.formats.compressed_tensors import CompressedCheckpoint
 from tts_search.models.formats.few_bits import FewBitsCheckpoint
@@ -53,9 +51,5 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     path = checkpoint.file("config.json")
     if path is None:
         return None
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
+    found = read_json(path).get("quantization_config")
     return found if isinstance(found, dict) else None
