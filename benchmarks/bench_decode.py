@@ -33,9 +33,10 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tts_search import HFPolicy, StepParams
+from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import Batch, Decoder, KvDtype, KVPool
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch, BranchPool
+from tts_search.models.pool import BranchPool
 from tts_search.models.x_cache import XPool
 from tts_search.policies import hf
 from tts_search.search.protocol import Expand
@@ -94,7 +95,7 @@ class Stopwatch:
 def run_ours(policy: HFPolicy, case: Case, num_tokens: int, times: Times) -> None:
     """Sample ``num_tokens`` in each branch; the last of its steps count, when all branches decode together."""
     policy._lane.pool = BranchPool(pool_like(policy._lane.pool.pool, case, num_tokens))
-    root = Branch(Meter(), tokens=prompt(case), given=case.prefix)
+    root = TokenBranch(Meter(), tokens=prompt(case), given=case.prefix)
     policy._problems[0] = hf._Problem(root, {0: hf._Node(root, "")})
     watch = Stopwatch(policy.decoder)
     policy._lane.decoder = watch

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tts_search.engine.engine import default_equality
-from tts_search.engine.scheduler import Outcome, Scheduler, Speculate
+from tts_search.engine.scheduler import Scheduler, SearchOutcome, Speculate
 from tts_search.errors import SearchError
 from tts_search.search import voting
 from tts_search.search.answers import Equality, boxed
@@ -45,7 +45,7 @@ def search_iter(
     max_rows: int | None = None,
     prefix_cache: bool = True,
     speculate: Speculate = "auto",
-) -> Iterator[Outcome]:
+) -> Iterator[SearchOutcome]:
     """Search many problems; yield (index, result) as they finish, in any order.
 
     A problem that fails yields (index, :class:`SearchError`), and the others go on. What was yielded is safe from
@@ -118,7 +118,7 @@ def asearch_iter(
     verifier: Verifier | None = None,
     config: SearchConfig | Strategy = _DEFAULT,
     **options: Unpack[EngineOptions],
-) -> AsyncIterator[Outcome]:
+) -> AsyncIterator[SearchOutcome]:
     """Search many problems as :func:`search_iter` does, for asyncio: the models run in a thread.
 
     The problems are read in that thread. Closing the iterator, or cancelling the task that waits for it, ends the
@@ -133,7 +133,7 @@ def asearch_iter(
     return _in_thread(_outcomes(problems, policy, verifier, config, stop.is_set, **options), stop)
 
 
-async def _in_thread(outcomes: Iterator[Outcome], stop: threading.Event) -> AsyncIterator[Outcome]:
+async def _in_thread(outcomes: Iterator[SearchOutcome], stop: threading.Event) -> AsyncIterator[SearchOutcome]:
     """Advance an iterator, which ends soon after `stop` is set, in a thread of its own."""
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "tts_search.asearch_iter") as thread:
@@ -156,7 +156,7 @@ def _outcomes(
     equal: Equality | None = None,
     progress: bool = True,
     **engine: Any,
-) -> Iterator[Outcome]:
+) -> Iterator[SearchOutcome]:
     """The outcomes of `search_iter`, or of those problems that end before it is `stopped`."""
     if isinstance(problems, str):
         raise SearchError("problems: expected a list of texts, got one text")
@@ -165,7 +165,7 @@ def _outcomes(
             raise SearchError(f"verifier: {own.method} needs one, got None; only best_of_n works without")
     scheduler = Scheduler(policy, verifier, extract_answer, equal or default_equality(), **engine)
 
-    def searched(problems: Iterable[str], config: SearchConfig) -> Iterator[Outcome]:
+    def searched(problems: Iterable[str], config: SearchConfig) -> Iterator[SearchOutcome]:
         total = len(problems) if isinstance(problems, Sized) else None
         with progress_bar(total, enabled=progress, label=config.method_name) as bar:
 
@@ -192,8 +192,8 @@ def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:
 
 
 def _by_strategy(
-    problems: Iterable[str], strategy: Strategy, searched: Callable[[list[str], SearchConfig], Iterator[Outcome]]
-) -> Iterator[Outcome]:
+    problems: Iterable[str], strategy: Strategy, searched: Callable[[list[str], SearchConfig], Iterator[SearchOutcome]]
+) -> Iterator[SearchOutcome]:
     """Probe all problems if the strategy wants it, then search those that it treats alike together."""
     problems = list(problems)
     rates: dict[int, float | None] = dict.fromkeys(range(len(problems)))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tts_search import SearchConfig, Step, TextPolicy, search
-from tts_search.domains.code import CodeGrader, Judge, Level, Limits, Sandbox, humaneval
+from tts_search.domains.code import CodeGrader, Level, Limits, ProgramJudge, Sandbox, humaneval
 from tts_search.domains.code.extract import code_blocks, code_of
 from tts_search.domains.code.plain import NotPlainError, from_json, same_value, to_json
 from tts_search.domains.code.tasks import PROGRAMS, Asserts, Call, CodeTask, Program, examples_in
@@ -233,7 +233,7 @@ def test_a_pickle_is_refused_and_not_read():
     ],
 )
 def test_hidden_tests_decide(entry, right, wrong):
-    task, judge = PROGRAMS.read(entry, "0"), Judge()
+    task, judge = PROGRAMS.read(entry, "0"), ProgramJudge()
     grader = CodeGrader(task, judge)
     assert grader.correct(grader.extract(right))
     assert judge.public(task, grader.extract(right)).share == 1
@@ -244,7 +244,7 @@ def test_hidden_tests_decide(entry, right, wrong):
 @needs_sandbox
 def test_programs_that_behave_alike_count_as_one():
     task = PROGRAMS.read(HUMANEVAL, "0")
-    grader = CodeGrader(task, Judge(Sandbox(Limits(cpu_s=1, wall_s=2.0))))
+    grader = CodeGrader(task, ProgramJudge(Sandbox(Limits(cpu_s=1, wall_s=2.0))))
     one, same, other, broken, worse = (
         f"def total(values): {body}"
         for body in ("return 2 * sum(values)", "return sum(values) + sum(values)", "return 0", "return x", "return y")
@@ -308,7 +308,7 @@ def test_a_search_sees_public_tests_and_hidden_ones_decide(tmp_path):
 @needs_sandbox
 def test_a_search_of_one_problem_votes_by_behaviour():
     task = PROGRAMS.read(MBPP, "0")
-    grader = CodeGrader(task, Judge())
+    grader = CodeGrader(task, ProgramJudge())
     bodies = ["return 7", "return max(a, b)", "return a if a > b else b"]
     texts = [f"```python\ndef larger(a, b): {body}\n```" for body in bodies]
     policy = TextPolicy(lambda requests: [[Step(text, True) for text in texts] for _ in requests])
@@ -321,7 +321,7 @@ def test_a_search_of_one_problem_votes_by_behaviour():
 def test_white_space_is_a_difference_between_programs():
     """A statement that is indented by one level too many is another program, and does not vote for the right one."""
     task = PROGRAMS.read(MBPP, "0")
-    grader = CodeGrader(task, Judge())
+    grader = CodeGrader(task, ProgramJudge())
     early, late = (
         f"def larger(*both):\n    most = 0\n    for one in both:\n        most = max(most, one)\n{end}return most\n"
         for end in (" " * 8, " " * 4)
@@ -337,6 +337,6 @@ def test_white_space_is_a_difference_between_programs():
 def test_a_number_of_many_digits_is_a_behaviour():
     """Python refuses to write it out in decimal."""
     task = CodeTask("t", "p", "f", (Call((), 1),), ())
-    verdict = Judge().public(task, "def f(): return [10 ** 5000]")
+    verdict = ProgramJudge().public(task, "def f(): return [10 ** 5000]")
     assert verdict.passed == (False,)
     assert verdict.outcomes == (f"list({hex(10**5000)})",)

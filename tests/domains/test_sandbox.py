@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tts_search.domains.code import Judge, Level, Limits, Sandbox, SandboxError
+from tts_search.domains.code import Level, Limits, ProgramJudge, Sandbox, SandboxError
 from tts_search.domains.code import sandbox as sandbox_module
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program
 
@@ -195,13 +195,13 @@ CHEATS = {
 
 @pytest.mark.parametrize("source", CHEATS.values(), ids=CHEATS)
 def test_no_verdict_can_be_forged(source):
-    judge, asked = Judge(Sandbox(SMALL)), task(41)
+    judge, asked = ProgramJudge(Sandbox(SMALL)), task(41)
     assert not any(judge.public(asked, source).passed)
     assert not judge.passes(asked, source)
 
 
 def test_the_right_program_passes_and_its_tests_run_elsewhere():
-    judge = Judge(Sandbox(SMALL))
+    judge = ProgramJudge(Sandbox(SMALL))
     seen = "import sys\ndef solve(x):\n    assert 'unittest_marker' not in sys.modules\n    return x + 40"
     tests = "import sys\nsys.modules['unittest_marker'] = sys\nassert solve(1) == 41\nassert candidate(x=2) == 42"
     assert judge.passes(task(41, tests), seen)
@@ -210,7 +210,7 @@ def test_the_right_program_passes_and_its_tests_run_elsewhere():
 
 def test_an_exception_of_the_function_reaches_the_tests_as_its_type():
     tests = "try:\n    solve(1)\nexcept KeyError:\n    pass\nelse:\n    assert False"
-    judge = Judge(Sandbox(SMALL))
+    judge = ProgramJudge(Sandbox(SMALL))
     assert judge.passes(task(0, tests), "def solve(x): raise KeyError(x)")
     assert not judge.passes(task(0, tests), "def solve(x): raise IndexError(x)")
     assert not judge.passes(task(0, tests), "def solve(x): return x")
@@ -218,7 +218,7 @@ def test_an_exception_of_the_function_reaches_the_tests_as_its_type():
 
 def test_a_program_reads_its_input_and_is_judged_by_what_it_prints():
     asked = CodeTask("t", "p", "", (Program("2\n3\n", "5\n"),), (Program("2 2", "4"),))
-    judge = Judge(Sandbox(SMALL))
+    judge = ProgramJudge(Sandbox(SMALL))
     source = "import sys\nprint(sum(map(int, sys.stdin.read().split())), ' ')\nsys.exit(0)"
     assert judge.public(asked, source).passed == (True,)
     assert judge.passes(asked, source)
@@ -320,7 +320,7 @@ def check_that_nothing_is_left(count: int) -> None:
     assert not names()
     for number in range(count):
         program = CANDIDATES[number % len(CANDIDATES)]
-        judge = Judge(Sandbox(replace(SMALL, wall_s=0.3)))
+        judge = ProgramJudge(Sandbox(replace(SMALL, wall_s=0.3)))
         assert judge.public(task(41), program).passed == (program == RIGHT,), program
     assert children() == before
     assert len(os.listdir("/proc/self/fd")) == files

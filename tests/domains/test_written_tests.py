@@ -13,8 +13,8 @@ from tts_search import SearchConfig, Step, TextPolicy, search
 from tts_search.domains.code import (
     CodeGrader,
     CodeTask,
-    Judge,
     Level,
+    ProgramJudge,
     Sandbox,
     Verdict,
     ask_for_tests,
@@ -49,7 +49,7 @@ def codet_scores(programs, tests, passes):
     return [sum(passed[other] == passed[program] for other in programs) * len(passed[program]) for program in programs]
 
 
-class Table(Judge):
+class Table(ProgramJudge):
     """Knows what would become of programs, by what they return."""
 
     def __init__(self, passes):
@@ -102,7 +102,7 @@ def test_the_larger_agreement_wins():
         PROGRAMS.read(MBPP, "0"),
         written=("assert larger(1, 2) == 2", "assert larger(3, 2) == 3", *["assert larger(0, 1) == 9"] * 3),
     )
-    judge = Judge()
+    judge = ProgramJudge()
     grader, verifier = CodeGrader(task, judge), ExecutionVerifier([task], judge)
     texts = ["def larger(a, b): return 9\n", RIGHT, "def larger(a, b): return sorted((a, b))[1]\n"]
     policy = TextPolicy(lambda _: [[Step(said(text), True) for text in texts]])
@@ -128,7 +128,7 @@ def test_hostile_tests_are_held():
         "assert f(1) or True",
     )
     task = CodeTask("t", "p", "f", (), (), written=(*hostile, "assert f(3) == 3", "assert f(4) == 4"))
-    judge = Judge()
+    judge = ProgramJudge()
     loops = "def f(x):\n    while x < 0: pass\n    return x\n"
     ends = "def f(x):\n    return x if x > 0 else exit()\n"
     noise, real = (False,) * 7 + (True,), (True, True)
@@ -146,9 +146,9 @@ def test_methods_and_preambles():
     task = CodeTask("t", "p", "Solution.add", (), (), "import math", written=("assert Solution().add(1, 2) == 3",))
     program = "class Solution:\n    def add(self, a, b): return a + b\n"
     assert task.suite == (Call((1, 2), 3),)
-    assert Judge().written(task, program).passed == (True,)
+    assert ProgramJudge().written(task, program).passed == (True,)
     code = replace(task, written=("assert Solution().add(math.floor(1.5), 2) > 2", "assert Solution().add(1, 2) < 0"))
-    assert Judge().written(code, program).passed == (True, False)
+    assert ProgramJudge().written(code, program).passed == (True, False)
 
 
 def test_tests_in_a_text():

@@ -20,8 +20,8 @@ from tts_search.models.transformers import (
     _Mask,
     _mask,
     load_config,
-    load_decoder,
     load_tokenizer,
+    load_transformers,
     model_shape,
     register,
 )
@@ -235,17 +235,17 @@ def test_shape_counts_the_experts_that_a_token_is_sent_to() -> None:
 
 def test_checkpoints_load_in_the_dtype_asked_for(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_model())
-    assert load_decoder(path).dtype == torch.float32
-    decoder = load_decoder(path, dtype="bfloat16")
+    assert load_transformers(path).dtype == torch.float32
+    decoder = load_transformers(path, dtype="bfloat16")
     assert decoder.dtype == torch.bfloat16
     assert decoder.model.config._attn_implementation == ATTENTION
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_model(head="tokens"))
-    assert load_decoder(path, causal_lm=False).shape.head_parameters == 0
+    assert load_transformers(path, causal_lm=False).shape.head_parameters == 0
     with pytest.raises(ValueError, match=r"found no lm_head.weight in the checkpoint"):
-        load_decoder(path)
+        load_transformers(path)
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import small_pool, tiny_model
 from torch import Tensor
+from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import Batch, DecoderShape
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch, BranchPool, PoolTooSmallError
-from tts_search.models.reading import Reading
+from tts_search.models.pool import BranchPool, PoolTooSmallError
+from tts_search.models.reading import ReadStreams
 from tts_search.models.sizing import parse_bytes
 from tts_search.models.streams import Lane
 from tts_search.models.transformers import ATTENTION, TransformersDecoder, register
@@ -48,11 +49,11 @@ class Recorder:
         return self.decoder.hidden(batch, kv, rows)
 
 
-def run(pool: BranchPool, branches: list[Branch], model) -> dict[Branch, Tensor]:
+def run(pool: BranchPool, branches: list[TokenBranch], model) -> dict[TokenBranch, Tensor]:
     """Read branches to their ends, as far as there is room at a time; the output of each one's last token."""
-    reading = Reading(Lane(Wrapped(model), pool))
+    reading = ReadStreams(Lane(Wrapped(model), pool))
     reads = [reading.submit(branch) for branch in branches]
-    outputs: dict[Branch, Tensor] = {}
+    outputs: dict[TokenBranch, Tensor] = {}
     while reading.busy:
         for read in reading.step():
             assert read.error is None
@@ -106,14 +107,14 @@ def check_random_trees(decoder: TransformersDecoder, plain: Any, num_pages: int,
     pool = small_pool(decoder, num_pages, page_size, max_tokens=rng.choice((7, 40, 1000)))
     recorder = Recorder(decoder)
     meters = [Meter(), Meter()]
-    tree = [Branch(meter, tokens=(prompt := tokens(rng, 9)), given=len(prompt)) for meter in meters]
-    grown: list[Branch] = []
+    tree = [TokenBranch(meter, tokens=(prompt := tokens(rng, 9)), given=len(prompt)) for meter in meters]
+    grown: list[TokenBranch] = []
     for _ in range(8):
         parents = rng.choices(tree, k=rng.randint(1, 5))
         wanted = [*tree[:2]] if not grown else []
         for parent in parents:
             start = rng.randint(max(parent.start, parent.length - 2), parent.length)
-            wanted.append(Branch(parent.meter, parent, start, tokens(rng, rng.randint(1, 6))))
+            wanted.append(TokenBranch(parent.meter, parent, start, tokens(rng, rng.randint(1, 6))))
         wanted = [branch for branch in wanted if branch.length < 50]
         outputs = run(pool, list(wanted), recorder)
         assert outputs.keys() == set(wanted)
@@ -145,9 +146,9 @@ def test_a_pool_that_is_too_small_did_make_branches_wait(decoder: TransformersDe
     rng = random.Random(0)
     pool = small_pool(decoder, 30, page_size=1)
     meter = Meter()
-    root = Branch(meter, tokens=tokens(rng, 10), given=10)
-    children = [Branch(meter, root, 10, tokens(rng, 8)) for _ in range(5)]
-    reading = Reading(Lane(decoder, pool))
+    root = TokenBranch(meter, tokens=tokens(rng, 10), given=10)
+    children = [TokenBranch(meter, root, 10, tokens(rng, 8)) for _ in range(5)]
+    reading = ReadStreams(Lane(decoder, pool))
     reads = [reading.submit(child) for child in children]
     assert reading.step() == reads[:2]
     assert [child.kv is None for child in children] == [False, False, True, True, True]
@@ -156,7 +157,7 @@ def test_a_pool_that_is_too_small_did_make_branches_wait(decoder: TransformersDe
     assert reading.step() == reads[4:]
     assert meter.waves > 0
     assert meter.recomputed == 0
-    run(pool, [Branch(meter, children[0], 18, tokens(rng, 1))], decoder.hidden)
+    run(pool, [TokenBranch(meter, children[0], 18, tokens(rng, 1))], decoder.hidden)
     assert meter.recomputed == 8
 
 
@@ -165,12 +166,12 @@ def test_ancestors_come_along(decoder: TransformersDecoder, page_size: int, size
     """In the same forward, unless a branch has to copy a page that is only written then."""
     pool = small_pool(decoder, 100, page_size)
     meter, recorder = Meter(), Recorder(decoder)
-    root = Branch(meter, tokens=[10, 11, 12], given=3)
-    middle = Branch(meter, root, 3, [13, 14])
-    leaves = [Branch(meter, middle, 5, [15]), Branch(meter, middle, 5, [16, 17])]
+    root = TokenBranch(meter, tokens=[10, 11, 12], given=3)
+    middle = TokenBranch(meter, root, 3, [13, 14])
+    leaves = [TokenBranch(meter, middle, 5, [15]), TokenBranch(meter, middle, 5, [16, 17])]
     if page_size == 3:
         middle.tokens.append(18)
-        leaves = [Branch(meter, root, 3, [15, 16, 17]), Branch(meter, root, 2, [16, 17])]
+        leaves = [TokenBranch(meter, root, 3, [15, 16, 17]), TokenBranch(meter, root, 2, [16, 17])]
     run(pool, list(leaves), recorder)
     assert recorder.sizes == sizes
     assert (meter.prompt, meter.read, meter.recomputed) == (3, 5, 0)
@@ -178,8 +179,8 @@ def test_ancestors_come_along(decoder: TransformersDecoder, page_size: int, size
 
 def test_outputs_of_marked_positions(decoder: TransformersDecoder, plain) -> None:
     pool = small_pool(decoder, 100, max_tokens=4)
-    root = Branch(Meter(), tokens=[10, 11, 12, 13, 14, 15], marks=[1, 4, 5])
-    child = Branch(root.meter, root, 5, [16, 17, 18], marks=[6])
+    root = TokenBranch(Meter(), tokens=[10, 11, 12, 13, 14, 15], marks=[1, 4, 5])
+    child = TokenBranch(root.meter, root, 5, [16, 17, 18], marks=[6])
     rows, outputs = [], []
     while root.pending or child.pending:
         result = pool.forward([branch for branch in (root, child) if branch.pending], decoder.hidden, head=False)
@@ -194,11 +195,11 @@ def test_outputs_of_marked_positions(decoder: TransformersDecoder, plain) -> Non
 def test_a_released_parent_is_taken_back_from_its_child(decoder: TransformersDecoder) -> None:
     pool = small_pool(decoder, 100)
     meter = Meter()
-    root = Branch(meter, tokens=[10, 11, 12], given=3)
-    child = Branch(meter, root, 3, [13])
+    root = TokenBranch(meter, tokens=[10, 11, 12], given=3)
+    child = TokenBranch(meter, root, 3, [13])
     run(pool, [child], decoder.hidden)
     pool.release([root])
-    sibling = Branch(meter, root, 3, [14])
+    sibling = TokenBranch(meter, root, 3, [14])
     run(pool, [sibling], decoder.hidden)
     assert meter.recomputed == 0
     assert root.kv is None
@@ -208,8 +209,8 @@ def test_a_released_parent_is_taken_back_from_its_child(decoder: TransformersDec
 def test_a_branch_larger_than_the_pool_is_an_error_and_others_go_on(decoder: TransformersDecoder) -> None:
     rng = random.Random(0)
     pool = small_pool(decoder, 5)
-    small, large = (Branch(Meter(), tokens=tokens(rng, count)) for count in (6, 21))
-    reading = Reading(Lane(decoder, pool))
+    small, large = (TokenBranch(Meter(), tokens=tokens(rng, count)) for count in (6, 21))
+    reading = ReadStreams(Lane(decoder, pool))
     first, second = reading.submit(large), reading.submit(small)
     assert [*reading.step(), *reading.step()] == [first, second]
     assert isinstance(first.error, PoolTooSmallError)
@@ -221,8 +222,8 @@ def test_a_branch_larger_than_the_pool_is_an_error_and_others_go_on(decoder: Tra
 
 def test_a_forward_that_fails_leaves_no_half_written_branch(decoder: TransformersDecoder, plain) -> None:
     pool = small_pool(decoder, 100)
-    root = Branch(Meter(), tokens=[10, 11, 12])
-    child = Branch(root.meter, root, 3, [13, 14])
+    root = TokenBranch(Meter(), tokens=[10, 11, 12])
+    child = TokenBranch(root.meter, root, 3, [13, 14])
 
     def interrupted(*_) -> Tensor:
         raise KeyboardInterrupt
@@ -237,7 +238,7 @@ def test_a_forward_that_fails_leaves_no_half_written_branch(decoder: Transformer
 
 def test_rewind_and_trim(decoder: TransformersDecoder, plain) -> None:
     pool = small_pool(decoder, 100)
-    branch = Branch(Meter(), tokens=[10, 11, 12, 13])
+    branch = TokenBranch(Meter(), tokens=[10, 11, 12, 13])
     first = run(pool, [branch], decoder.hidden)[branch]
     pool.rewind(branch)
     assert branch.pending == 1
@@ -251,7 +252,7 @@ def test_rewind_and_trim(decoder: TransformersDecoder, plain) -> None:
 
 def test_flops_are_two_a_weight_and_four_a_head_dimension_and_key(decoder: TransformersDecoder) -> None:
     pool = small_pool(decoder, 100)
-    branch = Branch(Meter(), tokens=[10, 11, 12])
+    branch = TokenBranch(Meter(), tokens=[10, 11, 12])
     pool.forward([branch], decoder.logits, head=True)
     shape = decoder.shape
     attention = 4 * 3 * 4 * 16 * (1 + 2 + 3)

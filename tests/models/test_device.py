@@ -12,7 +12,7 @@ from test_local_search import PROBLEMS, READING, assert_same
 from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, search
 from tts_search.models.device import read_scores, read_tokens, upload
-from tts_search.models.generation import Generation
+from tts_search.models.generation import SampledStreams
 from tts_search.verifiers.jobs import HeadScorer
 from tts_search.verifiers.log_ratio import LogRatioScorer
 
@@ -120,13 +120,13 @@ def test_a_planted_wait_is_found(name: str) -> None:
 
 
 def test_a_planted_wait_fails_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Generation._draw
+    plain = SampledStreams._draw
 
-    def curious(generation: Generation, forwarded: Any) -> Any:
+    def curious(generation: SampledStreams, forwarded: Any) -> Any:
         assert bool(torch.isfinite(forwarded.outputs).all())
         return plain(generation, forwarded)
 
-    monkeypatch.setattr(Generation, "_draw", curious)
+    monkeypatch.setattr(SampledStreams, "_draw", curious)
     with PretendGpu(watches=False) as gpu, pytest.raises(SearchError, match=r"HostWaitError: Tensor\.__bool__"):
         run(tmp_path, MODELS["lean decoders"], "cuda", gpu=gpu)
 

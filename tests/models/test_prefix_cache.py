@@ -16,8 +16,8 @@ from test_generation import parts_of, request, whole
 from test_local_search import CONFIGS, PROBLEMS, READING
 from tiny import save_checkpoint, small_pool, talkative, tiny_model
 from tts_search import HFPolicy, HFVerifier, search
+from tts_search.models.branches import TokenBranch
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch
 from tts_search.models.prefix import PrefixCache
 from tts_search.models.transformers import ATTENTION, TransformersDecoder, register
 
@@ -87,11 +87,11 @@ def test_outputs_are_those_of_the_whole_text(decoder, num_pages, page_size, seed
     recorder, cached, forwarded = Recorder(decoder), 0, 0
     for _ in range(6):
         meter, prompt = Meter(), rng.choice(prompts)[: rng.randint(5, 9)]
-        tree = [Branch(meter, tokens=list(prompt), given=len(prompt))]
-        grown: list[Branch] = []
+        tree = [TokenBranch(meter, tokens=list(prompt), given=len(prompt))]
+        grown: list[TokenBranch] = []
         for round_ in range(3):
             parents = rng.choices(tree, k=rng.randint(1, 4))
-            wanted = [Branch(meter, parent, parent.length, list(rng.choice(words))) for parent in parents]
+            wanted = [TokenBranch(meter, parent, parent.length, list(rng.choice(words))) for parent in parents]
             for branch in wanted:
                 if rng.random() < 0.3:
                     branch.marks = [branch.start]
@@ -121,17 +121,17 @@ def test_a_prompt_is_found_while_it_is_in_use_and_after(decoder):
     pool = small_pool(decoder, 100)
     pool.prefix_cache = True
     prompt = list(range(10, 30))
-    first = Branch(Meter(), tokens=list(prompt), given=20)
+    first = TokenBranch(Meter(), tokens=list(prompt), given=20)
     run(pool, [first], Recorder(decoder))
-    second = Branch(Meter(), tokens=[*prompt[:15], 99, 98], given=17)
+    second = TokenBranch(Meter(), tokens=[*prompt[:15], 99, 98], given=17)
     run(pool, [second], recorder := Recorder(decoder))
     assert recorder.sizes == [2]
     assert (second.meter.cached, second.meter.prompt) == (15, 2)
     pool.release([first, second])
-    third = Branch(Meter(), tokens=[*prompt[:15], 99, 98, 97], given=18)
+    third = TokenBranch(Meter(), tokens=[*prompt[:15], 99, 98, 97], given=18)
     run(pool, [third], recorder := Recorder(decoder))
     assert recorder.sizes == [1]
-    again = Branch(Meter(), tokens=list(prompt), given=20)
+    again = TokenBranch(Meter(), tokens=list(prompt), given=20)
     run(pool, [again], recorder := Recorder(decoder))
     assert recorder.sizes == [1]  # the last token is read for its output
 
@@ -141,7 +141,7 @@ def test_prompts_that_begin_alike_are_read_once_though_they_come_at_once(decoder
     pool.prefix_cache = True
     prompt, other = list(range(10, 30)), list(range(40, 47))
     texts = [prompt, prompt, [*prompt[:15], 99, 98], other, [*other[:2], 97, 96, 95, 94, 93]]
-    branches = [Branch(Meter(), tokens=list(text), given=len(text)) for text in texts]
+    branches = [TokenBranch(Meter(), tokens=list(text), given=len(text)) for text in texts]
     found = run(pool, branches, recorder := Recorder(decoder))
     assert len(found) == len(texts)
     assert recorder.sizes == [20 + 7 + 7, 1 + 2]  # the last one shares less than half
@@ -156,7 +156,7 @@ def test_what_lies_behind_a_wanted_place_is_read_again(decoder):
     pool = small_pool(decoder, 100)
     pool.prefix_cache = True
     for marks in ([], [4, 7]):
-        branch = Branch(Meter(), tokens=list(range(10, 20)), given=10, marks=marks)
+        branch = TokenBranch(Meter(), tokens=list(range(10, 20)), given=10, marks=marks)
         run(pool, [branch], recorder := Recorder(decoder))
         pool.release([branch])
     assert recorder.sizes == [6]

@@ -13,8 +13,8 @@ from layouts import r1_tokenizer, save
 from test_hf_verifier import FORMATS, PROBLEM, Counter, encoded, model_of, random_step
 from tiny import save_checkpoint
 from tts_search import HFVerifier
+from tts_search.models.branches import TokenBranch
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch
 from tts_search.search.protocol import Score
 from tts_search.verifiers import FORMATS as PUBLISHED
 from tts_search.verifiers.memory import ScoreMemory, keys_of
@@ -112,7 +112,7 @@ def test_equal_texts_have_equal_keys(path: list[int], data: st.DataObject) -> No
     def keys(cuts: list[int]) -> dict[int, bytes]:
         meter, branch, found = Meter(), None, {}
         for begin, end in zip([0, *cuts], [*cuts, len(path)], strict=True):
-            branch = Branch(meter, branch, begin, path[begin:end])
+            branch = TokenBranch(meter, branch, begin, path[begin:end])
             places = [(branch, at) for at in range(branch.length)]
             found.update({at: key for (_, at), key in keys_of(places).items()})
         return found

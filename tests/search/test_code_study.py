@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tts_search import SearchConfig, Step, StepParams, TextPolicy, search
 from tts_search.domains.code import Level, Sandbox
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, repeated
-from tts_search.lab.humaneval import RULES, Judged, expected, run_study, table_as_text
+from tts_search.lab.humaneval import RULES, Judged, expected, run_code_study, table_as_text
 from tts_search.lab.samples import draw, read_samples
 
 PARAMS = StepParams(delimiter=None, max_tokens=9)
@@ -136,7 +136,7 @@ def test_a_tiny_study(tmp_path):
     def fn(requests):
         return [[Step(texts[i % 4], True, 3, -i % 4 - 1.0) for i, _ in enumerate(r.seeds)] for r in requests]
 
-    found = run_study([TASK], TextPolicy(fn), tmp_path, n=16)
+    found = run_code_study([TASK], TextPolicy(fn), tmp_path, n=16)
     row = found["accuracy"]["16"]
     assert row["random"].startswith("25.0 ")
     assert row["any right (pass@n)"].startswith("100.0 ")
@@ -145,5 +145,5 @@ def test_a_tiny_study(tmp_path):
     assert "accuracy without repeats" not in found
     assert "public tests" in table_as_text(found["accuracy"])
     judged = (tmp_path / "judged.jsonl").read_text()
-    assert run_study([TASK], TextPolicy(fn), tmp_path, n=16) == found, "nothing is done again"
+    assert run_code_study([TASK], TextPolicy(fn), tmp_path, n=16) == found, "nothing is done again"
     assert (tmp_path / "judged.jsonl").read_text() == judged

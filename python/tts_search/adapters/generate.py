@@ -20,7 +20,7 @@ from torch import Tensor
 import tts_kernels as tk
 from tts_search.models.decoder import Batch, KVPool
 from tts_search.models.rotary import rotary_bound
-from tts_search.models.selftest import check_decoder, eager_answers
+from tts_search.models.selftest import check_decoder, eager_outputs
 from tts_search.models.sizing import pool_for
 from tts_search.models.transformers import (
     ATTENTION,
@@ -90,7 +90,7 @@ class GenerationCache(ForestCache):
         with following(model.config):
             decoder = TransformersDecoder(model)
             if self_test and not model.training and not hasattr(model, _TESTED):
-                check_decoder(decoder, eager_answers(model, decoder.shape.max_length))
+                check_decoder(decoder, eager_outputs(model, decoder.shape.max_length))
                 setattr(model, _TESTED, True)
         self.pool: KVPool = pool_for(decoder, kv_memory, page_size)
         self._bound = rotary_bound(model)

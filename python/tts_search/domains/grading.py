@@ -58,9 +58,9 @@ def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
 @functools.cache
 def _judge() -> Any:
     """One for the process: programs of a task come again, in votes and for other budgets."""
-    from tts_search.domains.code import Judge
+    from tts_search.domains.code import ProgramJudge
 
-    return Judge()
+    return ProgramJudge()
 
 
 class _Mathematics:

@@ -35,7 +35,7 @@ _PERIOD: Final = 1.0  # seconds between two looks at how busy the policy is
 
 Result = TypeVar("Result")
 News = TypeVar("News")
-Reader = Callable[[], Iterable[News]]
+NewsReader = Callable[[], Iterable[News]]
 Listener = Callable[["list[Any] | None"], None]  # gets what is new, and None at the end
 
 
@@ -282,7 +282,7 @@ class Handle(ABC, Generic[Result, News]):
         self._engine = engine
         self._future: Future[Result] = Future()
         self._future.add_done_callback(self._on_done)
-        self._listeners: dict[Listener, Reader[News]] = {}  # these belong to the engine's thread
+        self._listeners: dict[Listener, NewsReader[News]] = {}  # these belong to the engine's thread
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the result.
@@ -336,7 +336,7 @@ class Handle(ABC, Generic[Result, News]):
         """Get it on its way, in the engine's thread."""
 
     @abstractmethod
-    def _reader(self) -> Reader[News]:
+    def _reader(self) -> NewsReader[News]:
         """A function that yields what has happened since it was called the last time."""
 
     def _listen(self, listener: Listener) -> None:
@@ -408,7 +408,7 @@ class Search(Handle[SearchResult, SearchEvent]):
         for outcome in started:
             self._engine._settle(*outcome)
 
-    def _reader(self) -> Reader[SearchEvent]:
+    def _reader(self) -> NewsReader[SearchEvent]:
         watch = Watch()
         return lambda: () if self._run is None else watch.look(self._run)
 
@@ -430,7 +430,7 @@ class Generation(Handle["list[Generated]", Generated]):
     def _begin(self, scheduler: Scheduler) -> None:
         scheduler.generate(self.request, self._take)
 
-    def _reader(self) -> Reader[Generated]:
+    def _reader(self) -> NewsReader[Generated]:
         told = 0
 
         def fresh() -> list[Generated]:

@@ -37,11 +37,11 @@ from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
 from tts_search.search.types import Messages
 
-__all__ = ["Outcome", "Scheduler", "Speculate"]
+__all__ = ["Scheduler", "SearchOutcome", "Speculate"]
 
 MAX_ROWS: Final = 1024
 
-Outcome = tuple[int, "SearchResult | SearchError"]
+SearchOutcome = tuple[int, "SearchResult | SearchError"]
 Speculate = Literal["auto"] | bool
 
 
@@ -185,7 +185,7 @@ class Scheduler:
 
     def run(
         self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]
-    ) -> Generator[Outcome, None, None]:
+    ) -> Generator[SearchOutcome, None, None]:
         """Search a series of problems, read as there is room; end those in flight when closed, or `stopped`."""
         waiting = enumerate(problems)
         try:
@@ -206,7 +206,7 @@ class Scheduler:
         *,
         seed_text: str | None = None,
         on_change: Callable[[Run], None] = lambda _: None,
-    ) -> Iterator[Outcome]:
+    ) -> Iterator[SearchOutcome]:
         """Take a problem in, under a number that no other one in flight has; yield its outcome if that is there.
 
         `seed_text` takes the problem's place in the draws' hash; `on_change` is called whenever the search has got on.
@@ -248,7 +248,7 @@ class Scheduler:
         except Exception as error:
             self._tell(request, error)
 
-    def step(self) -> Iterator[Outcome]:
+    def step(self) -> Iterator[SearchOutcome]:
         """Let each model take a step; yield the outcomes of problems that end by what it answers."""
         yield from self._serve(self.policy)
         while isinstance(self.policy, Lifted) and self.num_streams:
@@ -270,7 +270,7 @@ class Scheduler:
         for number in [*self._flights, *self._generations]:
             self.cancel(number)
 
-    def _serve(self, driver: Driver) -> Iterator[Outcome]:
+    def _serve(self, driver: Driver) -> Iterator[SearchOutcome]:
         """Let a driver take a step, and algorithms that have all their answers go on."""
         try:
             answered = driver.step()
@@ -360,7 +360,7 @@ class Scheduler:
         )
         return build_result(flight.run, flight.text, branches, self.extract_answer, stats)
 
-    def _guarded(self, flight: _Flight, action: Callable[[], SearchResult | None]) -> Iterator[Outcome]:
+    def _guarded(self, flight: _Flight, action: Callable[[], SearchResult | None]) -> Iterator[SearchOutcome]:
         """Do something for a problem; yield its result if that ended it, or the error if it failed."""
         outcome: SearchResult | SearchError | None
         try:

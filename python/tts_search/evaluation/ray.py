@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["on_ray"]
 
-Models = tuple[Policy, "Verifier | None"]
+ModelPair = tuple[Policy, "Verifier | None"]
 
 # A call gives an engine this many times what it searches side by side, so that it runs full for most of the time ...
 _REFILLS: Final = 4
@@ -39,7 +39,7 @@ _CALLS: Final = 4
 
 
 def on_ray(
-    load: Callable[[], Models],
+    load: Callable[[], ModelPair],
     *,
     address: str | None = None,
     actors: int | None = None,
@@ -126,7 +126,7 @@ def problems_per_call(problems: int, actors: int, in_flight: int) -> int:
 class _Searcher:
     """What an actor holds: the models, and an engine for each call."""
 
-    def __init__(self, load: Callable[[], Models], experiment: Experiment, max_in_flight: int) -> None:
+    def __init__(self, load: Callable[[], ModelPair], experiment: Experiment, max_in_flight: int) -> None:
         policy, verifier = load()
         self._experiment = replace(experiment, policy=policy, verifier=verifier)
         self._max_in_flight = max_in_flight

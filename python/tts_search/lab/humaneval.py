@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tts_search.domains.code import CodeGrader, CodeTask, Judge
+from tts_search.domains.code import CodeGrader, CodeTask, ProgramJudge
 from tts_search.domains.code.tasks import repeated
 from tts_search.evaluation.tables import format_table
 from tts_search.lab.samples import Drawn, appending, draw, read_lines
 from tts_search.search.protocol import Policy
 from tts_search.search.types import Step, StepParams
 
-__all__ = ["PARAMS", "RULES", "Judged", "expected", "judge_samples", "run_study", "table_as_text", "tables"]
+__all__ = ["PARAMS", "RULES", "Judged", "expected", "judge_samples", "run_code_study", "table_as_text", "tables"]
 
 PARAMS: Final = StepParams(temperature=0.8, top_p=0.95, max_tokens=512, delimiter=None)
 """Temperature and top_p of Chen et al. (arXiv 2107.03374) for many samples."""
@@ -34,8 +34,8 @@ RULES: Final = ("random", "mean logprob", "majority of behaviour", "public tests
 
 _SUBSETS: Final = 500
 _RESAMPLES: Final = 10_000
-Cell = str | int | float | None
-Table = dict[str, dict[str, Cell]]
+TableCell = str | int | float | None
+Table = dict[str, dict[str, TableCell]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Judged:
     hidden_seconds: float
 
 
-def run_study(
+def run_code_study(
     tasks: Sequence[CodeTask], policy: Policy, out: str | Path, *, n: int = 64, seed: int = 0, about: str = ""
 ) -> dict[str, Table]:
     """Draw, judge, and return the tables; what the folder holds already is not done again.
@@ -100,10 +100,10 @@ def run_study(
 
 
 def judge_samples(
-    tasks: Sequence[CodeTask], samples: Sequence[Drawn], path: str | Path, judge: Judge | None = None
+    tasks: Sequence[CodeTask], samples: Sequence[Drawn], path: str | Path, judge: ProgramJudge | None = None
 ) -> list[Judged]:
     """Run the programs of samples; a line of the file for each line of samples, none of which is run again."""
-    path, judge = Path(path), judge or Judge()
+    path, judge = Path(path), judge or ProgramJudge()
     graders = {task.id: CodeGrader(task, judge) for task in tasks}
     entries: list[dict[str, Any]] = [
         {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
@@ -118,7 +118,7 @@ def judge_samples(
     return [known[one.id, one.first] for one in samples]
 
 
-def _judged(drawn: Drawn, grader: CodeGrader, judge: Judge) -> Judged:
+def _judged(drawn: Drawn, grader: CodeGrader, judge: ProgramJudge) -> Judged:
     programs = [grader.extract(step.text) for step in drawn.steps]
     begin = time.perf_counter()
     public = [judge.public(grader.task, program).share if program else 0.0 for program in programs]

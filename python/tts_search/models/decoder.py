@@ -1,7 +1,7 @@
 """What a local model looks like to a policy or a verifier: a decoder that runs packed rows over a paged KV pool.
 
 :class:`Decoder` is the seam. ``models/transformers.py`` implements it for every model with pluggable attention,
-``decoders/llama.py`` for the Llama family on a CPU; ``decoders/loading.py`` chooses.
+``models/llama.py`` for the Llama family on a CPU; ``models/loading.py`` chooses.
 """
 
 from __future__ import annotations

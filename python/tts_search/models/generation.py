@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.branches import Forwarded, Rows, TokenBranch
 from tts_search.models.device import read_tokens, upload
-from tts_search.models.pool import Branch, Forwarded, Rows
 from tts_search.models.streams import Lane, Stream, Streams
 
-__all__ = ["Ending", "Generation", "Sampled", "Sampling"]
+__all__ = ["DrawOptions", "Ending", "SampledStream", "SampledStreams"]
 
 MAX_ROWS: Final = 1024
 
@@ -43,7 +43,7 @@ class Ending(Hashable, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class DrawOptions:
     """How tokens are drawn; see `tts_kernels.sample`."""
 
     temperature: float = 1.0
@@ -53,7 +53,7 @@ class Sampling:
 
 
 @dataclass(slots=True, eq=False)
-class Sampled(Stream, ABC):
+class SampledStream(Stream, ABC):
     """A branch that grows by sampled tokens.
 
     Attributes
@@ -62,7 +62,7 @@ class Sampled(Stream, ABC):
         Its stream of draws.
     limit : int
         The most tokens.
-    sampling : Sampling
+    sampling : DrawOptions
         How they are drawn.
     ending : Ending
         Where it may end, besides the limit.
@@ -84,7 +84,7 @@ class Sampled(Stream, ABC):
 
     seed: int
     limit: int
-    sampling: Sampling
+    sampling: DrawOptions
     ending: Ending
     pace: int = field(init=False, default=_BUFFER)
     num_top: int = field(init=False, default=0)
@@ -97,7 +97,7 @@ class Sampled(Stream, ABC):
     logprob: float = field(init=False, default=0.0)
 
     @property
-    def children(self) -> list[Sampled]:
+    def children(self) -> list[SampledStream]:
         """Those whose next token is drawn from this branch's logits."""
         return [self]
 
@@ -115,7 +115,7 @@ class Sampled(Stream, ABC):
 class _Source(Stream):
     """A branch whose logits the first tokens of others are drawn from."""
 
-    children: list[Sampled]
+    children: list[SampledStream]
 
     @property
     def num_rows(self) -> int:
@@ -126,7 +126,7 @@ class _Source(Stream):
         return bool(self.children)
 
 
-class Generation(Streams[Any]):
+class SampledStreams(Streams[Any]):
     """Samples streams.
 
     Parameters
@@ -145,18 +145,18 @@ class Generation(Streams[Any]):
     def __init__(self, lane: Lane, max_rows: int | None = None) -> None:
         super().__init__(lane, max_rows or MAX_ROWS)
         self.num_drawn = 0
-        self._streams: list[Sampled] = []  # by row
+        self._streams: list[SampledStream] = []  # by row
         self._columns = torch.empty(10, 0, dtype=torch.int64)
         self._logprobs = torch.empty(0, dtype=torch.float64)
         self._new_tokens = torch.empty(0, _BUFFER, dtype=torch.int32)  # by slot
         self._free_slots: list[int] = []
-        self._sources: dict[Branch, _Source] = {}  # those that have not been read yet
+        self._sources: dict[TokenBranch, _Source] = {}  # those that have not been read yet
         self._endings: _Table[Ending] = _Table(torch.uint8)
-        self._samplings: _Table[Sampling] = _Table(torch.float64)
+        self._samplings: _Table[DrawOptions] = _Table(torch.float64)
         self._num_special = 0  # streams that are told about other tokens, or may not draw some
         self._options: dict[str, Any] = {}  # of `tts_kernels.sample`, as long as who runs stays the same
 
-    def submit(self, source: Branch, children: Sequence[Sampled]) -> None:
+    def submit(self, source: TokenBranch, children: Sequence[SampledStream]) -> None:
         """Grow children of a branch, whose first tokens are drawn from its logits: its last token is read again."""
         if source in self._sources:
             self._sources[source].children += children
@@ -167,7 +167,7 @@ class Generation(Streams[Any]):
         for child in children:
             child.streams, child.age = self, next(self.lane.ages)
 
-    def step(self) -> list[Sampled]:
+    def step(self) -> list[SampledStream]:
         """Run one forward and draw; the streams that have ended, or failed, since the last step."""
         self._read_again()
         forwarded = self._forward(self.lane.decoder.logits, head=True)
@@ -231,7 +231,7 @@ class Generation(Streams[Any]):
         return sum(stream.num_rows for _, stream in self._waiting)
 
     def _begin(self, stream: Any) -> None:
-        if isinstance(stream, Sampled) and self.lane.pool.is_ready(stream.branch):
+        if isinstance(stream, SampledStream) and self.lane.pool.is_ready(stream.branch):
             self._put_in([stream])
             self._run([len(self._streams) - 1])
         else:
@@ -354,7 +354,7 @@ class Generation(Streams[Any]):
         self._columns[_FILL, index] = 0
         self._columns[_LEFT, index] = torch.tensor(left)
 
-    def _put_in(self, streams: Sequence[Sampled]) -> None:
+    def _put_in(self, streams: Sequence[SampledStream]) -> None:
         """Give streams rows behind the others'. Their branches are read up to the last token."""
         if len(self._free_slots) < len(streams):
             more = max(len(streams), len(self._new_tokens))
@@ -417,13 +417,13 @@ class Generation(Streams[Any]):
                 self._options |= asdict(only)
             else:
                 values = self._samplings.values[self._columns[_SAMPLING]].T
-                for field_, value in zip(fields(Sampling), values, strict=True):
+                for field_, value in zip(fields(DrawOptions), values, strict=True):
                     dtype = torch.int64 if field_.name == "top_k" else torch.float32
                     self._options[field_.name] = upload(value.to(dtype).contiguous(), device)
         return {**self._options, "offsets": upload(self._columns[_OFFSET], device)}
 
 
-def _is_special(stream: Sampled) -> bool:
+def _is_special(stream: SampledStream) -> bool:
     return stream.tells or stream.free_after > 0
 
 

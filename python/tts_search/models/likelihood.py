@@ -8,11 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tts_search.models.branches import TokenBranch
 from tts_search.models.device import upload
-from tts_search.models.pool import Branch
 from tts_search.models.streams import Stream, Streams
 
-__all__ = ["Prompt", "Prompts", "TokenLogprob"]
+__all__ = ["PromptStream", "PromptStreams", "TokenLogprob"]
 
 _MOST: Final = 256  # tokens of a forward: each has a row of logits
 
@@ -21,7 +21,7 @@ TokenLogprob = tuple[float, tuple[tuple[int, float], ...]]
 
 
 @dataclass(slots=True, eq=False)
-class Prompt(Stream):
+class PromptStream(Stream):
     """A root branch whose tokens are to be told about, from the second on.
 
     Attributes
@@ -41,17 +41,17 @@ class Prompt(Stream):
         Stream.give_up(self)
 
 
-class Prompts(Streams[Prompt]):
+class PromptStreams(Streams[PromptStream]):
     """Reads prompts a few tokens at a time, so that their logits take little room."""
 
-    def submit(self, branch: Branch, num_top: int) -> Prompt:
+    def submit(self, branch: TokenBranch, num_top: int) -> PromptStream:
         """Have a branch without KV read."""
         branch.marks = list(range(branch.length - 1))
-        stream = Prompt(branch, num_top)
+        stream = PromptStream(branch, num_top)
         self._join(stream)
         return stream
 
-    def step(self) -> list[Prompt]:
+    def step(self) -> list[PromptStream]:
         """Run one forward; the prompts that are done, or failed, since the last step."""
         forwarded = self._forward(self.lane.decoder.logits, head=True, most=_MOST)
         if forwarded is not None:

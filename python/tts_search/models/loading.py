@@ -17,7 +17,7 @@ from tts_search.models.formats.opening import open_checkpoint
 from tts_search.models.llama import LlamaConfig, LlamaDecoder, Quantize
 from tts_search.models.quantised import Loader
 from tts_search.models.rotary import context_of
-from tts_search.models.selftest import QUANTISED, check_decoder, eager_answers
+from tts_search.models.selftest import QUANTISED, check_decoder, eager_outputs
 from tts_search.models.streaming import blank_model, check_streamed, load_state
 
 __all__ = ["lean_decoder", "llama_config", "load_decoder", "why_not_lean"]
@@ -100,13 +100,13 @@ def load_decoder(
         quantize is not None or is_gguf(path_or_id) or checkpoint.few_bits or checkpoint.merged
     ):
         return _streamed(checkpoint, causal_lm, dtype, device, quantize, self_test)
-    general = adapter.load_decoder(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
+    general = adapter.load_transformers(path_or_id, causal_lm=causal_lm, dtype=dtype, device=device)
     model = general.model
     reason = why_not_lean(model)
     if decoder == "lean" and reason is not None:
         raise ValueError(f"decoder: expected a model that the lean decoder can run, got one {reason}")
     with adapter.following(model.config):
-        expected = eager_answers(model, general.shape.max_length) if self_test else None
+        expected = eager_outputs(model, general.shape.max_length) if self_test else None
         chosen: Decoder = general
         if decoder != "transformers" and reason is None:
             del general  # its weights go one by one

@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tts_search.models.pool import Branch
+from tts_search.models.branches import TokenBranch
 from tts_search.models.streams import Stream, Streams
 
-__all__ = ["Read", "Reading"]
+__all__ = ["ReadStream", "ReadStreams"]
 
-Place = tuple[Branch, int]
+Place = tuple[TokenBranch, int]
 
 
 @dataclass(slots=True, eq=False)
-class Read(Stream):
+class ReadStream(Stream):
     """A branch to be read.
 
     Attributes
     ----------
-    places : list of (Branch, int)
+    places : list of (TokenBranch, int)
         The branch and the marked positions of its path, and its last one, as far as they have been read.
     outputs : list of Tensor
         [..., H]: their hidden states, part by part.
@@ -35,16 +35,16 @@ class Read(Stream):
         Stream.give_up(self)
 
 
-class Reading(Streams[Read]):
+class ReadStreams(Streams[ReadStream]):
     """Reads the pending tokens of branches, in as many forwards as these need."""
 
-    def submit(self, branch: Branch) -> Read:
+    def submit(self, branch: TokenBranch) -> ReadStream:
         """Have a branch read. It has pending tokens, and nobody else has it read at the time."""
-        stream = Read(branch)
+        stream = ReadStream(branch)
         self._join(stream)
         return stream
 
-    def step(self) -> list[Read]:
+    def step(self) -> list[ReadStream]:
         """Run one forward; the streams that are done, or failed, since the last step."""
         forwarded = self._forward(self.lane.decoder.hidden, head=False)
         if forwarded is not None:

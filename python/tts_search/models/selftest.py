@@ -25,7 +25,7 @@ from tts_search.models.decoder import Batch, Decoder, KVPool
 from tts_search.models.rotary import rotary_switch, switching_at
 from tts_search.models.transformers import TransformersDecoder, body_of
 
-__all__ = ["QUANTISED", "Answers", "check_decoder", "eager_answers"]
+__all__ = ["QUANTISED", "EagerOutputs", "check_decoder", "eager_outputs"]
 
 _TOKENS: Final = 24  # of the longer text: a page and a half
 _LONGEST: Final = 160  # of the longer text, if that is what it takes to leave a sliding window
@@ -40,7 +40,7 @@ QUANTISED: Final = {"int8": 0.3, "int4": 0.9}
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class EagerOutputs:
     """Two texts with a common beginning, and what a model says of them.
 
     Attributes
@@ -65,7 +65,7 @@ class Answers:
 
 
 @torch.inference_mode()
-def eager_answers(model: Any, max_length: int) -> Answers:
+def eager_outputs(model: Any, max_length: int) -> EagerOutputs:
     """What a model of transformers says of two texts with its own eager attention.
 
     Raises
@@ -82,11 +82,11 @@ def eager_answers(model: Any, max_length: int) -> Answers:
         short, long = (body_of(model)(input_ids=each, use_cache=False).last_hidden_state[0].float() for each in ids)
         has_head = model.get_output_embeddings() is not None
         logits = model(input_ids=ids[1], use_cache=False).logits[0, -1:].float() if has_head else None
-    return Answers((texts[0], texts[1]), common, (short, long), logits, switch)
+    return EagerOutputs((texts[0], texts[1]), common, (short, long), logits, switch)
 
 
 @torch.inference_mode()
-def check_decoder(decoder: Decoder, expected: Answers, allowed: float | None = None) -> None:
+def check_decoder(decoder: Decoder, expected: EagerOutputs, allowed: float | None = None) -> None:
     """Compare a decoder with what its model says by itself.
 
     It costs the forwards of some 50 tokens. ``allowed`` is how far half of the rows may be off, instead of what the
@@ -110,7 +110,7 @@ def check_decoder(decoder: Decoder, expected: Answers, allowed: float | None = N
         _walk(decoder, expected, allowed)
 
 
-def _walk(decoder: Decoder, expected: Answers, allowed: float | None) -> None:
+def _walk(decoder: Decoder, expected: EagerOutputs, allowed: float | None) -> None:
     pool = KVPool(decoder.shape, 64, dtype=decoder.dtype, device=decoder.device)
     short, long = expected.texts
     start, ends = expected.common, (len(expected.texts[0]), len(expected.texts[1]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from tts_search.models.checkpoint import Checkpoint
 from tts_search.models.llama import LlamaDecoder
 from tts_search.models.quantised import Loader, Weight, whole
-from tts_search.models.selftest import check_decoder, eager_answers
+from tts_search.models.selftest import check_decoder, eager_outputs
 
 __all__ = ["blank_model", "check_streamed", "load_state"]
 
@@ -109,4 +109,4 @@ def check_streamed(
             weights[name] = whole(weight, decoder.dtype)
     model.load_state_dict(weights, assign=True)
     model.rotary_emb = type(model.rotary_emb)(config).to(decoder.device)
-    check_decoder(first, eager_answers(model.eval(), decoder.shape.max_length), allowed)
+    check_decoder(first, eager_outputs(model.eval(), decoder.shape.max_length), allowed)

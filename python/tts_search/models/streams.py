@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.branches import NO_ROWS, Forwarded, Rows, TokenBranch
 from tts_search.models.decoder import Batch
-from tts_search.models.pool import NO_ROWS, Branch, BranchPool, Forwarded, Rows
+from tts_search.models.pool import BranchPool
 
 if TYPE_CHECKING:
     from tts_search.models.decoder import Decoder
@@ -41,7 +42,7 @@ class Stream:
 
     Attributes
     ----------
-    branch : Branch
+    branch : TokenBranch
         What is read or grown.
     streams : Streams
         Where it runs.
@@ -51,7 +52,7 @@ class Stream:
         Why it ended without being done.
     """
 
-    branch: Branch
+    branch: TokenBranch
     streams: Streams[Stream] = field(init=False, repr=False)
     age: int = field(init=False, default=-1)
     error: Exception | None = field(init=False, default=None)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from tts_search.models.endings import closes
-from tts_search.models.generation import Sampled
+from tts_search.models.generation import SampledStream
 
-__all__ = ["GrowingText", "Stops", "Text", "TextStream"]
+__all__ = ["Detokenizer", "GrowingText", "Stops", "TextStream"]
 
 # Tokens before a text that are decoded with it: enough for any decoder that looks at the neighbours of a token.
 _CONTEXT: Final = 8
@@ -59,7 +59,7 @@ class Stops:
         return whole
 
 
-class Text:
+class Detokenizer:
     """Texts of tokens, as they read behind others.
 
     Parameters
@@ -95,7 +95,7 @@ class Text:
         self._context_text = self._decode(self._context)
 
 
-class GrowingText(Text):
+class GrowingText(Detokenizer):
     """The text of one stream, which is asked for at each of its tokens: not all of it is decoded each time."""
 
     _fixed: int = 0  # tokens that are not decoded again
@@ -111,12 +111,12 @@ class GrowingText(Text):
 
 
 @dataclass(slots=True, eq=False)
-class TextStream(Sampled):
+class TextStream(SampledStream):
     """A branch that grows by text.
 
     Attributes
     ----------
-    text : Text
+    text : Detokenizer
         How it reads.
     stops : Stops
         What ends it.
@@ -132,7 +132,7 @@ class TextStream(Sampled):
         Characters in which no piece ends it.
     """
 
-    text: Text = field(repr=False)
+    text: Detokenizer = field(repr=False)
     stops: Stops
     said: str = field(init=False, default="")
     kept: int | None = field(init=False, default=None)

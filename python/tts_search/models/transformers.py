@@ -282,7 +282,7 @@ class TransformersDecoder:
         return self._cache
 
 
-def load_decoder(
+def load_transformers(
     path_or_id: str,
     *,
     causal_lm: bool = True,

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from tts_search.errors import require
+from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import KvDtype
 from tts_search.models.endings import Endings
-from tts_search.models.generation import Generation, Sampling
+from tts_search.models.generation import DrawOptions, SampledStreams
 from tts_search.models.graphs import decode_graphs
-from tts_search.models.likelihood import Prompt, Prompts
+from tts_search.models.likelihood import PromptStream, PromptStreams
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch, BranchPool
+from tts_search.models.pool import BranchPool
 from tts_search.models.sizing import pool_for
 from tts_search.models.streams import Lane
-from tts_search.models.texts import GrowingText, Stops, Text, TextStream
+from tts_search.models.texts import Detokenizer, GrowingText, Stops, TextStream
 from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
 from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Generate, Generated, Load, Usage, answers_of
@@ -125,14 +126,14 @@ class HFPolicy:
         )
         pool = pool_for(model, kv_memory, kv_dtype=kv_dtype)
         self._lane = Lane(model, BranchPool(pool, graphs=decode_graphs(model, pool)))
-        self._generation = Generation(self._lane)
+        self._generation = SampledStreams(self._lane)
         self._problems: dict[int, _Problem] = {}
         self._ending = lru_cache(64)(self._new_ending)
         self._jobs: dict[_Job, None] = {}
         self._answered: list[_Job] = []
         self._news: dict[_Sample, None] = {}  # samples of which there is something to tell
-        self._prompts = Prompts(self._lane)
-        self._told: dict[Prompt, _Job] = {}  # prompts that are read for what is told of their tokens
+        self._prompts = PromptStreams(self._lane)
+        self._told: dict[PromptStream, _Job] = {}  # prompts that are read for what is told of their tokens
 
     @property
     def max_rows(self) -> int:
@@ -189,7 +190,7 @@ class HFPolicy:
         """
         unused(problem, self._problems, self)
         tokens = self.prompt_tokens(text)
-        root = Branch(Meter(), tokens=tokens, given=len(tokens))
+        root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = _Problem(root, {0: _Node(root, "")})
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
@@ -296,8 +297,8 @@ class HFPolicy:
         job = _Job(request, state, self._parent(state, request))
         limit = self._limit(job, params.max_tokens)
         stops = Stops((params.delimiter,) if params.delimiter else (), self._eos, self._eos, "token")
-        text = Text(self._decode, job.parent.path)
-        sampling = Sampling(params.temperature, params.top_p, params.top_k)
+        text = Detokenizer(self._decode, job.parent.path)
+        sampling = DrawOptions(params.temperature, params.top_p, params.top_k)
         ending = self._ending(stops.texts, stops.tokens)
         job.children = [_Child(job.branch(), seed, limit, sampling, ending, text, stops, job) for seed in request.seeds]
         return job
@@ -305,7 +306,7 @@ class HFPolicy:
     def _generate(self, request: Generate) -> _Job:
         """The same for text behind any tokens: they are a problem by themselves."""
         params, tokens = request.params, list(request.tokens)
-        root = Branch(Meter(), tokens=tokens, given=len(tokens))
+        root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
         job = _Job(request, _Problem(root, {}), root)
         limit = self._limit(job, params.max_tokens)
         if fault := _fault(request, len(self.tokenizer)):
@@ -313,7 +314,7 @@ class HFPolicy:
             return job
         eos = frozenset() if params.ignore_eos else self._eos
         stops = Stops(params.stop, eos.union(params.stop_ids), eos, "stop" if params.keep_stop else "nothing")
-        sampling = Sampling(params.temperature, params.top_p, params.top_k, params.min_p)
+        sampling = DrawOptions(params.temperature, params.top_p, params.top_k, params.min_p)
         ending = self._ending(stops.texts, stops.tokens)
         for number, seed in enumerate(request.seeds):
             text = GrowingText(self._decode, root.path)
@@ -339,7 +340,7 @@ class HFPolicy:
             )
         return room if wanted is None else min(wanted, room)
 
-    def _parent(self, state: _Problem, request: Expand) -> Branch:
+    def _parent(self, state: _Problem, request: Expand) -> TokenBranch:
         """The branch to continue: one that this policy made, or such a one with what the steps' text has beyond it."""
         text = "".join(request.steps)
         if not text:
@@ -351,7 +352,9 @@ class HFPolicy:
             if base.text == text:
                 return base.branch
             tokens = continuation_ids(base.branch.path(), text[len(base.text) :], self._plain, self._decode_all)
-            node = _Node(Branch(state.root.meter, base.branch, base.branch.length, tokens, given=len(tokens)), text)
+            node = _Node(
+                TokenBranch(state.root.meter, base.branch, base.branch.length, tokens, given=len(tokens)), text
+            )
             state.nodes[request.branch] = node
         return node.branch
 
@@ -367,7 +370,7 @@ class HFPolicy:
         if not job.running:
             self._answered.append(job)
 
-    def _go_on(self, job: _Job, prompt: Prompt) -> None:
+    def _go_on(self, job: _Job, prompt: PromptStream) -> None:
         """The prompt of a request was read, or could not be: sample behind it."""
         if prompt.error is None and not all(math.isfinite(value) for value, _ in prompt.told):
             prompt.error = FloatingPointError("the model gave no finite logits")
@@ -472,7 +475,7 @@ def _begins(start: str, text: str) -> bool:
 class _Problem:
     """A problem in flight: its prompt, the branches that may be asked for, the tokens sampled so far."""
 
-    root: Branch
+    root: TokenBranch
     nodes: dict[int, _Node]
     sampled: int = 0
 
@@ -481,7 +484,7 @@ class _Problem:
 class _Node:
     """A branch and the text of its steps."""
 
-    branch: Branch
+    branch: TokenBranch
     text: str
 
 
@@ -491,14 +494,14 @@ class _Job:
 
     request: Expand | Generate
     state: _Problem
-    parent: Branch
+    parent: TokenBranch
     children: list[TextStream] = field(default_factory=list)
     running: set[TextStream] = field(default_factory=set)
     error: Exception | None = None
 
-    def branch(self) -> Branch:
+    def branch(self) -> TokenBranch:
         """Where a child grows."""
-        return Branch(self.parent.meter, self.parent, self.parent.length)
+        return TokenBranch(self.parent.meter, self.parent, self.parent.length)
 
 
 @dataclass(slots=True, eq=False)

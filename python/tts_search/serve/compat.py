@@ -12,7 +12,7 @@ from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
 from tts_search.serve.generation import Answers, Prompt, finish_reason, stop_reason
 from tts_search.serve.guards import while_wanted
-from tts_search.serve.schemas import Conversation, Request, Sampling, Text, TokenIds
+from tts_search.serve.schemas import ApiRequest, Conversation, SamplingRequest, Text, TokenIds
 from tts_search.serve.service import Served, Service
 from tts_search.serve.solutions import (
     Solution,
@@ -28,7 +28,7 @@ routes = APIRouter()
 _ANY = 4096  # entries of a list
 
 
-class WorkerGenerate(Sampling):
+class WorkerGenerate(SamplingRequest):
     """A prompt for a worker of FastChat's kind."""
 
     prompt: Text
@@ -37,14 +37,14 @@ class WorkerGenerate(Sampling):
     logprobs: None = None
 
 
-class Given(Sampling):
+class Given(SamplingRequest):
     """How SGLang's `/generate` is told to sample."""
 
     max_new_tokens: int = Field(default=128, ge=1, lt=1 << 31)
     no_stop_trim: bool = False
 
 
-class Generating(Request):
+class Generating(ApiRequest):
     """A prompt, or several, for SGLang's `/generate`."""
 
     text: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
@@ -54,7 +54,7 @@ class Generating(Request):
     stream: bool = False
 
 
-class WorkerReward(Request):
+class WorkerReward(ApiRequest):
     """Solutions for a worker that scores: texts, pairs of problem and solution, or conversations; one, or several."""
 
     input_str: (

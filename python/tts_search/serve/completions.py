@@ -15,7 +15,7 @@ from tts_search.search.protocol import Generated
 from tts_search.serve.errors import ApiError
 from tts_search.serve.generation import LEAST, Answers, Prompt, finish_reason, stop_reason, told_of_prompt
 from tts_search.serve.guards import while_wanted
-from tts_search.serve.schemas import Sampling, Text, TokenIds
+from tts_search.serve.schemas import SamplingRequest, Text, TokenIds
 from tts_search.serve.service import Served, Service
 from tts_search.serve.streams import event, new_id, now, streamed
 
@@ -25,7 +25,7 @@ routes = APIRouter()
 _SHORT = 16  # tokens, unless a request says how many: OpenAI's number
 
 
-class Completion(Sampling):
+class CompletionRequest(SamplingRequest):
     """A prompt that is to be continued, or several."""
 
     prompt: (
@@ -41,7 +41,7 @@ class Completion(Sampling):
 
 
 @routes.post("/v1/completions")
-async def complete(body: Completion, service: Served, request: HttpRequest) -> Response:
+async def complete(body: CompletionRequest, service: Served, request: HttpRequest) -> Response:
     """Continue prompts; the answers to the first one come first."""
     service.check_model(body.model)
     tells_echo = body.echo and body.logprobs is not None
@@ -78,7 +78,7 @@ def _without_answer(part: Generated) -> Generated:
     return Generated(part.sample, "", reason="length", cached_tokens=part.cached_tokens, prompt=part.prompt)
 
 
-def _prompts(service: Service, body: Completion) -> list[Prompt]:
+def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     """The prompts, which come as texts or as tokens."""
     prompt = body.prompt
     several: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
@@ -92,7 +92,7 @@ def _prompts(service: Service, body: Completion) -> list[Prompt]:
     return found
 
 
-def _head(service: Service, body: Completion, answers: Answers) -> dict[str, Any]:
+def _head(service: Service, body: CompletionRequest, answers: Answers) -> dict[str, Any]:
     return {
         "id": new_id("cmpl"),
         "object": "text_completion",
@@ -103,7 +103,7 @@ def _head(service: Service, body: Completion, answers: Answers) -> dict[str, Any
 
 
 def _choice(
-    service: Service, body: Completion, answers: Answers, part: Generated, *, first: bool, offset: int = 0
+    service: Service, body: CompletionRequest, answers: Answers, part: Generated, *, first: bool, offset: int = 0
 ) -> dict[str, Any]:
     """A part of an answer; the `first` one has the prompt before it, if that is to be echoed."""
     tokens = answers.prompt_of(part.sample).tokens
@@ -159,7 +159,7 @@ def _echoed_logprobs(
     }
 
 
-async def _chunks(service: Service, body: Completion, answers: Answers) -> AsyncGenerator[bytes, None]:
+async def _chunks(service: Service, body: CompletionRequest, answers: Answers) -> AsyncGenerator[bytes, None]:
     """Yield the events of a stream."""
     head = _head(service, body, answers)
     told: dict[int, int] = {}  # characters of each answer

@@ -14,7 +14,7 @@ from tts_search.search.protocol import Generate, Generated, GenerateParams
 from tts_search.search.seeds import Seeds
 from tts_search.serve.errors import ApiError
 from tts_search.serve.guards import refusal
-from tts_search.serve.schemas import Sampling, fresh_seed
+from tts_search.serve.schemas import SamplingRequest, fresh_seed
 from tts_search.serve.service import Service
 from tts_search.serve.texts import Texts
 
@@ -38,7 +38,7 @@ class Answers:
     ----------
     service : Service
         Who answers.
-    sampling : Sampling
+    sampling : SamplingRequest
         How.
     prompts : sequence of Prompt
         To what.
@@ -65,7 +65,7 @@ class Answers:
     def __init__(
         self,
         service: Service,
-        sampling: Sampling,
+        sampling: SamplingRequest,
         prompts: Sequence[Prompt],
         *,
         max_tokens: int | None,

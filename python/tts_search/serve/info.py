@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
 from tts_search.serve.errors import ApiError
-from tts_search.serve.schemas import Conversation, Request, Text, TokenIds
+from tts_search.serve.schemas import ApiRequest, Conversation, Text, TokenIds
 from tts_search.serve.service import Served, Service
 
 __all__ = ["open_routes", "routes"]
@@ -68,7 +68,7 @@ def _entry(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-class Tokenize(Request):
+class Tokenize(ApiRequest):
     """A text or a conversation whose tokens are wanted."""
 
     prompt: Text | None = None
@@ -79,7 +79,7 @@ class Tokenize(Request):
     return_token_strs: bool = False
 
 
-class Detokenize(Request):
+class Detokenize(ApiRequest):
     """Tokens whose text is wanted."""
 
     tokens: TokenIds = Field(max_length=1 << 20)

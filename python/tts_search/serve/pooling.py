@@ -13,10 +13,10 @@ from pydantic import AliasChoices, Field, model_validator
 from tts_search.serve.errors import ApiError
 from tts_search.serve.generation import Answers, Prompt
 from tts_search.serve.guards import while_wanted
-from tts_search.serve.schemas import Conversation, Request, Sampling, Text, TokenIds
+from tts_search.serve.schemas import ApiRequest, Conversation, SamplingRequest, Text, TokenIds
 from tts_search.serve.service import Served, Service
 from tts_search.serve.solutions import (
-    Reading,
+    ScoredSolutions,
     Solution,
     read_all,
     scores_tokens,
@@ -25,15 +25,15 @@ from tts_search.serve.solutions import (
     solution_of_pair,
 )
 from tts_search.serve.streams import new_id, now
-from tts_search.serve.texts import Texts as ModelTexts
+from tts_search.serve.texts import Texts
 
 __all__ = ["routes"]
 
 routes = APIRouter()
-Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=4096)]
+OneOrMoreTexts = Text | Annotated[list[Text], Field(min_length=1, max_length=4096)]
 
 
-class Pooling(Request):
+class Pooling(ApiRequest):
     """A solution, or several, whose steps are to be scored; of a server without a format of steps, any texts.
 
     How a text becomes tokens (`add_special_tokens`, and of messages the other two) is the format's where there is one.
@@ -62,19 +62,19 @@ class Pooling(Request):
         return self
 
 
-class Scoring(Request):
+class Scoring(ApiRequest):
     """Problems and solutions that are to be scored as a whole."""
 
-    queries: Texts = Field(validation_alias=AliasChoices("queries", "query", "text_1", "data_1"))
-    documents: Texts = Field(validation_alias=AliasChoices("documents", "items", "text_2", "data_2"))
+    queries: OneOrMoreTexts = Field(validation_alias=AliasChoices("queries", "query", "text_1", "data_1"))
+    documents: OneOrMoreTexts = Field(validation_alias=AliasChoices("documents", "items", "text_2", "data_2"))
     aggregate: Literal["last", "min", "prod", "mean", "max", "sum"] = "last"
 
 
-class GenerativeScoring(Request):
+class GenerativeScoring(ApiRequest):
     """A query, items, and the tokens between which the policy decides about each."""
 
     query: Text | TokenIds
-    items: Texts | Annotated[list[TokenIds], Field(min_length=1, max_length=4096)]
+    items: OneOrMoreTexts | Annotated[list[TokenIds], Field(min_length=1, max_length=4096)]
     label_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=128)]
     apply_softmax: bool = True
     item_first: bool = False
@@ -146,7 +146,7 @@ async def generative_scoring(body: GenerativeScoring, service: Served, request: 
     pieces = [[_ids(texts, part) for part in (body.query, item)] for item in items]
     prompts = [Prompt([*second, *first] if body.item_first else [*first, *second]) for first, second in pieces]
     texts.check(body.label_token_ids)
-    sampling = Sampling(temperature=0.0, seed=0, logprob_token_ids=body.label_token_ids)
+    sampling = SamplingRequest(temperature=0.0, seed=0, logprob_token_ids=body.label_token_ids)
     answers = Answers(service, sampling, prompts, max_tokens=1, logprobs=0)
     parts = await while_wanted(request, answers.whole(), service.settings.timeout_s)
     scores = [_label_score([value for _, value in part.top[0]], normalised=body.apply_softmax) for part in parts]
@@ -160,7 +160,7 @@ async def generative_scoring(body: GenerativeScoring, service: Served, request: 
     }
 
 
-def _ids(texts: ModelTexts, part: str | list[int]) -> list[int]:
+def _ids(texts: Texts, part: str | list[int]) -> list[int]:
     if isinstance(part, str):
         return texts.encode(part, special=False)
     texts.check(part)
@@ -197,7 +197,7 @@ def _pairs(queries: str | list[str], documents: str | list[str]) -> list[tuple[s
     return list(zip(first * (len(second) if len(first) == 1 else 1), second, strict=True))
 
 
-def _reply(service: Service, kind: str, data: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:
+def _reply(service: Service, kind: str, data: list[dict[str, Any]], reading: ScoredSolutions) -> dict[str, Any]:
     tokens = reading.tokens + reading.cached_tokens
     return {
         "id": new_id(kind),

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 __all__ = [
+    "ApiRequest",
     "Chat",
     "Conversation",
     "Message",
-    "Request",
-    "Sampling",
-    "Stops",
+    "SamplingRequest",
+    "StopTexts",
     "StreamOptions",
     "Text",
     "TokenIds",
@@ -23,7 +23,7 @@ __all__ = [
 Text = Annotated[str, StringConstraints(max_length=1 << 22)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Stops = Annotated[list[Stop], Field(max_length=16)]
+StopTexts = Annotated[list[Stop], Field(max_length=16)]
 
 # Fields that change what is sampled in ways that this server does not know, and their values that change nothing.
 _UNKNOWN: Final[dict[str, tuple[Any, ...]]] = {
@@ -52,7 +52,7 @@ _UNKNOWN: Final[dict[str, tuple[Any, ...]]] = {
 }
 
 
-class Request(BaseModel):
+class ApiRequest(BaseModel):
     """A request to a model; a field that is null is one that is not there."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
@@ -98,7 +98,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class Sampling(Request):
+class SamplingRequest(ApiRequest):
     """How answers are drawn, what ends them and what is told of them."""
 
     n: int = Field(default=1, ge=1, le=1 << 16)
@@ -108,7 +108,7 @@ class Sampling(Request):
     top_k: int = Field(default=0, ge=-1, lt=1 << 31)
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: Stops = []
+    stop: StopTexts = []
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -125,7 +125,7 @@ class Sampling(Request):
         return (1 if wanted else None) if isinstance(wanted, bool) else wanted
 
     @model_validator(mode="after")
-    def _possible(self) -> Sampling:
+    def _possible(self) -> SamplingRequest:
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs: expected none in a stream")
         return self
@@ -144,7 +144,7 @@ class Sampling(Request):
         return data
 
 
-class Chat(Sampling):
+class Chat(SamplingRequest):
     """A conversation that is to be answered or continued."""
 
     messages: Conversation

@@ -19,7 +19,7 @@ from tts_search.serve.errors import ApiError
 from tts_search.serve.guards import while_wanted
 from tts_search.serve.results import finite
 from tts_search.serve.schemas import Chat, fresh_seed
-from tts_search.serve.searching import config_of, found, problem_of, usage_of, vote_of
+from tts_search.serve.searching import config_of_request, found, problem_of, usage_of, vote_of
 from tts_search.serve.service import Service
 from tts_search.serve.streams import event, new_id, now, streamed
 
@@ -41,7 +41,7 @@ async def chat_of_search(service: Service, request: HttpRequest, body: Chat, fie
     if body.continue_final_message or body.stop or body.stop_token_ids or body.logprobs:
         raise ApiError(400, "search: expected no stop, no logprobs and no continue_final_message beside it", "search")
     own = {name: value for name, value in fields.items() if name not in ("vote", "tree")}
-    config = config_of(service, {**_sampling(body), "seed": fresh_seed(body.seed), **own})
+    config = config_of_request(service, {**_sampling(body), "seed": fresh_seed(body.seed), **own})
     if body.n > config.n:
         raise ApiError(400, f"n: expected at most {config.n} of the search's answers, got {body.n}", "n")
     asked = _Asked(body, vote_of(service, fields.get("vote")), bool(fields.get("tree")))

@@ -28,11 +28,11 @@ from tts_search.search.voting import VOTES
 from tts_search.serve.errors import ApiError
 from tts_search.serve.guards import refusal, while_wanted
 from tts_search.serve.results import best_node, node_as_dict, result_as_dict
-from tts_search.serve.schemas import Conversation, Request, Text, fresh_seed
+from tts_search.serve.schemas import ApiRequest, Conversation, Text, fresh_seed
 from tts_search.serve.service import Served, Service
 from tts_search.serve.streams import event, new_id, streamed
 
-__all__ = ["config_of", "found", "problem_of", "routes", "split_name", "usage_of", "vote_of"]
+__all__ = ["config_of_request", "found", "problem_of", "routes", "split_name", "usage_of", "vote_of"]
 
 routes = APIRouter()
 _FIELDS: Final = frozenset(one.name for one in fields(SearchConfig))
@@ -69,7 +69,7 @@ class Budget(BaseModel):
         return max(1, int(self.flops / each))
 
 
-class SearchRequest(Request):
+class SearchRequest(ApiRequest):
     """A problem, or a conversation, and the fields of a :class:`~tts_search.SearchConfig`."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
@@ -93,7 +93,7 @@ async def search(body: SearchRequest, service: Served, request: HttpRequest) -> 
     if (body.problem is None) == (body.messages is None):
         raise ApiError(400, "problem: expected either problem or messages", "problem")
     problem = problem_of(body.messages) if body.problem is None else body.problem
-    config = config_of(service, {**named, **(body.model_extra or {}), "seed": fresh_seed(body.seed)})
+    config = config_of_request(service, {**named, **(body.model_extra or {}), "seed": fresh_seed(body.seed)})
     vote = vote_of(service, body.vote)
     timeout_s = service.settings.timeout_s
     if body.stream:
@@ -118,7 +118,7 @@ def split_name(service: Service, name: str | None) -> tuple[str | None, dict[str
     return base, {"method": method, "n": int(size)}
 
 
-def config_of(service: Service, values: Mapping[str, Any]) -> SearchConfig:
+def config_of_request(service: Service, values: Mapping[str, Any]) -> SearchConfig:
     """A config of these fields.
 
     Raises

@@ -18,7 +18,7 @@ from tts_search.serve.searching import found
 from tts_search.serve.service import Service
 
 __all__ = [
-    "Reading",
+    "ScoredSolutions",
     "Solution",
     "read_all",
     "scores_tokens",
@@ -33,13 +33,13 @@ Solution = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ScoredSolutions:
     """Solutions with their scores.
 
     Attributes
     ----------
     completions : list of Completion
-        One a solution, in order.
+        One for each solution, in order.
     tokens, cached_tokens : int
         Tokens that were read for them, and that were known from earlier.
     """
@@ -129,7 +129,7 @@ def scores_tokens(service: Service) -> bool:
     return getattr(getattr(service.verifier, "format", None), "score_at", "") == "token"
 
 
-async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> Reading:
+async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> ScoredSolutions:
     """Have solutions scored, all at once: those of one problem share what is read of it.
 
     Raises
@@ -156,7 +156,7 @@ async def read_all(service: Service, solutions: Sequence[Solution], aggregate: s
     completions: dict[int, Completion] = {}
     for own, result in zip(numbers.values(), results, strict=True):
         completions.update(zip(own, result.completions, strict=True))
-    return Reading(
+    return ScoredSolutions(
         [completions[number] for number in range(len(solutions))],
         sum(result.stats.verifier_tokens for result in results),
         sum(result.stats.cached_tokens for result in results),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tts_search.domains.code.judging import Judge
+from tts_search.domains.code.judging import ProgramJudge
 from tts_search.domains.code.tasks import CodeTask
 from tts_search.search.protocol import Score, Usage
 
@@ -27,7 +27,7 @@ class ExecutionVerifier:
     ----------
     tasks : iterable of CodeTask
         Those that will be searched, known by their problem's text.
-    judge : Judge or None
+    judge : ProgramJudge or None
         Runs programs; by default in a sandbox of the full level.
     pending : float
         The score of a step without a program.
@@ -43,8 +43,8 @@ class ExecutionVerifier:
     >>> verifier = ExecutionVerifier(humaneval())  # doctest: +SKIP
     """
 
-    def __init__(self, tasks: Iterable[CodeTask], judge: Judge | None = None, *, pending: float = 0.1) -> None:
-        self.judge = judge or Judge()
+    def __init__(self, tasks: Iterable[CodeTask], judge: ProgramJudge | None = None, *, pending: float = 0.1) -> None:
+        self.judge = judge or ProgramJudge()
         self.pending = pending
         self._tasks: dict[str, CodeTask] = {}
         for task in tasks:

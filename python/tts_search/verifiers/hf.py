@@ -12,9 +12,10 @@ import torch
 
 import tts_kernels as tk
 from tts_search.errors import require
+from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import KvDtype
 from tts_search.models.meter import Meter
-from tts_search.models.pool import MAX_FORWARD_TOKENS, Branch, BranchPool
+from tts_search.models.pool import MAX_FORWARD_TOKENS, BranchPool
 from tts_search.models.reading import Place
 from tts_search.models.streams import Stream
 from tts_search.search.checks import unused
@@ -191,7 +192,7 @@ class HFVerifier:
         """
         unused(problem, self._problems, self)
         tokens, tail = self._reader.prompt(text)
-        root = Branch(Meter(), tokens=tokens, given=len(tokens))
+        root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
         self._problems[problem] = {0: _Node(root, tail, (), [])}
         self._scorer.begin(root)
 
@@ -329,7 +330,7 @@ class HFVerifier:
         self._pool.close(root.meter)
         return root.meter.usage(self._pool.pool) + self._scorer.end(root)
 
-    def _release(self, branches: Sequence[Branch]) -> None:
+    def _release(self, branches: Sequence[TokenBranch]) -> None:
         self._pool.release(branches)
         self._scorer.release(branches)
 
@@ -449,7 +450,7 @@ class HFVerifier:
 class _Node:
     """The text up to a step and the scores of its steps."""
 
-    branch: Branch
+    branch: TokenBranch
     tail: Tail
     steps: tuple[str, ...]
     scores: list[float]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.branches import TokenBranch
 from tts_search.models.device import read_scores, upload
-from tts_search.models.pool import Branch
-from tts_search.models.reading import Place, Read, Reading
+from tts_search.models.reading import Place, ReadStream, ReadStreams
 from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Usage
 from tts_search.verifiers.reader import Tail
@@ -27,35 +27,35 @@ class Job:
 
     Attributes
     ----------
-    chain : list of Branch
+    chain : list of TokenBranch
         The branches that hold the new steps, each one's parent before it.
-    questions : list of Branch
+    questions : list of TokenBranch
         Branches behind the steps whose last token is scored, if the steps' own is not.
-    places : list of (Branch, int)
+    places : list of (TokenBranch, int)
         Where each new step is scored: a branch and a position in its path.
     tails : dict
         Of each question, the end of its text and the number of the step that is judged.
-    reads : list of Read
+    reads : list of ReadStream
         What was read for it.
     found : dict
         What came out, by place.
-    settled : set of Branch
+    settled : set of TokenBranch
         Those of which nothing is wanted: their scores are known from earlier.
     error : Exception or None
         Set by whoever finds that it cannot be answered.
     """
 
-    chain: list[Branch] = field(default_factory=list)
-    questions: list[Branch] = field(default_factory=list)
+    chain: list[TokenBranch] = field(default_factory=list)
+    questions: list[TokenBranch] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
-    tails: dict[Branch, tuple[Tail, int]] = field(default_factory=dict)
-    reads: list[Read] = field(default_factory=list)
+    tails: dict[TokenBranch, tuple[Tail, int]] = field(default_factory=dict)
+    reads: list[ReadStream] = field(default_factory=list)
     found: dict[Place, float] = field(default_factory=dict)
-    settled: set[Branch] = field(default_factory=set)
+    settled: set[TokenBranch] = field(default_factory=set)
     error: Exception | None = None
 
     @property
-    def asked(self) -> list[Branch]:
+    def asked(self) -> list[TokenBranch]:
         """The branches whose outputs are scored."""
         return [branch for branch in self.questions or self.chain if branch not in self.settled]
 
@@ -72,7 +72,7 @@ class Contest:
     ----------
     how : str
         The aggregate that counts: one that continues to the bit, ``"last"``, ``"min"`` or ``"max"``.
-    places : list of list of (Branch, int)
+    places : list of list of (TokenBranch, int)
         Where the new steps of each candidate are scored.
     prior : list of float
         The aggregate of each candidate's earlier steps; -inf: it has none.
@@ -93,15 +93,15 @@ class HeadScorer:
     def __init__(self, lane: Lane, head: tk.ScoreHead) -> None:
         self.lane = lane
         self.head = head
-        self.reading = Reading(lane)
+        self.reading = ReadStreams(lane)
 
-    def begin(self, _root: Branch) -> None:
+    def begin(self, _root: TokenBranch) -> None:
         """A problem begins."""
 
-    def release(self, _branches: Iterable[Branch]) -> None:
+    def release(self, _branches: Iterable[TokenBranch]) -> None:
         """Nobody asks for these branches any more."""
 
-    def end(self, _root: Branch) -> Usage:
+    def end(self, _root: TokenBranch) -> Usage:
         """A problem is over; what it cost besides what was read through the verifier's own branches."""
         return Usage()
 
@@ -119,7 +119,7 @@ class HeadScorer:
 
     def cancel(self, gone: Collection[Stream]) -> None:
         """Streams are not wanted any more."""
-        self.reading.cancel([stream for stream in gone if isinstance(stream, Read)])
+        self.reading.cancel([stream for stream in gone if isinstance(stream, ReadStream)])
 
     def score(self, jobs: Iterable[Job]) -> None:
         """Fill in what jobs whose stages are over are to find.
@@ -183,8 +183,8 @@ def _note(owners: Sequence[Job], places: Sequence[Place], values: Sequence[float
             job.error = FloatingPointError("the verifier gave a hidden state that is not finite")
 
 
-def branch_at(parent: Branch, start: int, tokens: list[int]) -> Branch:
+def branch_at(parent: TokenBranch, start: int, tokens: list[int]) -> TokenBranch:
     """A branch of the first ``start`` tokens of the parent's path and ``tokens``."""
     while start < parent.start and parent.parent is not None:
         parent = parent.parent
-    return Branch(parent.meter, parent, start, tokens)
+    return TokenBranch(parent.meter, parent, start, tokens)

@@ -14,10 +14,10 @@ from hashlib import blake2b
 from typing import Final
 
 import tts_kernels as tk
+from tts_search.models.branches import TokenBranch
 from tts_search.models.endings import Endings
-from tts_search.models.generation import Generation, Sampled, Sampling
-from tts_search.models.pool import Branch
-from tts_search.models.reading import Read
+from tts_search.models.generation import DrawOptions, SampledStream, SampledStreams
+from tts_search.models.reading import ReadStream
 from tts_search.models.streams import Lane, Stream
 from tts_search.verifiers.formats import Judge
 from tts_search.verifiers.jobs import HeadScorer, Job, Stages, branch_at
@@ -51,11 +51,11 @@ class JudgeScorer(HeadScorer):
         self.reader = reader
         self.judge = judge
         self.eos = eos
-        self.generation = Generation(lane)
-        self._sampling = Sampling(judge.temperature, judge.top_p, judge.top_k)
+        self.generation = SampledStreams(lane)
+        self._sampling = DrawOptions(judge.temperature, judge.top_p, judge.top_k)
         self._ending = cache(lambda stops: Endings(stops, eos, reader.text_of, reader.encode("a")))
         self._decision_tokens = len(reader.encode(judge.decision)) + _ROOM
-        self._verdicts: dict[Job, dict[Branch, list[Read]]] = {}  # by question
+        self._verdicts: dict[Job, dict[TokenBranch, list[ReadStream]]] = {}  # by question
 
     def stages(self, job: Job) -> Stages:
         """The analyses behind all questions of a job, then their verdicts."""
@@ -97,7 +97,7 @@ class JudgeScorer(HeadScorer):
                 values = [job.found[read.places[-1]] for read in reads]
                 job.found[question, question.length - 1] = sum(values) / len(values)
 
-    def _analyses(self, question: Branch, job: Job) -> list[_Analysis]:
+    def _analyses(self, question: TokenBranch, job: Job) -> list[_Analysis]:
         """The analyses that will be forked from a question."""
         room = self.lane.decoder.shape.max_length - question.length - self._decision_tokens
         if room < 1:
@@ -112,7 +112,7 @@ class JudgeScorer(HeadScorer):
         limit = min(room, self.judge.max_tokens)
         return [
             _Analysis(
-                Branch(question.meter, question, question.length, []),
+                TokenBranch(question.meter, question, question.length, []),
                 _seed(path, sample),
                 limit,
                 self._sampling,
@@ -124,7 +124,7 @@ class JudgeScorer(HeadScorer):
             for sample in range(self.judge.samples)
         ]
 
-    def _verdict(self, question: Branch, analysis: _Analysis) -> Branch:
+    def _verdict(self, question: TokenBranch, analysis: _Analysis) -> TokenBranch:
         """The branch at whose last token the verdict on an analysis is read."""
         own, tail = analysis.branch.tokens, analysis.tail
         context = tail.tokens[-_CONTEXT:]
@@ -138,7 +138,7 @@ class JudgeScorer(HeadScorer):
 
 
 @dataclass(slots=True, eq=False)
-class _Analysis(Sampled):
+class _Analysis(SampledStream):
     """An analysis on its way, forked from a question whose text ends in ``tail``."""
 
     scorer: JudgeScorer = field(repr=False)

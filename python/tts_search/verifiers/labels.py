@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from tts_search.errors import require
+from tts_search.models.branches import TokenBranch
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch
-from tts_search.models.reading import Read, Reading
+from tts_search.models.reading import ReadStream, ReadStreams
 from tts_search.search.protocol import Usage
 from tts_search.verifiers.formats import VerifierFormat
 from tts_search.verifiers.heads import label_token, lm_head
@@ -116,7 +116,7 @@ class LocalLabels:
             self_test=self_test,
         )
         self.max_length = self._lane.decoder.shape.max_length
-        self._reading = Reading(self._lane)
+        self._reading = ReadStreams(self._lane)
         self._meters: dict[int, Meter] = {}
         self._readers: dict[str, Reader] = {}
         self._rows: dict[tuple[str, ...], torch.Tensor] = {}
@@ -152,8 +152,8 @@ class LocalLabels:
         tokens = [self._tokens(entry, question) for question in questions]
         for number, question in enumerate(questions):
             of_problem.setdefault(question.problem, []).append(number)
-        branches: list[Branch] = []
-        reads: dict[Read, int] = {}
+        branches: list[TokenBranch] = []
+        reads: dict[ReadStream, int] = {}
         answers: list[list[float] | Exception] = [LookupError("not asked")] * len(questions)
         for problem, numbers in of_problem.items():
             fitting = [number for number in numbers if len(tokens[number]) <= self.max_length]
@@ -162,10 +162,10 @@ class LocalLabels:
             if not fitting:
                 continue
             first = common_prefix([tokens[number] for number in fitting])
-            root = Branch(self._meters[problem], tokens=tokens[fitting[0]][:first], given=first)
+            root = TokenBranch(self._meters[problem], tokens=tokens[fitting[0]][:first], given=first)
             branches.append(root)
             for number in fitting:
-                branch = Branch(root.meter, root, first, tokens[number][first:])
+                branch = TokenBranch(root.meter, root, first, tokens[number][first:])
                 branches.append(branch)
                 reads[self._reading.submit(branch)] = number
         try:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.branches import TokenBranch
 from tts_search.models.device import read_scores, upload
 from tts_search.models.meter import Meter
-from tts_search.models.pool import Branch
-from tts_search.models.reading import Place, Read, Reading
+from tts_search.models.reading import Place, ReadStream, ReadStreams
 from tts_search.models.streams import Lane, Stream
 from tts_search.search.protocol import Usage
 from tts_search.verifiers.jobs import Job, Stages
@@ -35,8 +35,8 @@ _KEPT = 16
 class _Tree:
     """What is known of one problem: the log-ratio up to each own token of a branch, and the reference's branches."""
 
-    sums: dict[Branch, list[float]] = field(default_factory=dict)
-    twins: dict[Branch, Branch] = field(default_factory=dict)
+    sums: dict[TokenBranch, list[float]] = field(default_factory=dict)
+    twins: dict[TokenBranch, TokenBranch] = field(default_factory=dict)
 
 
 class LogRatioScorer:
@@ -53,11 +53,11 @@ class LogRatioScorer:
     def __init__(self, model: Likelihood, reference: Likelihood, beta: float) -> None:
         self.models = (model, reference)
         self.beta = beta
-        self._trees: dict[Branch, _Tree] = {}  # by root
+        self._trees: dict[TokenBranch, _Tree] = {}  # by root
 
-    def begin(self, root: Branch) -> None:
+    def begin(self, root: TokenBranch) -> None:
         """A problem begins; the reference reads it, too."""
-        self._trees[root] = _Tree(twins={root: Branch(Meter(), None, 0, root.tokens, root.given)})
+        self._trees[root] = _Tree(twins={root: TokenBranch(Meter(), None, 0, root.tokens, root.given)})
 
     def stages(self, job: Job) -> Stages:
         """Both models read what the first tokens of a job's branches are predicted from, then the branches."""
@@ -73,7 +73,7 @@ class LogRatioScorer:
     def cancel(self, gone: Collection[Stream]) -> None:
         """Streams are not wanted any more."""
         for model in self.models:
-            model.cancel([stream for stream in gone if isinstance(stream, Read)])
+            model.cancel([stream for stream in gone if isinstance(stream, ReadStream)])
 
     def score(self, jobs: Iterable[Job]) -> None:
         """Fill in what jobs whose stages are over are to find."""
@@ -87,12 +87,12 @@ class LogRatioScorer:
         for branch, job in owners.items():
             self._sum(branch, job, mine[branch], theirs[branch])
 
-    def release(self, branches: Iterable[Branch]) -> None:
+    def release(self, branches: Iterable[TokenBranch]) -> None:
         """Nobody asks for these branches any more."""
         twins = [self._trees[_root(branch)].twins.get(branch) for branch in branches]
         self.models[1].lane.pool.release([twin for twin in twins if twin is not None])
 
-    def end(self, root: Branch) -> Usage:
+    def end(self, root: TokenBranch) -> Usage:
         """A problem is over; what the reference cost."""
         tree = self._trees.pop(root)
         reference = self.models[1].lane
@@ -102,7 +102,7 @@ class LogRatioScorer:
         self.models[1].forget(tree.twins.values())
         return meter.usage(reference.pool.pool)
 
-    def _sum(self, branch: Branch, job: Job, mine: list[float], theirs: list[float]) -> None:
+    def _sum(self, branch: TokenBranch, job: Job, mine: list[float], theirs: list[float]) -> None:
         sums = self._trees[_root(branch)].sums
         holder = _holder(branch, branch.start - 1)
         total = 0.0 if holder.parent is None else sums[holder][branch.start - 1 - holder.start]
@@ -116,7 +116,7 @@ class LogRatioScorer:
         if not isfinite(total):
             job.error = FloatingPointError("the verifier gave a hidden state that is not finite")
 
-    def _twin(self, branch: Branch) -> Branch:
+    def _twin(self, branch: TokenBranch) -> TokenBranch:
         """The branch of the reference model that holds the same tokens."""
         twins = self._trees[_root(branch)].twins
         path = []
@@ -128,7 +128,7 @@ class LogRatioScorer:
         for node in reversed(path):
             assert node.parent is not None
             parent = twins[node.parent]
-            twins[node] = Branch(parent.meter, parent, node.start, node.tokens)
+            twins[node] = TokenBranch(parent.meter, parent, node.start, node.tokens)
         return twins[branch]
 
 
@@ -145,12 +145,12 @@ class Likelihood:
 
     def __init__(self, lane: Lane, weight: Tensor) -> None:
         self.lane = lane
-        self.reading = Reading(lane)
+        self.reading = ReadStreams(lane)
         self.weight = weight.to(lane.decoder.device)
-        self._states: dict[Branch, dict[int, Tensor]] = {}  # hidden states by position
-        self._before: dict[Place, Read] = {}  # reads of one place that are on their way
+        self._states: dict[TokenBranch, dict[int, Tensor]] = {}  # hidden states by position
+        self._before: dict[Place, ReadStream] = {}  # reads of one place that are on their way
 
-    def read_before(self, branches: Sequence[Branch]) -> list[Read]:
+    def read_before(self, branches: Sequence[TokenBranch]) -> list[ReadStream]:
         """Have the hidden states read that the first tokens of branches are predicted from, and are not known."""
         reads = []
         for branch in branches:
@@ -162,18 +162,18 @@ class Likelihood:
                 source = holder
                 if not holder.pending or holder.length != branch.start:  # it was read when nobody wanted to know
                     token = holder.tokens[position - holder.start]
-                    source = Branch(holder.meter, holder, position, [token])
+                    source = TokenBranch(holder.meter, holder, position, [token])
                 self._before[holder, position] = self.reading.submit(source)
             reads.append(self._before[holder, position])
         return reads
 
-    def read(self, branches: Sequence[Branch]) -> list[Read]:
+    def read(self, branches: Sequence[TokenBranch]) -> list[ReadStream]:
         """Have the hidden states of all own tokens of branches read."""
         for branch in branches:
             branch.marks = list(range(branch.start, branch.length))
         return [self.reading.submit(branch) for branch in branches]
 
-    def step(self) -> list[Read]:
+    def step(self) -> list[ReadStream]:
         """Run one forward, and keep the hidden states of the reads that are over."""
         reads = self.reading.step()
         for read in reads:
@@ -183,13 +183,13 @@ class Likelihood:
                 self._states.setdefault(holder, {}).update((position, state) for (_, position), state in states)
         return reads
 
-    def cancel(self, gone: Collection[Read]) -> None:
+    def cancel(self, gone: Collection[ReadStream]) -> None:
         """Reads are not wanted any more."""
         self.reading.cancel(gone)
         for read in gone:
             self._forget_before(read)
 
-    def logprobs(self, branches: Sequence[Branch]) -> Tensor:
+    def logprobs(self, branches: Sequence[TokenBranch]) -> Tensor:
         """The log-probabilities of all own tokens of branches that were read, branch after branch."""
         places = [(branch, position) for branch in branches for position in range(branch.start, branch.length)]
         states = torch.stack([self._state(branch, position - 1) for branch, position in places])
@@ -201,12 +201,12 @@ class Likelihood:
                 states_of.pop(position, None)
         return logprobs
 
-    def forget(self, branches: Iterable[Branch]) -> None:
+    def forget(self, branches: Iterable[TokenBranch]) -> None:
         """Drop what is kept of branches."""
         for branch in branches:
             self._states.pop(branch, None)
 
-    def _forget_before(self, read: Read) -> Branch:
+    def _forget_before(self, read: ReadStream) -> TokenBranch:
         """A read is over; whose states it has. If it was of a copy, that is not needed any more."""
         place = next((place for place, other in self._before.items() if other is read), None)
         if place is None:
@@ -216,17 +216,17 @@ class Likelihood:
             self.lane.pool.release([read.branch])
         return place[0]
 
-    def _state(self, branch: Branch, position: int) -> Tensor:
+    def _state(self, branch: TokenBranch, position: int) -> Tensor:
         return self._states[branch if position >= branch.start else _holder(branch, position)][position]
 
 
-def _by_branch(branches: Sequence[Branch], values: Sequence[float]) -> dict[Branch, list[float]]:
+def _by_branch(branches: Sequence[TokenBranch], values: Sequence[float]) -> dict[TokenBranch, list[float]]:
     """Values of the own tokens of branches, branch after branch."""
     each = iter(values)
     return {branch: [next(each) for _ in branch.tokens] for branch in branches}
 
 
-def _holder(branch: Branch, position: int) -> Branch:
+def _holder(branch: TokenBranch, position: int) -> TokenBranch:
     """The ancestor among whose own tokens a position of a branch's path is."""
     node = branch.parent
     assert node is not None, "the first token of a prompt is predicted from nothing"
@@ -236,7 +236,7 @@ def _holder(branch: Branch, position: int) -> Branch:
     return node
 
 
-def _root(branch: Branch) -> Branch:
+def _root(branch: TokenBranch) -> TokenBranch:
     while branch.parent is not None:
         branch = branch.parent
     return branch

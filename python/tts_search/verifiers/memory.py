@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Final
 
-from tts_search.models.pool import Branch
+from tts_search.models.branches import TokenBranch
 from tts_search.models.reading import Place
 
 __all__ = ["ScoreMemory", "keys_of"]
@@ -54,7 +54,7 @@ class ScoreMemory:
 
 def keys_of(places: Iterable[Place]) -> dict[Place, bytes]:
     """Return a digest of the tokens up to each place, that place's included. O(tokens) for each branch."""
-    positions: dict[Branch, list[int]] = {}
+    positions: dict[TokenBranch, list[int]] = {}
     for branch, position in places:
         positions.setdefault(branch, []).append(position)
     keys = {}

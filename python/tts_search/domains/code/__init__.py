@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tts_search.domains.code.judging import CodeGrader, Judge, Verdict
+from tts_search.domains.code.judging import CodeGrader, ProgramJudge, Verdict
 from tts_search.domains.code.sandbox import Level, Limits, Outcome, Sandbox, SandboxError, Session
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, humaneval
 from tts_search.domains.code.writing import ask_for_tests, written_tests
@@ -15,11 +15,11 @@ __all__ = [
     "Call",
     "CodeGrader",
     "CodeTask",
-    "Judge",
     "Level",
     "Limits",
     "Outcome",
     "Program",
+    "ProgramJudge",
     "Sandbox",
     "SandboxError",
     "Session",

@@ -12,7 +12,7 @@ from tts_search.domains.code.plain import same_value
 from tts_search.domains.code.sandbox import Outcome, Sandbox
 from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, Test
 
-__all__ = ["CodeGrader", "Judge", "Verdict"]
+__all__ = ["CodeGrader", "ProgramJudge", "Verdict"]
 
 _REMEMBERED: Final = 65536
 # Of a processor, and of waiting, for a written test: there are many of them, and some cannot be passed.
@@ -42,7 +42,7 @@ class Verdict:
         return sum(self.passed) / len(self.passed)
 
 
-class Judge:
+class ProgramJudge:
     """Runs programs in a sandbox; what it has found out it does not find out again.
 
     Parameters
@@ -194,11 +194,11 @@ class CodeGrader:
     ----------
     task : CodeTask
         Of one problem.
-    judge : Judge
+    judge : ProgramJudge
         Runs programs.
     """
 
-    def __init__(self, task: CodeTask, judge: Judge) -> None:
+    def __init__(self, task: CodeTask, judge: ProgramJudge) -> None:
         self.task = task
         self.judge = judge
 
