@@ -34,6 +34,24 @@ def test_the_core_is_small():
     assert sum(lines_of_code(path) for path in files if "peers" not in path.parts) < 3000
 
 
+def test_a_name_is_one_thing():
+    """No two modules define a public class, or a public alias of types, of the same name."""
+    homes: dict[str, list[str]] = {}
+    for path in sorted(SEARCH.rglob("*.py")):
+        for name in types_of(ast.parse(path.read_text(encoding="utf-8"))):
+            homes.setdefault(name, []).append(str(path.relative_to(SEARCH)))
+    assert len(homes) > 200
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def types_of(module: ast.Module) -> list[str]:
+    """The public names in CapWords that a module defines: classes and aliases."""
+    defined = [node.name for node in module.body if isinstance(node, ast.ClassDef)]
+    targets = [target for node in module.body if isinstance(node, ast.Assign) for target in node.targets]
+    defined += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in defined if name[0].isupper() and name != name.upper()]
+
+
 def test_lines_of_code(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(

@@ -229,7 +229,7 @@ def test_what_is_not_possible_is_refused_by_name(tmp_path: Path, decoders: dict[
 def test_the_command_line_takes_the_same_names() -> None:
     from typing import get_args
 
-    from tts_search.cli.commands import KvType
+    from tts_search.cli.options import KvType
     from tts_search.models.decoder import KvDtype
 
     assert get_args(get_args(get_args(KvType)[0])[0]) == get_args(KvDtype)

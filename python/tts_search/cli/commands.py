@@ -6,26 +6,49 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any
 
-from typer import Argument, BadParameter, Exit, Option, Typer
+from typer import Argument, Exit, Option, Typer
 
 from tts_search.api import search
-from tts_search.engine.scheduler import Speculate
-from tts_search.errors import ConfigError, MissingExtraError, SearchError
+from tts_search.cli.loading import EXECUTION, execution_verifier, load_checkpoints
+from tts_search.cli.options import (
+    SPECULATE,
+    Budgets,
+    Device,
+    Dtype,
+    FormatName,
+    KvType,
+    Memory,
+    Out,
+    PolicyPath,
+    Problems,
+    QuantizeOption,
+    Seed,
+    SelfTest,
+    SetFields,
+    Speculating,
+    SystemPrompt,
+    Temperature,
+    VerifierPath,
+    Vote,
+    elected_vote,
+    make_config,
+    method_option,
+    naming,
+    sizes_of,
+)
+from tts_search.errors import SearchError
 from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
 from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.suites import questions, write_suites
 from tts_search.evaluation.tables import accuracy_table, cost_table
-from tts_search.evaluation.tasks import Task, TaskFile, Tasks
-from tts_search.search.config import METHODS, SearchConfig, options_of
+from tts_search.evaluation.tasks import TaskFile, Tasks
+from tts_search.search.config import METHODS, SearchConfig
 from tts_search.search.protocol import Policy, Verifier
 from tts_search.search.result import SearchResult
 from tts_search.search.voting import canonical
@@ -40,10 +63,6 @@ app = Typer(
     rich_markup_mode=None,  # an error is one line
     pretty_exceptions_enable=False,
 )
-
-
-_EXECUTION: Final = "execution"  # the verifier that runs public tests
-JUDGE: Final = "judge:"  # stands before the checkpoint or the server of a judge of whole solutions
 
 
 def _version(wanted: bool) -> None:
@@ -63,110 +82,6 @@ def main(
     """Search over reasoning steps with a policy and a process verifier."""
 
 
-def _checked_by(check: Callable[[str], object]) -> Callable[[Any], Any]:
-    """Return the callback of an option whose value, or values, are good if `check` raises no ValueError about them."""
-
-    def callback(value: Any) -> Any:
-        for one in value if isinstance(value, list) else [value]:
-            try:
-                if one is not None:
-                    check(one)
-            except ValueError as error:
-                raise BadParameter(str(error)) from None
-        return value
-
-    return callback
-
-
-def _check_method(name: str) -> None:
-    if name not in METHODS:
-        raise ValueError(f"expected one of {', '.join(METHODS)}, got {name!r}")
-
-
-def _check_format(name: str) -> None:
-    from tts_search.verifiers import FORMATS
-
-    if name not in ("auto", *FORMATS):
-        raise ValueError(f"expected one of auto, {', '.join(FORMATS)}, got {name!r}")
-
-
-def _check_device(name: str) -> None:
-    """Whether torch knows the device; that it is there is checked where the models are loaded."""
-    import torch
-
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = name
-    if kind not in ("cpu", "cuda", "xpu"):
-        raise ValueError(f"expected cpu, cuda, cuda:1 or the like, got {name!r}")
-
-
-def _check_memory(size: str) -> None:
-    from tts_search.models.sizing import parse_bytes
-
-    parse_bytes(size)
-
-
-def _method(text: str) -> Any:
-    return Option("--method", help=text, callback=_checked_by(_check_method), autocompletion=lambda: list(METHODS))
-
-
-# Options of several commands.
-PolicyPath = Annotated[str, Option("--policy", help="Checkpoint of the policy: a folder or a hub id.")]
-VerifierPath = Annotated[
-    str | None,
-    Option(
-        "--verifier",
-        help="Checkpoint of the process verifier; judge:WHERE: a chat model, a checkpoint or the http:// address of a "
-        "server, that chooses among whole solutions (with --format outcome: says whether each is right).",
-    ),
-]
-Temperature = Annotated[float, Option(help="0 takes the most likely token.")]
-Settings = Annotated[
-    list[str],
-    Option("--set", metavar="NAME=VALUE", help="Any other field of SearchConfig, such as lookahead=1 or keep=2."),
-]
-Vote = Annotated[
-    str | None,
-    Option(help="Which vote elects the answer; by default prm_max, or majority.", callback=_checked_by(canonical)),
-]
-SystemPrompt = Annotated[str | None, Option("--system-prompt", help="System prompt of the policy.")]
-Format = Annotated[str, Option("--format", help="Format of the verifier.", callback=_checked_by(_check_format))]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    Option("--dtype", help="Type of weights and cache; by default the checkpoint's."),
-]
-Device = Annotated[str | None, Option("--device", help="Such as cpu or cuda.", callback=_checked_by(_check_device))]
-Memory = Annotated[
-    str | None,
-    Option("--kv-memory", help="Memory of each model's KV cache, such as 2GiB.", callback=_checked_by(_check_memory)),
-]
-KvType = Annotated[
-    Literal[
-        "fp8", "int8", "int4",
-        "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2",
-    ] | None,
-    Option("--kv-dtype", help="Keep keys and values of both models in few bits; by default in the models' dtype."),
-]  # fmt: skip
-Quantize = Annotated[
-    Literal["int8", "int4"] | None, Option("--quantize", help="Quantise the weights of both models while they load.")
-]
-SelfTest = Annotated[
-    bool,
-    Option("--self-test/--no-self-test", help="Compare each model with its own eager attention while it loads."),
-]
-Speculating = Annotated[
-    Literal["auto", "on", "off"],
-    Option("--speculate", help="Sample what a search will probably ask for next; auto: where that pays."),
-]
-SPECULATE: dict[str, Speculate] = {"auto": "auto", "on": True, "off": False}
-Budgets = Annotated[str, Option(help="Sizes of the search, such as 1,4,16,64.")]
-Seed = Annotated[int, Option(help="Fixes every draw, and the problems where they are made.")]
-Problems = Annotated[int, Option(min=1, help="Problems of each level.")]
-Out = Annotated[Path, Option(help="Folder of the results.", file_okay=False)]
-
-
 @app.command(epilog="Example: tts-search demo --problems 5 --budgets 1,4")
 def demo(
     out: Out = Path("demo-results"),
@@ -178,7 +93,7 @@ def demo(
     from tts_search.lab.arithmetic import LEVELS
     from tts_search.lab.demo import CONFIG, load_models, make_tasks, run_demo
 
-    sizes = _sizes(budgets)
+    sizes = sizes_of(budgets)
     if any(size % CONFIG.expand for size in sizes if size != 1):
         raise SearchError(f"--budgets: expected 1 or multiples of {CONFIG.expand}, got {budgets!r}")
     with naming("--problems"):
@@ -193,22 +108,22 @@ def solve(
     problem: Annotated[str, Argument(help="The problem's text; - reads it from standard input.")],
     policy: PolicyPath,
     verifier: VerifierPath = None,
-    method: Annotated[str, _method(f"One of {', '.join(METHODS)}.")] = "beam_search",
+    method: Annotated[str, method_option(f"One of {', '.join(METHODS)}.")] = "beam_search",
     n: Annotated[int, Option("--n", min=1, help="Candidates of a round, or completions.")] = 16,
     temperature: Temperature = 0.8,
     seed: Seed = 0,
-    settings: Settings = [],
+    settings: SetFields = [],
     vote: Vote = None,
     tree: Annotated[bool, Option("--tree", help="Show the search tree.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the whole result as JSON.")] = False,
     speculate: Speculating = "auto",
     system_prompt: SystemPrompt = None,
-    format: Format = "auto",
+    format: FormatName = "auto",
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
     kv_dtype: KvType = None,
-    quantize: Quantize = None,
+    quantize: QuantizeOption = None,
     self_test: SelfTest = True,
 ) -> None:
     """Solve one problem."""
@@ -217,7 +132,7 @@ def solve(
     text = sys.stdin.read() if problem == "-" else problem
     if not text.strip():
         raise SearchError("PROBLEM: expected a text, got an empty one")
-    elected = _elected(vote, verifier)
+    elected = elected_vote(vote, verifier)
     _check_device_is_there(device)
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
     models = load_checkpoints(policy, verifier, *options)
@@ -247,7 +162,9 @@ def evaluate_(
             help="Checkpoint of the process verifier; judge:WHERE, as in solve; execution: a program's public tests.",
         ),
     ] = None,
-    method: Annotated[list[str], _method(f"May be given several times; of {', '.join(METHODS)}.")] = ["best_of_n"],
+    method: Annotated[list[str], method_option(f"May be given several times; of {', '.join(METHODS)}.")] = [
+        "best_of_n"
+    ],
     written_tests: Annotated[
         int | None,
         Option(
@@ -260,7 +177,7 @@ def evaluate_(
     n: Annotated[list[int], Option("--n", min=1, help="May be given several times.")] = [16],
     seed: Annotated[list[int], Option(help="May be given several times (tests are written by the first).")] = [0],
     temperature: Temperature = 0.8,
-    settings: Settings = [],
+    settings: SetFields = [],
     out: Annotated[Path, Option(help="Folder of the results; what it holds is not run again.", file_okay=False)] = Path(
         "eval-results"
     ),
@@ -283,12 +200,12 @@ def evaluate_(
         Option(min=1, help="Engines on the cluster; by default one for each GPU, or for each core without GPUs."),
     ] = None,
     system_prompt: SystemPrompt = None,
-    format: Format = "auto",
+    format: FormatName = "auto",
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
     kv_dtype: KvType = None,
-    quantize: Quantize = None,
+    quantize: QuantizeOption = None,
     self_test: SelfTest = True,
 ) -> None:
     """Run every method, budget and seed over a data set; an interrupted run goes on where it was."""
@@ -301,9 +218,9 @@ def evaluate_(
     _check_verifier(verifier, list(configs.values()), vote, format)
     if actors is not None and ray is None:
         raise SearchError("--actors: expected with --ray only")
-    if written_tests is not None and verifier != _EXECUTION:
-        raise SearchError(f"--written-tests: expected with --verifier {_EXECUTION} only")
-    elected = _elected(vote or ("prm_vote" if written_tests else None), verifier)
+    if written_tests is not None and verifier != EXECUTION:
+        raise SearchError(f"--written-tests: expected with --verifier {EXECUTION} only")
+    elected = elected_vote(vote or ("prm_vote" if written_tests else None), verifier)
     with naming("DATA"):
         tasks: Tasks = TaskFile(data, limit)
     if written_tests is not None:
@@ -314,7 +231,7 @@ def evaluate_(
 
     def place(verifier: str | None) -> tuple[tuple[Policy | None, Verifier | None], Runner]:
         """The models, if they are here, and what runs an experiment with them."""
-        known = list(tasks) if verifier == _EXECUTION else ()
+        known = list(tasks) if verifier == EXECUTION else ()
         load = partial(load_checkpoints, policy, verifier, *options, tasks=known)
         if ray is None:
             return load(), partial(run_here, max_in_flight=in_flight, speculate=SPECULATE[speculate])
@@ -335,7 +252,7 @@ def evaluate_(
             suites = write_suites(tasks, models[0], out / "written-tests.jsonl", **draws, names=names, run=run)
             tasks, facts = suites.tasks, {"written_tests": str(suites)}
             names += (f"written tests: {written_tests}, seed {seed[0]}",)
-            models, run = ((models[0], _execution(tasks)), run) if ray is None else place(verifier)
+            models, run = ((models[0], execution_verifier(tasks)), run) if ray is None else place(verifier)
         experiments = [Experiment(label, config, *models, names, trees) for label, config in configs.items()]
         rows = run_experiments(tasks, experiments, out, data=data, vote=elected, run=run, emit=lambda _: None, **facts)
     except KeyboardInterrupt:
@@ -384,7 +301,7 @@ def study(
     from tts_search.lab.demo import make_tasks
     from tts_search.lab.study import Grid, plan_as_text, run_study, share_out
 
-    sizes = tuple(_sizes(budgets))
+    sizes = tuple(sizes_of(budgets))
     grid = Grid(problems=problems, budgets=sizes, largest=largest or None, seed=seed, seeds=tuple(range(seeds)))
     with naming("--problems"):
         make_tasks(grid.levels, problems, seed)
@@ -405,12 +322,12 @@ def study_code(
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
-    quantize: Quantize = None,
+    quantize: QuantizeOption = None,
     self_test: SelfTest = True,
 ) -> None:
     """Draw n programs for each problem of HumanEval, and choose one by public tests, by likelihood, by a vote."""
     from tts_search.domains.code import humaneval
-    from tts_search.lab.humaneval import run_study, table_as_text
+    from tts_search.lab.humaneval import run_code_study, table_as_text
     from tts_search.policies.hf import HFPolicy
 
     tasks = humaneval()[:limit]
@@ -420,25 +337,8 @@ def study_code(
         )
     loaded.max_rows = 128  # programs differ in length: those that end make room for others
     about = ", ".join(filter(None, (Path(policy).name, dtype, quantize)))
-    found = run_study(tasks, loaded, out, n=n, seed=seed, about=about)
+    found = run_code_study(tasks, loaded, out, n=n, seed=seed, about=about)
     print("\n\n".join(f"{name}\n{table_as_text(rows)}" for name, rows in found.items()))
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Name the option that an error is about.
-
-    Whatever loads a checkpoint or a data set raises errors of its own (of the hub, of formats, of torch): all of them
-    are about what the option names.
-    """
-    try:
-        yield
-    except MissingExtraError:
-        raise  # says what to install
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        kind = "" if isinstance(error, (ValueError, OSError, SearchError)) else f"{type(error).__name__}: "
-        raise SearchError(f"{name}: {kind}{text}") from error
 
 
 def _check_verifier(verifier: str | None, configs: list[SearchConfig], vote: str | None, format: str) -> None:
@@ -469,123 +369,6 @@ def _check_folder(out: Path) -> None:
             raise SearchError(f"expected a folder that can be written, got {out}")
         if (out / "manifest.json").exists():
             read_configs(out / "manifest.json")
-
-
-def _elected(vote: str | None, verifier: str | None) -> str:
-    """The name of the vote that was asked for, or of the usual one."""
-    return canonical(vote or ("prm_max" if verifier else "majority"))
-
-
-def _sizes(budgets: str) -> list[int]:
-    try:
-        sizes = [int(size) for size in budgets.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise SearchError(f"--budgets: expected whole numbers such as 1,4,16, got {budgets!r}")
-    return sorted(set(sizes))
-
-
-def make_config(
-    method: str, n: int, seed: int, temperature: float, settings: list[str], *, methods: Sequence[str] = ()
-) -> SearchConfig:
-    """Return the config of the options; `settings` are NAME=VALUE for its other fields, values as JSON or plain text.
-
-    A setting that this method does not use may be meant for another one of `methods`.
-
-    Raises
-    ------
-    SearchError
-        If there is no such field, or a value is one that a field cannot have; the message names the option.
-    """
-    values: dict[str, Any] = {"method": method, "n": n, "seed": seed, "temperature": temperature}
-    options = {name: f"--{name}" for name in values}
-    fields = list(SearchConfig.__dataclass_fields__)
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        name = name.replace("-", "_")
-        if not equals or name not in fields:
-            raise SearchError(f"--set: expected NAME=VALUE with a name among {', '.join(fields)}, got {setting!r}")
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name] = value
-        options[name] = f"--set {name}"
-    others = set[str]().union(*map(options_of, methods)) - options_of(method)
-    try:
-        return SearchConfig(**{name: value for name, value in values.items() if name not in others})
-    except ConfigError as error:
-        name, colon, rest = error.message.partition(":")
-        raise SearchError(f"{options.get(name, f'--n or --set: {name}')}{colon}{rest}") from None
-
-
-def load_checkpoints(
-    policy: str,
-    verifier: str | None,
-    system_prompt: str | None,
-    format: str,
-    dtype: str | None,
-    device: str | None,
-    kv_memory: str | None,
-    kv_dtype: str | None,
-    quantize: str | None,
-    self_test: bool,
-    *,
-    tasks: Sequence[Task] = (),
-    every_token: bool = False,
-) -> tuple[Policy, Verifier | None]:
-    """Return the models of the options; the verifier ``execution`` knows the tests of the tasks.
-
-    With `every_token` a verifier scores tokens and not steps.
-
-    Raises
-    ------
-    SearchError
-        If one cannot be loaded; the message names the option.
-    """
-    from tts_search.policies.hf import HFPolicy
-    from tts_search.verifiers.hf import HFVerifier
-
-    own: dict[str, Any] = {
-        "dtype": dtype,
-        "device": device,
-        "kv_memory": kv_memory,
-        "kv_dtype": kv_dtype,
-        "quantize": quantize,
-        "self_test": self_test,
-    }
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
-    with naming(f"--policy: {policy}"):
-        loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
-    if verifier is None:
-        return loaded, None
-    with naming(f"--verifier: {verifier}"):
-        if verifier == _EXECUTION:
-            return loaded, _execution(tasks)
-        if verifier.startswith(JUDGE):
-            return loaded, _judge(verifier.removeprefix(JUDGE), format, own)
-        return loaded, HFVerifier(verifier, format=format, every_token=every_token, **own)
-
-
-def _judge(where: str, format: str, options: dict[str, Any]) -> Verifier:
-    from tts_search.verifiers.labels import LocalLabels
-    from tts_search.verifiers.outcome import OutcomeJudge
-    from tts_search.verifiers.server import ServerLabels
-
-    if format not in ("auto", "outcome"):
-        raise SearchError(f"--format: expected outcome, or none, with a judge, got {format}")
-    labels = ServerLabels(where) if where.startswith(("http://", "https://")) else LocalLabels(where, **options)
-    return OutcomeJudge(labels, "outcome" if format == "outcome" else "choice")
-
-
-def _execution(tasks: Sequence[Task]) -> Verifier:
-    from tts_search.domains.code.tasks import PROGRAMS
-    from tts_search.verifiers.execution import ExecutionVerifier
-
-    code = [PROGRAMS.read(task.details, task.id) for task in tasks if task.grader == "code"]
-    if not code or len(code) < len(tasks):
-        raise SearchError("expected tasks of programming, which have public tests")
-    return ExecutionVerifier(code)
 
 
 def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) -> str:

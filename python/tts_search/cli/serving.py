@@ -11,22 +11,21 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from tts_search.cli.commands import (
-    JUDGE,
+from tts_search.cli.commands import app
+from tts_search.cli.loading import JUDGE, load_checkpoints
+from tts_search.cli.options import (
     SPECULATE,
     Device,
     Dtype,
-    Format,
+    FormatName,
     KvType,
     Memory,
     PolicyPath,
-    Quantize,
+    QuantizeOption,
     SelfTest,
     Speculating,
     SystemPrompt,
     VerifierPath,
-    app,
-    load_checkpoints,
     naming,
 )
 from tts_search.errors import SearchError, require
@@ -64,12 +63,12 @@ def serve(
         bool, Option("--allow-chat-template", help="Let requests bring a chat template, which is a program.")
     ] = False,
     system_prompt: SystemPrompt = None,
-    format: Format = "auto",  # noqa: A002
+    format: FormatName = "auto",  # noqa: A002
     dtype: Dtype = None,
     device: Device = None,
     kv_memory: Memory = None,
     kv_dtype: KvType = None,
-    quantize: Quantize = None,
+    quantize: QuantizeOption = None,
     self_test: SelfTest = True,
 ) -> None:
     """Serve the models over HTTP, as OpenAI's API, as a process reward model and as a search, with a page to watch."""

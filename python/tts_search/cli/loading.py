@@ -1,0 +1,96 @@
+"""The models that the options name."""
+
+# One option is named --format.
+# ruff: noqa: A002
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final
+
+from tts_search.cli.options import naming
+from tts_search.errors import SearchError
+from tts_search.evaluation.tasks import Task
+from tts_search.search.protocol import Policy, Verifier
+
+__all__ = ["EXECUTION", "JUDGE", "execution_verifier", "load_checkpoints"]
+
+EXECUTION: Final = "execution"  # the verifier that runs public tests
+JUDGE: Final = "judge:"  # stands before the checkpoint or the server of a judge of whole solutions
+
+
+def load_checkpoints(
+    policy: str,
+    verifier: str | None,
+    system_prompt: str | None,
+    format: str,
+    dtype: str | None,
+    device: str | None,
+    kv_memory: str | None,
+    kv_dtype: str | None,
+    quantize: str | None,
+    self_test: bool,
+    *,
+    tasks: Sequence[Task] = (),
+    every_token: bool = False,
+) -> tuple[Policy, Verifier | None]:
+    """Return the models of the options; the verifier ``execution`` knows the tests of the tasks.
+
+    With `every_token` a verifier scores tokens and not steps.
+
+    Raises
+    ------
+    SearchError
+        If one cannot be loaded; the message names the option.
+    """
+    from tts_search.policies.hf import HFPolicy
+    from tts_search.verifiers.hf import HFVerifier
+
+    own: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "kv_memory": kv_memory,
+        "kv_dtype": kv_dtype,
+        "quantize": quantize,
+        "self_test": self_test,
+    }
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
+    with naming(f"--policy: {policy}"):
+        loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
+    if verifier is None:
+        return loaded, None
+    with naming(f"--verifier: {verifier}"):
+        if verifier == EXECUTION:
+            return loaded, execution_verifier(tasks)
+        if verifier.startswith(JUDGE):
+            return loaded, _judge(verifier.removeprefix(JUDGE), format, own)
+        return loaded, HFVerifier(verifier, format=format, every_token=every_token, **own)
+
+
+def _judge(where: str, format: str, options: dict[str, Any]) -> Verifier:
+    from tts_search.verifiers.labels import LocalLabels
+    from tts_search.verifiers.outcome import OutcomeJudge
+    from tts_search.verifiers.server import ServerLabels
+
+    if format not in ("auto", "outcome"):
+        raise SearchError(f"--format: expected outcome, or none, with a judge, got {format}")
+    labels = ServerLabels(where) if where.startswith(("http://", "https://")) else LocalLabels(where, **options)
+    return OutcomeJudge(labels, "outcome" if format == "outcome" else "choice")
+
+
+def execution_verifier(tasks: Sequence[Task]) -> Verifier:
+    """The verifier that runs the public tests of tasks.
+
+    Raises
+    ------
+    SearchError
+        If not all of them are tasks of programming.
+    """
+    from tts_search.domains.code.tasks import PROGRAMS
+    from tts_search.verifiers.execution import ExecutionVerifier
+
+    code = [PROGRAMS.read(task.details, task.id) for task in tasks if task.grader == "code"]
+    if not code or len(code) < len(tasks):
+        raise SearchError("expected tasks of programming, which have public tests")
+    return ExecutionVerifier(code)
