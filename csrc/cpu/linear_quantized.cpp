@@ -133,23 +133,23 @@ void add_outliers_of(const LinearQuantizedArgs& args, int64_t row, int64_t heigh
 }
 
 // acc += (sums - zero * totals) * scale, for a tile's rows.
-template <int P>
+template <int Bits, int R, int P>
 void add_group(const LinearQuantizedArgs& args, const int32_t* sums, int64_t row, int64_t height,
                int64_t panel, int64_t apart, int64_t g, float* acc) {
     const QuantizedWeight& weight = args.weight;
-    const int32_t above = 1 << (weight.bits - 1);
-    for (int64_t i = 0; i < height; ++i) {
-        const int32_t total = args.totals[(row + i) * weight.groups + g];
-        for (int p = 0; p < P; ++p) {
-            const int64_t at = ((panel + p * apart) * weight.groups + g) * kIntPanel;
-            for (int64_t c = 0; c < kIntPanel; c += Vec::width) {
-                const int64_t to = (i * P + p) * kIntPanel + c;
-                Vec sum = load_less(sums + to, above * total);
-                if (weight.zero) {
-                    sum = sum - Vec::load(weight.zero + at + c) * Vec::all(static_cast<float>(total));
-                }
-                (Vec::load(acc + to) + sum * Vec::load(weight.scale + at + c)).store(acc + to);
-            }
+    const int32_t* totals = args.totals + row * weight.groups + g;
+    for (int64_t c = 0; c < P * kIntPanel; c += Vec::width) {
+        const int64_t at = ((panel + c / kIntPanel * apart) * weight.groups + g) * kIntPanel + c % kIntPanel;
+        const Vec scale = Vec::load(weight.scale + at);
+        const Vec zero = weight.zero ? Vec::load(weight.zero + at) : Vec::zero();
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < R; ++i) {
+            if (kIntUnit > 1 && i >= height) break;
+            const int32_t total = totals[i * weight.groups];
+            float* to = acc + i * P * kIntPanel + c;
+            Vec sum = load_less<kIntAbove<Bits>>(sums + i * P * kIntPanel + c, total);
+            if (weight.zero) sum = sum - zero * Vec::all(static_cast<float>(total));
+            (Vec::load(to) + sum * scale).store(to);
         }
     }
 }
@@ -180,7 +180,7 @@ void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int6
         const uint8_t* data = weight.data + panel * bytes;
         int_tile<Bits, R, P>(rows, weight.depth, data, apart * bytes, begin, end, ahead, sums);
         if (kIntSplit) add_outliers_of<Bits, P>(args, row, height, data, apart * bytes, g, sums);
-        add_group<P>(args, sums, row, height, panel, apart, g, acc);
+        add_group<Bits, R, P>(args, sums, row, height, panel, apart, g, acc);
     }
     use(acc, P * kIntPanel, panel, alone ? 1 : P);
 }

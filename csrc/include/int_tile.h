@@ -9,11 +9,12 @@
 // so every instruction set has the same ones, whatever their order.
 //
 // A vector of weights is one step of 16 outputs, which `vpdpbusd` multiplies by a broadcast word of a row:
-// unsigned times signed is what it takes. Before VNNI, `vpmaddwd` takes weights and rows of 16 bits, since
-// `vpmaddubsw` would saturate. AMX takes 16 steps of a panel as a tile as they lie there.
+// unsigned times signed is what it takes. Before VNNI, AVX-512 and plain C++ take weights and rows of 16 bits
+// (`vpmaddwd`), and AVX2 moves the signs of the weights to the rows, so that `vpmaddubsw` cannot saturate.
+// AMX takes 16 steps of a panel as a tile as they lie there.
 //
-// A number beyond 127 needs those 16 bits. VNNI and AMX take it as low + 128 high: the low part stands in its
-// place among the others, the high parts of a row are a short list of steps, whose products are added later.
+// A number beyond 127 has no place in 8 bits. It is taken as low + 128 high: the low part stands in its place
+// among the others, the high parts of a row are a short list of steps, whose products are added later.
 #pragma once
 
 #include <cstdint>
@@ -138,42 +139,57 @@ struct IntStep {
 
 #elif defined(__AVX2__)
 
-// As with AVX-512; a vector is 4 outputs.
+// `vpmaddubsw` adds pairs of products within 16 bits if one side has 7 bits and a sign, and the other 8
+// without one: of weights of 8 bits, |w| times x with the sign of w.
 struct IntStep {
-    using Number = int16_t;
-    using Word = int64_t;
+    using Number = int8_t;
+    using Word = int32_t;
+    template <int Bits>
     struct Weights {
-        __m256i v[4];
+        __m256i size[2], value[2];
     };
-    using Sums = Weights;
+    struct Sums {
+        __m256i v[2];
+    };
     template <int Bits, int Half>
-    static Weights load(const uint8_t* line) {
-        Weights w;
-        for (int i = 0; i < 4; ++i) {
-            __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line) + i);
-            if constexpr (Bits == 4) {
-                bytes = _mm_and_si128(Half ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(0x0f));
+    static Weights<Bits> load(const uint8_t* line) {
+        Weights<Bits> w;
+        for (int i = 0; i < 2; ++i) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+            if constexpr (Bits == 8) {
+                w.value[i] = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+                w.size[i] = _mm256_abs_epi8(w.value[i]);
+            } else {
+                w.size[i] =
+                    _mm256_and_si256(Half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(0x0f));
             }
-            w.v[i] = _mm256_cvtepu8_epi16(bytes);
         }
         return w;
     }
-    static Sums zero() {
-        const __m256i none = _mm256_setzero_si256();
-        return {{none, none, none, none}};
+    static Sums zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+    template <int Bits>
+    static Sums add(Word x, const Weights<Bits>& w, Sums sums) {
+        const __m256i ones = _mm256_set1_epi16(1), row = _mm256_set1_epi32(x);
+        for (int i = 0; i < 2; ++i) {
+            const __m256i value = Bits == 8 ? _mm256_sign_epi8(row, w.value[i]) : row;
+            const __m256i pairs = _mm256_maddubs_epi16(w.size[i], value);
+            sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(pairs, ones));
+        }
+        return sums;
     }
-    static Sums add(Word x, Weights w, Sums sums) {
-        const __m256i value = _mm256_set1_epi64x(x);
-        for (int i = 0; i < 4; ++i) {
-            sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(w.v[i], value));
+    // Two steps of weights of 4 bits: 4 products of 15 x 127 keep within 16 bits.
+    static Sums add_pair(Word x, const Weights<4>& w, Word y, const Weights<4>& u, Sums sums) {
+        const __m256i ones = _mm256_set1_epi16(1), first = _mm256_set1_epi32(x),
+                      second = _mm256_set1_epi32(y);
+        for (int i = 0; i < 2; ++i) {
+            const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.size[i], first),
+                                                   _mm256_maddubs_epi16(u.size[i], second));
+            sums.v[i] = _mm256_add_epi32(sums.v[i], _mm256_madd_epi16(pairs, ones));
         }
         return sums;
     }
     static void store(Sums sums, int32_t* out) {
-        for (int i = 0; i < 2; ++i) {  // outputs 0 1 4 5 | 2 3 6 7
-            const __m256i pairs = _mm256_hadd_epi32(sums.v[2 * i], sums.v[2 * i + 1]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, _mm256_permute4x64_epi64(pairs, 0xd8));
-        }
+        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, sums.v[i]);
     }
 };
 
@@ -216,6 +232,25 @@ struct IntStep {
 // What stands in a number's place, all of it or its low part.
 using IntNumber = IntStep::Number;
 inline constexpr bool kIntSplit = sizeof(IntNumber) == 1;
+
+// Whether one instruction multiplies and adds to the sum, which the next one waits for.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+inline constexpr bool kIntDot = true;
+#else
+inline constexpr bool kIntDot = false;
+#endif
+
+// Whether two steps of weights of 4 bits are added before they join the sum; and how far above their values
+// the numbers are that a tile multiplies.
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+inline constexpr bool kIntPairs = true;
+template <int Bits>
+inline constexpr int kIntAbove = Bits == 8 ? 0 : 8;
+#else
+inline constexpr bool kIntPairs = false;
+template <int Bits>
+inline constexpr int kIntAbove = 1 << (Bits - 1);
+#endif
 
 // A block as low + 128 high; whether any high part is not 0.
 inline bool split(const int16_t* block, IntNumber* low, int8_t* high) {
@@ -335,8 +370,8 @@ inline constexpr int int_panels(int) { return 1; }
 inline constexpr int kIntRows = 6;
 inline constexpr int int_panels(int rows) { return rows <= 3 ? 2 : 1; }
 #elif defined(__AVX2__)
-inline constexpr int kIntRows = 3;
-inline constexpr int int_panels(int) { return 1; }
+inline constexpr int kIntRows = 6;
+inline constexpr int int_panels(int rows) { return rows <= 1 ? 2 : 1; }
 #else
 inline constexpr int kIntRows = 2;
 inline constexpr int int_panels(int) { return 1; }
@@ -364,34 +399,45 @@ struct IntTiles {
 
 // sums [R][P][16] = rows . panels over the depth [begin, end); `panel` bytes lie between panels. Even and
 // odd steps have sums of their own where there are few, so that they do not wait for each other.
-template <int Bits, int R, int P>
+template <int Bits, int R, int P, class Step = IntStep>
 inline void int_tile(const int8_t* rows, int64_t /*depth*/, const uint8_t* weights, int64_t panel,
                      int64_t begin, int64_t end, Ahead ahead, int32_t* sums) {
-    using Step = IntStep;
-    constexpr int C = R * P * sizeof(Step::Sums) <= 4 * 64 ? 2 : 1;
+    constexpr int C = kIntDot && 2 * R * P * sizeof(typename Step::Sums) <= 8 * sizeof(Vec) ? 2 : 1;
     typename Step::Sums acc[C][R][P];
     for (auto& chain : acc) {
         for (auto& row : chain) {
             for (auto& sum : row) sum = Step::zero();
         }
     }
-    const auto* words = reinterpret_cast<const Step::Word*>(rows);
-    const auto step = [&]<int Half>(int64_t s) {
-        typename Step::Weights w[P];
-        ahead.fetch(s);
+    const auto* words = reinterpret_cast<const typename Step::Word*>(rows);
+    const auto load = [&]<int Half>(int64_t s, auto* w) {
         const uint8_t* line = weights + (Bits == 8 ? s : s / 2) * kIntLine<8>;
+        ahead.fetch(s);
 #pragma GCC unroll 8
-        for (int v = 0; v < P; ++v) w[v] = Step::load<Bits, Half>(line + v * panel);
-        const Step::Word* word = words + s * R;
+        for (int v = 0; v < P; ++v) w[v] = Step::template load<Bits, Half>(line + v * panel);
+    };
+    const auto each = [&](auto add) {
 #pragma GCC unroll 32
         for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
-            for (int v = 0; v < P; ++v) acc[Half % C][i][v] = Step::add(word[i], w[v], acc[Half % C][i][v]);
+            for (int v = 0; v < P; ++v) add(i, v);
         }
     };
+    using Weights = decltype(Step::template load<Bits, 0>(weights));
     for (int64_t s = begin / kIntStep; s < end / kIntStep; s += 2) {
-        step.template operator()<0>(s);
-        step.template operator()<1>(s + 1);
+        const typename Step::Word *x = words + s * R, *y = x + R;
+        Weights even[P], odd[P];
+        load.template operator()<0>(s, even);
+        if constexpr (Bits == 4 && kIntPairs) {
+            load.template operator()<1>(s + 1, odd);
+            each([&](int i, int v) {
+                acc[0][i][v] = Step::add_pair(x[i], even[v], y[i], odd[v], acc[0][i][v]);
+            });
+        } else {
+            each([&](int i, int v) { acc[0][i][v] = Step::add(x[i], even[v], acc[0][i][v]); });
+            load.template operator()<1>(s + 1, odd);
+            each([&](int i, int v) { acc[C - 1][i][v] = Step::add(y[i], odd[v], acc[C - 1][i][v]); });
+        }
     }
     for (int i = 0; i < R; ++i) {
         for (int v = 0; v < P; ++v) {
