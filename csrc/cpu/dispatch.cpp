@@ -139,6 +139,9 @@ constexpr Fastest kFastest[] = {
      "avx512_bf16"},
     {"GenuineIntel", -1, -1, "avx512_vnni",
      "not measured; on the Intel cores that were, vdpbf16ps runs at half of fp32's rate"},
+    {"AuthenticAMD", 25, 1, "avx2",
+     "Zen 3 has no AVX-512: SmolLM2's layers on 16 rows take 37 ms at avx2 and 293 ms at generic, in int8 31 "
+     "and 565 ms"},
     {"AuthenticAMD", 25, -1, "avx512_bf16", "Zen 4: one vdpbf16ps a cycle, twice fp32's multiply-adds"},
     {"AuthenticAMD", 26, -1, "avx512_bf16", "Zen 5: bf16 products reach 433 GFLOP/s a core, fp32 235"},
     {"", -1, -1, "avx512_bf16", "not measured: the longest list of instructions but AMX's"},
@@ -189,6 +192,9 @@ class Levels {
             if (level.name && std::strcmp(level.name, line.level) == 0) break;
         }
         reason_ = line.why;
+        if (std::strcmp(chosen_->name, line.level) != 0) {
+            reason_ = std::string("the best that it has; ") + line.level + " would be: " + line.why;
+        }
     }
 
     static const Fastest& fastest() {
