@@ -220,7 +220,7 @@ def time_decoding(workers: dict[str, Worker], kind: str, options: argparse.Names
         medians = {name: statistics.median(samples) for name, samples in steps.items()}
         for name, median in medians.items():
             row = {"weights": kind, "beside": number, "P": prefix, "N": branches, "engine": name}
-            row |= {"a step, ms": round(median, 1), "tokens a second": round(1000 * branches / median)}
+            row |= {"ms per step": round(median, 1), "tokens a second": round(1000 * branches / median)}
             row |= {"peak MB": peaks[name]}
             row |= {"times ours": round(median / medians["tts_search"], 2)}
             rows.append(row)
