@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from measure import multiplied
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -220,7 +221,7 @@ def main() -> None:
 
     block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     read_rate = median_rate(block.sum, 2**28)
-    square = torch.randn(2048, 2048, dtype=decoder.dtype)
+    square = torch.randn(2048, 2048, dtype=multiplied(decoder.dtype))
     gemm_rate = median_rate(lambda: square @ square, 2 * 2048**3)
     rows = []
     for case in cases:
