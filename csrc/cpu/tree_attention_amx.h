@@ -11,21 +11,13 @@
 #pragma once
 
 #include "amx_tiles.h"
-#include "tree_attention_item.h"
-#include "tree_attention_tiles.h"
+#include "tree_attention_lanes.h"
 
 TTS_BEGIN_ISA
 
-class AmxSegment {
+class AmxSegment : Lanes<bf16> {
   public:
-    AmxSegment(Item<bf16>& item, const Segment& segment)
-        : item_(item),
-          s_(item.scratch),
-          dim_(item.args.head_dim),
-          segment_(segment),
-          first_lane_(item.first_lane(segment)),
-          lanes_(item.num_lanes(segment)),
-          map_{item.args.scale, item.args.softcap} {}
+    AmxSegment(Item<bf16>& item, const Segment& segment) : Lanes(item, segment) {}
 
     // Every head [begin, end) of the item in turn over a block of keys: together they read whole tokens.
     void run(int64_t head_begin, int64_t head_end) {
@@ -48,7 +40,6 @@ class AmxSegment {
     }
 
   private:
-    static constexpr int W = Vec::width;
     static constexpr int64_t kKeyTiles = kKeyBlock / kTileLines;  // tiles of 16 keys
     static constexpr int64_t kPairTiles = kKeyBlock / 32;         // tiles of 16 pairs of keys
 
@@ -58,47 +49,16 @@ class AmxSegment {
     }
     const float* queries_of(const float* q, int64_t lane) const { return q + lane * s_.dim_pad / 2; }
 
-    void pack_queries(float* to) {
-        const int64_t stride = s_.dim_pad / 2;
-        for (int64_t lane = 0; lane < lanes_; lane += W) {
-            const int64_t first = first_lane_ + lane, last = first_lane_ + lanes_;
-            item_.each_query(first, first + W < last ? first + W : last, [&](int64_t l, const bf16* q) {
-                copy_row(q, s_.stage + (l - first) * stride, dim_);
-            });
-            for (int64_t k = 0; k < stride; k += W, to += W * W) transpose(s_.stage + k, stride, to, W);
-        }
+    void pack_queries(float* to) const {
+        Lanes::pack_queries(first_lane_, first_lane_ + lanes_, W, [&](int64_t lane, int64_t k) {
+            return to + (lane - first_lane_) * row_stride() + k * W;
+        });
     }
 
     // About how often a head's block calls prefetch.step().
     int64_t steps_of_prefetch(int64_t count) const {
         const int64_t tiles = divide_up(lanes_, 2 * W);
         return count + divide_up(count, 2) * (1 + tiles) + (lanes_ <= W ? s_.dim_pad / 32 + 2 * lanes_ : 0);
-    }
-
-    Visible find_visible() {
-        Visible all{segment_.length, 0};
-        for (int64_t row = segment_.row_begin; row < segment_.row_end; ++row) {
-            const Visible v = item_.visible(segment_, row);
-            const int64_t lane = (row - segment_.row_begin) * item_.group;
-            for (int64_t g = 0; g < item_.group; ++g) s_.visible[lane + g] = v;
-            if (v.begin == v.end) continue;
-            if (v.begin < all.begin) all.begin = v.begin;
-            if (v.end > all.end) all.end = v.end;
-        }
-        return all;
-    }
-
-    struct View {
-        bool all, none;
-    };
-    View view(int64_t lane, int64_t end, int64_t begin, int64_t count) const {
-        View view{true, true};
-        for (; lane < end; ++lane) {
-            const Visible v = s_.visible[lane];
-            view.all &= v.begin <= begin && v.end >= begin + count;
-            view.none &= v.begin >= begin + count || v.end <= begin;
-        }
-        return view;
     }
 
     // While the weights of some lanes are found, the tiles are at work on the scores of the next.
@@ -206,13 +166,10 @@ class AmxSegment {
     void run_lanes(int64_t lane, int64_t begin, int64_t count) {
         const int64_t width = width_at(lane);
         find_states(lane, width);
-        if (!map_.deferred()) {
-            for (int64_t i = 0; i < count * kVecs * W; i += W)
-                map_(Vec::load(scores_ + i)).store(scores_ + i);
-        }
-        if (!view(lane, lane + width, begin, count).all) hide_scores<kVecs>(lane, width, begin, count);
+        if (!map_.deferred()) map_scores<kVecs>(scores_, count);
+        if (!view(lane, lane + width, begin, count).all) hide_scores<kVecs>(scores_, lane, begin, count);
         softmax<kVecs>(width, count);
-        merge_states<kVecs>(width);
+        merge_blocks<kVecs>(width);
         add_values<kVecs>(width);
         if (!clean_) add_not_finite(lane, width, begin, count);
     }
@@ -232,28 +189,6 @@ class AmxSegment {
                                                      [&](int64_t panel) { return step + panel * apart; });
             }
             store_sums<kRows>(scores_ + key * kVecs * W);
-        }
-    }
-
-    // -inf where the lane must not see the key.
-    template <int kVecs>
-    void hide_scores(int64_t lane, int64_t width, int64_t begin, int64_t count) {
-        for (int v = 0; v < kVecs; ++v) {
-            float first[W], last[W];  // of the block's keys, as floats: small whole numbers
-            for (int64_t i = 0; i < W; ++i) {
-                const int64_t l = v * W + i;
-                const Visible seen = l < width ? s_.visible[lane + l] : Visible{begin, begin + count};
-                const int64_t low = seen.begin - begin, high = seen.end - begin;
-                first[i] = static_cast<float>(low < 0 ? 0 : low > count ? count : low) - 0.5f;
-                last[i] = static_cast<float>(high < 0 ? 0 : high > count ? count : high) - 0.5f;
-            }
-            const Vec low = Vec::load(first), high = Vec::load(last), hidden = Vec::all(-kInfinity);
-            for (int64_t key = 0; key < count; ++key) {
-                float* p = scores_ + (key * kVecs + v) * W;
-                const Vec k = Vec::all(static_cast<float>(key));
-                const Vec x = select_less(k, high, Vec::load(p), hidden);
-                select_less(low, k, x, hidden).store(p);
-            }
         }
     }
 
@@ -340,27 +275,13 @@ class AmxSegment {
         for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead_ + i * bytes + at, 0, 3);
     }
 
-    static void store_pairs(Vec even, Vec odd, float* to) {
-        alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
-    }
-
-    // The states' max and sum become those of the merged states; what their rows are to be multiplied by.
     template <int kVecs>
-    void merge_states(int64_t width) {
+    void merge_blocks(int64_t width) {
         alignas(64) float maxes[kVecs * W] = {}, sums[kVecs * W] = {};
         for (int64_t i = 0; i < width; ++i) maxes[i] = states_[i]->max, sums[i] = states_[i]->sum;
-        for (int64_t i = 0; i < kVecs * W; i += W) {
-            const Vec old = Vec::load(maxes + i), block = Vec::load(block_max_ + i);
-            const Vec top = max(block, old), base = finite_top(top);
-            const Vec a = exp2(old - base), b = exp2(block - base);
-            top.store(maxes + i);
-            (a * Vec::load(sums + i) + b * Vec::load(block_sum_ + i)).store(sums + i);
-            a.store(old_weight_ + i);
-            b.store(block_weight_ + i);
+        for (int64_t i = 0; i < kVecs; ++i) {
+            merge_states(maxes + i * W, sums + i * W, Vec::load(block_max_ + i * W),
+                         Vec::load(block_sum_ + i * W), i);
         }
         for (int64_t i = 0; i < width; ++i) *states_[i] = {maxes[i], sums[i]};
     }
@@ -398,48 +319,22 @@ class AmxSegment {
         }
     }
 
-    static bool is_finite(bf16 x) { return to_float(x) - to_float(x) == 0.0f; }
-
-    // Whether the block's values are all finite; those that are not become 0 in the packed block.
     bool make_clean(int64_t count) {
-        bool clean = true;
-        for (int64_t i = 0; i < count; ++i) {
-            const bf16* value = item_.value(i);
-            if (all_finite(value, dim_)) continue;
-            clean = false;
-            for (int64_t d = 0; d < dim_; ++d) {
-                if (is_finite(value[d])) continue;
-                auto* to = reinterpret_cast<bf16*>(s_.v_block);
-                to[((d / 16 * kPairTiles * 16 + i / 2) * 16 + d % 16) * 2 + i % 2] = bf16{0};
-            }
-        }
-        return clean;
+        auto* to = reinterpret_cast<bf16*>(s_.v_block);
+        return Lanes::make_clean(count, [&](int64_t i, int64_t d) {
+            to[((d / 16 * kPairTiles * 16 + i / 2) * 16 + d % 16) * 2 + i % 2] = bf16{0};
+        });
     }
 
     void add_not_finite(int64_t lane, int64_t width, int64_t begin, int64_t count) {
         const auto* p = reinterpret_cast<const bf16*>(p_);
-        for (int64_t i = 0; i < count; ++i) {
-            const bf16* value = item_.value(i);
-            if (all_finite(value, dim_)) continue;
-            for (int64_t l = 0; l < width; ++l) {
-                const Visible v = s_.visible[lane + l];
-                if (begin + i < v.begin || begin + i >= v.end) continue;
-                const float weight =
-                    to_float(p[((l / W * kPairTiles + i / 32) * W + l % W) * 32 + i % 32]) * block_weight_[l];
-                for (int64_t d = 0; d < dim_; ++d) {
-                    if (!is_finite(value[d])) rows_[l][d] += weight * to_float(value[d]);
-                }
-            }
-        }
+        const auto weight = [&](int64_t i, int64_t l) {
+            return to_float(p[((l / W * kPairTiles + i / 32) * W + l % W) * 32 + i % 32]);
+        };
+        const auto element = [&](int64_t l, int64_t d) -> float& { return rows_[l][d]; };
+        Lanes::add_not_finite(lane, width, begin, count, weight, element);
     }
 
-    Item<bf16>& item_;
-    const Scratch& s_;
-    const int64_t dim_;
-    const Segment& segment_;
-    const int64_t first_lane_, lanes_;
-    const ScoreMap map_;
-    bool clean_ = true;
     int64_t key_stride_ = 0;
     SoftmaxState* states_[2 * W];
     float* rows_[2 * W];
@@ -448,7 +343,7 @@ class AmxSegment {
     float* scores_ = score_rooms_[0];             // [key][lane], then pairs of weights
     alignas(64) float p_[2 * kKeyBlock / 2 * W];  // [16 lanes][32 keys][lane][key]
     alignas(64) float sums_[kKeyBlock * W];       // [lane][panels of 16 elements]
-    alignas(64) float block_max_[2 * W], block_sum_[2 * W], old_weight_[2 * W], block_weight_[2 * W];
+    alignas(64) float block_max_[2 * W], block_sum_[2 * W];
 };
 
 TTS_END_ISA

@@ -10,24 +10,15 @@
 #pragma once
 
 #include "tree_attention_columns.h"
-#include "tree_attention_item.h"
-#include "tree_attention_tiles.h"
+#include "tree_attention_lanes.h"
 
 TTS_BEGIN_ISA
 
 template <class T>
-class Rows {
+class Rows : Lanes<T> {
   public:
     Rows(Item<T>& item, const Segment& segment)
-        : item_(item),
-          s_(item.scratch),
-          dim_(item.args.head_dim),
-          steps_(num_steps<T>(dim_)),
-          stride_(kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad),
-          segment_(segment),
-          first_lane_(item.first_lane(segment)),
-          lanes_(item.num_lanes(segment)),
-          map_{item.args.scale, item.args.softcap} {}
+        : Lanes<T>(item, segment), steps_(num_steps<T>(dim_)), stride_(Lanes<T>::row_stride()) {}
 
     // Every head of the item in turn over a block of keys: together they read whole tokens.
     void run() {
@@ -40,7 +31,7 @@ class Rows {
                 copy_row(q, rows + (l - first_lane_) * stride_, dim_);
             });
         }
-        const Visible seen = seen_by_any();
+        const Visible seen = Lanes<T>::find_visible();
         for (int64_t begin = block_floor(seen.begin); begin < seen.end; begin += kKeyBlock) {
             const int64_t left = seen.end - begin, count = left < kKeyBlock ? left : kKeyBlock;
             item_.locate(segment_, begin, count);
@@ -54,23 +45,14 @@ class Rows {
     }
 
   private:
-    static constexpr int W = Vec::width;
+    using Lanes<T>::dim_, Lanes<T>::first_lane_, Lanes<T>::item_, Lanes<T>::lanes_;
+    using Lanes<T>::map_, Lanes<T>::s_, Lanes<T>::segment_, Lanes<T>::W;
+
     static constexpr int64_t kChunk = kPairs<T> ? 2 * W : W;  // elements of a row in one vector
     static constexpr int64_t kKeyStep = kPairs<T> ? 2 : 1;    // keys that are multiplied at once
     static constexpr int kRowVecs = 4;                        // vectors of a row in registers
 
     float* queries(int64_t h) const { return s_.q_rows + h * kNarrow * stride_; }
-
-    Visible seen_by_any() const {
-        Visible all{segment_.length, 0};
-        for (int64_t row = segment_.row_begin; row < segment_.row_end; ++row) {
-            const Visible v = item_.visible(segment_, row);
-            if (v.begin == v.end) continue;
-            all.begin = v.begin < all.begin ? v.begin : all.begin;
-            all.end = v.end > all.end ? v.end : all.end;
-        }
-        return all;
-    }
 
     // About how often a head's block calls prefetch.step().
     int64_t steps_of_prefetch(int64_t count) const {
@@ -97,7 +79,7 @@ class Rows {
 
     // Keys of the block at `begin` that a row sees, counted from there.
     Visible seen_in_block(int64_t row, int64_t begin, int64_t count) const {
-        const Visible v = item_.visible(segment_, segment_.row_begin + row);
+        const Visible v = s_.visible[row * item_.group];
         const int64_t low = v.begin > begin ? v.begin - begin : 0, high = v.end - begin;
         const int64_t end = high < count ? high : count;
         return low < end ? Visible{low, end} : Visible{0, 0};
@@ -323,12 +305,7 @@ class Rows {
         return Vec::load(p, static_cast<int>(n));
     }
 
-    Item<T>& item_;
-    const Scratch& s_;
-    const int64_t dim_, steps_, stride_;
-    const Segment& segment_;
-    const int64_t first_lane_, lanes_;
-    const ScoreMap map_;
+    const int64_t steps_, stride_;
 };
 
 TTS_END_ISA

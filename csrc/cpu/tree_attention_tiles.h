@@ -9,12 +9,11 @@
 // K and Q rows are pairs as they lie, rows of V and P are interleaved with the next.
 #pragma once
 
-#include "tree_attention_item.h"
+#include "tree_attention_lanes.h"
 
 TTS_BEGIN_ISA
 
-// ---- micro-kernel
-// ----------------------------------------------------------------------------------------------
+// ---- micro-kernel ----------------------------------------------------------------------------------------
 
 // finish(sum_k a[i * a_row + k * a_step] * b[k][lane], place of c[i][lane], vector of lanes) for i < rows
 // (rounded up to kLaneTileRows).
@@ -50,27 +49,7 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float*
     }
 }
 
-// ---- packing
-// ---------------------------------------------------------------------------------------------------
-
-// to = the row as it is multiplied, zeros up to whole vectors: floats, or pairs as they lie.
-template <class T>
-inline void copy_row(const T* from, float* to, int64_t n) {
-    constexpr int W = Vec::width;
-    int64_t i = 0;
-#if defined(__AVX512BF16__)
-    if constexpr (kPairs<T>) {
-        for (; i + 32 <= n; i += 32, to += 16) _mm512_storeu_si512(to, _mm512_loadu_si512(from + i));
-        if (i < n) {
-            const __mmask32 mask = (1u << (n - i)) - 1u;
-            _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, from + i));
-        }
-        return;
-    }
-#endif
-    for (; i + W <= n; i += W) Vec::load(from + i).store(to + i);
-    if (i < n) Vec::load(from + i, static_cast<int>(n - i)).store(to + i);
-}
+// ---- packing ---------------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 // to[d] = (a[d], b[d]) for d < n, zeros up to whole vectors; no b: zeros in its place.
@@ -86,51 +65,17 @@ inline void interleave_rows(const bf16* a, const bf16* b, float* to, int64_t n) 
 }
 #endif
 
-template <class T>
-inline bool all_finite(const T* x, int64_t n) {
-    constexpr int W = Vec::width;
-    Vec sum = Vec::zero();  // x - x is 0, or NaN for an infinity or a NaN
-    for (int64_t i = 0; i < n; i += W) {
-        const Vec v = n - i >= W ? Vec::load(x + i) : Vec::load(x + i, static_cast<int>(n - i));
-        sum = sum + (v - v);
-    }
-    return reduce_add(sum) == 0.0f;
-}
-
-// to[step][lane - begin] for lanes [begin, end) of the head in hand.
-template <class T>
-inline void pack_queries(const Item<T>& item, int64_t begin, int64_t end, float* to, int64_t to_stride) {
-    constexpr int W = Vec::width;
-    const Scratch& s = item.scratch;
-    const int64_t dim = item.args.head_dim, stride = kPairs<T> ? s.dim_pad / 2 : s.dim_pad;
-    for (int64_t lane = begin; lane < end; lane += W, to += W) {
-        item.each_query(lane, lane + W < end ? lane + W : end,
-                        [&](int64_t l, const T* q) { copy_row(q, s.stage + (l - lane) * stride, dim); });
-        for (int64_t k = 0; k < num_steps<T>(dim); k += W) {
-            transpose(s.stage + k, stride, to + k * to_stride, to_stride);
-        }
-    }
-}
-
-// ---- one segment
-// -----------------------------------------------------------------------------------------------
+// ---- one segment -----------------------------------------------------------------------------------------
 
 template <class T>
-class Tiles {
+class Tiles : Lanes<T> {
   public:
-    Tiles(Item<T>& item, const Segment& segment)
-        : item_(item),
-          s_(item.scratch),
-          dim_(item.args.head_dim),
-          steps_(num_steps<T>(dim_)),
-          segment_(segment),
-          first_lane_(item.first_lane(segment)),
-          lanes_(item.num_lanes(segment)),
-          map_{item.args.scale, item.args.softcap} {}
+    Tiles(Item<T>& item, const Segment& segment) : Lanes<T>(item, segment) {}
 
     void run() {
         if (item_.packed_head != item_.kv_head) {
-            pack_queries(item_, 0, item_.lanes, s_.q_pack, s_.lanes_pad);
+            pack_queries(0, item_.lanes, s_.lanes_pad,
+                         [&](int64_t lane, int64_t k) { return s_.q_pack + k * s_.lanes_pad + lane; });
         }
         item_.packed_head = item_.kv_head;
         item_.begin(segment_);
@@ -144,35 +89,11 @@ class Tiles {
     }
 
   private:
-    static constexpr int W = Vec::width;
-
-    // Fills `visible` for each lane; the keys that any row sees.
-    Visible find_visible() {
-        Visible all{segment_.length, 0};
-        for (int64_t row = segment_.row_begin; row < segment_.row_end; ++row) {
-            const Visible v = item_.visible(segment_, row);
-            const int64_t lane = (row - segment_.row_begin) * item_.group;
-            for (int64_t g = 0; g < item_.group; ++g) s_.visible[lane + g] = v;
-            if (v.begin == v.end) continue;
-            if (v.begin < all.begin) all.begin = v.begin;
-            if (v.end > all.end) all.end = v.end;
-        }
-        return all;
-    }
-
-    // Whether all lanes [lane, end) see all keys of [begin, begin + count), or none of them does.
-    struct View {
-        bool all, none;
-    };
-    View view(int64_t lane, int64_t end, int64_t begin, int64_t count) const {
-        View view{true, true};
-        for (; lane < end; ++lane) {
-            const Visible v = s_.visible[lane];
-            view.all &= v.begin <= begin && v.end >= begin + count;
-            view.none &= v.begin >= begin + count || v.end <= begin;
-        }
-        return view;
-    }
+    using Base = Lanes<T>;
+    using Base::block_weight_, Base::clean_, Base::dim_, Base::first_lane_, Base::item_, Base::lanes_;
+    using Base::find_visible, Base::pack_queries, Base::row_stride, Base::view;
+    using Base::map_, Base::old_weight_, Base::s_, Base::segment_, Base::W;
+    using typename Base::View;
 
     // Keys [begin, begin + count) for all lanes of the segment, in tiles of nearly equal width.
     void run_block(int64_t begin, int64_t count) {
@@ -194,8 +115,7 @@ class Tiles {
     static int64_t row_groups(int64_t rows) { return divide_up(rows, kLaneTileRows); }
 
     void pack_keys(int64_t count) {
-        const int64_t stride = kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad;
-        for (int64_t i = 0; i < count; ++i) copy_row(item_.key(i), s_.k_block + i * stride, dim_);
+        for (int64_t i = 0; i < count; ++i) copy_row(item_.key(i), s_.k_block + i * row_stride(), dim_);
     }
 
     void pack_values(int64_t count) {
@@ -216,12 +136,12 @@ class Tiles {
         const int64_t width = lanes_ - lane < kVecs * W ? lanes_ - lane : kVecs * W;
         const View seen = view(lane, lane + width, begin, count);
         if (seen.none) return;
-        multiply<kPairs<T>, kVecs>(s_.k_block, /* a_row */ kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad,
-                                   /* a_step */ 1, s_.q_pack + first_lane_ + lane, s_.lanes_pad, steps_,
+        multiply<kPairs<T>, kVecs>(s_.k_block, /* a_row */ row_stride(), /* a_step */ 1,
+                                   s_.q_pack + first_lane_ + lane, s_.lanes_pad, num_steps<T>(dim_),
                                    s_.scores, kVecs * W, count, item_.prefetch,
                                    [](Vec sum, float* to, int) { sum.store(to); });
-        if (!map_.deferred()) map_scores<kVecs>(count);
-        if (!seen.all) hide_scores<kVecs>(lane, begin, count);
+        if (!map_.deferred()) Base::template map_scores<kVecs>(s_.scores, count);
+        if (!seen.all) Base::template hide_scores<kVecs>(s_.scores, lane, begin, count);
         bool grew = false;
 #pragma GCC unroll 3
         for (int v = 0; v < kVecs; ++v) grew |= softmax<kVecs>(lane, v, count);
@@ -242,34 +162,6 @@ class Tiles {
             });
         }
         if (!clean_) add_not_finite<kVecs>(lane, width, begin, count);
-    }
-
-    template <int kVecs>
-    void map_scores(int64_t count) {
-        for (int64_t i = 0; i < count * kVecs * W; i += W)
-            map_(Vec::load(s_.scores + i)).store(s_.scores + i);
-    }
-
-    // -inf where the lane must not see the key.
-    template <int kVecs>
-    void hide_scores(int64_t lane, int64_t begin, int64_t count) {
-        for (int v = 0; v < kVecs; ++v) {
-            float first[W], last[W];  // of the block's keys, as floats: small whole numbers
-            for (int i = 0; i < W; ++i) {
-                const int64_t l = lane + v * W + i;
-                const Visible seen = l < lanes_ ? s_.visible[l] : Visible{begin, begin + count};
-                const int64_t low = seen.begin - begin, high = seen.end - begin;
-                first[i] = static_cast<float>(low < 0 ? 0 : low > count ? count : low) - 0.5f;
-                last[i] = static_cast<float>(high < 0 ? 0 : high > count ? count : high) - 0.5f;
-            }
-            const Vec low = Vec::load(first), high = Vec::load(last), hidden = Vec::all(-kInfinity);
-            for (int64_t key = 0; key < count; ++key) {
-                float* p = s_.scores + key * kVecs * W + v * W;
-                const Vec k = Vec::all(static_cast<float>(key));
-                const Vec x = select_less(k, high, Vec::load(p), hidden);
-                select_less(low, k, x, hidden).store(p);
-            }
-        }
     }
 
     // One vector of lanes: scores -> weights in place, relative to the largest score of the block. tile_max
@@ -297,80 +189,43 @@ class Tiles {
             sums[k % W] = sums[k % W] + p;
             return p;
         };
+#if defined(__AVX512BF16__)
         if constexpr (kPairs<T>) {
             for (key = 0; key + 2 <= count; key += 2) {
                 const Vec even = weight(key), odd = weight(key + 1);
                 store_pairs(even, odd, scores + key / 2 * stride);
             }
             if (key < count) store_pairs(weight(key), Vec::zero(), scores + key / 2 * stride);
-        } else {
+        }
+#endif
+        if constexpr (!kPairs<T>) {
             for (key = 0; key < count; ++key) weight(key).store(scores + key * stride);
         }
         for (int half = W / 2; half > 0; half /= 2) {
             for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
         }
-        const Vec old = Vec::load(tile_max), top = max(block, old), base = finite_top(top);
-        const Vec a = exp2(old - base), b = exp2(block - base);
-        top.store(tile_max);
-        (a * Vec::load(tile_sum) + b * sums[0]).store(tile_sum);
-        a.store(old_weight_ + v * W);
-        b.store(block_weight_ + v * W);
+        const Vec a = Base::merge_states(tile_max, tile_sum, block, sums[0], v);
         return reduce_max(select_less(a, Vec::all(1.0f), Vec::all(1.0f), Vec::zero())) > 0.0f;
     }
 
-    // A float's place each: (bfloat16 of even, bfloat16 of odd).
-    static void store_pairs([[maybe_unused]] Vec even, [[maybe_unused]] Vec odd, [[maybe_unused]] float* to) {
-#if defined(__AVX512BF16__)
-        alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
-#endif
-    }
-
-    // ---- values that are not finite, in a block that some lane sees in part only: 0 * NaN must not reach
-    // that lane ----
-
     const T* value(int64_t i) const { return item_.value(i); }
 
-    static bool is_finite(T x) { return to_float(x) - to_float(x) == 0.0f; }
-
-    // Whether the block's values are all finite; those that are not become 0 in the packed block.
     bool make_clean(int64_t count) {
-        bool clean = true;
-        for (int64_t i = 0; i < count; ++i) {
-            if (all_finite(value(i), dim_)) continue;
-            clean = false;
-            for (int64_t d = 0; d < dim_; ++d) {
-                if (is_finite(value(i)[d])) continue;
-                if constexpr (kPairs<T>) {
-                    char* pair = reinterpret_cast<char*>(s_.v_block + i / 2 * s_.dim_pad + d);
-                    __builtin_memset(pair + i % 2 * 2, 0, 2);
-                } else {
-                    s_.v_block[i * s_.dim_pad + d] = 0.0f;
-                }
+        return Base::make_clean(count, [&](int64_t i, int64_t d) {
+            if constexpr (kPairs<T>) {
+                char* pair = reinterpret_cast<char*>(s_.v_block + i / 2 * s_.dim_pad + d);
+                __builtin_memset(pair + i % 2 * 2, 0, 2);
+            } else {
+                s_.v_block[i * s_.dim_pad + d] = 0.0f;
             }
-        }
-        return clean;
+        });
     }
 
-    // Adds weight * value for the values that make_clean took out, to the lanes that see them: infinities and
-    // NaN, to which the order of sums is nothing.
     template <int kVecs>
     void add_not_finite(int64_t lane, int64_t width, int64_t begin, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) {
-            if (all_finite(value(i), dim_)) continue;
-            for (int64_t l = 0; l < width; ++l) {
-                const Visible v = s_.visible[lane + l];
-                if (begin + i < v.begin || begin + i >= v.end) continue;
-                const float p = weight_of(i, l, kVecs * W) * block_weight_[l];
-                for (int64_t d = 0; d < dim_; ++d) {
-                    if (!is_finite(value(i)[d]))
-                        s_.tile_row[d * s_.lanes_pad + lane + l] += p * to_float(value(i)[d]);
-                }
-            }
-        }
+        Base::add_not_finite(
+            lane, width, begin, count, [&](int64_t i, int64_t l) { return weight_of(i, l, kVecs * W); },
+            [&](int64_t l, int64_t d) -> float& { return s_.tile_row[d * s_.lanes_pad + lane + l]; });
     }
 
     float weight_of(int64_t i, int64_t l, int64_t stride) const {
@@ -380,8 +235,7 @@ class Tiles {
         return to_float(p);
     }
 
-    // ---- the states of the segment's lanes, transposed
-    // --------------------------------------------------------------------------------------------
+    // ---- the states of the segment's lanes, transposed ----
 
     void load_states() {
         for (int64_t lane = 0; lane < s_.lanes_pad; ++lane) {
@@ -418,15 +272,6 @@ class Tiles {
             }
         }
     }
-
-    Item<T>& item_;
-    const Scratch& s_;
-    const int64_t dim_, steps_;
-    const Segment& segment_;
-    const int64_t first_lane_, lanes_;
-    const ScoreMap map_;
-    bool clean_ = true;
-    float old_weight_[kTileVecs * W], block_weight_[kTileVecs * W];  // of the tile's states in their merge
 };
 
 TTS_END_ISA
