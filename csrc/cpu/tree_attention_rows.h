@@ -1,7 +1,7 @@
 // A segment read by few lanes (a branch's private tail: one row, the heads of a group): keys as they lie.
 //
-//   scores[lane][key] = dot(Q[lane], K[key])           K read, and transposed in registers, once for all
-//   lanes row[lane][d]      = sum_key P[lane][key] * V[key][d]
+//   scores[lane][key] = dot(Q[lane], K[key])          K transposed in registers, once for all lanes
+//   row[lane][d]      = sum_key P[lane][key] * V[key][d]
 //
 // Every sum is that of the tiles (tree_attention_tiles.h), product by product, so that it does not matter how
 // many lanes read a segment: a score is one chain over the head's elements, with keys along the vector; a
