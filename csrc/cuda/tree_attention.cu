@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int d = first + i * kWarp + lane();
-            if (d < args.head_dim) out[d] = from_float<T>(of_row[i] * result.factor);
+            if (d < args.head_dim) out[d] = from_float<T>(result(of_row[i]));
         }
         if (first == 0 && lane() == 0) args.lse[out_index] = result.lse;
     }

@@ -288,7 +288,7 @@ class FmaTile {
         const Result result(args_, head, chunk_[r]);
         T* out = static_cast<T*>(args_.out) + index * args_.head_dim;
         for (int d = lane(); d < dim_; d += kWarp) {
-            out[d] = from_float<T>(chunk_rows_[r * dim_ + d] * result.factor);
+            out[d] = from_float<T>(result(chunk_rows_[r * dim_ + d]));
         }
         if (lane() == 0) args_.lse[index] = result.lse;
     }

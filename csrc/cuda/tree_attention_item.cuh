@@ -142,7 +142,9 @@ __device__ inline float2* slot_state(const TreeAttentionArgs& args, int64_t slot
     return reinterpret_cast<float2*>(args.partial_states) + slot * args.num_q_heads + head;
 }
 
-// What a row's state becomes in the end: its log-sum-exp, and the factor of its sum of weighted values.
+// What a row's state becomes in the end: its log-sum-exp, and what its sums of weighted values x do. A zero
+// is +0, in arithmetic that cannot be fused: the sign of one in x, which only signs of zeros come from, may
+// be that of hidden keys, whose values are multiplied by weights of 0.
 struct Result {
     float lse, factor;
 
@@ -156,6 +158,8 @@ struct Result {
         lse = state.lse();
         factor = empty ? 0.0f : kept * reciprocal(state.sum);
     }
+
+    __device__ float operator()(float x) const { return __fadd_rn(__fmul_rn(x, factor), 0.0f); }
 };
 
 // Where the state of a lane's chunk goes when the next one begins, or the task ends: kOwn: it joins the

@@ -735,7 +735,7 @@ class MmaTile {
         T* out = static_cast<T*>(args.out) + index * args.head_dim;
         each_pair([&](int d, int tile) {
             *reinterpret_cast<uint32_t*>(out + d) =
-                pack_pair<T>(rows_[tile][2 * r] * result.factor, rows_[tile][2 * r + 1] * result.factor);
+                pack_pair<T>(result(rows_[tile][2 * r]), result(rows_[tile][2 * r + 1]));
         });
         if (dim_warp() == 0 && lane() % 4 == 0) args.lse[index] = result.lse;
     }

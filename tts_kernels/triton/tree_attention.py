@@ -71,7 +71,8 @@ def finish(row, head, top, total, acc, mask, d, out, lse, sinks, num_q_heads, DI
         kept = tl.where(top == float("-inf"), 0.0, tl.exp2(top - higher))
         total = weights
         top = higher
-    result = acc * kept[:, None] / tl.where(total == 0.0, 1.0, total)[:, None]
+    # A zero is +0: the sign of one in acc, which only signs of zeros come from, may be that of hidden keys' values.
+    result = acc * kept[:, None] / tl.where(total == 0.0, 1.0, total)[:, None] + 0.0
     final = (row * num_q_heads + head)[:, None] * DIM + d[None, :]
     tl.store(out + final, narrow(result, out.dtype.element_ty), mask=mask[:, None] & (d < DIM)[None, :])
     tl.store(lse + row * num_q_heads + head, (top + tl.log2(total)) * LN2, mask=mask)
