@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import tts_kernels as tk
+from tts_kernels.op import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
@@ -75,10 +76,19 @@ def compilations(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]])
     return int(counter.frame_count)
 
 
-def reading_fp8() -> AbstractContextManager[object]:
-    """A backend that reads fp8 caches: the one in use, or the definition on a CPU, where C++ has no kernel."""
-    here = torch.get_default_device().type == "cpu" and tk.backend_info().in_use != "triton"
-    return tk.use_backend("reference") if here else nullcontext()
+def reading_fp8(op: str) -> AbstractContextManager[object]:
+    """A backend whose op reads fp8 caches: the one in use, or the definition on a CPU, where C++ has no kernel."""
+    cache = torch.empty(0, dtype=torch.float8_e4m3fn)
+    by_definition = tk.backend_info().in_use != "triton" and OPS[op].no_cpp_for(*[cache] * 3)
+    return tk.use_backend("reference") if by_definition else nullcontext()
+
+
+def assert_refuses_fp8(op: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """A CPU has no kernel for it, and says who reads it."""
+    with tk.use_backend("cpp"):
+        assert_names(
+            TypeError, "k_cache: expected no torch.float8_e4m3fn on a CPU: kernels of GPUs", op, *args, **options
+        )
 
 
 def draw_less(items: Iterable[pytest.Item]) -> None:

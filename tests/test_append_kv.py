@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import DTYPES, assert_names, reading_fp8
+from rules import DTYPES, assert_names, assert_refuses_fp8, reading_fp8
 from torch import Tensor
 from torch.library import opcheck
 
@@ -227,7 +227,7 @@ def nearest_e4m3(x: Tensor) -> Tensor:
     low = (high - 1).clamp(min=0)
     up, down = grid[high] - size, size - grid[low]
     code = torch.where((up < down) | ((up == down) & (high % 2 == 0)), high, low)
-    return (torch.where(x.isnan(), 127, code) + 128 * x.signbit()).to(torch.uint8)
+    return torch.where(x.isnan(), 127, code + 128 * x.signbit()).to(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -242,17 +242,19 @@ def test_an_fp8_cache_gets_the_nearest_numbers(dtype: torch.dtype) -> None:
     slots = torch.randperm(len(cache.k[0]) * 4)[: len(new)]
     for t in cache.tensors():
         t.fill_(9)
-    with reading_fp8():
+    with reading_fp8("append_kv_"):
         cache.append(0, new, -new, slots)
     others = torch.ones(len(cache.k[0]) * 4, dtype=torch.bool)
     others[slots] = False
     for written, values in zip(cache.tensors(), (new, -new), strict=True):
-        assert torch.equal(written.flatten(0, 1)[slots], nearest_e4m3(values))
+        bytes_ = written.flatten(0, 1)[slots]
+        bytes_[bytes_ == 255] = 127  # NaN has a sign, of which a GPU makes nothing when it widens float16
+        assert torch.equal(bytes_, nearest_e4m3(values))
         assert (written.flatten(0, 1)[others] == 9).all()
 
 
-def test_an_fp8_cache_is_refused_by_cpp() -> None:
-    cache = tk.KVCache(1, 3, 3, 20, dtype=torch.float8_e4m3fn)
-    _, _, k, v, slots = inputs(torch.float32, 9)
-    with tk.use_backend("cpp"):
-        assert_names(TypeError, "k_cache: expected no torch.float8_e4m3fn with", cache.append, 0, k, v, slots)
+def test_an_fp8_cache_is_refused_on_a_cpu() -> None:
+    with torch.device("cpu"):
+        cache = tk.KVCache(1, 3, 3, 20, dtype=torch.float8_e4m3fn)
+        _, _, k, v, slots = inputs(torch.float32, 9)
+        assert_refuses_fp8(cache.append, 0, k, v, slots)

@@ -4,7 +4,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads, compilations, reading_fp8
+from rules import (
+    DTYPES,
+    assert_names,
+    assert_refuses_fp8,
+    assert_rule,
+    assert_same_by_threads,
+    compilations,
+    reading_fp8,
+)
 from torch import Tensor
 from torch.library import opcheck
 
@@ -266,7 +274,7 @@ def test_an_fp8_cache_gets_what_append_makes_of_the_rotated_keys(dtype: torch.dt
     ours, expected = (tk.KVCache(1, 9, 2, 34, dtype="fp8") for _ in range(2))
     for t in (*ours.tensors(), *expected.tensors()):
         t.zero_()
-    with reading_fp8():
+    with reading_fp8("rope_append_"):
         q = case.run()
         k, v = (cache.flatten(0, 1)[case.slots.long()] for cache in (case.k_cache, case.v_cache))
         expected.append(0, k, v, case.slots)
@@ -274,6 +282,10 @@ def test_an_fp8_cache_gets_what_append_makes_of_the_rotated_keys(dtype: torch.dt
         got = tk.rope_append_(case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots, **options)
     assert torch.equal(got, q)
     assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), expected.tensors(), strict=True))
-    args = (case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots)
-    with tk.use_backend("cpp"):
-        assert_names(TypeError, "k_cache: expected no torch.float8_e4m3fn", tk.rope_append_, *args, **options)
+
+
+def test_an_fp8_cache_is_refused_on_a_cpu() -> None:
+    with torch.device("cpu"):
+        case, cache = Case.random(20, 4, 2, 34, torch.float32), tk.KVCache(1, 9, 2, 34, dtype="fp8")
+        args = (case.qkv, cache.k[0], cache.v[0], case.positions, case.cos_sin, case.slots)
+        assert_refuses_fp8(tk.rope_append_, *args, num_q_heads=4, num_kv_heads=2)

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from rules import DTYPES, assert_names, assert_rule, assert_same_by_threads, compilations, reading_fp8
+from rules import (
+    DTYPES,
+    assert_names,
+    assert_refuses_fp8,
+    assert_rule,
+    assert_same_by_threads,
+    compilations,
+    reading_fp8,
+)
 from torch import Tensor
 from torch.library import opcheck
 from trees import Plan, Tree, brute_plan, caches, dense_attention, grow, poison, with_short_branches
@@ -646,11 +654,55 @@ def test_an_fp8_cache_attends_as_a_plain_cache_of_its_elements(dtype: torch.dtyp
     stored = [poison(tree, cache).to(torch.float8_e4m3fn) for cache in caches(tree, 2, 20, torch.float32)]
     plain = [cache.to(dtype) for cache in stored]
     q = torch.randn(len(q_lens), 6, 20).to(dtype)
-    with reading_fp8():
+    with reading_fp8("tree_attention"):
         expected = tk.tree_attention(q, plain[0], plain[1], plan)
         assert torch.equal(tk.tree_attention(q, stored[0], stored[1], plan), expected)
         heads_first = [c.view(torch.uint8).transpose(1, 2).contiguous().transpose(1, 2).view(c.dtype) for c in stored]
         assert torch.equal(tk.tree_attention(q, heads_first[0], heads_first[1], plan), expected)
     assert expected.isfinite().all()
-    with tk.use_backend("cpp"):
-        assert_names(TypeError, "k_cache: expected no torch.float8_e4m3fn", tk.tree_attention, q, *stored, plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [7, 8, 40, 64, 72, 96, 112, 128, 256, 300])
+def test_an_fp8_cache_of_any_head_size(head_dim: int, dtype: torch.dtype) -> None:
+    """To the bit as a plain cache: every byte there is, few rows and many, and heads that lie at odd places."""
+    for branches in (3, 30):
+        tree = star(16, branches, prefix=100)
+        q_lens = [1] * branches
+        plan = brute_plan(tree, q_lens, 9, 3, head_dim)
+        shape = (tree.num_pages, 16, 3, head_dim)
+        codes = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
+        codes[codes % 128 == 127] = 0  # NaN
+        stored = [poison(tree, cache.float()).to(torch.float8_e4m3fn) for cache in codes.view(torch.float8_e4m3fn)]
+        plain = [cache.to(dtype) for cache in stored]
+        q = torch.randn(branches, 9, head_dim).to(dtype) / 100
+        with reading_fp8("tree_attention"):
+            expected = tk.tree_attention(q, plain[0], plain[1], plan)
+            assert expected.isfinite().all()
+            assert torch.equal(tk.tree_attention(q, stored[0], stored[1], plan), expected)
+            moved = [torch.cat([c.view(torch.uint8).flatten()[:1], c.view(torch.uint8).flatten()])[1:] for c in stored]
+            odd = [c.view(torch.float8_e4m3fn).view(shape) for c in moved]
+            assert torch.equal(tk.tree_attention(q, odd[0], odd[1], plan), expected)
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_of_an_fp8_cache(dtype: torch.dtype, head_dim: int) -> None:
+    """It makes NaN of the rows that see it, and of no others."""
+    tree = star(16, branches=12, prefix=64)
+    plan = brute_plan(tree, [1] * 12, 4, 2, head_dim)
+    k, v = (cache.to(torch.float8_e4m3fn) for cache in caches(tree, 2, head_dim, torch.float32))
+    v.view(torch.uint8)[tree.pages[3][-1], 0, 1, 5] = 0xFF
+    with reading_fp8("tree_attention"):
+        out = tk.tree_attention(torch.randn(12, 4, head_dim).to(dtype), k, v, plan)
+    assert out[3, 2:, 5].isnan().all()
+    out[3, 2:, 5] = 0.0
+    assert out.isfinite().all()
+
+
+def test_an_fp8_cache_is_refused_on_a_cpu() -> None:
+    with torch.device("cpu"):
+        tree = star(16, branches=3)
+        plan = brute_plan(tree, [1] * 3, 4, 2, 16)
+        k, v = (cache.to(torch.float8_e4m3fn) for cache in caches(tree, 2, 16, torch.float32))
+        assert_refuses_fp8(tk.tree_attention, torch.randn(3, 4, 16), k, v, plan)

@@ -111,9 +111,9 @@ def caches(
 
 def no_cpp_for(*caches: Any) -> str:
     """Why the C++ backend has no kernels for a layer's caches; empty if it has."""
-    if all(getattr(each, "dtype", None) != FP8 for each in caches):
+    if all(getattr(each, "dtype", None) != FP8 or each.device.type != "cpu" for each in caches):
         return ""
-    return f"k_cache: expected no {FP8} with the C++ backend: Triton and the reference read it (use_backend)"
+    return f"k_cache: expected no {FP8} on a CPU: kernels of GPUs and the reference read it (use_backend)"
 
 
 def _check_beside(name: str, value: Any, k_cache: Tensor, wanted: bool) -> None:

@@ -33,7 +33,7 @@ class KVCache:
         Sizes, at least 1 each.
     dtype
         float32, bfloat16 or float16; or "int8" or "int4", which store each head of a token as whole numbers with a
-        scale of its own (`append_kv_`): D + 2 and D / 2 + 4 bytes; or "fp8", for Triton: float8_e4m3fn.
+        scale of its own (`append_kv_`): D + 2 and D / 2 + 4 bytes; or "fp8", for GPUs: float8_e4m3fn, no scale.
     device
         Where; the default device if None.
 

@@ -33,7 +33,7 @@ class Op:
     rather_composed
         Whether that is the better choice for these arguments on a GPU, although there is a kernel.
     no_cpp_for
-        Why C++ has no kernel for these arguments on any device, where "auto" goes on to Triton; empty if it has.
+        Why C++ has no kernel for these arguments on their device, where "auto" goes on to Triton; empty if it has.
 
     A call to the C++ kernels runs no Python check: they check all that they read and fail bare, and only then does
     `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, where

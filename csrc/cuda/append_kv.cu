@@ -5,10 +5,12 @@
 // One launch, a block of 128 threads for each token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k
 // and 16 of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any
 // case. Into quantised caches (csrc/include/quantized_kv.h says how, to the bit) a warp takes a head at a
-// time: it reads the head once for its range, and once more, from L1, for its codes.
+// time: it reads the head once for its range, and once more, from L1, for its codes. Caches of e4m3 get the
+// nearest bytes the same way, and have no range.
 #include "append_kv.h"
 #include "block_size.cuh"
 #include "copy_rows.cuh"
+#include "e4m3.cuh"
 #include "kv_numbers.h"
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -87,6 +89,10 @@ __device__ void quantize_head(const AppendKvArgs& args, int64_t token, int64_t s
     const bool four = args.format == KvFormat::int4;
     const T* x = reinterpret_cast<const T*>(args.from + token * args.from_token + head * args.from_head);
     char* codes = slot_of(args.to, slot) + head * args.to.head_stride;
+    if (args.format == KvFormat::e4m3) {
+        for (int d = lane(); d < dim; d += kWarp) codes[d] = static_cast<char>(to_e4m3(to_float(x[d])));
+        return;
+    }
     const HeadRange range = range_of(x, dim);
     const float span = four ? __fsub_rn(range.high, range.low) : fmaxf(range.high, -range.low);
     const Affine numbers =

@@ -1,8 +1,10 @@
 // Heads of keys and values from their codes: the twin of csrc/include/quantized_kv.h, which has the formats.
 // An element is code * scale + zero, rounded once, and then to the type of the queries. (int8 has no zero:
-// adding 0 changes no bit, as a scale of 0 has no codes but 0.)
+// adding 0 changes no bit, as a scale of 0 has no codes but 0.) Bytes of e4m3 are codes here, too, which
+// stand for themselves.
 #pragma once
 
+#include "e4m3.cuh"
 #include "paged_cache.h"
 #include "vector.cuh"
 
@@ -21,6 +23,7 @@ struct KvNumbers {
 // Element d of a head of `dim`.
 template <class T>
 __device__ float element(const uint8_t* codes, int d, int dim, KvFormat format, KvNumbers numbers) {
+    if (format == KvFormat::e4m3) return to_float(from_float<T>(of_e4m3(uint32_t{codes[d]} << 24)));
     int code;
     if (format == KvFormat::int8) {
         code = static_cast<int8_t>(codes[d]);
@@ -33,7 +36,7 @@ __device__ float element(const uint8_t* codes, int d, int dim, KvFormat format, 
 
 // Codes of elements d to d + 7, as bytes; d, and the head's size, are multiples of 8.
 __device__ inline uint2 eight_codes(const uint8_t* codes, int d, int dim, KvFormat format) {
-    if (format == KvFormat::int8) return *reinterpret_cast<const uint2*>(codes + d);
+    if (format != KvFormat::int4) return *reinterpret_cast<const uint2*>(codes + d);
     const int half = dim / 2;  // a multiple of 4
     const auto four = [&](int e) {
         const uint32_t pairs = *reinterpret_cast<const uint32_t*>(codes + (e < half ? e : e - half));
@@ -46,10 +49,15 @@ __device__ inline uint2 eight_codes(const uint8_t* codes, int d, int dim, KvForm
 // code: no conversion, which a GPU does at a quarter of the rate of additions.
 template <class T>
 __device__ uint2 four_elements(uint32_t codes, KvFormat format, KvNumbers numbers) {
+    float x[4];
+    if (format == KvFormat::e4m3) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = of_e4m3(__byte_perm(codes, 0, 0x0444u + (i << 12)));
+        return {pack<T>(x[0], x[1]), pack<T>(x[2], x[3])};
+    }
     const bool with_sign = format == KvFormat::int8;
     const float base = with_sign ? 0x1p23f + 128.0f : 0x1p23f;
     if (with_sign) codes ^= 0x80808080u;
-    float x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         x[i] = numbers(__uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7440u + i)) - base);

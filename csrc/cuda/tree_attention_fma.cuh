@@ -122,7 +122,7 @@ class FmaTile {
         HeadRow row{item_.offset(cache, token), {}};
         if constexpr (kCodes) {
             const int64_t number = item_.number(token);
-            row.numbers = {to_float(beside.scale[number]),
+            row.numbers = {beside.scale ? to_float(beside.scale[number]) : 0.0f,
                            beside.zero ? to_float(beside.zero[number]) : 0.0f};
         }
         return row;

@@ -14,11 +14,15 @@ struct PagedCache {
     int64_t page_stride, token_stride, head_stride;
 };
 
-// How the D elements of a head are stored. Quantised ones are whole numbers; the cache is of bytes then:
+// How the D elements of a head are stored. Quantised ones are whole numbers, and elements of the cache are
+// bytes (of e4m3 too):
 //   int8  x = code * scale, codes within 127
 //   int4  x = code * scale + zero, codes 0 to 15; byte j holds that of element j and, in its high half,
 //         that of element j + D / 2
-enum class KvFormat : int32_t { plain, int8, int4 };
+//   e4m3  x is a float of 8 bits, up to 448. It has an exponent of its own, and so no scale beside it: one
+//         would move the range (2**-6 to 448; below, steps of 2**-9), and make no element within it more
+//         exact.
+enum class KvFormat : int32_t { plain, int8, int4, e4m3 };
 
 // Beside quantised heads: [pages, page_size, kv_heads], contiguous. No zeros in int8.
 struct KvScales {

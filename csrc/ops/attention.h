@@ -18,9 +18,20 @@ inline bool rows_contiguous(const Tensor& t) {
 
 // As its dtype says.
 inline KvFormat format_of(const Tensor& cache) {
-    if (cache.scalar_type() == ScalarType::Char) return KvFormat::int8;
-    return cache.scalar_type() == ScalarType::Byte ? KvFormat::int4 : KvFormat::plain;
+    switch (cache.scalar_type()) {
+        case ScalarType::Char:
+            return KvFormat::int8;
+        case ScalarType::Byte:
+            return KvFormat::int4;
+        case ScalarType::Float8_e4m3fn:
+            return KvFormat::e4m3;
+        default:
+            return KvFormat::plain;
+    }
 }
+
+// Whether there are scales beside it.
+inline bool is_quantized(KvFormat format) { return format == KvFormat::int8 || format == KvFormat::int4; }
 
 // [pages, page_size, kv_heads, head_dim], rows contiguous; of int4 half as many bytes.
 inline bool is_cache(const Tensor& t) {
@@ -67,8 +78,8 @@ struct ScaleTensors {
     const std::optional<Tensor>&k_scale, &v_scale, &k_zero, &v_zero;
 };
 
-// The caches of a layer, checked: both plain and of one dtype, or both of one quantised format with all that
-// belongs to it and nothing else.
+// The caches of a layer, checked: both plain and of one dtype, or both of another format with all that
+// belongs to it and nothing else. A CPU's kernels read no e4m3.
 struct LayerCaches {
     const Tensor &k, &v;
     KvFormat format;
@@ -80,11 +91,12 @@ struct LayerCaches {
         : k(k_cache), v(v_cache), format(format_of(k_cache)) {
         require(same_cache(k, v), "caches");
         require(format != KvFormat::plain || k.scalar_type() == tokens, "caches");
+        require(format != KvFormat::e4m3 || !kReadable, "caches");
         head_dim = format == KvFormat::int4 ? 2 * k.size(3) : k.size(3);
         require(format == KvFormat::plain || head_dim >= 1, "caches");
-        k_scales = {numbers(beside.k_scale, format != KvFormat::plain),
+        k_scales = {numbers(beside.k_scale, is_quantized(format)),
                     numbers(beside.k_zero, format == KvFormat::int4)};
-        v_scales = {numbers(beside.v_scale, format != KvFormat::plain),
+        v_scales = {numbers(beside.v_scale, is_quantized(format)),
                     numbers(beside.v_zero, format == KvFormat::int4)};
     }
 

@@ -20,11 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import tts_kernels  # noqa: F401  (the CPU's kernels come first, to be replaced)
+    from tts_kernels.op import OPS  # the CPU's kernels come first, to be replaced
 
     names = config.getoption("emulate").split(",")
     library = Library(names, *map(config.getoption, ("emulate_sanitize", "emulate_seed", "emulate_sources")))
     config.stash[LIBRARY] = library
+    for op in (OPS[name] for base in names for name in (base, f"{base}_") if name in OPS):
+        op.no_cpp_for = lambda *_: ""  # as on a GPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

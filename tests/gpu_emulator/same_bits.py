@@ -81,6 +81,9 @@ def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         (64, torch.bfloat16, "int4"),
         (128, torch.bfloat16, "int8"),
         (20, torch.float32, "int4"),
+        (64, torch.bfloat16, "fp8"),
+        (128, torch.float16, "fp8"),
+        (20, torch.float32, "fp8"),
     ],
 )
 def test_a_row_in_any_company(dim: int, dtype: torch.dtype, stored: str | None, window: int | None) -> None:

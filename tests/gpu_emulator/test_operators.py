@@ -26,7 +26,7 @@ LONG = ("sample", "tree_attention")  # minutes: many draws, many large kernels
 # What an operator's tests compare it with, to the bit.
 PARTS = {"score_and_prune": ("step_scores", "aggregate_steps", "prune")}
 # What asks about the CPU itself, and torch's checks of registration, which the CPU's own run makes.
-NOT_OURS = ("instruction_sets", "threads_do_not", "opcheck", "isa")
+NOT_OURS = ("instruction_sets", "threads_do_not", "opcheck", "isa", "on_a_cpu")
 # Tens of thousands of launches or blocks: hours here, seconds on a GPU.
 TOO_MANY = ("distribution", "chi_square", "independent_draws", "smallest_set", "random_rows")
 # Some cases of each kind, for the sanitizers: a process for each launch.
@@ -106,7 +106,7 @@ def test_launches() -> None:
 
 @pytest.mark.parametrize("only", ["64", pytest.param("128 or 20", marks=pytest.mark.slow)])
 def test_attention_has_the_same_bits_in_any_company(only: str) -> None:
-    run("tree_attention", tests=str(HERE / "same_bits.py"), only=only)
+    run("tree_attention,append_kv,copy_pages", tests=str(HERE / "same_bits.py"), only=only)
 
 
 @pytest.mark.skipif(clang() is None, reason="no clang")

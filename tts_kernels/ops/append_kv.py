@@ -56,7 +56,7 @@ def append_kv_(
     Notes
     -----
     Reads and writes 2 T Hkv D elements; one launch. Copy the pages that `KVForest.append` names first (`copy_pages_`).
-    fp8 is for Triton.
+    fp8 is for GPUs.
 
     Examples
     --------

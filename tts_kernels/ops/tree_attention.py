@@ -123,7 +123,7 @@ def tree_attention(
     and on nothing else, to the bit within a backend and an instruction set: not on other rows, on who shares a key, on
     how q_lens cuts a text into forwards, on pages, on plans or on threads. Keys are summed up in blocks of 64 and
     chunks of 512 (256 on a GPU) at absolute positions, in ascending order.
-    Quantised heads become elements of q's dtype once for all rows that share them. fp8 is for Triton.
+    Quantised and fp8 heads become elements of q's dtype once for all rows that share them. fp8 is for GPUs.
     bfloat16 products are accumulated in float32; weights are rounded to bfloat16 before they meet the values where the
     processor multiplies pairs of bfloat16.
 

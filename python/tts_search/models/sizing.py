@@ -79,12 +79,8 @@ def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:
     if kv_dtype not in get_args(KvDtype):
         names = ", ".join(map(repr, get_args(KvDtype)))
         raise ValueError(f"kv_dtype: expected None or one of {names}, got {kv_dtype!r}")
-    info, device = tk.backend_info(), decoder.device
-    by_cpp = info.on_gpu["tree_attention"] == "cpp" if device.type == "cuda" else info.in_use in ("auto", "cpp")
-    if kv_dtype == "fp8" and by_cpp and (device.type == "cpu" or info.in_use == "cpp" or info.available["triton"]):
-        raise ValueError(
-            f"kv_dtype: expected no fp8 on {device}, as C++'s kernels do not read it; Triton's on a GPU do"
-        )
+    if kv_dtype == "fp8" and decoder.device.type == "cpu" and tk.backend_info().in_use in ("auto", "cpp"):
+        raise ValueError("kv_dtype: expected no fp8 on cpu, as its kernels do not read it; those of GPUs do")
     if kv_dtype == "int4" and decoder.shape.head_dim % 2:
         raise ValueError(f"kv_dtype: expected no int4 for heads of an odd size, {decoder.shape.head_dim}")
 
