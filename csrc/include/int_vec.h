@@ -34,20 +34,20 @@ inline void store_rounded(Vec x, I* out) {
 #endif
 }
 
-// Vec::width whole numbers less `times` times `other`, as floats; `times` is 0 or a power of two.
-template <int times>
+// Vec::width whole numbers less Times times `other`, as floats; Times is 0 or a power of two.
+template <int Times>
 inline Vec load_less(const int32_t* x, int32_t other) {
-    constexpr int shift = times ? __builtin_ctz(times) : 0;
+    constexpr int shift = Times ? __builtin_ctz(Times) : 0;
 #if defined(__AVX512F__)
-    const __m512i minus = _mm512_slli_epi32(_mm512_set1_epi32(times ? other : 0), shift);
+    const __m512i minus = _mm512_slli_epi32(_mm512_set1_epi32(Times ? other : 0), shift);
     return {_mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(_mm512_loadu_si512(x), minus))};
 #elif defined(__AVX2__)
     const __m256i whole = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    const __m256i minus = _mm256_slli_epi32(_mm256_set1_epi32(times ? other : 0), shift);
+    const __m256i minus = _mm256_slli_epi32(_mm256_set1_epi32(Times ? other : 0), shift);
     return {_mm256_cvtepi32_ps(_mm256_sub_epi32(whole, minus))};
 #else
     Vec out;
-    for (int i = 0; i < Vec::width; ++i) out.v[i] = static_cast<float>(x[i] - times * other);
+    for (int i = 0; i < Vec::width; ++i) out.v[i] = static_cast<float>(x[i] - Times * other);
     return out;
 #endif
 }
