@@ -119,7 +119,7 @@ def measure_x(runs: int) -> dict[str, dict[str, record.Cell]]:
                 "making, ms": round(make, 2),
                 "attention, ms": round(attend, 2),
                 "of attention": round(make / attend, 1),
-                "d / (g^2 M)": round(decoder.hidden_size / (group**2 * branches), 1),
+                "d over (g^2 M)": round(decoder.hidden_size / (group**2 * branches), 1),
             }
     return rows
 
