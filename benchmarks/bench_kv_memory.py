@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kv_memory.py [--write NAME]
     python benchmarks/bench_kv_memory.py --room [--write NAME]
+    python benchmarks/bench_kv_memory.py --wide [--write NAME]
 
 A run goes through the caches of as many layers as a model has, each read once, so that what comes from memory in a
 decode step comes from memory here. Formats take turns, and a number is the median of the runs. The bound is reading the
@@ -24,12 +25,14 @@ import record
 import torch
 from bench_decode import checkpoint_of_shape, median_rate
 from bench_tree_attention import grow
+from tts_search import Engine, HFPolicy
 from tts_search.models.decoder import KvDtype, KVPool
 from tts_search.models.llama import LlamaDecoder
 from tts_search.models.loading import load_decoder
 from tts_search.models.sizing import pool_for
 from tts_search.models.x_cache import Kept, XPool
 from tts_search.models.x_layers import BLOCK, KINDS
+from tts_search.search.protocol import Generate, GenerateParams, Usage
 
 import tts_kernels as tk
 
@@ -40,6 +43,7 @@ TREES = {
 }
 FORMATS = ("bfloat16", "int8", "int4")
 SHARED = 2048  # tokens
+WIDE: tuple[tuple[KvDtype | None, int], ...] = ((None, 41), (None, 84), ("int8", 84), ("int4", 84))
 
 
 def filled(layers: int, pages: int, kv_heads: int, head_dim: int, kind: str) -> tk.KVCache:
@@ -162,6 +166,30 @@ def measure_room(memory: str = "512MiB") -> dict[str, dict[str, record.Cell]]:
     return rows
 
 
+def wide_search(kind: KvDtype | None, branches: int, memory: str = "512MiB") -> dict[str, record.Cell]:
+    """Time of so many texts of 512 tokens on 2,048 shared ones, random weights of SmolLM2-135M's shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy = HFPolicy(checkpoint_of_shape(folder, "bfloat16"), dtype="bfloat16", kv_memory=memory, kv_dtype=kind)
+    usages: list[Usage] = []
+    end = policy.end
+
+    def counted(problem: int) -> Usage:
+        usages.append(end(problem))
+        return usages[-1]
+
+    policy.end = counted  # type: ignore[method-assign]
+    request = Generate(
+        tuple(range(10, 10 + SHARED)), GenerateParams(max_tokens=512, ignore_eos=True), branches, tuple(range(branches))
+    )
+    with Engine(policy, None) as engine:
+        begin = time.perf_counter()
+        made = sum(len(part.tokens) for part in engine.generate(request).events())
+        seconds = time.perf_counter() - begin
+    again = sum(usage.recomputed_tokens for usage in usages)
+    numbers = {"seconds": round(seconds, 1), "tokens a second": round(made / seconds), "read again": again}
+    return {"kv": kind or "bfloat16", "n": branches, **numbers}
+
+
 def smollm2() -> LlamaDecoder:
     """Random weights of its shape."""
     with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
     parser.add_argument("--beside", default="nothing")
+    parser.add_argument("--wide", action="store_true", help="only a wide generation in 512 MiB")
     parser.add_argument("--room", action="store_true", help="only how many branches 512 MiB have room for")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -190,6 +219,21 @@ def main() -> None:
                 command="python benchmarks/bench_kv_memory.py --room",
                 beside=options.beside,
                 tables={"room": room},
+            )
+        return
+    if options.wide:
+        wide = {}
+        for kind, n in WIDE:
+            wide[f"{kind or 'bfloat16'}, {n}"] = wide_search(kind, n)
+            print(wide[f"{kind or 'bfloat16'}, {n}"], flush=True)
+        if options.write:
+            record.write(
+                options.write,
+                what="n texts of 512 tokens behind 2,048 shared ones with a KV pool of 512 MiB, SmolLM2-135M's shape: "
+                "seconds, prompt included, and tokens whose keys and values were given up and read again",
+                command="python benchmarks/bench_kv_memory.py --wide",
+                beside=options.beside,
+                tables={"wide": wide},
             )
         return
     block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
