@@ -114,7 +114,7 @@ def test_a_step_ends_at_its_delimiter(policy: HFPolicy, pieces: list[str], text:
     assert policy.expand([expand(0, (1,), temperature=0.0)]) == [
         [Step(text, False, num_tokens, pytest.approx(0.0, abs=1e-6), "stop")]
     ]
-    assert policy._problems[0].nodes[1].branch.tokens == ids[:num_tokens]
+    assert policy._problems[0].known.longest(1, text)[1].tokens == ids[:num_tokens]
 
 
 def test_the_next_step_goes_on_where_the_last_one_ended(policy: HFPolicy) -> None:
@@ -220,7 +220,8 @@ def tree(policy: HFPolicy, problems: int = 2, rounds: int = 3) -> dict[tuple[int
             number += len(children)
             params = {"temperature": 0.8 + problem, "top_p": 0.9, "top_k": 40 * problem}
             requests.append(expand(branch, children, paths[problem, branch], problem=problem, **params))
-            before.append(policy._problems[problem].nodes[branch].branch.path())
+            _, parent = policy._problems[problem].known.longest(branch, "".join(paths[problem, branch]))
+            before.append(parent.path())
         frontier = []
         for request, path, steps in zip(requests, before, policy.expand(requests), strict=True):
             for child, step in zip(request.children, steps, strict=True):

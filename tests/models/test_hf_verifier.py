@@ -188,7 +188,7 @@ def test_a_small_pool_gives_the_same_scores(made: tuple[str, str, PreTrainedMode
     _, path, _ = made
     verifier = HFVerifier(path, kv_memory="4MiB")
     large = list(random_search(verifier, random.Random(5)))
-    longest = max(node.branch.length for nodes in verifier._problems.values() for node in nodes.values())
+    longest = max(text.branch.length for known in verifier._problems.values() for _, text in known._known.values())
     small = HFVerifier(path)
     small._lane.pool = small_pool(small.decoder, longest // 4 + 24)
     for (_, _, scores), (_, _, wanted) in zip(random_search(small, random.Random(5)), large, strict=True):

@@ -176,7 +176,7 @@ def test_a_branch_reads_prompt_and_steps(name: str, others: tuple[str, ...], tmp
     (sampled,) = policy.expand([Expand(0, 0, (1,), (), (7,), params)])
     for branch, steps in enumerate((others, (sampled[0].text, *others)), 10):
         policy.expand([Expand(0, branch, (branch + 10,), steps, (1,), StepParams(max_tokens=1))])
-        read = policy._decode(policy._problems[0].nodes[branch].branch.path())
+        read = policy._decode(policy._problems[0].known.longest(branch, "".join(steps))[1].path())
         assert read == "What is 2+2?\n\n" + "".join(steps)
 
 

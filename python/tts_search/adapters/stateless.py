@@ -111,28 +111,32 @@ class _Problems(Generic[Tree]):
 
 
 @dataclass(slots=True)
-class _Node:
-    """A branch of a policy, and how many children it has had."""
+class _Sampled:
+    """What a text is to the policy, and how many children it has had.
+
+    Here the text is the name: a number and the path that fixes the draws are given to it when it is first seen. The
+    policy finds branches the other way round, by number first (`models.known`), and knows no path.
+    """
 
     branch: int
     path: tuple[int, ...]
-    texts: tuple[str, ...]
+    steps: tuple[str, ...]
     num_children: int = 0
 
 
 @dataclass(slots=True)
 class _SampleTree:
     seeds: Seeds
-    nodes: dict[str, _Node] = field(default_factory=lambda: {"": _Node(0, (), ())})
+    texts: dict[str, _Sampled] = field(default_factory=lambda: {"": _Sampled(0, (), ())})
     num_branches: int = 1
     num_strange: int = 0
 
-    def node(self, text: str) -> _Node:
-        if text not in self.nodes:  # not a text of ours, or one that was edited: the policy finds what it knows of it
-            self.nodes[text] = _Node(self.num_branches, (_STRANGE, self.num_strange), (text,))
+    def sampled(self, text: str) -> _Sampled:
+        if text not in self.texts:  # not a text of ours, or one that was edited: the policy finds what it knows of it
+            self.texts[text] = _Sampled(self.num_branches, (_STRANGE, self.num_strange), (text,))
             self.num_branches += 1
             self.num_strange += 1
-        return self.nodes[text]
+        return self.texts[text]
 
 
 class StepSampler:
@@ -218,29 +222,29 @@ class StepSampler:
     def _expand(self, problem: str, text: str, params: StepParams, count: int) -> tuple[Expand, Paths]:
         """What the policy is asked for, and the paths of the children."""
         number, tree = self._problems.open(problem, _SampleTree(Seeds(self.seed, problem)))
-        node = tree.node(text)
+        parent = tree.sampled(text)
         if params.temperature == 0:  # no draw, so the branch's next samples are what they would have been
-            paths = [(*node.path, _GREEDY)] * count
+            paths = [(*parent.path, _GREEDY)] * count
         else:
-            paths = [(*node.path, node.num_children + offset) for offset in range(count)]
-            node.num_children += count
+            paths = [(*parent.path, parent.num_children + offset) for offset in range(count)]
+            parent.num_children += count
         children = tuple(range(tree.num_branches, tree.num_branches + count))
         tree.num_branches += count
         seeds = tuple(tree.seeds.of(path) for path in paths)
-        return Expand(number, node.branch, children, node.texts, seeds, params), paths
+        return Expand(number, parent.branch, children, parent.steps, seeds, params), paths
 
     def _remember(self, problem: str, text: str, expand: Expand, steps: Sequence[Step], paths: Paths) -> None:
         """Note which text each new branch has; of equal texts the first is kept."""
         number, tree = self._problems.trees[problem]
-        node = tree.nodes[text]
+        parent = tree.texts[text]
         again: list[int] = []
         for child, path, step in zip(expand.children, paths, steps, strict=True):
             if step.finished or not step.text:
                 continue
-            if text + step.text in tree.nodes:
+            if text + step.text in tree.texts:
                 again.append(child)
             else:
-                tree.nodes[text + step.text] = _Node(child, path, (*node.texts, step.text))
+                tree.texts[text + step.text] = _Sampled(child, path, (*parent.steps, step.text))
         if again:
             self.policy.release(number, again)
 

@@ -16,13 +16,14 @@ from tts_search.models.decoder import KvDtype
 from tts_search.models.endings import Endings
 from tts_search.models.generation import DrawOptions, SampledStreams
 from tts_search.models.graphs import decode_graphs
+from tts_search.models.known import KnownBranches
 from tts_search.models.likelihood import PromptStream, PromptStreams
 from tts_search.models.meter import Meter
 from tts_search.models.pool import BranchPool
 from tts_search.models.sizing import pool_for
 from tts_search.models.streams import Lane
 from tts_search.models.texts import Detokenizer, GrowingText, Stops, TextStream
-from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
+from tts_search.policies.prompt import at_a_word, continuation_ids, prompt_of, text_ids
 from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Generate, Generated, Load, Usage, answers_of
 from tts_search.search.types import Messages, Step
@@ -191,7 +192,7 @@ class HFPolicy:
         unused(problem, self._problems, self)
         tokens = self.prompt_tokens(text)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
-        self._problems[problem] = _Problem(root, {0: _Node(root, "")})
+        self._problems[problem] = _Problem(root)
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
         """Sample a step for each child of each request.
@@ -258,8 +259,7 @@ class HFPolicy:
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""
-        nodes = self._problems[problem].nodes
-        self._pool.release(node.branch for branch in branches if (node := nodes.pop(branch, None)) is not None)
+        self._pool.release(self._problems[problem].known.drop(branches))
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem; what it cost."""
@@ -307,7 +307,7 @@ class HFPolicy:
         """The same for text behind any tokens: they are a problem by themselves."""
         params, tokens = request.params, list(request.tokens)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
-        job = _Job(request, _Problem(root, {}), root)
+        job = _Job(request, _Problem(root), root)
         limit = self._limit(job, params.max_tokens)
         if fault := _fault(request, len(self.tokenizer)):
             job.error = ValueError(fault)
@@ -343,20 +343,13 @@ class HFPolicy:
     def _parent(self, state: _Problem, request: Expand) -> TokenBranch:
         """The branch to continue: one that this policy made, or such a one with what the steps' text has beyond it."""
         text = "".join(request.steps)
-        if not text:
-            return state.root
-        node = state.nodes.get(request.branch)
-        if node is None or node.text != text:
-            begun = (each for each in state.nodes.values() if _begins(each.text, text))
-            base = max(begun, key=lambda each: len(each.text), default=_Node(state.root, ""))
-            if base.text == text:
-                return base.branch
-            tokens = continuation_ids(base.branch.path(), text[len(base.text) :], self._plain, self._decode_all)
-            node = _Node(
-                TokenBranch(state.root.meter, base.branch, base.branch.length, tokens, given=len(tokens)), text
-            )
-            state.nodes[request.branch] = node
-        return node.branch
+        start, base = state.known.longest(request.branch, text)
+        if start == text:
+            return base
+        tokens = continuation_ids(base.path(), text[len(start) :], self._plain, self._decode_all)
+        branch = TokenBranch(state.root.meter, base, base.length, tokens, given=len(tokens))
+        state.known.put(request.branch, text, branch)
+        return branch
 
     def _end(self, job: _Job, child: TextStream) -> None:
         """A child has ended, or failed; with the last one, or the first that failed, its request is answered."""
@@ -407,7 +400,7 @@ class HFPolicy:
         return Endings(texts, tokens, self._decode, self._plain("a"))
 
     def _finish(self, job: _Job) -> list[Step] | Exception | None:
-        """The answer to a request; branches that go on become nodes of the tree. None: all of it is told."""
+        """The answer to a request; branches that go on become known. None: all of it is told."""
         if job.error is not None or isinstance(job.request, Generate):
             self._forget(job)
             return job.error
@@ -422,7 +415,7 @@ class HFPolicy:
                 self._pool.release([child.branch])
             else:
                 self._pool.hold(child.branch)  # a step of one token was never forwarded
-                job.state.nodes[number] = _Node(child.branch, "".join(job.request.steps) + step.text)
+                job.state.known.put(number, "".join(job.request.steps) + step.text, child.branch)
         return steps
 
     def _forget(self, job: _Job) -> None:
@@ -464,28 +457,16 @@ def _fault(request: Generate, vocabulary: int) -> str:
     return next((f"{expected}, got {got!r:.200}" for holds, expected, got in checks if not holds), "")
 
 
-def _begins(start: str, text: str) -> bool:
-    """Whether a text begins with another one that ends where no word is cut."""
-    if not text.startswith(start):
-        return False
-    return not start or len(start) == len(text) or start[-1].isspace() or text[len(start)].isspace()
-
-
 @dataclass(slots=True)
 class _Problem:
     """A problem in flight: its prompt, the branches that may be asked for, the tokens sampled so far."""
 
     root: TokenBranch
-    nodes: dict[int, _Node]
+    known: KnownBranches[str, TokenBranch] = field(init=False)
     sampled: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A branch and the text of its steps."""
-
-    branch: TokenBranch
-    text: str
+    def __post_init__(self) -> None:
+        self.known = KnownBranches("", self.root, at_a_word)
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tts_search.search.types import Messages
 
-__all__ = ["continuation_ids", "prompt_ids", "prompt_of", "text_ids"]
+__all__ = ["at_a_word", "continuation_ids", "prompt_ids", "prompt_of", "text_ids"]
 
 # Texts that stand in front of another one while it is encoded, so that a tokenizer does not take it for a beginning.
 _FRONTS: Final = ("a", "\n", ".", "a ", "1")
@@ -83,6 +83,13 @@ def continuation_ids(
         if decode([*context, *ids]) == before + text:
             return ids
     return encode(text)
+
+
+def at_a_word(start: str, text: str) -> bool:
+    """Whether a text begins with another one that ends where no word is cut: its tokens can be continued."""
+    if not text.startswith(start):
+        return False
+    return not start or len(start) == len(text) or start[-1].isspace() or text[len(start)].isspace()
 
 
 def _whole_characters(path: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[list[int], str]:

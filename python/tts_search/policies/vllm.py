@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tts_search.errors import require
-from tts_search.policies.prompt import continuation_ids, prompt_ids, prompt_of
+from tts_search.models.known import KnownBranches
+from tts_search.policies.prompt import at_a_word, continuation_ids, prompt_ids, prompt_of
 from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Usage
 from tts_search.search.types import Messages, Step
@@ -101,8 +102,7 @@ class VLLMPolicy:
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches."""
-        for branch in branches:
-            self._problems[problem].nodes.pop(branch, None)
+        self._problems[problem].known.drop(branches)
 
     def end(self, problem: int) -> Usage:
         """Forget the problem; what it cost, as far as the engine says."""
@@ -136,14 +136,14 @@ class VLLMPolicy:
         return text
 
     def _tokens(self, request: Expand) -> list[int]:
-        """The tokens to continue: those that this policy generated, or the steps' text read anew."""
+        """The tokens to continue: those that this policy generated, and what the steps' text has beyond them."""
         state = self._problems[request.problem]
         text = "".join(request.steps)
-        node = state.nodes.get(request.branch)
-        if node is None or node.text != text:
-            tokens = self._continued(state.prompt, text) if text else []
-            node = state.nodes[request.branch] = _Node(text, tokens)
-        return state.prompt + node.tokens
+        start, tokens = state.known.longest(request.branch, text)
+        if start != text:
+            tokens = tokens + self._continued(state.prompt + tokens, text[len(start) :])
+            state.known.put(request.branch, text, tokens)
+        return state.prompt + tokens
 
     def _params(self, request: Expand, length: int) -> Any:
         params = request.params
@@ -170,7 +170,7 @@ class VLLMPolicy:
         for child, step, sample in zip(request.children, steps, samples, strict=True):
             state.sampled += step.num_tokens
             if not step.finished:
-                state.nodes[child] = _Node("".join(request.steps) + step.text, [*own, *sample.token_ids])
+                state.known.put(child, "".join(request.steps) + step.text, [*own, *sample.token_ids])
         return steps
 
     def _step(self, request: Expand, length: int, sample: Any) -> Step:
@@ -187,19 +187,24 @@ def _for_platform() -> dict[str, Any]:
     return {"enable_chunked_prefill": False} if require("vllm.platforms", "vllm").current_platform.is_cpu() else {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A branch: the text of its steps and the tokens behind the prompt."""
-
-    text: str
-    tokens: list[int]
-
-
 @dataclass(slots=True)
 class _Problem:
-    """A problem in flight: its branches, the tokens sampled, and those read that the prefix cache did not hold."""
+    """A problem in flight.
+
+    Attributes
+    ----------
+    prompt : list of int
+        Its tokens.
+    known : KnownBranches
+        Of each branch, the tokens behind the prompt.
+    sampled, read : int
+        How many tokens were sampled, and how many read that the prefix cache did not hold.
+    """
 
     prompt: list[int]
-    nodes: dict[int, _Node] = field(default_factory=dict)
+    known: KnownBranches[str, list[int]] = field(init=False)
     sampled: int = 0
     read: int = 0
+
+    def __post_init__(self) -> None:
+        self.known = KnownBranches("", [], at_a_word)

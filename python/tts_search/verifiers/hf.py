@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,6 +14,7 @@ import tts_kernels as tk
 from tts_search.errors import require
 from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import KvDtype
+from tts_search.models.known import KnownBranches
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, BranchPool
 from tts_search.models.reading import Place
@@ -139,7 +140,7 @@ class HFVerifier:
             else:
                 eos = adapter.eos_tokens(path_or_id, self.tokenizer)
                 self._scorer = JudgeScorer(self._lane, self.head, self._reader, entry.judge, eos)
-        self._problems: dict[int, dict[int, _Node]] = {}
+        self._problems: dict[int, _Known] = {}
         self._asked: dict[_Asked, None] = {}
         self._owners: dict[Stream, list[_Job]] = {}  # who waits for a stream
         self._memory: ScoreMemory | None = None
@@ -193,7 +194,7 @@ class HFVerifier:
         unused(problem, self._problems, self)
         tokens, tail = self._reader.prompt(text)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
-        self._problems[problem] = {0: _Node(root, tail, (), [])}
+        self._problems[problem] = KnownBranches((), _ScoredText(root, tail, []), _begins)
         self._scorer.begin(root)
 
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
@@ -317,16 +318,12 @@ class HFVerifier:
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget branches; children keep what they share with them."""
-        nodes = self._problems[problem]
-        self._release([nodes[branch].branch for branch in branches if branch in nodes])
-        for branch in branches:
-            if branch:  # the root stays: any text can be read from there
-                nodes.pop(branch, None)
+        self._release([text.branch for text in self._problems[problem].drop(branches)])
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem; what it cost."""
         self.cancel(problem)
-        root = self._problems.pop(problem)[0].branch
+        root = self._problems.pop(problem).root.branch
         self._pool.close(root.meter)
         return root.meter.usage(self._pool.pool) + self._scorer.end(root)
 
@@ -353,22 +350,17 @@ class HFVerifier:
 
     def _job(self, request: Score) -> _Job:
         """What a request adds to the tree: the tokens of the steps that were not scored before."""
-        nodes = self._problems[request.problem]
         steps = (*request.steps, *request.lookahead)
-        base = next(
-            node
-            for node in (nodes.get(request.branch), nodes.get(request.parent), nodes[0])
-            if node is not None and node.steps == request.steps[: len(node.steps)]
-        )
-        job = _Job(request=request, base=base, node=_Node(base.branch, base.tail, base.steps, base.scores))
+        known, base = self._problems[request.problem].longest(request.branch, request.steps)
+        job = _Job(request=request, base=base, text=replace(base))
         try:
-            for number in range(len(base.steps), len(steps)):
+            for number in range(len(known), len(steps)):
                 self._add(job, steps[number], number)
                 if number + 1 == len(request.steps):
-                    job.node = _Node(job.chain[-1], job.tail, request.steps, [])
+                    job.text = _ScoredText(job.chain[-1], job.tail, [])
             if self.format.outcome and job.chain:
                 self._ask(job, len(steps) - 1)
-                job.places *= len(steps) - len(base.steps)
+                job.places *= len(steps) - len(known)
         except ValueError as error:  # an empty step
             job.error = error
         longest = max((branch.length for branch in job.asked), default=0)
@@ -430,30 +422,34 @@ class HFVerifier:
 
     def _finish(self, job: _Job) -> list[float] | Exception:
         """The answer to a request. Of what it added to the tree, the branch that it names stays."""
-        nodes, number = self._problems[job.request.problem], job.request.branch
-        old = nodes.get(number)
-        replaced = [] if old is None or old.branch is job.node.branch else [old.branch]
         if job.error is not None:
             self._release([*job.questions, *job.chain])
             return job.error
-        self._release([*replaced, *(branch for branch in job.chain if branch is not job.node.branch)])
         if self._memory is not None:
             for place, key in job.keys.items():
                 self._memory.put(key, job.found[place])
         scores = job.base.scores + [job.found[place] for place in job.places]
-        job.node.scores = scores[: len(job.request.steps)]
-        nodes[number] = job.node
+        job.text.scores = scores[: len(job.request.steps)]
+        before = self._problems[job.request.problem].put(job.request.branch, job.request.steps, job.text)
+        gone = job.chain if before is None else [before.branch, *job.chain]
+        self._release([branch for branch in gone if branch is not job.text.branch])
         return scores
 
 
 @dataclass(slots=True)
-class _Node:
-    """The text up to a step and the scores of its steps."""
+class _ScoredText:
+    """Where the text of steps ends, in the tree and as characters, and the scores of the steps."""
 
     branch: TokenBranch
     tail: Tail
-    steps: tuple[str, ...]
     scores: list[float]
+
+
+_Known = KnownBranches[tuple[str, ...], _ScoredText]
+
+
+def _begins(start: tuple[str, ...], steps: tuple[str, ...]) -> bool:
+    return steps[: len(start)] == start
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -462,7 +458,7 @@ class _Job(Job):
 
     Attributes
     ----------
-    base, node : _Node
+    base, text : _ScoredText
         What it builds on, and what stays in the tree for the request's branch.
     tail : Tail
         The end of the text so far.
@@ -473,8 +469,8 @@ class _Job(Job):
     """
 
     request: Score
-    base: _Node
-    node: _Node
+    base: _ScoredText
+    text: _ScoredText
     tail: Tail = field(init=False)
     keys: dict[Place, bytes] = field(init=False, default_factory=dict)
     stages: Stages | None = field(init=False, default=None)

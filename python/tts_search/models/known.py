@@ -1,0 +1,55 @@
+"""What a policy or a verifier still holds of a problem's branches: named by numbers, found by their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+__all__ = ["KnownBranches"]
+
+Text = TypeVar("Text", str, tuple[str, ...])
+Held = TypeVar("Held")
+
+
+class KnownBranches(Generic[Text, Held]):
+    """The branches of one problem that can be continued, each with its text and what is held of it.
+
+    A request names a branch by a number and says its text. The text decides: a caller may have edited it, or may never
+    have seen the number. What is held of the longest known beginning is continued; the rest is read.
+
+    Parameters
+    ----------
+    nothing : str or tuple of str
+        The empty text, of the kind that branches have here: their steps as one text, or step by step.
+    root : Held
+        What is held of the problem alone, branch 0. It is never forgotten: any text can be read from there.
+    begins : callable
+        ``begins(start, text)``: whether what is held of one text can be continued to the other.
+    """
+
+    def __init__(self, nothing: Text, root: Held, begins: Callable[[Text, Text], bool]) -> None:
+        self.root = root
+        self._start: tuple[Text, Held] = (nothing, root)
+        self._begins: Callable[[Text, Text], bool] = begins
+        self._known: dict[int, tuple[Text, Held]] = {0: self._start}
+
+    def longest(self, number: int, text: Text) -> tuple[Text, Held]:
+        """The longest text that this one begins with, and what is held of it; the numbered branch if it has the text.
+
+        O(1) for that branch, else O(branches).
+        """
+        own = self._known.get(number)
+        if own is not None and own[0] == text:
+            return own
+        begun = (known for known in self._known.values() if self._begins(known[0], text))
+        return max(begun, key=lambda known: len(known[0]), default=self._start)
+
+    def put(self, number: int, text: Text, held: Held) -> Held | None:
+        """Know a branch by this number from now on; what was held under it before."""
+        before = self._known.get(number)
+        self._known[number] = (text, held)
+        return None if before is None else before[1]
+
+    def drop(self, numbers: Iterable[int]) -> list[Held]:
+        """Forget branches; what was held of those that were known."""
+        return [known[1] for number in numbers if (known := self._known.pop(number, None)) is not None]
