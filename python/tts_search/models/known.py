@@ -7,11 +7,11 @@ from typing import Generic, TypeVar
 
 __all__ = ["KnownBranches"]
 
-Text = TypeVar("Text", str, tuple[str, ...])
+_Text = TypeVar("_Text", str, tuple[str, ...])
 Held = TypeVar("Held")
 
 
-class KnownBranches(Generic[Text, Held]):
+class KnownBranches(Generic[_Text, Held]):
     """The branches of one problem that can be continued, each with its text and what is held of it.
 
     A request names a branch by a number and says its text. The text decides: a caller may have edited it, or may never
@@ -27,13 +27,13 @@ class KnownBranches(Generic[Text, Held]):
         ``begins(start, text)``: whether what is held of one text can be continued to the other.
     """
 
-    def __init__(self, nothing: Text, root: Held, begins: Callable[[Text, Text], bool]) -> None:
+    def __init__(self, nothing: _Text, root: Held, begins: Callable[[_Text, _Text], bool]) -> None:
         self.root = root
-        self._start: tuple[Text, Held] = (nothing, root)
-        self._begins: Callable[[Text, Text], bool] = begins
-        self._known: dict[int, tuple[Text, Held]] = {0: self._start}
+        self._start: tuple[_Text, Held] = (nothing, root)
+        self._begins: Callable[[_Text, _Text], bool] = begins
+        self._known: dict[int, tuple[_Text, Held]] = {0: self._start}
 
-    def longest(self, number: int, text: Text) -> tuple[Text, Held]:
+    def longest(self, number: int, text: _Text) -> tuple[_Text, Held]:
         """The longest text that this one begins with, and what is held of it; the numbered branch if it has the text.
 
         O(1) for that branch, else O(branches).
@@ -44,7 +44,7 @@ class KnownBranches(Generic[Text, Held]):
         begun = (known for known in self._known.values() if self._begins(known[0], text))
         return max(begun, key=lambda known: len(known[0]), default=self._start)
 
-    def put(self, number: int, text: Text, held: Held) -> Held | None:
+    def put(self, number: int, text: _Text, held: Held) -> Held | None:
         """Know a branch by this number from now on; what was held under it before."""
         before = self._known.get(number)
         self._known[number] = (text, held)
