@@ -43,10 +43,14 @@ int64_t tile_of(const RowTiles& tiles, int64_t row) {
     return tile;
 }
 
-// What a row's largest number of 8 bits stands for; NaN if the row has a NaN or an infinity. The mean is a
-// sum of 16 lanes for every instruction set, small enough not to overflow.
+// What a row's largest number of 8 bits stands for; NaN if the row has a NaN or an infinity.
+struct Bound {
+    float bound, largest;  // and the largest magnitude of the row
+};
+
+// The mean is a sum of 16 lanes for every instruction set, small enough not to overflow.
 template <class T>
-float bound_of(const T* x, int64_t depth) {
+Bound bound_of(const T* x, int64_t depth) {
     constexpr int kLanes = 16, kVecs = kLanes / Vec::width;
     Vec top = Vec::zero(), spoilt = Vec::zero(), sums[kVecs];
     for (Vec& sum : sums) sum = Vec::zero();
@@ -69,7 +73,7 @@ float bound_of(const T* x, int64_t depth) {
     const float largest = reduce_max(top) + reduce_add(spoilt), least = largest / kIntOutlier;
     const float usual = lanes[0] * (kUsual / kSmaller / static_cast<float>(depth));
     const float bound = usual < least ? least : usual < largest ? usual : largest;
-    return bound < kSmallest ? kSmallest : bound;
+    return {bound < kSmallest ? kSmallest : bound, largest};
 }
 
 // Appends the four elements at `step`, if their high parts are not all 0.
@@ -80,79 +84,108 @@ void append_outlier(const int8_t* high, int64_t step, Outlier* list, int32_t& co
     count += word != 0;
 }
 
+// The sum of kIntGroup whole numbers is added to `lanes`.
+template <class I>
+void add_lanes(const I* numbers, IntVec& lanes) {
+    for (int64_t j = 0; j < kIntGroup; j += Vec::width) lanes = lanes + IntVec::load(numbers + j);
+}
+
 // Row i of a tile of `height` rows.
 template <class T>
 void quantize_row(const LinearQuantizedArgs& args, const T* x, int64_t row, int64_t i, int64_t height,
                   int8_t* tile) {
     const QuantizedWeight& weight = args.weight;
-    const float bound = bound_of(x, args.depth);
+    const auto [bound, largest] = bound_of(x, args.depth);
     const bool finite = !is_nan(bound);
     args.scales[row] = bound / kIntTop;
     const Vec inverse = Vec::all(kIntTop / bound);
-    int32_t* totals = args.totals + row * weight.groups;
+    // Halves go to the even number, so 127.5 is the first magnitude that 8 bits do not hold.
+    const bool split_row = kIntSplit && finite && largest * (kIntTop / bound) >= kIntTop + 0.5f;
     Outlier* outliers = args.outliers + row * args.cut.outliers;
     int32_t* starts = args.starts + row * (weight.groups + 1);
-    int32_t count = 0;
-    for (int64_t g = 0; g < weight.groups; ++g) {
-        totals[g] = 0;
-        starts[g] = starts[g + 1] = 0;
-    }
+    int32_t count = starts[0] = 0;
+    IntVec total = IntVec::all(0);
+    int64_t g = 0, end = weight.group;  // of the group
     for (int64_t k = 0; k < weight.depth; k += kIntBlock) {
         alignas(64) int16_t block[kIntBlock] = {};
-        alignas(64) IntNumber low[kIntBlock];
+        alignas(64) IntNumber low[kIntBlock] = {};
         alignas(64) int8_t high[kIntBlock];
-        if (finite) {
-            for_vectors(least(kIntBlock, args.depth - k),
-                        [&](int64_t j, int n) { store_rounded(load(x + k + j, n) * inverse, block + j); });
+        const auto round_to = [&](auto* out) {
+            const auto round = [&](int64_t j, int n) {
+                store_rounded(load(x + k + j, n) * inverse, out + j);
+            };
+            k + kIntBlock <= args.depth ? for_vectors(kIntBlock, round) : for_vectors(args.depth - k, round);
+        };
+        if (split_row) {
+            round_to(block);
+        } else if (finite) {
+            round_to(low);
         }
-        const bool any = split(block, low, high);
+        const bool any = split_row && split(block, low, high);
         put_block(low, k, i, height, weight.depth, tile);
         for (int64_t half = 0; half < kIntBlock; half += kIntGroup) {
-            const int64_t g = (k + half) / weight.group;
-            int32_t total = 0;
-            for (int64_t j = half; j < half + kIntGroup; ++j) total += block[j];
-            totals[g] += total;
+            any ? add_lanes(block + half, total) : add_lanes(low + half, total);
             for (int64_t j = half; any && j < half + kIntGroup; j += kIntStep) {
                 append_outlier(high + j, (k + j) / kIntStep, outliers, count);
             }
-            starts[g + 1] = count;
+            const int64_t at = k + half + kIntGroup;
+            if (at < end && at < weight.depth) continue;
+            args.totals[row * weight.groups + g] = total.sum();
+            total = IntVec::all(0);
+            end += weight.group;
+            starts[++g] = count;
         }
     }
+    if (weight.depth == 0) args.totals[row] = starts[1] = 0;  // one group, of nothing
 }
 
-// sums += the products of the rows' outliers in a group.
+// Whether rows of a tile have outliers in any group.
+inline bool have_outliers(const LinearQuantizedArgs& args, int64_t row, int64_t height) {
+    const int64_t groups = args.weight.groups;
+    int32_t any = 0;
+    for (int64_t i = row; kIntSplit && i < row + height; ++i) any |= args.starts[i * (groups + 1) + groups];
+    return any != 0;
+}
+
+// sums [R][P][16] = the products of the rows' outliers in a group; false if they have none there.
 template <int Bits, int P>
-void add_outliers_of(const LinearQuantizedArgs& args, int64_t row, int64_t height, const uint8_t* data,
-                     int64_t panel, int64_t g, int32_t* sums) {
-    for (int64_t i = 0; i < height; ++i) {
-        const int32_t* starts = args.starts + (row + i) * (args.weight.groups + 1) + g;
+bool outliers_of(const LinearQuantizedArgs& args, int64_t row, int64_t height, const uint8_t* data,
+                 int64_t panel, int64_t g, int32_t* sums) {
+    const int64_t stride = args.weight.groups + 1;
+    const int32_t* starts = args.starts + row * stride + g;
+    bool any = false;
+    for (int64_t i = 0; i < height; ++i) any |= starts[i * stride] != starts[i * stride + 1];
+    if (!any) return false;
+    for (int64_t i = 0; i < height; ++i, starts += stride) {
         const Outlier* of_row = args.outliers + (row + i) * args.cut.outliers;
-        if (starts[0] == starts[1]) continue;
-        add_outliers<Bits, P>(of_row + starts[0], of_row + starts[1], data, panel, sums + i * P * kIntPanel);
+        sum_outliers<Bits, P>(of_row + starts[0], of_row + starts[1], data, panel, sums + i * P * kIntPanel);
     }
+    return true;
 }
 
-// acc += (sums - zero * totals) * scale, for a tile's rows.
-template <int Bits, int R, int P>
-void add_group(const LinearQuantizedArgs& args, const int32_t* sums, int64_t row, int64_t height,
-               int64_t panel, int64_t apart, int64_t g, float* acc) {
-    const QuantizedWeight& weight = args.weight;
-    const int32_t* totals = args.totals + row * weight.groups + g;
-    for (int64_t c = 0; c < P * kIntPanel; c += Vec::width) {
-        const int64_t at = ((panel + c / kIntPanel * apart) * weight.groups + g) * kIntPanel + c % kIntPanel;
-        const Vec scale = Vec::load(weight.scale + at);
-        const Vec zero = weight.zero ? Vec::load(weight.zero + at) : Vec::zero();
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < R; ++i) {
-            if (kIntUnit > 1 && i >= height) break;
-            const int32_t total = totals[i * weight.groups];
-            float* to = acc + i * P * kIntPanel + c;
-            Vec sum = load_less<kIntAbove<Bits>>(sums + i * P * kIntPanel + c, total);
-            if (weight.zero) sum = sum - zero * Vec::all(static_cast<float>(total));
-            (Vec::load(to) + sum * scale).store(to);
+// What is beside a tile's sums in a group: adds (sums - zero * total) * scale to float32 sums [R][P][16].
+template <int Bits, int P>
+struct GroupSums {
+    const int32_t* totals;  // of the rows, `groups` apart
+    int64_t groups;
+    const float *scale, *zero;  // of the panels, `apart` floats apart; no zero: null
+    int64_t apart;
+    const int32_t* outliers;  // [R][P][16] to be added to the sums, or null
+    float* acc;
+
+    void operator()(int64_t i, int64_t p, PanelSums sums) const {
+        const int64_t at = (i * P + p) * kIntPanel;
+        const int32_t total = totals[i * groups];
+        if (outliers) sums = sums + PanelSums::load(outliers + at);
+        for (int v = 0; v < PanelSums::count; ++v) {
+            const int64_t column = p * apart + v * Vec::width;
+            float* to = acc + at + v * Vec::width;
+            Vec sum = (sums.v[v] - IntVec::all(kIntAbove<Bits> * total)).to_float();
+            if (zero) sum = sum - Vec::load(zero + column) * Vec::all(static_cast<float>(total));
+            (Vec::load(to) + sum * Vec::load(scale + column)).store(to);
         }
     }
-}
+};
 
 // Of the row tiles that pass the same panels, the one at work: it fetches its share of those that come
 // `ahead` panels later.
@@ -172,15 +205,20 @@ void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int6
     const bool fetch = pass.count * R > kFewRows && next + P <= args.cut.panels;
     const Ahead ahead = Ahead::share(weight.data + (fetch ? next : 0) * bytes, fetch ? P * kIntLine<Bits> : 0,
                                      steps, pass.number, pass.count);
+    const bool split = have_outliers(args, row, height);
     alignas(64) float acc[R * P * kIntPanel];
-    alignas(64) int32_t sums[R * P * kIntPanel];
+    alignas(64) int32_t outliers[kIntSplit ? R * P * kIntPanel : 1];
     for (int64_t i = 0; i < height * P * kIntPanel; ++i) acc[i] = 0.0f;
     for (int64_t g = 0; g < weight.groups; ++g) {
         const int64_t begin = g * weight.group, end = least(begin + weight.group, weight.depth);
+        const int64_t at = (panel * weight.groups + g) * kIntPanel;
         const uint8_t* data = weight.data + panel * bytes;
-        int_tile<Bits, R, P>(rows, weight.depth, data, apart * bytes, begin, end, ahead, sums);
-        if (kIntSplit) add_outliers_of<Bits, P>(args, row, height, data, apart * bytes, g, sums);
-        add_group<Bits, R, P>(args, sums, row, height, panel, apart, g, acc);
+        const bool some = split && outliers_of<Bits, P>(args, row, height, data, apart * bytes, g, outliers);
+        int_tile<Bits, R, P>(
+            rows, height, weight.depth, data, apart * bytes, begin, end, ahead,
+            GroupSums<Bits, P>{args.totals + row * weight.groups + g, weight.groups, weight.scale + at,
+                               weight.zero ? weight.zero + at : nullptr, apart * weight.groups * kIntPanel,
+                               some ? outliers : nullptr, acc});
     }
     use(acc, P * kIntPanel, panel, alone ? 1 : P);
 }
@@ -193,7 +231,7 @@ void run_panels(const LinearQuantizedArgs& args, int64_t row, int64_t height, in
         if (height <= R - kIntUnit) {
             return run_panels<Bits, R - kIntUnit>(args, row, height, begin, end, pass, use);
         }
-        constexpr int P = int_panels(R);
+        constexpr int P = int_panels<Bits>(R);
         int64_t panel = begin;
         for (; panel + P <= end; panel += P) run_tile<Bits, R, P>(args, row, height, panel, false, pass, use);
         for (; panel < end; ++panel) run_tile<Bits, R, P>(args, row, height, panel, true, pass, use);
@@ -271,7 +309,8 @@ void logprob_chunk(const QuantizedLogprobArgs& args, int64_t chunk) {
 
 QuantizedCut linear_quantized_cut(int64_t rows, int64_t columns, int64_t depth) {
     const int64_t tiles = divide_up(rows, kIntRows), panels = divide_up(columns, kIntPanel);
-    const int64_t group = 4, row_bytes = int_row_bytes(depth);
+    // Long streams for few rows; for more, units small enough that the threads end together.
+    const int64_t group = kIntUnit > 1 || rows <= kFewRows ? 4 : 2, row_bytes = int_row_bytes(depth);
     const int64_t fit = kBlockBytes / (kIntRows * row_bytes + 1);
     const int64_t block = least(tiles, fit < 1 ? 1 : fit);
     const int64_t units = tiles ? divide_up(tiles, block) * divide_up(panels, group) : 0;

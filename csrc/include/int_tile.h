@@ -22,8 +22,8 @@
 #include "ahead.h"
 #include "amx_tiles.h"
 #include "args/linear_quantized.h"
+#include "int_vec.h"
 #include "isa.h"
-#include "vec.h"
 
 namespace tts {
 
@@ -45,6 +45,22 @@ TTS_BEGIN_ISA
 template <int Bits>
 inline constexpr int64_t kIntLine = kIntPanel * kIntStep * Bits / 8;
 
+// The sums of a panel's outputs, in their order.
+struct PanelSums {
+    static constexpr int count = kIntPanel / Vec::width;
+    IntVec v[count];
+    static PanelSums load(const int32_t* x) {
+        PanelSums r;
+        for (int i = 0; i < count; ++i) r.v[i] = IntVec::load(x + i * Vec::width);
+        return r;
+    }
+    void store(int32_t* out) const { __builtin_memcpy(out, v, sizeof v); }
+    friend PanelSums operator+(PanelSums a, const PanelSums& b) {
+        for (int i = 0; i < count; ++i) a.v[i] = a.v[i] + b.v[i];
+        return a;
+    }
+};
+
 // ---- one step of 16 outputs, by instruction set -----------------------------------------------------------
 
 #if defined(__AVX512VNNI__)
@@ -64,7 +80,7 @@ struct IntStep {
     static Sums add(Word x, Weights w, Sums sums) {
         return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(x));
     }
-    static void store(Sums sums, int32_t* out) { _mm512_storeu_si512(out, sums); }
+    static PanelSums in_order(Sums sums) { return {{{sums}}}; }
 };
 
 #elif defined(__AVX512BW__)
@@ -97,12 +113,12 @@ struct IntStep {
         }
         return sums;
     }
-    static void store(Sums sums, int32_t* out) {
+    static PanelSums in_order(Sums sums) {
         const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
         const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
         const __m512i a = _mm512_permutex2var_epi32(sums.v[0], even, sums.v[1]);
         const __m512i b = _mm512_permutex2var_epi32(sums.v[0], odd, sums.v[1]);
-        _mm512_storeu_si512(out, _mm512_add_epi32(a, b));
+        return {{{_mm512_add_epi32(a, b)}}};
     }
 };
 
@@ -132,9 +148,7 @@ struct IntStep {
         for (int i = 0; i < 2; ++i) sums.v[i] = _mm256_dpbusd_avx_epi32(sums.v[i], w.v[i], value);
         return sums;
     }
-    static void store(Sums sums, int32_t* out) {
-        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, sums.v[i]);
-    }
+    static PanelSums in_order(Sums sums) { return {{{sums.v[0]}, {sums.v[1]}}}; }
 };
 
 #elif defined(__AVX2__)
@@ -188,9 +202,7 @@ struct IntStep {
         }
         return sums;
     }
-    static void store(Sums sums, int32_t* out) {
-        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, sums.v[i]);
-    }
+    static PanelSums in_order(Sums sums) { return {{{sums.v[0]}, {sums.v[1]}}}; }
 };
 
 #else
@@ -222,7 +234,7 @@ struct IntStep {
         }
         return sums;
     }
-    static void store(const Sums& sums, int32_t* out) { __builtin_memcpy(out, sums.v, sizeof sums.v); }
+    static PanelSums in_order(const Sums& sums) { return PanelSums::load(sums.v); }
 };
 
 #endif
@@ -265,9 +277,9 @@ inline bool split(const int16_t* block, IntNumber* low, int8_t* high) {
     return any != 0;
 }
 
-// sums [P][16] += 128 times the products of a row's outliers and P panels.
+// sums [P][16] = 128 times the products of a row's outliers and P panels.
 template <int Bits, int P>
-inline void add_outliers(const Outlier* begin, const Outlier* end, const uint8_t* weights, int64_t panel,
+inline void sum_outliers(const Outlier* begin, const Outlier* end, const uint8_t* weights, int64_t panel,
                          int32_t* sums) {
     IntStep::Sums acc[P];
     for (auto& sum : acc) sum = IntStep::zero();
@@ -281,8 +293,17 @@ inline void add_outliers(const Outlier* begin, const Outlier* end, const uint8_t
     }
     for (int p = 0; p < P; ++p) {
         int32_t part[kIntPanel];
-        IntStep::store(acc[p], part);
-        for (int64_t c = 0; c < kIntPanel; ++c) sums[p * kIntPanel + c] += 128 * part[c];
+        IntStep::in_order(acc[p]).store(part);
+        for (int64_t c = 0; c < kIntPanel; ++c) sums[p * kIntPanel + c] = 128 * part[c];
+    }
+}
+
+// use(i, p, sums) for sums [height][P][16].
+template <int P, class F>
+inline void use_stored(const int32_t* sums, int64_t height, F use) {
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < height; ++i) {
+        for (int64_t p = 0; p < P; ++p) use(i, p, PanelSums::load(sums + (i * P + p) * kIntPanel));
     }
 }
 
@@ -292,7 +313,10 @@ inline void add_outliers(const Outlier* begin, const Outlier* end, const uint8_t
 
 // Rows come in tiles of 16, the last one filled up with whatever is there.
 inline constexpr int kIntUnit = 16, kIntRows = 32;
-inline constexpr int int_panels(int rows) { return rows <= 16 ? 4 : 2; }
+template <int /*Bits*/>
+inline constexpr int int_panels(int rows) {
+    return rows <= 16 ? 4 : 2;
+}
 
 // Bytes of a row in the tile's order.
 inline constexpr int64_t int_row_bytes(int64_t depth) { return depth; }
@@ -338,11 +362,13 @@ inline const uint8_t* unpacked(const uint8_t* panel, int64_t step, int64_t steps
     return room;
 }
 
-// sums [R][P][16] = rows . panels over the depth [begin, end); `panel` bytes lie between panels.
-template <int Bits, int R, int P>
-inline void int_tile(const int8_t* rows, int64_t depth, const uint8_t* weights, int64_t panel, int64_t begin,
-                     int64_t end, Ahead /* fetch_ahead does it */, int32_t* sums) {
+// use(i, p, sums) for the sums rows . panels over the depth [begin, end), of row i < height and panel p < P;
+// `panel` bytes lie between panels.
+template <int Bits, int R, int P, class F>
+inline void int_tile(const int8_t* rows, int64_t height, int64_t depth, const uint8_t* weights, int64_t panel,
+                     int64_t begin, int64_t end, Ahead /* fetch_ahead does it */, F use) {
     alignas(64) uint8_t room[kTileBytes];
+    alignas(64) int32_t sums[R * P * kIntPanel];
     const int64_t steps = end - begin < kIntBlock ? kIntGroup / kIntStep : kIntBlock / kIntStep;
     zero_sums();
     for (int64_t k = begin; k < end; k += steps * kIntStep) {
@@ -352,6 +378,8 @@ inline void int_tile(const int8_t* rows, int64_t depth, const uint8_t* weights, 
         });
     }
     store_sums<R>(sums);
+    fence();
+    use_stored<P>(sums, height, use);
 }
 
 #else
@@ -360,21 +388,46 @@ inline void int_tile(const int8_t* rows, int64_t depth, const uint8_t* weights, 
 
 inline constexpr int kIntUnit = 1;
 
+// Rows of a tile, by registers, and panels beside it: several for few rows, so that there are sums enough to
+// hide their latency. Weights of 4 bits have groups, at whose ends the sums become floats beside products of
+// the next group: that goes well as long as the compiler has registers left.
 #if defined(__AVX512VNNI__)
 inline constexpr int kIntRows = 14;
-inline constexpr int int_panels(int rows) { return rows <= 6 ? 4 : 2; }
+template <int Bits>
+inline constexpr int int_panels(int rows) {
+    return rows <= 6 ? 4 : rows <= 8 || Bits == 8 ? 2 : 1;
+}
 #elif defined(__AVX512BW__)
 inline constexpr int kIntRows = 12;
-inline constexpr int int_panels(int) { return 1; }
+template <int /*Bits*/>
+inline constexpr int int_panels(int) {
+    return 1;
+}
 #elif defined(__AVXVNNI__)
 inline constexpr int kIntRows = 6;
-inline constexpr int int_panels(int rows) { return rows <= 3 ? 2 : 1; }
+template <int /*Bits*/>
+inline constexpr int int_panels(int rows) {
+    return rows <= 3 ? 2 : 1;
+}
 #elif defined(__AVX2__)
 inline constexpr int kIntRows = 6;
-inline constexpr int int_panels(int rows) { return rows <= 1 ? 2 : 1; }
+template <int /*Bits*/>
+inline constexpr int int_panels(int rows) {
+    return rows <= 1 ? 2 : 1;
+}
 #else
 inline constexpr int kIntRows = 2;
-inline constexpr int int_panels(int) { return 1; }
+template <int /*Bits*/>
+inline constexpr int int_panels(int) {
+    return 1;
+}
+#endif
+
+// A tile of so many panels' sums passes them on from registers; of more, gcc would spill within the loop.
+#if defined(__AVX512VNNI__)
+inline constexpr int kIntHeld = 16;
+#else
+inline constexpr int kIntHeld = 0;
 #endif
 
 inline constexpr int64_t int_row_bytes(int64_t depth) {
@@ -397,11 +450,12 @@ struct IntTiles {
     explicit IntTiles(int64_t /*group*/) {}
 };
 
-// sums [R][P][16] = rows . panels over the depth [begin, end); `panel` bytes lie between panels. Even and
-// odd steps have sums of their own where there are few, so that they do not wait for each other.
-template <int Bits, int R, int P, class Step = IntStep>
-inline void int_tile(const int8_t* rows, int64_t /*depth*/, const uint8_t* weights, int64_t panel,
-                     int64_t begin, int64_t end, Ahead ahead, int32_t* sums) {
+// use(i, p, sums) for the sums rows . panels over the depth [begin, end), of row i < R = height and panel
+// p < P; `panel` bytes lie between panels. Even and odd steps have sums of their own where there are few, so
+// that they do not wait for each other.
+template <int Bits, int R, int P, class F, class Step = IntStep>
+inline void int_tile(const int8_t* rows, int64_t /*height*/, int64_t /*depth*/, const uint8_t* weights,
+                     int64_t panel, int64_t begin, int64_t end, Ahead ahead, F use) {
     constexpr int C = kIntDot && 2 * R * P * sizeof(typename Step::Sums) <= 8 * sizeof(Vec) ? 2 : 1;
     typename Step::Sums acc[C][R][P];
     for (auto& chain : acc) {
@@ -439,16 +493,16 @@ inline void int_tile(const int8_t* rows, int64_t /*depth*/, const uint8_t* weigh
             each([&](int i, int v) { acc[C - 1][i][v] = Step::add(y[i], odd[v], acc[C - 1][i][v]); });
         }
     }
-    for (int i = 0; i < R; ++i) {
-        for (int v = 0; v < P; ++v) {
-            int32_t* out = sums + (i * P + v) * kIntPanel;
-            Step::store(acc[0][i][v], out);
-            if constexpr (C == 2) {
-                int32_t other[kIntPanel];
-                Step::store(acc[1][i][v], other);
-                for (int c = 0; c < kIntPanel; ++c) out[c] += other[c];
-            }
-        }
+    const auto sum = [&](int i, int v) {
+        const PanelSums sums = Step::in_order(acc[0][i][v]);
+        return C == 2 ? sums + Step::in_order(acc[C - 1][i][v]) : sums;
+    };
+    if constexpr (R * P <= kIntHeld) {
+        each([&](int i, int v) { use(i, v, sum(i, v)); });
+    } else {
+        alignas(64) int32_t sums[R * P * kIntPanel];
+        each([&](int i, int v) { sum(i, v).store(sums + (i * P + v) * kIntPanel); });
+        use_stored<P>(sums, R, use);
     }
 }
 

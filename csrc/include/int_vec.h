@@ -34,22 +34,72 @@ inline void store_rounded(Vec x, I* out) {
 #endif
 }
 
-// Vec::width whole numbers less Times times `other`, as floats; Times is 0 or a power of two.
-template <int Times>
-inline Vec load_less(const int32_t* x, int32_t other) {
-    constexpr int shift = Times ? __builtin_ctz(Times) : 0;
+// Vec::width whole numbers of 32 bits.
+struct IntVec {
 #if defined(__AVX512F__)
-    const __m512i minus = _mm512_slli_epi32(_mm512_set1_epi32(Times ? other : 0), shift);
-    return {_mm512_maskz_cvtepi32_ps(0xffff, _mm512_sub_epi32(_mm512_loadu_si512(x), minus))};
+    __m512i v;
+    static IntVec load(const int32_t* x) { return {_mm512_loadu_si512(x)}; }
+    static IntVec load(const int16_t* x) {
+        return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+    }
+    static IntVec load(const int8_t* x) {
+        return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+    }
+    static IntVec all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    Vec to_float() const { return {_mm512_maskz_cvtepi32_ps(0xffff, v)}; }
+    int32_t sum() const { return _mm512_reduce_add_epi32(v); }
+    friend IntVec operator+(IntVec a, IntVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
+    friend IntVec operator-(IntVec a, IntVec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 #elif defined(__AVX2__)
-    const __m256i whole = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    const __m256i minus = _mm256_slli_epi32(_mm256_set1_epi32(Times ? other : 0), shift);
-    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(whole, minus))};
+    __m256i v;
+    static IntVec load(const int32_t* x) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))}; }
+    static IntVec load(const int16_t* x) {
+        return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+    }
+    static IntVec load(const int8_t* x) {
+        return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)))};
+    }
+    static IntVec all(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+    int32_t sum() const {
+        __m128i x = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+    }
+    friend IntVec operator+(IntVec a, IntVec b) { return {_mm256_add_epi32(a.v, b.v)}; }
+    friend IntVec operator-(IntVec a, IntVec b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 #else
-    Vec out;
-    for (int i = 0; i < Vec::width; ++i) out.v[i] = static_cast<float>(x[i] - Times * other);
-    return out;
+    int32_t v[Vec::width];
+    template <class I>  // int8_t, int16_t, int32_t
+    static IntVec load(const I* x) {
+        IntVec r;
+        for (int i = 0; i < Vec::width; ++i) r.v[i] = x[i];
+        return r;
+    }
+    static IntVec all(int32_t x) {
+        IntVec r;
+        for (int32_t& lane : r.v) lane = x;
+        return r;
+    }
+    Vec to_float() const {
+        Vec r;
+        for (int i = 0; i < Vec::width; ++i) r.v[i] = static_cast<float>(v[i]);
+        return r;
+    }
+    friend IntVec operator+(IntVec a, IntVec b) {
+        for (int i = 0; i < Vec::width; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+    friend IntVec operator-(IntVec a, IntVec b) {
+        for (int i = 0; i < Vec::width; ++i) a.v[i] -= b.v[i];
+        return a;
+    }
+    int32_t sum() const {
+        int32_t total = 0;
+        for (const int32_t lane : v) total += lane;
+        return total;
+    }
 #endif
-}
+};
 
 TTS_END_ISA

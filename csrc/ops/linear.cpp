@@ -49,12 +49,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t in_features, int64_
     args.cut = kernels().linear_cut(args.rows, args.columns, args.depth, type);
     Tensor workspace = empty(call.x, {args.cut.packed}, ScalarType::Float);
     args.packed = data<float>(workspace);
-    // A thread is worth starting for 2**12 packed elements, and for 2**20 multiplications or 2**18 weights.
+    // A thread is worth starting for 2**12 packed elements, and for 2**19 multiplications or 2**17 weights.
     const int64_t row_grain = 1 + (1 << 12) * args.cut.tiles / (args.rows * (args.depth + 1));
     parallel_for(0, args.cut.tiles, row_grain,
                  [&](int64_t begin, int64_t end) { kernels().linear_pack_x(args, begin, end); });
     const int64_t work = args.columns * args.depth * (args.rows < 4 ? 4 : args.rows);
-    const int64_t threads = threads_for(args.cut.units, work >> 20);
+    const int64_t threads = threads_for(args.cut.units, work >> 19);
     args.ahead = args.cut.group * threads;
     for_units(args.cut.units, threads,
               [&](int64_t unit, int64_t) { kernels().linear(args, unit, unit + 1); });

@@ -78,7 +78,7 @@ Tensor linear_logprob_quantized(const Tensor& hidden_in, const Tensor& weight, c
                               .target = data<float>(out)};
     require_range(args.targets, rows, 0, vocabulary);
     if (rows == 0) return out;
-    const QuantizedRows quantized_rows = quantize_rows(hidden, args.linear);
+    const Tensor quantized_rows = quantize_rows(hidden, args.linear);
     parallel_for(0, chunks, 1,
                  [&](int64_t begin, int64_t end) { kernels().linear_logprob_quantized(args, begin, end); });
     merge_all(args, chunks, rows);

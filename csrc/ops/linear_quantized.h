@@ -5,13 +5,8 @@
 
 namespace tts::ops {
 
-// Rows of x in whole numbers, beside the memory that holds them.
-struct QuantizedRows {
-    Tensor packed, scales, totals, outliers, starts;
-};
-
-// Sets args.cut and the workspaces, and quantises the rows.
-QuantizedRows quantize_rows(const Tensor& x, LinearQuantizedArgs& args);
+// Sets args.cut and the workspaces, and quantises the rows; the result is the memory that holds them.
+Tensor quantize_rows(const Tensor& x, LinearQuantizedArgs& args);
 
 // All of it, on torch's threads; the caller has set all that the workspaces do not depend on.
 void run_quantized(const Tensor& x, LinearQuantizedArgs args);
