@@ -47,11 +47,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- quantised caches ------------------------------------------------------------------------------------
 
-struct HeadRange {
-    float low, high;
-    bool finite;
-};
-
 struct Least {
     __device__ float operator()(float a, float b) const { return fminf(a, b); }
 };

@@ -29,12 +29,12 @@ __device__ inline float dequantized(const QuantizedWeight& weight, int64_t colum
 // 16 bytes of a panel's slice: 4 columns, by 4 of the depth in 8 bits and 8 in 4. Neighbours in a warp read
 // neighbours.
 template <int kBits>
-struct Piece {
+struct PanelPiece {
     static constexpr int kLines = 64 * kBits / 32;
     static constexpr int kCount = kTileCols / kPanelCols * kLines * 4 / kTileThreads;  // a thread
     int panel, line, quad;
 
-    __device__ explicit Piece(int i) {
+    __device__ explicit PanelPiece(int i) {
         const int index = static_cast<int>(threadIdx.x) + i * kTileThreads;
         panel = index / (kLines * 4), line = index / 4 % kLines, quad = index % 4;
     }
@@ -46,11 +46,11 @@ struct PanelSlice {
     const QuantizedWeight& weight;
     int column, columns, k;  // there are fewer than 2**31 scales
 
-    __device__ int panel(Piece<kBits> piece) const { return column / kPanelCols + piece.panel; }
-    __device__ bool has(Piece<kBits> piece) const { return panel(piece) * kPanelCols < columns; }
+    __device__ int panel(PanelPiece<kBits> piece) const { return column / kPanelCols + piece.panel; }
+    __device__ bool has(PanelPiece<kBits> piece) const { return panel(piece) * kPanelCols < columns; }
 
     // What is stored; zeros behind the last panel.
-    __device__ uint4 load(Piece<kBits> piece) const {
+    __device__ uint4 load(PanelPiece<kBits> piece) const {
         if (!has(piece)) return {};
         const int lines = static_cast<int>(weight.depth) * kBits / 32;
         const int64_t line = int64_t{panel(piece)} * lines + k * kBits / 32 + piece.line;
@@ -58,7 +58,7 @@ struct PanelSlice {
     }
 
     // One of `values` for each of the piece's columns; zeros where there are none.
-    __device__ float4 of_group(const float* values, Piece<kBits> piece) const {
+    __device__ float4 of_group(const float* values, PanelPiece<kBits> piece) const {
         if (!values || !has(piece)) return {};
         const int group = (k + piece.line * (32 / kBits)) / static_cast<int>(weight.group);
         const int first = panel(piece) * static_cast<int>(weight.groups) + group;
@@ -77,7 +77,7 @@ struct QuantizedTile : TensorTile<T, kRows> {
     template <class A>
     __device__ __forceinline__ void multiply(A a, const QuantizedWeight& weight, int64_t column,
                                              int64_t columns, int64_t first_k, int64_t width, void* shared) {
-        constexpr int kCount = Piece<kBits>::kCount;
+        constexpr int kCount = PanelPiece<kBits>::kCount;
         const int slices = static_cast<int>(divide_up(width, Tile::kDepth));
         uint8_t* ring = static_cast<uint8_t*>(shared);
         const auto slice_of = [&](int s) {
@@ -90,14 +90,14 @@ struct QuantizedTile : TensorTile<T, kRows> {
             Tile::template fetch_rows<kRows>(a, s, width, ring + s % kStages * kSlice);
             close_copies();
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) stored[i] = slice_of(s).load(Piece<kBits>(i));
+            for (int i = 0; i < kCount; ++i) stored[i] = slice_of(s).load(PanelPiece<kBits>(i));
         };
         fetch(0);
         for (int s = 0; s < slices; ++s) {
             uint8_t* slice = ring + s % kStages * kSlice;
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                put(stored[i], slice_of(s), Piece<kBits>(i), slice + kRows * 128);
+                put(stored[i], slice_of(s), PanelPiece<kBits>(i), slice + kRows * 128);
             }
             wait_copies<0>();
             __syncthreads();  // slice s is there, and slice s - 1 has been used
@@ -107,7 +107,7 @@ struct QuantizedTile : TensorTile<T, kRows> {
     }
 
   private:
-    __device__ static void put(uint4 piece, PanelSlice<kBits> from, Piece<kBits> at, uint8_t* cols) {
+    __device__ static void put(uint4 piece, PanelSlice<kBits> from, PanelPiece<kBits> at, uint8_t* cols) {
         const float4 scales = from.of_group(from.weight.scale, at),
                      zeros = from.of_group(from.weight.zero, at);
         const uint32_t stored[4] = {piece.x, piece.y, piece.z, piece.w};

@@ -69,7 +69,7 @@ class FmaTile {
         for (int i = item_.task.seg_begin; i < item_.task.seg_end; ++i) {
             const Segment segment = args_.segments[i];
             begin_segment(segment);
-            const View view(args_, segment, row_begin_, row_end_);
+            const SeenRange view(args_, segment, row_begin_, row_end_);
             for (int begin = view.begin; begin < view.end; begin += kKeyBlock) {
                 run_keys(segment, begin, min(kKeyBlock, view.end - begin));
             }

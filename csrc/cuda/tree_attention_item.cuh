@@ -92,10 +92,10 @@ __device__ inline Range visible(const TreeAttentionArgs& args, const Segment& se
 
 // What rows [row_begin, row_end) see of a segment: some of them [begin, end), where begin is a multiple of
 // kKeyBlock, every one of them [all_begin, all_end). The same in every lane of every warp.
-struct View {
+struct SeenRange {
     int begin = INT32_MAX, end = 0, all_begin = 0, all_end = INT32_MAX;
 
-    __device__ View(const TreeAttentionArgs& args, const Segment& segment, int row_begin, int row_end) {
+    __device__ SeenRange(const TreeAttentionArgs& args, const Segment& segment, int row_begin, int row_end) {
         for (int row = row_begin + lane(); row < row_end; row += kWarp) {
             const Range seen = visible(args, segment, row, args.positions[row]);
             if (seen.begin < seen.end) begin = min(begin, seen.begin), end = max(end, seen.end);

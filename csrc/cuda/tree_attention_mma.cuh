@@ -67,7 +67,7 @@ class KeyBlocks {
   private:
     __device__ void next_segment() {
         for (++index_; !done(); ++index_) {
-            const View view(item_.args, segment(), row_begin_, row_end_);
+            const SeenRange view(item_.args, segment(), row_begin_, row_end_);
             if (view.begin >= view.end) continue;
             begin_ = view.begin, end_ = view.end, all_begin_ = view.all_begin, all_end_ = view.all_end;
             return;

@@ -239,14 +239,14 @@ class Schedule {
         int32_t page_begin, start, length, row_begin, row_end;
         int32_t before;       // the part before it in its rows' branches, or -1
         bool forks;           // as its stretch
-        int32_t task = -1;    // in cuts_
+        int32_t task = -1;    // in task_parts_
         int32_t root = -1;    // where the state that it belongs to begins; itself in most cases
         bool pieces = false;  // its chunk begins in another task: each block of keys is a state
         bool open = false;    // some row's chunk goes on in another task
         bool folds = false;   // its state joins the task's own
         int32_t slot = -1;    // of row_begin, unless it folds
     };
-    struct Cut {
+    struct TaskParts {
         std::vector<int32_t> parts;
         int64_t cost;  // of a work item
     };
@@ -352,9 +352,9 @@ class Schedule {
             cut_run(many, item_cost, 1);
             begin = end;
         }
-        std::ranges::stable_sort(cuts_, std::ranges::greater{}, &Cut::cost);
-        for (size_t t = 0; t < cuts_.size(); ++t) {
-            for (const int32_t i : cuts_[t].parts) parts_[i].task = static_cast<int32_t>(t);
+        std::ranges::stable_sort(task_parts_, std::ranges::greater{}, &TaskParts::cost);
+        for (size_t t = 0; t < task_parts_.size(); ++t) {
+            for (const int32_t i : task_parts_[t].parts) parts_[i].task = static_cast<int32_t>(t);
         }
     }
 
@@ -368,10 +368,10 @@ class Schedule {
             if (spent == 0 || over > share - spent) {  // the task is nearer to its share without it
                 share = left / std::max<int64_t>(1, (left + target / 2) / target);
                 spent = 0;
-                cuts_.push_back({{}, 0});
+                task_parts_.push_back({{}, 0});
             }
-            cuts_.back().parts.push_back(i);
-            cuts_.back().cost += more * heads;
+            task_parts_.back().parts.push_back(i);
+            task_parts_.back().cost += more * heads;
             spent += more;
             left -= more;
         }
@@ -422,10 +422,10 @@ class Schedule {
     }
 
     void emit_tasks() {
-        for (const Cut& cut : cuts_) {
+        for (const TaskParts& from : task_parts_) {
             const auto at = static_cast<int32_t>(segments.size());
             Task task{.seg_begin = at, .seg_end = at, .row_begin = kNever, .row_end = 0, .slot = -1};
-            for (const int32_t i : cut.parts) {
+            for (const int32_t i : from.parts) {
                 emit(parts_[i], parts_[i].root == i);
                 task.row_begin = std::min(task.row_begin, parts_[i].row_begin);
                 task.row_end = std::max(task.row_end, parts_[i].row_end);
@@ -507,10 +507,10 @@ class Schedule {
     const RowOrder& order_;
     const PlanRules& rules_;
     const int64_t page_size_, window_, group_, heads_;
-    std::vector<Part> parts_;         // block of rows by block, in preorder of the stretches
-    std::vector<size_t> block_ends_;  // in parts_
-    std::vector<int32_t> last_part_;  // of each stretch in the block of rows in hand, or what is before it
-    std::vector<Cut> cuts_;           // the tasks, dearest first
+    std::vector<Part> parts_;            // block of rows by block, in preorder of the stretches
+    std::vector<size_t> block_ends_;     // in parts_
+    std::vector<int32_t> last_part_;     // of each stretch in the block of rows in hand, or what is before it
+    std::vector<TaskParts> task_parts_;  // the tasks, dearest first
 };
 
 // ---- Buffers

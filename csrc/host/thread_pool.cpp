@@ -45,7 +45,7 @@ ThreadPool::~ThreadPool() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::run(int64_t count, int64_t threads, Item item, const void* context) {
+void ThreadPool::run(int64_t count, int64_t threads, RunItem item, const void* context) {
     threads = std::min(threads, count);
     if (threads <= 1 || taken_.exchange(true, std::memory_order_acquire)) {
         for (int64_t i = 0; i < count; ++i) item(context, i, 0);
@@ -59,7 +59,7 @@ void ThreadPool::run(int64_t count, int64_t threads, Item item, const void* cont
     taken_.store(false, std::memory_order_release);
 }
 
-void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, Item item, const void* context) {
+void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, RunItem item, const void* context) {
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     // Closed first: a late worker that reads a new field can then no longer claim what the old job left. Its
     // loads of the fields acquire what these stores release.
@@ -83,7 +83,7 @@ void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, Item it
 int64_t ThreadPool::help(int64_t who) {
     uint64_t claim = claim_.load(std::memory_order_acquire);
     const uint64_t epoch = claim >> kEpochShift;
-    const Item item = item_.load(std::memory_order_acquire);
+    const RunItem item = item_.load(std::memory_order_acquire);
     const void* context = context_.load(std::memory_order_acquire);
     const int64_t begin = begin_.load(std::memory_order_acquire);
     const uint64_t count = count_.load(std::memory_order_acquire);

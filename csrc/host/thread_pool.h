@@ -18,7 +18,7 @@ class ThreadPool {
   public:
     // Runs item `item`; `who` is below the number of threads, and no two threads are the same one at a time.
     // Must not throw: it may run where nobody can catch.
-    using Item = void (*)(const void* context, int64_t item, int64_t who) noexcept;
+    using RunItem = void (*)(const void* context, int64_t item, int64_t who) noexcept;
 
     ThreadPool() = default;
     ~ThreadPool();
@@ -27,7 +27,7 @@ class ThreadPool {
 
     // Runs items [0, count) on at most `threads` threads, the caller among them; returns when all are done.
     // Two callers at once, or an item that calls: whoever comes second works alone.
-    void run(int64_t count, int64_t threads, Item item, const void* context);
+    void run(int64_t count, int64_t threads, RunItem item, const void* context);
 
     // The pool of the process. A child that was forked gets a new one: its parent's threads are not there.
     static ThreadPool& instance();
@@ -42,14 +42,14 @@ class ThreadPool {
         return (static_cast<uint64_t>(epoch) << kEpochShift) | item;
     }
 
-    void run_part(int64_t begin, int64_t count, int64_t threads, Item item, const void* context);
+    void run_part(int64_t begin, int64_t count, int64_t threads, RunItem item, const void* context);
     void start_workers(int64_t number);
     void work(int64_t who);
     int64_t help(int64_t who);
 
     std::atomic<bool> taken_{false};
     // The job. A late worker may read it while the next one is being written; it then fails to claim.
-    std::atomic<Item> item_{nullptr};
+    std::atomic<RunItem> item_{nullptr};
     std::atomic<const void*> context_{nullptr};
     std::atomic<int64_t> begin_{0};
     std::atomic<uint64_t> count_{0};

@@ -16,6 +16,12 @@ TTS_HD inline f16 unsigned_zero(f16 x) { return (x.bits & 0x7fffu) == 0 ? f16{0}
 
 TTS_HD inline bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
 
+// Of a head's elements.
+struct HeadRange {
+    float low, high;
+    bool finite;
+};
+
 struct Affine {
     f16 scale, zero;
 };

@@ -24,11 +24,6 @@ TTS_BEGIN_ISA
 // ---- to codes
 // ----------------------------------------------------------------------------------------------
 
-struct HeadRange {
-    float low, high;
-    bool finite;
-};
-
 template <class T>
 inline HeadRange range_of(const T* x, int64_t dim) {
     constexpr int W = Vec::width;

@@ -23,7 +23,7 @@ bool in_range(const int32_t* values, int64_t count, int64_t low, int64_t high) {
     return good;
 }
 
-struct Plan {
+struct PlanTensors {
     const Tensor &rows, &positions, &pages, &segments, &tasks, &merge_indptr, &merge_slots, &sizes;
     int64_t page_size, max_slots;
     int64_t num_rows = 0, num_segments = 0, num_tasks = 0, num_slots = 0, num_pages = 0, max_hull = 0;
@@ -102,7 +102,8 @@ struct Plan {
 
 // ---- the tensors ------------------------------------------------------------------------------------------
 
-void check_tensors(const Tensor& q, const LayerCaches& caches, const Plan& plan, int64_t num_kv_heads) {
+void check_tensors(const Tensor& q, const LayerCaches& caches, const PlanTensors& plan,
+                   int64_t num_kv_heads) {
     require(q.dim() == 3 && q.size(2) >= 1 && rows_contiguous(q), "q");
     require(caches.k.size(1) == plan.page_size && caches.k.size(2) == num_kv_heads &&
                 caches.head_dim == q.size(2),
@@ -191,8 +192,8 @@ std::tuple<Tensor, Tensor> tree_attention(
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& k_zero,
     const std::optional<Tensor>& v_zero) {
     const Tensor q = q_in.dim() == 3 && rows_contiguous(q_in) ? q_in : dense(q_in);
-    Plan plan{rows,         positions,   pages, segments,  tasks,
-              merge_indptr, merge_slots, sizes, page_size, max_slots};
+    PlanTensors plan{rows,         positions,   pages, segments,  tasks,
+                     merge_indptr, merge_slots, sizes, page_size, max_slots};
     const LayerCaches caches(k_cache, v_cache, q.scalar_type(), {k_scale, v_scale, k_zero, v_zero});
     check_tensors(q, caches, plan, num_kv_heads);
     require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0.0, "scale, softcap");
