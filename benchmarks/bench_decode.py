@@ -39,7 +39,7 @@ from tts_search.models.decoder import Batch, Decoder, KvDtype, KVPool
 from tts_search.models.meter import Meter
 from tts_search.models.pool import BranchPool
 from tts_search.models.x_cache import XPool
-from tts_search.policies import hf
+from tts_search.policies.jobs import SampledProblem
 from tts_search.search.protocol import Expand
 
 import tts_kernels as tk
@@ -97,7 +97,7 @@ def run_ours(policy: HFPolicy, case: Case, num_tokens: int, times: Times) -> Non
     """Sample ``num_tokens`` in each branch; the last of its steps count, when all branches decode together."""
     policy._lane.pool = BranchPool(pool_like(policy._lane.pool.pool, case, num_tokens))
     root = TokenBranch(Meter(), tokens=prompt(case), given=case.prefix)
-    policy._problems[0] = hf._Problem(root)
+    policy._problems[0] = SampledProblem(root)
     watch = Stopwatch(policy.decoder)
     policy._lane.decoder = watch
     params = StepParams(temperature=0.8, top_p=0.95, max_tokens=num_tokens, delimiter="\n\n\n\n\n\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,16 +16,16 @@ from tts_search.models.decoder import KvDtype
 from tts_search.models.endings import Endings
 from tts_search.models.generation import DrawOptions, SampledStreams
 from tts_search.models.graphs import decode_graphs
-from tts_search.models.known import KnownBranches
 from tts_search.models.likelihood import PromptStream, PromptStreams
 from tts_search.models.meter import Meter
 from tts_search.models.pool import BranchPool
 from tts_search.models.sizing import pool_for
 from tts_search.models.streams import Lane
 from tts_search.models.texts import Detokenizer, GrowingText, Stops, TextStream
-from tts_search.policies.prompt import at_a_word, continuation_ids, prompt_of, text_ids
+from tts_search.policies.jobs import SampledProblem, SampleJob, SampleStream, StepStream, fault_of
+from tts_search.policies.prompt import continuation_ids, prompt_of, text_ids
 from tts_search.search.checks import unused
-from tts_search.search.protocol import Expand, Generate, Generated, Load, Usage, answers_of
+from tts_search.search.protocol import Expand, Generate, Load, Usage, answers_of
 from tts_search.search.types import Messages, Step
 
 if TYPE_CHECKING:
@@ -128,13 +128,13 @@ class HFPolicy:
         pool = pool_for(model, kv_memory, kv_dtype=kv_dtype)
         self._lane = Lane(model, BranchPool(pool, graphs=decode_graphs(model, pool)))
         self._generation = SampledStreams(self._lane)
-        self._problems: dict[int, _Problem] = {}
+        self._problems: dict[int, SampledProblem] = {}
         self._ending = lru_cache(64)(self._new_ending)
-        self._jobs: dict[_Job, None] = {}
-        self._answered: list[_Job] = []
-        self._news: dict[_Sample, None] = {}  # samples of which there is something to tell
+        self._jobs: dict[SampleJob, None] = {}
+        self._answered: list[SampleJob] = []
+        self._news: dict[SampleStream, None] = {}  # samples of which there is something to tell
         self._prompts = PromptStreams(self._lane)
-        self._told: dict[PromptStream, _Job] = {}  # prompts that are read for what is told of their tokens
+        self._told: dict[PromptStream, SampleJob] = {}  # prompts that are read for what is told of their tokens
 
     @property
     def max_rows(self) -> int:
@@ -192,7 +192,7 @@ class HFPolicy:
         unused(problem, self._problems, self)
         tokens = self.prompt_tokens(text)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
-        self._problems[problem] = _Problem(root)
+        self._problems[problem] = SampledProblem(root)
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
         """Sample a step for each child of each request.
@@ -228,7 +228,7 @@ class HFPolicy:
         for prompt in self._prompts.step():
             self._go_on(self._told.pop(prompt), prompt)
         for child in self._generation.step():
-            assert isinstance(child, (_Child, _Sample))
+            assert isinstance(child, (StepStream, SampleStream))
             self._end(child.job, child)
         told: list[tuple[Expand | Generate, Any]] = [(one.job.request, one.tell()) for one in self._news]
         self._news.clear()
@@ -291,25 +291,27 @@ class HFPolicy:
     def _plain(self, text: str) -> list[int]:
         return text_ids(text, self.tokenizer, special=False)
 
-    def _expand(self, request: Expand) -> _Job:
+    def _expand(self, request: Expand) -> SampleJob:
         """The children that a request asks for, or why it cannot have them."""
         state, params = self._problems[request.problem], request.params
-        job = _Job(request, state, self._parent(state, request))
+        job = SampleJob(request, state, self._parent(state, request))
         limit = self._limit(job, params.max_tokens)
         stops = Stops((params.delimiter,) if params.delimiter else (), self._eos, self._eos, "token")
         text = Detokenizer(self._decode, job.parent.path)
         sampling = DrawOptions(params.temperature, params.top_p, params.top_k)
         ending = self._ending(stops.texts, stops.tokens)
-        job.children = [_Child(job.branch(), seed, limit, sampling, ending, text, stops, job) for seed in request.seeds]
+        job.children = [
+            StepStream(job.branch(), seed, limit, sampling, ending, text, stops, job) for seed in request.seeds
+        ]
         return job
 
-    def _generate(self, request: Generate) -> _Job:
+    def _generate(self, request: Generate) -> SampleJob:
         """The same for text behind any tokens: they are a problem by themselves."""
         params, tokens = request.params, list(request.tokens)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
-        job = _Job(request, _Problem(root), root)
+        job = SampleJob(request, SampledProblem(root), root)
         limit = self._limit(job, params.max_tokens)
-        if fault := _fault(request, len(self.tokenizer)):
+        if fault := fault_of(request, len(self.tokenizer)):
             job.error = ValueError(fault)
             return job
         eos = frozenset() if params.ignore_eos else self._eos
@@ -318,7 +320,7 @@ class HFPolicy:
         ending = self._ending(stops.texts, stops.tokens)
         for number, seed in enumerate(request.seeds):
             text = GrowingText(self._decode, root.path)
-            sample = _Sample(job.branch(), seed, limit, sampling, ending, text, stops, job, number, self._news)
+            sample = SampleStream(job.branch(), seed, limit, sampling, ending, text, stops, job, number, self._news)
             if params.stream or params.logprobs is not None or params.logprobs_of or params.min_tokens:
                 sample.pace = 1
             sample.num_top, sample.wanted = params.logprobs or 0, params.logprobs_of
@@ -328,7 +330,7 @@ class HFPolicy:
             job.children.append(sample)
         return job
 
-    def _limit(self, job: _Job, wanted: int | None) -> int:
+    def _limit(self, job: SampleJob, wanted: int | None) -> int:
         """The most tokens that children may have; the job's error if a prompt leaves room for none."""
         longest = self.decoder.shape.max_length
         room = longest - job.parent.length
@@ -340,7 +342,7 @@ class HFPolicy:
             )
         return room if wanted is None else min(wanted, room)
 
-    def _parent(self, state: _Problem, request: Expand) -> TokenBranch:
+    def _parent(self, state: SampledProblem, request: Expand) -> TokenBranch:
         """The branch to continue: one that this policy made, or such a one with what the steps' text has beyond it."""
         text = "".join(request.steps)
         start, base = state.known.longest(request.branch, text)
@@ -351,7 +353,7 @@ class HFPolicy:
         state.known.put(request.branch, text, branch)
         return branch
 
-    def _end(self, job: _Job, child: TextStream) -> None:
+    def _end(self, job: SampleJob, child: TextStream) -> None:
         """A child has ended, or failed; with the last one, or the first that failed, its request is answered."""
         if child not in job.running:  # it failed beside another that did
             return
@@ -363,7 +365,7 @@ class HFPolicy:
         if not job.running:
             self._answered.append(job)
 
-    def _go_on(self, job: _Job, prompt: PromptStream) -> None:
+    def _go_on(self, job: SampleJob, prompt: PromptStream) -> None:
         """The prompt of a request was read, or could not be: sample behind it."""
         if prompt.error is None and not all(math.isfinite(value) for value, _ in prompt.told):
             prompt.error = FloatingPointError("the model gave no finite logits")
@@ -373,11 +375,11 @@ class HFPolicy:
             self._answered.append(job)
             return
         first = job.children[0]
-        assert isinstance(first, _Sample)
+        assert isinstance(first, SampleStream)
         first.part = replace(first.part, prompt=tuple(prompt.told))
         self._generation.submit(job.parent, job.children)
 
-    def _stop(self, job: _Job) -> None:
+    def _stop(self, job: SampleJob) -> None:
         """Sample no more for a request."""
         gone = [prompt for prompt, other in self._told.items() if other is job]
         self._prompts.cancel(gone)
@@ -399,14 +401,14 @@ class HFPolicy:
     def _new_ending(self, texts: tuple[str, ...], tokens: frozenset[int]) -> Endings:
         return Endings(texts, tokens, self._decode, self._plain("a"))
 
-    def _finish(self, job: _Job) -> list[Step] | Exception | None:
+    def _finish(self, job: SampleJob) -> list[Step] | Exception | None:
         """The answer to a request; branches that go on become known. None: all of it is told."""
         if job.error is not None or isinstance(job.request, Generate):
             self._forget(job)
             return job.error
         steps: list[Step] = []
         for number, child in zip(job.request.children, job.children, strict=True):
-            assert isinstance(child, _Child)
+            assert isinstance(child, StepStream)
             step = child.step
             steps.append(step)
             if child.kept is not None:
@@ -418,128 +420,8 @@ class HFPolicy:
                 job.state.known.put(number, "".join(job.request.steps) + step.text, child.branch)
         return steps
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: SampleJob) -> None:
         """Nothing of a request stays."""
         self._pool.release(child.branch for child in job.children)
         if isinstance(job.request, Generate):
             self._pool.close(job.state.root.meter)
-
-
-def _fault(request: Generate, vocabulary: int) -> str:
-    """What a request has that the kernels would refuse, with all that stands beside it; empty if nothing."""
-    params = request.params
-    checks = (
-        (
-            len(request.seeds) == request.num_samples,
-            f"seeds: expected {request.num_samples}, one per sample",
-            len(request.seeds),
-        ),
-        (
-            all(0 <= token < vocabulary for token in request.tokens),
-            f"tokens: expected ids from 0 to {vocabulary - 1}",
-            "others",
-        ),
-        (params.max_tokens is None or params.max_tokens >= 1, "max_tokens: expected at least 1", params.max_tokens),
-        (all(params.stop), "stop: expected texts that are not empty", params.stop),
-        (0 <= params.temperature < math.inf, "temperature: expected a finite number >= 0", params.temperature),
-        (0 < params.top_p <= 1, "top_p: expected a number in (0, 1]", params.top_p),
-        (params.top_k >= 0, "top_k: expected an int >= 0", params.top_k),
-        (0 <= params.min_p <= 1, "min_p: expected a number in [0, 1]", params.min_p),
-        (0 <= (params.logprobs or 0) <= 128, "logprobs: expected an int from 0 to 128", params.logprobs),
-        ((params.prompt_logprobs or 0) >= 0, "prompt_logprobs: expected an int >= 0", params.prompt_logprobs),
-        (params.min_tokens >= 0, "min_tokens: expected an int >= 0", params.min_tokens),
-        (
-            all(0 <= token < vocabulary for token in params.logprobs_of),
-            f"logprobs_of: expected ids from 0 to {vocabulary - 1}",
-            params.logprobs_of,
-        ),
-    )
-    return next((f"{expected}, got {got!r:.200}" for holds, expected, got in checks if not holds), "")
-
-
-@dataclass(slots=True)
-class _Problem:
-    """A problem in flight: its prompt, the branches that may be asked for, the tokens sampled so far."""
-
-    root: TokenBranch
-    known: KnownBranches[str, TokenBranch] = field(init=False)
-    sampled: int = 0
-
-    def __post_init__(self) -> None:
-        self.known = KnownBranches("", self.root, at_a_word)
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request on its way."""
-
-    request: Expand | Generate
-    state: _Problem
-    parent: TokenBranch
-    children: list[TextStream] = field(default_factory=list)
-    running: set[TextStream] = field(default_factory=set)
-    error: Exception | None = None
-
-    def branch(self) -> TokenBranch:
-        """Where a child grows."""
-        return TokenBranch(self.parent.meter, self.parent, self.parent.length)
-
-
-@dataclass(slots=True, eq=False)
-class _Child(TextStream):
-    """A step on its way."""
-
-    job: _Job = field(repr=False)
-
-    @property
-    def step(self) -> Step:
-        """The step that it became. A branch ends with its answer, when its context is full, or if it had no text."""
-        if self.reason is None:  # there was no room in the context for a single token
-            return Step("", True, reason="length")
-        assert isinstance(self.job.request, Expand)
-        full = self.limit < self.job.request.params.max_tokens and self.num_tokens == self.limit
-        finished = self.reason == "eos" or (self.reason == "length" and (full or not self.said))
-        return Step(self.said, finished, self.num_tokens, self.logprob, self.reason)
-
-
-@dataclass(slots=True, eq=False)
-class _Sample(TextStream):
-    """A sample of a `Generate` on its way; ``news`` are those with something to tell."""
-
-    job: _Job = field(repr=False)
-    number: int
-    news: dict[_Sample, None] = field(repr=False)
-    seen: int = field(init=False, default=0)  # tokens that were looked at
-    told: int = field(init=False, default=0)  # characters
-    part: Generated = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.part = Generated(self.number, "")
-
-    def ends(self) -> bool:
-        """Whether it ends with its newest token; what is new is put together."""
-        assert isinstance(self.job.request, Generate)
-        params, part = self.job.request.params, self.part
-        fresh = tuple(self.branch.tokens[self.seen :])
-        over = TextStream.ends(self)
-        self.seen = len(self.branch.tokens)
-        end = len(self.said) if over else max(self.told, self.stops.safe(self.said))
-        self.part = replace(
-            part,
-            text=part.text + self.said[self.told : end],
-            tokens=part.tokens + fresh,
-            logprobs=part.logprobs if params.logprobs is None else (*part.logprobs, self.last_logprob),
-            top=(*part.top, tuple(self.top)) if self.tells else part.top,
-            reason=self.reason,
-            stop=self.stop,
-            cached_tokens=self.job.state.root.meter.cached if over else 0,
-        )
-        self.told = end
-        if over or params.stream:
-            self.news[self] = None
-        return over
-
-    def tell(self) -> Generated:
-        """What is new, once."""
-        told, self.part = self.part, Generated(self.number, "")
-        return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,22 +14,21 @@ import tts_kernels as tk
 from tts_search.errors import require
 from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import KvDtype
-from tts_search.models.known import KnownBranches
 from tts_search.models.meter import Meter
 from tts_search.models.pool import MAX_FORWARD_TOKENS, BranchPool
-from tts_search.models.reading import Place
 from tts_search.models.streams import Stream
 from tts_search.search.checks import unused
 from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Usage, answers_of
 from tts_search.search.voting import aggregate
-from tts_search.verifiers.formats import STEP, VerifierFormat, each_token, format_of
+from tts_search.verifiers.formats import VerifierFormat, each_token, format_of
 from tts_search.verifiers.heads import lm_head, load_head
-from tts_search.verifiers.jobs import Contest, HeadScorer, Job, Stages, branch_at
+from tts_search.verifiers.jobs import Contest, HeadScorer
 from tts_search.verifiers.judge import JudgeScorer
 from tts_search.verifiers.lanes import load_lane
 from tts_search.verifiers.log_ratio import Likelihood, LogRatioScorer
 from tts_search.verifiers.memory import ScoreMemory, keys_of
-from tts_search.verifiers.reader import Reader, Tail, TokenReader
+from tts_search.verifiers.reader import Reader, TokenReader
+from tts_search.verifiers.writer import KnownTexts, ScoreJob, Writer, known_texts
 
 if TYPE_CHECKING:
     from tts_search.models.checkpoint import Checkpoint
@@ -140,9 +139,10 @@ class HFVerifier:
             else:
                 eos = adapter.eos_tokens(path_or_id, self.tokenizer)
                 self._scorer = JudgeScorer(self._lane, self.head, self._reader, entry.judge, eos)
-        self._problems: dict[int, _Known] = {}
+        self._writer = Writer(self._reader, entry, self.decoder.shape.max_length)
+        self._problems: dict[int, KnownTexts] = {}
         self._asked: dict[_Asked, None] = {}
-        self._owners: dict[Stream, list[_Job]] = {}  # who waits for a stream
+        self._owners: dict[Stream, list[ScoreJob]] = {}  # who waits for a stream
         self._memory: ScoreMemory | None = None
 
     @property
@@ -194,7 +194,7 @@ class HFVerifier:
         unused(problem, self._problems, self)
         tokens, tail = self._reader.prompt(text)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
-        self._problems[problem] = KnownBranches((), _ScoredText(root, tail, []), _begins)
+        self._problems[problem] = known_texts(root, tail)
         self._scorer.begin(root)
 
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
@@ -216,7 +216,11 @@ class HFVerifier:
         """Take requests in: what they ask for is read from the next forward on."""
         for request in requests:
             candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
-            jobs = {number: self._job(each) for number, each in enumerate(candidates) if isinstance(each, Score)}
+            jobs = {
+                number: self._writer.write(each, self._problems[each.problem])
+                for number, each in enumerate(candidates)
+                if isinstance(each, Score)
+            }
             self._asked[_Asked(request, jobs)] = None
             for job in jobs.values():
                 if self._memory is not None and isinstance(request, Score):
@@ -248,7 +252,7 @@ class HFVerifier:
                 self._release([*job.questions, *job.chain])
             del self._asked[asked]
 
-    def _proceed(self, job: _Job) -> None:
+    def _proceed(self, job: ScoreJob) -> None:
         """Let a job go on to the next stage that it has to wait for."""
         assert job.stages is not None
         for streams in job.stages:
@@ -258,7 +262,7 @@ class HFVerifier:
             if streams:
                 return
 
-    def _stop(self, job: _Job) -> None:
+    def _stop(self, job: ScoreJob) -> None:
         """Read nothing more for a job."""
         gone = []
         for stream in job.waiting:
@@ -348,52 +352,7 @@ class HFVerifier:
         )
         return LogRatioScorer(Likelihood(self._lane, lm_head(entry, checkpoint, config)), other, entry.beta)
 
-    def _job(self, request: Score) -> _Job:
-        """What a request adds to the tree: the tokens of the steps that were not scored before."""
-        steps = (*request.steps, *request.lookahead)
-        known, base = self._problems[request.problem].longest(request.branch, request.steps)
-        job = _Job(request=request, base=base, text=replace(base))
-        try:
-            for number in range(len(known), len(steps)):
-                self._add(job, steps[number], number)
-                if number + 1 == len(request.steps):
-                    job.text = _ScoredText(job.chain[-1], job.tail, [])
-            if self.format.outcome and job.chain:
-                self._ask(job, len(steps) - 1)
-                job.places *= len(steps) - len(known)
-        except ValueError as error:  # an empty step
-            job.error = error
-        longest = max((branch.length for branch in job.asked), default=0)
-        if longest > self.decoder.shape.max_length:
-            job.error = ValueError(
-                f"the verifier's text of {longest} tokens is longer than its context of "
-                f"{self.decoder.shape.max_length} tokens"
-            )
-        return job
-
-    def _add(self, job: _Job, step: str, number: int) -> None:
-        """Put a step at the end of a job's text, and note the position that is scored for it.
-
-        The tokens go to the branch that the job is building, unless some of that branch's would have to be taken back,
-        or the step is the first one that does not belong to the request's branch.
-        """
-        asks_ahead = self.format.judge is not None and STEP in self.format.judge.question
-        if asks_ahead:  # the step is judged before it stands among the others
-            self._ask(job, number, step)
-        start, tokens, job.tail = self._reader.step(job.tail, step, number + 1)
-        last = job.chain[-1] if job.chain else job.base.branch
-        if job.chain and start == last.length and number != len(job.request.steps):
-            last.tokens += tokens
-        else:
-            last = branch_at(last, start, tokens)
-            job.chain.append(last)
-        if self.format.score_at != "closing":
-            last.marks.append(last.length - 1)
-            job.places.append((last, last.length - 1))
-        elif not asks_ahead and not self.format.outcome:
-            self._ask(job, number)
-
-    def _recall(self, job: _Job, memory: ScoreMemory) -> None:
+    def _recall(self, job: ScoreJob, memory: ScoreMemory) -> None:
         """Fill in the scores of a job's first steps that were given before, so that nothing is read for their sake."""
         if job.error is not None:
             return
@@ -411,16 +370,7 @@ class HFVerifier:
             elif branch.marks:
                 branch.marks.remove(position)
 
-    def _ask(self, job: _Job, number: int, step: str = "") -> None:
-        """Put the question behind the steps so far, about the last of them, or about ``step`` after them."""
-        last = job.chain[-1] if job.chain else job.base.branch
-        start, tokens, tail = self._reader.closing(job.tail, step, number + 1)
-        question = branch_at(last, start, tokens)
-        job.questions.append(question)
-        job.tails[question] = (tail, number + 1)
-        job.places.append((question, question.length - 1))
-
-    def _finish(self, job: _Job) -> list[float] | Exception:
+    def _finish(self, job: ScoreJob) -> list[float] | Exception:
         """The answer to a request. Of what it added to the tree, the branch that it names stays."""
         if job.error is not None:
             self._release([*job.questions, *job.chain])
@@ -436,56 +386,12 @@ class HFVerifier:
         return scores
 
 
-@dataclass(slots=True)
-class _ScoredText:
-    """Where the text of steps ends, in the tree and as characters, and the scores of the steps."""
-
-    branch: TokenBranch
-    tail: Tail
-    scores: list[float]
-
-
-_Known = KnownBranches[tuple[str, ...], _ScoredText]
-
-
-def _begins(start: tuple[str, ...], steps: tuple[str, ...]) -> bool:
-    return steps[: len(start)] == start
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Job(Job):
-    """One request on its way.
-
-    Attributes
-    ----------
-    base, text : _ScoredText
-        What it builds on, and what stays in the tree for the request's branch.
-    tail : Tail
-        The end of the text so far.
-    keys : dict
-        Of each place, what its score is remembered by, if it is.
-    stages, waiting : iterator, set of Stream
-        What it goes through, and what it waits for now.
-    """
-
-    request: Score
-    base: _ScoredText
-    text: _ScoredText
-    tail: Tail = field(init=False)
-    keys: dict[Place, bytes] = field(init=False, default_factory=dict)
-    stages: Stages | None = field(init=False, default=None)
-    waiting: set[Stream] = field(init=False, default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.tail = self.base.tail
-
-
 @dataclass(slots=True, eq=False)
 class _Asked:
     """A request on its way, and the jobs of its candidates by their numbers."""
 
     request: Score | ScoreAndPrune
-    jobs: dict[int, _Job]
+    jobs: dict[int, ScoreJob]
 
     @property
     def round(self) -> ScoreAndPrune:
