@@ -3,7 +3,8 @@
 //   keys[i] -> W rows of elements;   columns[s][i] = step s of key i
 //
 // A step is an element as float32, or a pair of bfloat16 where they are multiplied as such. A load takes 16
-// bytes of each key: four floats, or eight 16-bit elements.
+// bytes of each key: four floats, or eight 16-bit elements. With AVX-512 it takes a cache line of float32,
+// which costs a fifth less; pairs gain nothing by it.
 #pragma once
 
 #include "tree_attention_item.h"
@@ -87,13 +88,27 @@ inline Vec high_half(Vec x) {
 
 #endif
 
+#if defined(__AVX512F__)
+inline constexpr int64_t kFloatBytes = 64;
+#else
+inline constexpr int64_t kFloatBytes = 16;
+#endif
+
 template <class T>
 struct KeyColumns {
-    static constexpr int kElements = 16 / sizeof(T);
+    static constexpr int kElements = (sizeof(T) == 4 ? kFloatBytes : 16) / sizeof(T);
     static constexpr int kSteps = kPairs<T> ? kElements / 2 : kElements;
 
     // Elements [d, d + kElements) of W keys.
     static void load(const T* const* keys, int64_t d, Vec* columns) {
+#if defined(__AVX512F__)
+        if constexpr (kSteps == 16) {
+            Vec lines[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) lines[i] = Vec::load(keys[i] + d);
+            return transpose(lines, columns);
+        }
+#endif
 #if defined(__AVX2__) || defined(__AVX512F__)
         const void* rows[Vec::width];
 #pragma GCC unroll 16

@@ -209,10 +209,16 @@ class KeyPrefetch {
     void aim_nowhere() { keys_ = 0; }
 
     void step() {
-        for (int64_t n = quota_; n > 0 && row_ < 2 * keys_; --n) {
+        for (int64_t n = quota_; n > 0 && row_ < 2 * keys_;) {
             const int64_t stride = row_ < keys_ ? k_stride_ : v_stride_;
-            __builtin_prefetch(static_cast<const char*>(rows_[row_]) + piece_ * stride + offset_, 0, 2);
-            if ((offset_ += kLine) < bytes_) continue;
+            const char* line = static_cast<const char*>(rows_[row_]) + piece_ * stride + offset_;
+            const int64_t left = divide_up(bytes_ - offset_, kLine), lines = left < n ? left : n;
+            for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(line + i * kLine, 0, 2);
+            n -= lines;
+            if (lines < left) {
+                offset_ += lines * kLine;
+                return;
+            }
             offset_ = 0;
             if (++piece_ < pieces_) continue;
             piece_ = 0;

@@ -58,7 +58,8 @@ class Rows : Lanes<T> {
     int64_t steps_of_prefetch(int64_t count) const {
         const int64_t packs = lanes_ / 4 + lanes_ % 4 / 2 + lanes_ % 2;
         const int64_t passes = (dim_ + kRowVecs * W - 1) / (kRowVecs * W);
-        return packs * passes * divide_up(count, kKeyStep);
+        const int64_t loads = divide_up(lanes_, 4) * divide_up(count, W) * (dim_ / KeyColumns<T>::kElements);
+        return packs * passes * divide_up(count, kKeyStep) + loads;
     }
 
     void run_block(const float* q, int64_t begin, int64_t count) {
@@ -124,11 +125,12 @@ class Rows : Lanes<T> {
             Chains<kLanes * kGroups> sums;
             int64_t step = 0, d = 0;
             for (; d + KeyColumns<T>::kElements <= dim_; d += KeyColumns<T>::kElements) {
+                item_.prefetch.step();
 #pragma GCC unroll 2
                 for (int g = 0; g < kGroups; ++g) {
                     Vec columns[KeyColumns<T>::kSteps];
                     KeyColumns<T>::load(keys + g * W, d, columns);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                     for (int i = 0; i < KeyColumns<T>::kSteps; ++i) {
 #pragma GCC unroll 4
                         for (int l = 0; l < kLanes; ++l) {

@@ -82,16 +82,14 @@ inline Vec tanh(Vec x) {
 
 // ---- blocks of width x width -----------------------------------------------------------------------------
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i, j < width, moved as bits.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
 #if defined(__AVX512F__)
+// columns[j] has in lane i lane j of rows[i], moved as bits.
+inline void transpose(const Vec (&rows)[16], Vec* columns) {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
-#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {  // pairs of rows, by floats
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+        b[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+        b[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {  // four rows: a[i + c] holds columns c, 4 + c, 8 + c, 12 + c
@@ -106,11 +104,23 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
         const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
         const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
         const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
-        _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
-        _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(low01, low23, 0xdd));
-        _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
-        _mm512_storeu_ps(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+        columns[c] = {_mm512_shuffle_f32x4(low01, low23, 0x88)};
+        columns[4 + c] = {_mm512_shuffle_f32x4(low01, low23, 0xdd)};
+        columns[8 + c] = {_mm512_shuffle_f32x4(high01, high23, 0x88)};
+        columns[12 + c] = {_mm512_shuffle_f32x4(high01, high23, 0xdd)};
     }
+}
+#endif
+
+// to[j * to_stride + i] = from[i * from_stride + j] for i, j < width, moved as bits.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+    Vec rows[16], columns[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = Vec::load(from + i * from_stride);
+    transpose(rows, columns);
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) columns[j].store(to + j * to_stride);
 #elif defined(__AVX2__)
     __m256 a[8], b[8];
 #pragma GCC unroll 8
