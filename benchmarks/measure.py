@@ -79,8 +79,17 @@ def compare(
 
 
 def seconds(call: Call, repeats: int = 1) -> float:
-    """Of one call, the mean of ``repeats``."""
-    clock = _EventClock() if torch.get_default_device().type == "cuda" else _HostClock()
+    """Of one call, the mean of ``repeats``.
+
+    On a CPU it begins as within a loop of such calls: torch's threads spin for 2 to 4 ms after a call (libgomp), on
+    cores that ours then lack, and ours sleep meanwhile. So the former may fall asleep, and a call that is not counted
+    wakes those of this one.
+    """
+    on_device = torch.get_default_device().type == "cuda"
+    if not on_device:
+        time.sleep(0.01)
+        call()
+    clock = _EventClock() if on_device else _HostClock()
     for _ in range(repeats):
         call()
     return clock.seconds() / repeats
@@ -119,13 +128,7 @@ def device_name() -> str:
 
 
 class _HostClock:
-    """Begins when the threads of the call before are asleep.
-
-    Torch's spin for 2 to 4 ms after a call (libgomp), on cores that ours then lack; its own next call finds them awake.
-    """
-
     def __init__(self) -> None:
-        time.sleep(0.01)
         self.begin = time.perf_counter()
 
     def seconds(self) -> float:
