@@ -8,7 +8,7 @@ import pytest
 from tiny import save_checkpoint, talkative, tiny_model
 from tts_search import Engine, HFPolicy, SearchError, StepParams, TextPolicy
 from tts_search.deepconf import DeepConfResult, deepconf
-from tts_search.search.confidence import Stopping, confidence_vote, token_confidence
+from tts_search.deepconf.confidence import Stopping, confidence_vote, token_confidence
 from tts_search.search.protocol import Generate, Generated, GenerateParams
 from tts_search.search.seeds import seed_of
 

@@ -1,7 +1,7 @@
 """DeepConf online: traces that grow unsure are given up while they are written, the others vote by their confidence.
 
 Fu et al., "Deep Think with Confidence" (arXiv 2508.15260), algorithm 2 and its public code. The rules are those of
-:mod:`tts_search.search.confidence`; this is their loop over the engine.
+:mod:`tts_search.deepconf.confidence`; this is their loop over the engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tts_search.engine.engine import Engine, Generation, default_equality
 from tts_search.search.answers import Equality, boxed
-from tts_search.search.confidence import WINDOW, Stopping, tally, token_confidence, trace_confidence
+from tts_search.deepconf.confidence import WINDOW, Stopping, tally, token_confidence, trace_confidence
 from tts_search.search.protocol import Generate, Generated, GenerateParams
 from tts_search.search.seeds import Seeds
 from tts_search.search.types import Messages, StepParams

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tts_search.search.confidence import (
+from tts_search.deepconf.confidence import (
     MEASURES,
     Stopping,
     confidence_vote,
