@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
+import shlex
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import get_args
 
+import record
 import torch
 from measure import multiplied
 from tokenizers import Tokenizer, models
@@ -65,16 +64,16 @@ class Times:
     step: list[float]
     forward: list[float]
 
-    def row(self, case: Case, name: str, bound: float) -> dict[str, float | str]:
+    def row(self, case: Case, name: str, bound: float) -> dict[str, record.Cell]:
         step = statistics.median(self.step)
         return {
+            "N": case.branches,
+            "P": case.prefix,
             "engine": name,
-            **asdict(case),
-            "step_ms": round(step, 1),
-            "forward_ms": round(statistics.median(self.forward), 1),
-            "tokens_per_s": round(1000 * case.branches / step),
-            "bound_ms": round(bound, 1),
-            "steps": len(self.step),
+            "step, ms": round(step, 1),
+            "forward, ms": round(statistics.median(self.forward), 1),
+            "tokens a second": round(1000 * case.branches / step),
+            "bound, ms": round(bound, 1),
         }
 
 
@@ -188,7 +187,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each case, in turn with the others")
     parser.add_argument("--baseline", action="store_true", help="time transformers' own attention as well")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--beside", default="nothing")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -227,33 +227,33 @@ def main() -> None:
     for case in cases:
         bound = bound_ms(decoder, case, options.tokens, read_rate, gemm_rate)
         for kind in policies:
-            rows.append(times[case, kind].row(case, f"tts_search, {kind}", bound))
+            rows.append(times[case, kind].row(case, kind, bound))
         if model is not None:
             rows.append(times[case, "SDPA"].row(case, "transformers, SDPA", bound))
     report(rows, options, read_rate, gemm_rate)
 
 
-def report(rows: list[dict[str, float | str]], options: argparse.Namespace, read_rate: float, gemm_rate: float) -> None:
-    """Print a table, and what it was measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    facts = {
-        "checkpoint": options.checkpoint or "random weights of SmolLM2-135M's shape",
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-        "cpu_isa": tk.backend_info().cpu_isa,
-        "read_gb_per_s": round(read_rate / 1e9, 1),
-        "gemm_gflop_per_s": round(gemm_rate / 1e9),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "commit": commit.stdout.strip(),
-    }
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()), end="\n\n")
+def report(rows: list[dict[str, record.Cell]], options: argparse.Namespace, read_rate: float, gemm_rate: float) -> None:
+    """Print a table and the rates behind its bound, and write it."""
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
     for row in rows:
         print("| " + " | ".join(str(row[name]) for name in names) + " |")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+    rates = {"memory, GB a second": round(read_rate / 1e9, 1), f"gemm {options.dtype}, GFLOP a second": round(gemm_rate / 1e9)}
+    print(rates)
+    if options.write is not None:
+        model = "SmolLM2-135M" if options.checkpoint else "random weights of SmolLM2-135M's shape"
+        record.write(
+            options.write,
+            what=f"Decode steps of {model}: N branches that share a prompt of P tokens, {options.dtype}, sampling "
+            "included; medians",
+            command=f"python {shlex.join(record.hidden(argument) for argument in sys.argv)}",
+            beside=options.beside,
+            tables={
+                "steps": {f"{row['N']} behind {row['P']}, {row['engine']}": row for row in rows},
+                "rates": {"of this run": rates},
+            },
+        )
 
 
 if __name__ == "__main__":

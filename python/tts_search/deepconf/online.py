@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tts_search.deepconf.confidence import WINDOW, Stopping, tally, token_confidence, trace_confidence
 from tts_search.engine.engine import Engine, Generation, default_equality
 from tts_search.search.answers import Equality, boxed
-from tts_search.deepconf.confidence import WINDOW, Stopping, tally, token_confidence, trace_confidence
 from tts_search.search.protocol import Generate, Generated, GenerateParams
 from tts_search.search.seeds import Seeds
 from tts_search.search.types import Messages, StepParams
