@@ -239,7 +239,10 @@ def report(rows: list[dict[str, record.Cell]], options: argparse.Namespace, read
     print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
     for row in rows:
         print("| " + " | ".join(str(row[name]) for name in names) + " |")
-    rates = {"memory, GB a second": round(read_rate / 1e9, 1), f"gemm {options.dtype}, GFLOP a second": round(gemm_rate / 1e9)}
+    rates = {
+        "memory, GB a second": round(read_rate / 1e9, 1),
+        f"gemm {options.dtype}, GFLOP a second": round(gemm_rate / 1e9),
+    }
     print(rates)
     if options.write is not None:
         model = "SmolLM2-135M" if options.checkpoint else "random weights of SmolLM2-135M's shape"
