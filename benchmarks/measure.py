@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+_SPREAD_S: Final = 0.03
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,18 @@ def compare(
 def seconds(call: Call, repeats: int = 1) -> float:
     """Of one call, the mean of ``repeats``.
 
-    On a CPU it begins as within a loop of such calls: torch's threads spin for 2 to 4 ms after a call (libgomp), on
-    cores that ours then lack, and ours sleep meanwhile. So the former may fall asleep, and a call that is not counted
-    wakes those of this one.
+    On a CPU it begins as within a loop of such calls. Torch's threads spin for 2 to 4 ms after a call (libgomp), on
+    cores that ours then lack, and ours sleep meanwhile: so the former may fall asleep first. Then this call's own
+    threads wake, often on the core of the one who wakes them, and it takes Linux some milliseconds to spread them: so
+    calls are repeated for some time before one counts.
     """
     on_device = torch.get_default_device().type == "cuda"
     if not on_device:
         time.sleep(0.01)
+        begin = time.perf_counter()
         call()
+        while time.perf_counter() - begin < _SPREAD_S:
+            call()
     clock = _EventClock() if on_device else _HostClock()
     for _ in range(repeats):
         call()
