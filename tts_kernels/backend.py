@@ -1,4 +1,4 @@
-"""Which implementation of the ops runs: the choice."""
+"""The choice of implementation: C++, Triton or the reference."""
 
 from __future__ import annotations
 

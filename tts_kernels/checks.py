@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises an error that names the argument, what was expected and what came."""
+"""Checks of arguments. Each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 

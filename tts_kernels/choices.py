@@ -1,4 +1,4 @@
-"""What a process has chosen: see `use_backend`, `debug_checks` and `deterministic`."""
+"""The choices of this process: see `use_backend`, `debug_checks` and `deterministic`."""
 
 from __future__ import annotations
 

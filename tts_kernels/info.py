@@ -1,4 +1,4 @@
-"""What is there: versions of the kernels, instruction sets, a GPU."""
+"""Information about this machine: versions of the kernels, instruction sets, a GPU."""
 
 from __future__ import annotations
 

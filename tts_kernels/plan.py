@@ -1,4 +1,4 @@
-"""The attention plan: which keys which rows of q read, and in which pieces."""
+"""The attention plan: for the rows of q, the keys that they read, and the pieces in which they read them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The definition of every op, in plain torch.
 
-Slow and obvious on purpose. Each function takes the arguments of the operator of its name, works in any floating
-dtype (tests call it in float64) and is what the kernels are held against.
+The code is slow and obvious on purpose. Each function takes the arguments of the operator with its name, and works in
+any floating dtype. Tests call it in float64, and compare the kernels with it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Compute-optimal scaling: which search is best for which policy, verifier, problem and budget.
+"""Compute-optimal scaling: which search is best for a policy, a verifier, a problem and a budget.
 
-Two kinds of :class:`Strategy`: the rules that a paper found (:class:`RuleStrategy`), and what an evaluation of one's
-own models says (:func:`~tts_search.evaluation.fitting.fit`). Either goes where a :class:`~tts_search.SearchConfig`
-goes: ``search(..., config=strategy)``.
+There are two kinds of :class:`Strategy`: the rules that a paper found (:class:`RuleStrategy`), and rules that are
+fitted to an evaluation of one's own models (:func:`~tts_search.evaluation.fitting.fit`). Either can take the place of a
+:class:`~tts_search.SearchConfig`: ``search(..., config=strategy)``.
 
-How difficult a problem is for a policy is its pass@1, the probability that one sample is right, in absolute bins:
-easy (at least 50%), medium (10% to 50%), hard (below 10%). For a problem without a known answer it is estimated from a
-few samples and the verifier's scores.
+The difficulty of a problem for a policy is its pass@1, the probability that one sample is right, in absolute bins:
+easy (at least 50%), medium (10% to 50%), hard (below 10%). If the answer of a problem is not known, the difficulty is
+estimated from a few samples and the verifier's scores.
 """
 
 from __future__ import annotations

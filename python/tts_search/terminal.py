@@ -1,4 +1,4 @@
-"""The terminal: what a model wrote, made safe to print, and a progress bar."""
+"""The terminal: makes text of a model safe to print, and shows a progress bar."""
 
 from __future__ import annotations
 

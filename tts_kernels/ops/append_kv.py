@@ -1,4 +1,4 @@
-"""New tokens into their slots of one layer's KV cache."""
+"""Writes the keys and values of new tokens into their slots of one layer's KV cache."""
 
 from __future__ import annotations
 

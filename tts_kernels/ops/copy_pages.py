@@ -1,4 +1,4 @@
-"""Copies of whole KV pages, in every layer's caches at once."""
+"""Copies whole KV pages, in the caches of every layer at once."""
 
 from __future__ import annotations
 

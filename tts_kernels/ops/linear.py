@@ -1,4 +1,4 @@
-"""Linear layers on weights that were packed once, fast for few rows and the same for each row in any company."""
+"""Linear layers on packed weights. They are fast for few rows, and a row's result does not depend on the other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two attentions over disjoint keys into one over both."""
+"""Merges two attention results over disjoint keys into the result over all of these keys."""
 
 from __future__ import annotations
 

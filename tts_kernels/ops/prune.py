@@ -1,4 +1,4 @@
-"""The k best candidates of each group."""
+"""Chooses the k best candidates of each group."""
 
 from __future__ import annotations
 

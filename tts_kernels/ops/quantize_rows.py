@@ -1,4 +1,4 @@
-"""Rows of numbers in few bits, and back."""
+"""Quantises rows of numbers to few bits, and turns them back into numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm, with the addition to the residual stream before it."""
+"""RMSNorm, optionally after adding x to the residual stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the projection of queries, keys and values to the KV cache: norm, rotation and append in one pass."""
+"""Norm and rotary embedding of queries and keys, and the append to the KV cache, in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One token for each row from logits: temperature, top-k, top-p, min-p, and a draw that depends on nothing else."""
+"""Draws one token for each row of logits, after temperature, top-k, top-p and min-p.
+
+A draw depends only on the row's logits, options, seed and offset.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """append_kv_: the keys and values of new tokens into their slots.
 
-A program per token copies its row of k and of v, Hkv D elements each, as integers of their width: bit for bit. Bytes:
-twice the new tokens. An fp8 cache gets the nearest bytes, a quantised one what csrc/include/quantized_kv.h says, to
-the bit: a token's heads are a tile, in two halves, since a byte of 4-bit codes has one of each.
+One program for each token copies the token's row of k and of v, Hkv D elements each. It copies them as integers of
+their width, bit for bit. Bytes: twice the new tokens. In an fp8 cache it writes the nearest bytes. In a quantised cache
+it writes the bytes that csrc/include/quantized_kv.h defines: a token's heads are a tile in two halves, since a byte of
+4-bit codes holds one code of each half.
 """
 
 from __future__ import annotations

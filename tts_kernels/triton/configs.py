@@ -1,7 +1,7 @@
-"""Tile sizes and warps of each kernel, by class of device.
+"""Tile sizes and warps of each kernel, for each class of device.
 
-A table instead of autotuning: a search at run time would synchronise the device, time kernels that write in place,
-and fail inside a CUDA graph. An entry overrides those of ``"default"``; none has been timed yet.
+This is a table instead of autotuning, because a search at run time would synchronise the device, time kernels that
+write in place, and fail inside a CUDA graph. An entry overrides that of ``"default"``. None has been timed yet.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""copy_pages_: whole pages within each cache, the copies that a fork's first write needs.
+"""copy_pages_: whole pages within each cache, which the first write after a fork needs.
 
     cache[dst[i]] = cache[src[i]] for all caches
 
-One launch for all caches of one layout. Their addresses come from a table on the device that is made when a set of
-caches is first seen and never freed (8 bytes for each cache): later calls copy nothing there, and a captured
-graph reads it. A program copies a page of a cache, as integers of the elements' width: bit for bit. The pages may be
-copied in any order: none is both read and written.
+One launch for all caches of one layout. The addresses of the caches are in a table on the device. It is made when a set
+of caches is first seen, and never freed (8 bytes for each cache). So later calls copy no addresses, and a captured
+graph can read the table. A program copies one page of one cache, as integers of the elements' width, bit for bit. The
+pages may be copied in any order, because no page is both read and written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""dequantize_rows: the numbers of rows of few bits, ``code * scale + zero``.
+"""dequantize_rows: the numbers of quantised rows, ``code * scale + zero``.
 
-A program makes a block of a row's columns. A code of 3 bits comes from two planes. The product is exact, so that it
-does not matter whether the sum is fused. Bytes: each plane is read once for each of a byte's columns, from L1 but for
-the first time.
+A program makes a block of a row's columns. A code of 3 bits comes from two planes. The product is exact, so the result
+is the same whether or not the sum is fused with it. Bytes: each byte of a plane is read once for each of its columns;
+only the first of these reads goes beyond L1.
 """
 
 from __future__ import annotations

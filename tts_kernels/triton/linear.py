@@ -1,8 +1,8 @@
-"""linear on weights of 8 or 4 bits: x @ dequantised.T + bias + residual. A product of floats is torch's library's.
+"""linear on weights of 8 or 4 bits: x @ dequantised.T + bias + residual. Torch's library multiplies floats.
 
-A program multiplies BLOCK_M rows of x with BLOCK_N rows of the weight, which become float, of x's type, as they are
-loaded: 64 columns at a time, in order. Programs of one part of the weight are neighbours. Bytes: the weight once for
-each BLOCK_M rows, from L2 but for the first time.
+A program multiplies BLOCK_M rows of x with BLOCK_N rows of the weight, 64 columns at a time, in order. The weights
+become floats of x's type when they are loaded. Programs of the same part of the weight are neighbours. Bytes: the
+weight once for each BLOCK_M rows, and only the first of these reads goes beyond L2.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """linear_logprob: log softmax(hidden @ weight.T / temperature)[target] without the logits [N, V].
 
-Two launches. A program of the first multiplies BLOCK_M rows with BLOCK_N rows of the weight at a time, walks TILES
-such tiles of the vocabulary with an online softmax, and leaves (max, sum) of its part; the one that holds a row's
-target leaves its logit too. The second merges the parts of a row in order. Programs of one part and different rows
-are neighbours, so that they find its weights in the cache. Bytes: the weight once (up to BLOCK_M rows), hidden once a
-part.
+Two launches. A program of the first launch multiplies BLOCK_M rows with BLOCK_N rows of the weight at a time. It goes
+through TILES such tiles of the vocabulary with an online softmax, and writes (max, sum) of its part. If a row's target
+is in its part, it writes that logit, too. The second launch merges the parts of a row in order. Programs of the same
+part and different rows are neighbours, so they find its weights in the cache. Bytes: the weight once (for up to BLOCK_M
+rows), and hidden once for each part.
 """
 
 from __future__ import annotations

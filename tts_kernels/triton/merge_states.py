@@ -1,9 +1,9 @@
-"""merge_states: two partial attention results over different keys as one.
+"""merge_states: two partial attention results over different keys become one.
 
     lse = log(exp(lse_a) + exp(lse_b)),  out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse)
 
-A program takes a row of T H and its D elements. A state with lse = -inf is empty and its row is not used, so merging
-with it returns the other one bit for bit. Bytes: both inputs once, the output once.
+A program takes one of the T H rows and its D elements. A state with lse = -inf is empty and its row is not used, so
+merging with it returns the other state bit for bit. Bytes: both inputs once, the output once.
 """
 
 from __future__ import annotations

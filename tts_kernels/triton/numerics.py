@@ -1,7 +1,7 @@
-"""What kernels share: the layout of inputs, conversions and products that the interpreter does right too, the order.
+"""Code that kernels share: the layout of inputs, conversions, products, and the order of scores.
 
-Triton's interpreter (3.7) rounds to bfloat16 wrongly, multiplies bfloat16 matrices wrongly and does not fuse
-`tl.fma`; `INTERPRETED` picks another way there.
+Triton's interpreter (3.7) rounds to bfloat16 wrongly, multiplies bfloat16 matrices wrongly and does not fuse `tl.fma`.
+Where `INTERPRETED` is set, the code avoids these operations.
 """
 
 from __future__ import annotations

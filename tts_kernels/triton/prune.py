@@ -1,9 +1,9 @@
 """prune: the k best candidates of each group, in the order of csrc/include/total_order.h.
 
-A program per group. Up to BLOCK candidates are placed by counting those that beat each: their ranks, a key and an index
-in 64 bits, are all different, so no sort is needed. A larger group is first thinned out to its k best: the key of the
-last of them is found bit by bit (32 counts over the group), ties stay from the lowest index up; those k are then
-placed by counting too. O(n) bytes 33 times from the cache, k**2 comparisons.
+One program for each group. Up to BLOCK candidates are placed by counting, for each of them, the candidates that beat
+it. Their ranks (a key and an index in 64 bits) are all different, so no sort is needed. A larger group is first reduced
+to its k best: the key of the last of them is found bit by bit (32 counts over the group), and ties stay from the lowest
+index up. Then these k are placed by counting, too. O(n) bytes 33 times from the cache, k**2 comparisons.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""quantize_rows: rows of numbers in 8, 4, 3 or 2 bits, by groups of columns with a scale and a zero of their own.
+"""quantize_rows: rows of numbers in 8, 4, 3 or 2 bits, with a scale and a zero for each group of columns.
 
-Two launches. A program of the first finds the scales and zeros of a row, all groups at a time, and writes them behind
-the codes. A byte of a plane has columns that are far apart, in groups of their own: a program of the second makes a
-block of a row's bytes of each plane. Bytes: x twice, the second time from L2.
+Two launches. A program of the first launch finds the scales and zeros of a row, for all groups at a time, and writes
+them after the codes. A byte of a plane has columns that are far apart and in different groups, so a program of the
+second launch makes a block of a row's bytes of each plane. Bytes: x twice, the second time from L2.
 """
 
 from __future__ import annotations

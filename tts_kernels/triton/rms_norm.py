@@ -1,6 +1,6 @@
 """rms_norm: ``h = x + residual``, ``normed = h / sqrt(mean(h**2) + eps) * weight``.
 
-A program per row: h is rounded to the inputs' dtype and written, its squares are summed; the second pass finds the row
+One program for each row. It rounds h to the inputs' dtype, writes it and sums its squares. A second pass finds the row
 in the cache. Bytes: each input once, each output once.
 """
 

@@ -1,8 +1,9 @@
 """rope_append_: from the projection of queries, keys and values to the KV cache.
 
-A program per token: its Hq + 2 Hkv heads are a tile; heads of q and k are normed (if there are weights) and rotated in
-float32, pairs being the halves of a head, and rounded once; q goes to the output, k and v to the token's slot, v bit
-for bit. A cache of fp8 or codes gets what append_kv_ would make of them. Bytes: each element once.
+One program for each token; its Hq + 2 Hkv heads are a tile. Heads of q and k are normed (if there are weights) and
+rotated in float32, and rounded once; the pairs that are rotated are the halves of a head. q goes to the output, k and v
+go to the token's slot, and v is copied bit for bit. A cache of fp8 or codes gets the same bytes as from append_kv_.
+Bytes: each element once.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """sample: one token from each row of logits [V], after temperature, top-k, top-p and min-p.
 
-Weights are the integers of csrc/include/fixed_exp.h, so every sum is exact and the draw is the CPU's to the bit; what
-the options mean is told in csrc/cpu/sample.cpp. A program for each row, which the first pass brings into L2:
+Weights are the integers of csrc/include/fixed_exp.h, so every sum is exact and the draw is the CPU's to the bit.
+csrc/cpu/sample.cpp explains the options. There is one program for each row. Its passes over the row are:
 
-  1  the maximum, NaN, infinities;  2  all weights, tempered and not;
-  3  for top-k and for top-p, the cut: the range of keys that it lies in is halved, a pass each, until it is one key;
+  1  the maximum, NaN, infinities;  2  all weights, with and without temperature;
+  3  for top-k and for top-p, the cut: each pass halves the range of keys in which it lies, until the range is one key;
   4  the weights that are kept;  5  the token at which their running sum exceeds the draw.
 
-Bytes: V logits from memory, the passes after the first from L2: four, and up to 32 for each cut. One launch.
+Bytes: V logits from memory in the first pass. Later passes read L2: four of them, and up to 32 for each cut. One
+launch.
 """
 
 from __future__ import annotations

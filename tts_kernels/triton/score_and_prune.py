@@ -1,9 +1,9 @@
 """score_and_prune: scores of new steps, aggregates of candidates, the k best of each group, in one launch.
 
-A program per candidate scores its steps and folds them into its aggregate; the last program of a group to arrive prunes
-it. So rows are read by as many programs as there are candidates, and no launch waits for another. Every group has one
-program more, so that an empty one is pruned as well. Arrivals are counted from 0: 4 G bytes are cleared ahead of the
-launch. A head with a hidden layer takes one launch more.
+One program for each candidate scores its steps and folds them into its aggregate. The last program of a group that
+finishes prunes the group. So there are as many programs as candidates to read rows, and no launch waits for another.
+Every group has one program more, so that an empty group is pruned as well. Finished programs are counted from 0: 4 G
+bytes are cleared before the launch. A head with a hidden layer takes one launch more.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     out[s] = act(w . norm(hidden[positions[s]]) + b)
 
-A program per step. RMSNorm needs no pass of its own: w . (x g / rms) = (w g . x) / rms, and the squares are summed in
-the same loop. Bytes: S rows of H elements; the head's row comes from the cache after the first step.
+One program for each step. RMSNorm needs no pass of its own: w . (x g / rms) = (w g . x) / rms, and the squares are
+summed in the same loop. Bytes: S rows of H elements; the head's row comes from the cache after the first step.
 
-With a hidden layer, z = w . relu(W1 norm(x) + b1) + b, in two launches: a program multiplies a tile of gathered rows
-with BLOCK_N rows of W1 and folds its hidden units into one number per step, so that no [S, H1] is kept; the second
-launch adds up those numbers. Bytes: W1 once for each tile of rows; operations: 2 S H H1.
+With a hidden layer, z = w . relu(W1 norm(x) + b1) + b, there are two launches. A program of the first launch multiplies
+a tile of gathered rows with BLOCK_N rows of W1, and folds its hidden units into one number for each step, so [S, H1] is
+never stored. The second launch adds these numbers up. Bytes: W1 once for each tile of rows; operations: 2 S H H1.
 """
 
 from __future__ import annotations

@@ -2,17 +2,18 @@
 
     q [T, Hq, D], caches [P, page_size, Hkv, D], plan  ->  out [T, Hq, D], lse [T, Hq]
 
-Two launches. A program of the first takes a task of the plan (csrc/host/planner.h) and a KV head, BLOCK_M of the
-task's rows x query heads of the group at a time; the grid has as many as the plan's tables have room for, as how many
-are in use is known to the device only. What is summed up in which order is said in csrc/include/plan.h: a state (max in
-units of log2, sum, sum of weighted values), empty as (-inf, 0, 0), is made of each block of 64 keys, BLOCK_N at a time,
-and merged into its chunk's, which joins the task's own or goes to a slot. A row that this task alone reads is finished
-here; the second launch merges each other row's states in the plan's order. Tiles have one size whatever the plan, so
-that a row's sums are the same in any company. Nothing depends on which program runs when.
+Two launches. A program of the first launch takes a task of the plan (csrc/host/planner.h) and a KV head, and BLOCK_M of
+the task's rows x query heads of the group at a time. The grid is as large as the plan's tables, because only the device
+knows how many of their entries are in use. csrc/include/plan.h defines the order of all sums. A state is (max in units
+of log2, sum, sum of weighted values), and the empty state is (-inf, 0, 0). Each block of 64 keys becomes a state,
+BLOCK_N keys at a time. It is merged into the state of its chunk, and this one joins the task's own state or goes to a
+slot. If only this task reads a row, the row is finished here. The second launch merges the states of each other row in
+the plan's order. Tiles have one size whatever the plan, so a row's sums do not depend on other rows. Nothing depends on
+which program runs when.
 
-A key that a row must not see may hold anything. Its score is replaced by -inf; its value, though its weight is 0,
-would turn an infinity or NaN into NaN, so blocks in which some row does not see some key multiply only finite values,
-and add the others, if there are any, key by key to the rows that see them.
+A key that a row must not see may hold anything. Its score is replaced by -inf, but its value, though its weight is 0,
+would turn an infinity or NaN into NaN. So if some row does not see some key of a block, the block's product uses only
+finite values. Values that are not finite are then added, key by key, to the rows that see them.
 
 Bytes of an fp8 cache, and codes of a quantised one, become elements of q's type when a block is loaded, once for all
 rows of the tile.

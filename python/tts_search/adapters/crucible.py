@@ -1,7 +1,7 @@
 """crucible-ttc on our policy and verifier: its ``PolicyModel`` and its ``ProcessVerifier``.
 
-Its strategies sample the children of one partial trace at a time and score one trace at a time, each time with all
-steps before; only what is new is forwarded. Written against crucible-ttc 0.1.1.
+The strategies of crucible-ttc sample the children of one partial trace at a time, and score one trace at a time. Each
+time they submit all earlier steps; only the new tokens are processed. Written against crucible-ttc 0.1.1.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Plain ``model.generate()`` of transformers over a KV forest.
 
 :class:`GenerationCache` is a cache of transformers in which equal rows are one branch. `generate` repeats a prompt for
-each of its ``num_return_sequences`` or ``num_beams`` and pads the prompts of a batch; the cache takes both back before
-the model runs: it forwards each distinct (branch, new tokens) once, packed and without padding, and hands every row its
-logits. Rows fork when they come to differ; ``reorder_cache`` renames rows and frees the branches that none of them is
-left on, so beam search copies no prefix.
+each of its ``num_return_sequences`` or ``num_beams``, and pads the prompts of a batch. The cache undoes both before the
+model runs: it processes each distinct (branch, new tokens) once, packed and without padding, and gives every row its
+logits. Rows fork when they begin to differ. ``reorder_cache`` renames rows and frees the branches that have no row any
+more, so beam search copies no prefix.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """its_hub on our policy and verifier: its language model, its process reward model, its outcome reward model.
 
-Its algorithms submit whole conversations and whole candidate texts in each round; only what is new is forwarded.
-Written against its_hub 1.2.0 and its call sites: ``BeamSearch`` and the particle methods call
-``ascore(prompt, [text of each candidate])`` and want one number for each, which is what the parameter called `steps`
-means there.
+The algorithms of its_hub submit whole conversations and whole candidate texts in each round; only the new tokens are
+processed. Written against its_hub 1.2.0 and its actual calls: ``BeamSearch`` and the particle methods call
+``ascore(prompt, [text of each candidate])`` and expect one number for each candidate, although the parameter is called
+`steps`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """FlashInfer's and vLLM's paged KV caches for our attention: views of the same memory, and page tables in one form.
 
-They are what :func:`tts_kernels.tree_attention` and :func:`~tts_kernels.plan_attention` take.
+The results are arguments for :func:`tts_kernels.tree_attention` and :func:`~tts_kernels.plan_attention`.
 
-Both keep keys and values of a layer in one tensor. The kernels take strided caches [P, page_size, Hkv, D], so nothing
-is copied. vLLM's ``block_table`` and ``seq_lens`` are what `plan_attention` calls ``page_table`` and ``kv_lens``; the
-differences of its ``query_start_loc``, as of FlashInfer's ``qo_indptr``, are ``q_lens``. Blocks that requests share,
-through prefix caching or a fork, are found by the planner and read once.
+Both frameworks keep the keys and values of a layer in one tensor. The kernels take strided caches [P, page_size, Hkv,
+D], so nothing is copied. vLLM's ``block_table`` and ``seq_lens`` are the ``page_table`` and ``kv_lens`` of
+`plan_attention`. The differences of its ``query_start_loc``, or of FlashInfer's ``qo_indptr``, are ``q_lens``. The
+planner finds the blocks that requests share, through prefix caching or a fork, and they are read once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """huggingface/search-and-learn on our policy and verifier: a :class:`PRM`, an :class:`LLM`, and its three searches.
 
-Its ``best_of_n``, ``beam_search`` and ``dvts`` run unchanged with ``llm=LLM(...)`` and ``prm=PRM(...)``: they submit
-whole texts in each round, and only what is new is forwarded. The functions of the same names in this module take the
-same arguments, return the same columns and decide the same, as one search of ours over all problems of the batch.
+Its ``best_of_n``, ``beam_search`` and ``dvts`` run unchanged with ``llm=LLM(...)`` and ``prm=PRM(...)``. They submit
+whole texts in each round, and only the new tokens are processed. The functions of the same names in this module take
+the same arguments, return the same columns and decide the same, as one search of ours over all problems of the batch.
 
-Written against commit 6f81cac. Its modules import vLLM at the top; where that is not installed, call
-:func:`stand_in_for_vllm` before importing them.
+Written against commit 6f81cac. Its modules import vLLM; if vLLM is not installed, call :func:`stand_in_for_vllm` before
+importing them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Policies and verifiers for callers that keep no branches: they pass whole texts, and the branches are found by text.
+"""Policies and verifiers for callers that pass whole texts and keep no branches.
 
-Other frameworks submit a prompt with all that was generated so far, each time they want one more step of it or its
-scores. A :class:`StepSampler` and a :class:`StepScorer` stand in front of a policy and a verifier, remember which text
-is which branch, and ask for what is new. The adapters to those frameworks are made of these two.
+Other frameworks submit a prompt with all of the text so far, whenever they want its next step or its scores. A
+:class:`StepSampler` stands in front of a policy, and a :class:`StepScorer` in front of a verifier. They remember which
+text is which branch, and ask only for what is new. The adapters to those frameworks are made of these two classes.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ class _Problems(Generic[Tree]):
 
 @dataclass(slots=True)
 class _Sampled:
-    """What a text is to the policy, and how many children it has had.
+    """The branch of a text, and how many children it has had.
 
-    Here the text is the name: a number and the path that fixes the draws are given to it when it is first seen. The
-    policy finds branches the other way round, by number first (`models.known`), and knows no path.
+    Callers name a branch by its text only. When a text is first seen, it gets a number for the policy, and the path
+    that fixes its draws. (The policy itself looks for a branch by its number first, see `models.known`.)
     """
 
     branch: int

@@ -1,7 +1,8 @@
-"""TreeQuest's AB-MCTS over our policy and verifier: what its algorithms call to get a node and its score.
+"""TreeQuest's AB-MCTS over our policy and verifier: the function that its algorithms call to get a node and its score.
 
-A node is a whole answer: below the root a new one, below an answer one that refines it. Answers that a batch of trials
-asks for are sampled in one batch, and those below one node share its prompt. Written against treequest 0.3.3.
+A node is a whole answer. A child of the root is a new answer; a child of an answer refines this answer. All answers
+that a batch of trials needs are sampled in one batch, and children of one node share its prompt. Written against
+treequest 0.3.3.
 """
 
 from __future__ import annotations

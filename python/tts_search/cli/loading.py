@@ -1,4 +1,4 @@
-"""The models that the options name."""
+"""Loads the models that the options name."""
 
 # One option is named --format.
 # ruff: noqa: A002

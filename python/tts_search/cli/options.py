@@ -1,4 +1,4 @@
-"""Options of several commands, and what their values come to."""
+"""Options that several commands share, and their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tts-search serve``."""
+"""The command ``tts-search serve``."""
 
 # Options that may be given several times have lists as defaults.
 # ruff: noqa: B006

@@ -1,7 +1,8 @@
-"""How sure a model was of its tokens, and votes by it: DeepConf (Fu et al., arXiv 2508.15260).
+"""The rules of DeepConf (Fu et al., arXiv 2508.15260): how sure a model was of its tokens, and votes weighted by this.
 
-The confidence of a token is minus the mean log-probability of the k likeliest tokens in its place (`Generated.top`): a
-peaked distribution leaves little to the others. A trace's is that of its least sure stretch, or of its end.
+The confidence of a token is minus the mean log-probability of the k likeliest tokens at its place (`Generated.top`). It
+is high if the distribution has one peak, because the other tokens then have small probabilities. The confidence of a
+trace is that of its least sure stretch, or that of its end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""DeepConf online: traces that grow unsure are given up while they are written, the others vote by their confidence.
+"""DeepConf online: traces that become unsure are stopped early, and the others vote by their confidence.
 
-Fu et al., "Deep Think with Confidence" (arXiv 2508.15260), algorithm 2 and its public code. The rules are those of
-:mod:`tts_search.deepconf.confidence`; this is their loop over the engine.
+Fu et al., "Deep Think with Confidence" (arXiv 2508.15260), algorithm 2 and its public code. The rules are in
+:mod:`tts_search.deepconf.confidence`; this module is their loop over the engine.
 """
 
 from __future__ import annotations

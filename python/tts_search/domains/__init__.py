@@ -1,1 +1,1 @@
-"""Domains: what an answer is worth."""
+"""Domains: how answers are read, compared and graded."""

@@ -1,4 +1,4 @@
-"""What makes an answer right, by the name that a task gives it."""
+"""Graders: each decides whether an answer is right. A task names its grader."""
 
 from __future__ import annotations
 

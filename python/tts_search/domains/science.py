@@ -1,7 +1,8 @@
-r"""Science: numbers with units and a tolerance, and multiple choice.
+"""Science: numbers with units and a tolerance, and multiple choice.
 
-Readers of the published shapes, each in its own fields: GPQA, MMLU-Pro, SciBench, ChemBench; and tasks that name their
-grader. An answer stands in ``[ANSWER]`` tags, as in ChemBench, in a box, or behind "answer is" or "Answer:".
+There are readers for the published shapes, each in its own fields: GPQA, MMLU-Pro, SciBench, ChemBench; and for tasks
+that name their grader. An answer stands in ``[ANSWER]`` tags, as in ChemBench, in a box, or after "answer is" or
+"Answer:".
 """
 
 from __future__ import annotations

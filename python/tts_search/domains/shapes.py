@@ -1,4 +1,4 @@
-"""The shapes in which files have a domain's tasks: who reads an entry, and what is said of one that cannot be read."""
+"""The shapes in which files store tasks: the reader for each shape, and the error for an entry that cannot be read."""
 
 from __future__ import annotations
 

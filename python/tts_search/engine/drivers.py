@@ -1,4 +1,4 @@
-"""Drivers that answer whole batches, as drivers that answer request by request."""
+"""Makes a driver that answers whole batches behave like one that answers request by request."""
 
 from __future__ import annotations
 

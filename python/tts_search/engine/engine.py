@@ -1,4 +1,4 @@
-"""An engine with a thread of its own: searches are handed in at any time, from any thread, and told as they get on."""
+"""An engine with a thread of its own. Searches can be started at any time, from any thread, and watched as they run."""
 
 from __future__ import annotations
 

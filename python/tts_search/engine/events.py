@@ -1,4 +1,4 @@
-"""What happens in a search, told while it happens."""
+"""The events of a search, reported as they happen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the engine's thread to an event loop: what is new, without keeping the engine waiting."""
+"""Hands news from the engine's thread to an event loop, without keeping the engine waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler: gets the algorithms of many problems on, each at its own pace, over one policy and one verifier."""
+"""The scheduler: runs the algorithms of many problems, each at its own pace, over one policy and one verifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Branches of equal text are one branch to a verifier, which scores that text once."""
+"""Branches of equal text are one branch for a verifier, which scores that text once."""
 
 from __future__ import annotations
 

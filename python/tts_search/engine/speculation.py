@@ -1,4 +1,4 @@
-"""Speculation: what a search will probably ask for next is sampled and read while its round waits for others."""
+"""Speculation: while a round waits for its slowest candidate, the requests that will probably come next already run."""
 
 from __future__ import annotations
 

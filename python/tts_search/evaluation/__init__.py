@@ -1,1 +1,1 @@
-"""Evaluation: tasks with known answers, records of what became of them, tables, plots and a page."""
+"""Evaluation: tasks with known answers, records of their searches, tables, plots and a page."""

@@ -1,4 +1,4 @@
-"""Runs searches over tasks with known answers; every finished task is on disk before the next one is waited for."""
+"""Runs searches over tasks with known answers. Each finished task is on disk before the next one is waited for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An experiment: one way to search that is run over all tasks, and what tells it from others."""
+"""An experiment: one search configuration that is run over all tasks, and the settings that identify it."""
 
 from __future__ import annotations
 

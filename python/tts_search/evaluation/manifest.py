@@ -1,4 +1,4 @@
-"""The manifest beside a results file: what an evaluation ran with. Any number of processes may write it."""
+"""The manifest beside a results file: the settings and versions of an evaluation. Several processes may write it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One HTML page, complete in itself: the tables and plots of an evaluation, and its search trees to be explored.
+"""One HTML page that needs no other file: the tables and plots of an evaluation, and its search trees.
 
-What a model wrote is data: it is in the page as JSON without a single angle bracket, the script shows it as text only,
-control characters that could reorder what is on screen are made visible, and a content security policy lets no other
-script and no other style in and nothing be loaded.
+Text that a model wrote is data. It is in the page as JSON without a single angle bracket, and the script shows it as
+text only. Control characters that could reorder the screen are made visible. A content security policy allows no other
+script, no other style and no loading of other files.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Ray: an evaluation on a cluster. Ray Data runs the searches, the driver writes what comes back.
+"""Ray: an evaluation on a cluster. Ray Data runs the searches, and the driver writes the records that come back.
 
-Problems are rows. ``map_batches`` over a class, which Ray's documentation recommends for inference with models to set
-up, keeps an actor for each device, and each actor has an engine with models of its own. A call of an actor searches a
-few problems; where a worker is lost Ray starts another one and repeats its call, as often as it takes. Draws depend on
-nothing but the seed, the problem's text and the path in its tree. Results are those of one machine to the bit where the
-decoder computes each row by itself (the lean one on a CPU) and all workers have one instruction-set level; elsewhere up
-to rounding, which changes a draw once in a while.
+Problems are rows. ``map_batches`` over a class, which Ray's documentation recommends for inference with models, keeps
+an actor for each device, and each actor has an engine with models of its own. One call of an actor searches a few
+problems. If a worker is lost, Ray starts another one and repeats its call, as often as necessary. Draws depend only on
+the seed, the problem's text and the path in its tree. If the decoder computes each row by itself (the lean one on a
+CPU) and all workers have the same instruction-set level, results are those of one machine to the bit. Otherwise they
+are the same up to rounding, which changes a draw once in a while.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records: what became of each task, each one line of a results file, and the file that processes append them to."""
+"""Records: the result of each task, as one line of a results file, and the file to which processes append them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of tables and lines of plots: the records of one search, seeds together."""
+"""Rows of tables and lines of plots: each joins the records of one search with all its seeds."""
 
 from __future__ import annotations
 

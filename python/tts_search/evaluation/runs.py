@@ -1,4 +1,4 @@
-"""A run of experiments into a folder: the manifest, the records, what became of each."""
+"""A run of experiments into a folder: the manifest, the records, and a summary of each experiment."""
 
 from __future__ import annotations
 

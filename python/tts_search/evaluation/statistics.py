@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is: an interval, a test of two of them, and what many tests at once are worth."""
+"""Statistics of accuracies: intervals, a test of the difference of two, and a correction for many tests."""
 
 from __future__ import annotations
 

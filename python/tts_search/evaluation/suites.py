@@ -1,4 +1,4 @@
-"""Tests that a policy writes for tasks of programming before programs are searched for."""
+"""Asks a policy to write tests for programming tasks, before the search for programs."""
 
 from __future__ import annotations
 

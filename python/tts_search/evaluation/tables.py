@@ -1,4 +1,4 @@
-"""Tables of an evaluation: accuracy with confidence intervals, what it cost, which strategy is best where."""
+"""Tables of an evaluation: accuracy with confidence intervals, costs, and the best strategy for each case."""
 
 from __future__ import annotations
 

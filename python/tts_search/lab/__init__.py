@@ -1,6 +1,6 @@
 """The laboratory: a demo and a study of search, on a seeded arithmetic task and small models (under ``models/``).
 
-It uses the product as a stranger would.
+It uses only interfaces that any user of the package has.
 """
 
 from __future__ import annotations

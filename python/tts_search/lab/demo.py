@@ -1,7 +1,7 @@
-"""The demo: small models that solve arithmetic better with search than alone, on the models that ship with the package.
+"""The demo: the small models of the package solve arithmetic better with search than alone.
 
-One table of accuracy, one of costs, whether the smallest policy with search beats the largest one alone, a search tree.
-The numbers are those of this run, whatever they are.
+It prints a table of accuracy, a table of costs, whether the smallest policy with search beats the largest policy alone,
+and a search tree. All numbers are those of the run itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Floating-point operations of training and of inference, as papers on test-time scaling count them.
 
-The searches themselves count more exactly (``SearchStats.flops_policy``, ``flops_verifier``): 2 for each weight and
-token that was forwarded, and attention. These formulas are for comparisons with published numbers.
+Searches count their own operations more exactly (``SearchStats.flops_policy``, ``flops_verifier``): 2 for each weight
+and token that was processed, and attention. The formulas of this module are for comparisons with published numbers.
 """
 
 from __future__ import annotations

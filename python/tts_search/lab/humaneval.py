@@ -1,7 +1,7 @@
-"""A study on HumanEval: what it is worth to draw n programs and to choose one by what a search may know.
+"""A study on HumanEval: the value of drawing n programs, if one is chosen by information that a search may use.
 
-Each problem's completions are drawn once (:mod:`tts_search.lab.samples`) and run once on the public tests, which are
-what a search may use, and on the hidden ones, which decide. Everything else is arithmetic on these verdicts.
+Each problem's completions are drawn once (:mod:`tts_search.lab.samples`). They are run once on the public tests, which
+a search may use, and once on the hidden tests, which decide. Everything else is arithmetic on these verdicts.
 """
 
 from __future__ import annotations

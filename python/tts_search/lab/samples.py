@@ -1,8 +1,8 @@
-"""Samples of a policy, kept in a file: what a study selects from, drawn once.
+"""Samples of a policy, drawn once and kept in a file; a study selects from them.
 
-The first line of the file says how they were drawn. Every other line is a few completions of one problem and what they
-cost. Completions are drawn in rounds over all problems, so a file that is not whole yet has equally many of each. The
-draws are those of a best-of-N of the same seed: any smaller budget is the beginning of a larger one.
+The first line of the file has the settings of the draws. Every other line has a few completions of one problem, and
+their cost. Completions are drawn in rounds over all problems, so an incomplete file has equally many of each. The draws
+are those of a best-of-N with the same seed: any smaller budget is the beginning of a larger one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The study of compute-optimal scaling in miniature: policies x verifiers x methods x budgets on the demo models.
 
 Its questions are those of "Can 1B LLM Surpass 405B LLM?" (arXiv 2502.06703). Best-of-N is nested: a policy samples
-once, each smaller budget is the first of those samples, and both verifiers read the same ones.
+once, a smaller budget uses the first of these samples, and both verifiers read the same samples.
 """
 
 from __future__ import annotations

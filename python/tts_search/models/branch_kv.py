@@ -1,4 +1,4 @@
-"""Who has keys and values in a pool: how branches come by them, give them back, and the books of both."""
+"""The branches that have keys and values in a pool: how they get them, how they give them back, and who holds what."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Branches of search trees as tokens, and what a forward takes in and gives back of them.
+"""Branches of search trees as tokens, and the input and output of a forward over them.
 
-A `TokenBranch` is the tokens that it adds to a part of its parent's path. Its KV may be released at any time and comes
-back by forwarding those tokens again, together with what its ancestors lack, in the same packed forward. So a search
-that does not fit the pool does its work bit by bit and returns what it would have returned.
+A `TokenBranch` is the tokens that it adds to a part of its parent's path. Its KV may be released at any time. It comes
+back by processing those tokens again, together with tokens that its ancestors lack, in the same packed forward. So a
+search that does not fit the pool does its work in smaller parts, and returns the same result.
 
-Where a decoder has a switch (`DecoderShape.switch`), keys of short texts and of long ones are of two kinds. A branch is
-of the kind that its length says, and has a twin of the other kind as soon as a descendant is to be built on that.
+If a decoder has a switch (`DecoderShape.switch`), keys of short texts and keys of long texts are of two kinds. The
+length of a branch decides its kind. A branch has a twin of the other kind as soon as a descendant needs it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a local model looks like to a policy or a verifier: a decoder that runs packed rows over a paged KV pool.
+"""The interface between a local model and a policy or verifier: a decoder that runs packed rows over a paged KV pool.
 
-:class:`Decoder` is the seam. ``models/transformers.py`` implements it for every model with pluggable attention,
-``models/llama.py`` for the Llama family on a CPU; ``models/loading.py`` chooses.
+``models/transformers.py`` implements :class:`Decoder` for every model whose attention can be replaced, and
+``models/llama.py`` for the Llama family. ``models/loading.py`` chooses between them.
 """
 
 from __future__ import annotations

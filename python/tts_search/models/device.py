@@ -1,8 +1,8 @@
-"""Traffic between the host and the device of a model: indices go up, tokens and scores come down, nothing else does.
+"""Traffic between the host and a model's device: only indices go up, and only tokens and scores come down.
 
-The host of a search on a GPU plans and the device computes, at the same time. So what goes up is copied from pinned
-memory while the host goes on, and the host waits for the device in `read_tokens` and `read_scores` alone: once in a
-decode step and once in a round of scoring. On a CPU nothing is copied.
+In a search on a GPU, the host plans while the device computes. So indices are copied from pinned memory while the host
+goes on. The host waits for the device only in `read_tokens` and `read_scores`: once in a decode step, and once in a
+round of scoring. On a CPU nothing is copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where texts end: which tokens can complete one of several pieces of text."""
+"""Finds the tokens that can complete one of several pieces of text, at which a text may end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Streams that sample: each grows by a token in every forward, until its step ends.
+"""Streams that sample: each grows by one token in every forward, until its step ends.
 
-What a stream needs from token to token stands in columns over all of them, so a token that ends nothing costs no
-Python: a table says of each token whether a step may end there, and only then a stream is looked at.
+The state of all streams is stored in arrays, so a token that ends nothing costs no Python. A table says for each token
+whether a step may end there. Python looks at a single stream only after such a token.
 """
 
 from __future__ import annotations

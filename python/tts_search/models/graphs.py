@@ -1,7 +1,7 @@
-"""Decode steps that are recorded once and run again: starting hundreds of small kernels takes longer than they do.
+"""Decode steps as CUDA graphs, because starting hundreds of small kernels takes more time than running them.
 
-A decode step forwards one token of each branch. Its kernels, their arguments and their memory are the same for any step
-of as many rows, so the whole step is one CUDA graph, and only the batch's tensors are filled anew.
+A decode step processes one token of each branch. Its kernels, their arguments and their memory are the same for any
+step with as many rows. So the whole step is recorded as one CUDA graph, and only the batch's tensors are filled anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a policy or a verifier still holds of a problem's branches: named by numbers, found by their texts."""
+"""The branches of a problem that a policy or a verifier still holds: named by numbers, found by their texts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ Held = TypeVar("Held")
 
 
 class KnownBranches(Generic[_Text, Held]):
-    """The branches of one problem that can be continued, each with its text and what is held of it.
+    """The branches of one problem that can be continued: of each, its text and what is held of it (such as its KV).
 
-    A request names a branch by a number and says its text. The text decides: a caller may have edited it, or may never
-    have seen the number. What is held of the longest known beginning is continued; the rest is read.
+    A request has a branch's number and its text. The text decides, because a caller may have edited it, or may have
+    taken a new number. The branch with the longest text that the request's text begins with is continued; the rest of
+    the text is read.
 
     Parameters
     ----------
     nothing : str or tuple of str
         The empty text, of the kind that branches have here: their steps as one text, or step by step.
     root : Held
-        What is held of the problem alone, branch 0. It is never forgotten: any text can be read from there.
+        What is held of the problem alone, branch 0. It is never forgotten, so any text can be read from there.
     begins : callable
         ``begins(start, text)``: whether what is held of one text can be continued to the other.
     """
@@ -34,9 +35,9 @@ class KnownBranches(Generic[_Text, Held]):
         self._known: dict[int, tuple[_Text, Held]] = {0: self._start}
 
     def longest(self, number: int, text: _Text) -> tuple[_Text, Held]:
-        """The longest text that this one begins with, and what is held of it; the numbered branch if it has the text.
+        """Return the longest known text that this text begins with, and what is held of it.
 
-        O(1) for that branch, else O(branches).
+        If the numbered branch has exactly this text, it is the one. O(1) in this case, else O(branches).
         """
         own = self._known.get(number)
         if own is not None and own[0] == text:
@@ -45,11 +46,11 @@ class KnownBranches(Generic[_Text, Held]):
         return max(begun, key=lambda known: len(known[0]), default=self._start)
 
     def put(self, number: int, text: _Text, held: Held) -> Held | None:
-        """Know a branch by this number from now on; what was held under it before."""
+        """Store a branch under this number. Return what was held under it before."""
         before = self._known.get(number)
         self._known[number] = (text, held)
         return None if before is None else before[1]
 
     def drop(self, numbers: Iterable[int]) -> list[Held]:
-        """Forget branches; what was held of those that were known."""
+        """Forget branches. Return what was held of those that were known."""
         return [known[1] for number in numbers if (known := self._known.pop(number, None)) is not None]

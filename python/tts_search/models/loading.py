@@ -1,4 +1,4 @@
-"""Which decoder runs a checkpoint: the lean one where it can, that of transformers for every other model."""
+"""Chooses the decoder for a checkpoint: the lean one if it can run it, else that of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a problem costs a model."""
+"""Counts the tokens and operations that a problem costs a model."""
 
 from __future__ import annotations
 

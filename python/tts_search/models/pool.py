@@ -1,6 +1,6 @@
-"""One KV pool for the branches of many search trees: what a forward runs, who makes room, what it costs.
+"""One KV pool for the branches of many search trees: it runs forwards, makes room, and counts costs.
 
-Work that does not fit the pool is done bit by bit: the youngest give way, and get their KV back later (see
+Work that does not fit the pool is done in parts: the youngest branches give up their KV, and get it back later (see
 `TokenBranch`).
 """
 

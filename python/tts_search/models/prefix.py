@@ -1,4 +1,4 @@
-"""What a KV pool still holds of texts that nobody asks for: found again by the tokens that they begin with."""
+"""KV of texts that nobody asks for any more, but that is still in the pool: it is found again by its first tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits with the scales that their file gives them, before they are packed."""
+"""Weights of 8 and 4 bits with the scales of their file, before they are packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams that are read: the model's hidden states at the places of a branch that somebody wants."""
+"""Streams that read a branch and return the model's hidden states at certain places."""
 
 from __future__ import annotations
 

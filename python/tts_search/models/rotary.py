@@ -1,13 +1,14 @@
-"""How long a text a model's rotary embedding allows, and the embeddings that must not see the company of a text.
+"""The longest text that a model's rotary embedding allows, and embeddings whose factors depend on a text's length.
 
-Two kinds of rotary scaling choose the factors of a whole forward by the longest position in it. In a packed forward
-that would turn a short branch by the length of its neighbours, and keys that were cached before change their meaning.
+Two kinds of rotary scaling choose the factors of a whole forward by the longest position in it. In a packed forward,
+this would rotate a short branch by the length of its neighbours, and keys in the cache would become wrong.
 
-``"longrope"`` has two sets of factors, for texts up to the length that the model was first trained on (`rotary_switch`)
-and for longer ones. Each row gets those of its own text, which its position says (`marked`). A text that grows beyond
-the switch is read again from its start, which is up to those who keep its keys: `KVPool.pack` and `BranchPool`.
+``"longrope"`` has two sets of factors: one for texts up to the length that the model was first trained on
+(`rotary_switch`), and one for longer texts. Each row gets the factors of its own text, which its position says
+(`marked`). A text that grows beyond the switch is read again from its start. The code that keeps the keys does this:
+`KVPool.pack` and `BranchPool`.
 
-``"dynamic"`` has factors of their own for each length beyond the first one (`rotary_bound`): there the context ends.
+``"dynamic"`` has other factors for each length beyond the first one (`rotary_bound`), so the context ends there.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Whether a decoder gives what its model gives by itself: a few tokens over a small tree, while it loads.
+"""Tests while a model loads whether a decoder computes the same as the model itself: a few tokens over a small tree.
 
-What a model does with positions, masks and caches is code of its own, and much of it cannot be known from a
-configuration. So before a decoder is used, two texts that part behind a common beginning go through it as the branches
-of a search do (a beginning, a part of each branch, one more token of each; beside a stranger at the end of the context)
-and through the model with its own eager attention, whole and alone. A decoder that differs by more than rounding is
-refused.
+Each model has its own code for positions, masks and caches, and its configuration does not describe all of it. So
+before a decoder is used, two texts with a common beginning go through it as the branches of a search do: the beginning,
+a part of each branch, and one more token of each, beside a third text at the end of the context. They also go through
+the model with its own eager attention, each as a whole and alone. If the results differ by more than rounding, the
+decoder is refused.
 
-Rotary factors that change with the length of a text (`DecoderShape.switch`) change between the two texts' lengths here,
-so the longer one is read again in the middle; thousands of tokens would be too dear.
+If rotary factors change with the length of a text (`DecoderShape.switch`), the test moves this length between the
+lengths of the two texts, so the longer one is read again in the middle. Texts of thousands of tokens would take too
+long.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How large a model's KV pool is, and of which kind."""
+"""The size of a model's KV pool, and its kind."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A lean decoder whose weights come from their file one projection at a time, and are packed as they come.
+"""A lean decoder whose weights are read from their file and packed one projection at a time.
 
-Nothing but the packed weights and the projection that is being packed is in memory: this is how weights are quantised
-while they are loaded, and how files are read that hold few bits already. No model of transformers is built but one
-without memory, for the names and shapes that a configuration asks for, and one of two layers for the self-test.
+Only the packed weights and the current projection are in memory. In this way weights are quantised while they are
+loaded, and files are read that hold few bits already. Two models of transformers are built: one without memory, for the
+names and shapes of the configuration, and one of two layers for the self-test.
 """
 
 from __future__ import annotations

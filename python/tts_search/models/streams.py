@@ -1,7 +1,8 @@
 """Streams: steps on their way through a model, token by token.
 
-They share a decoder and its pool, join and leave between any two forwards, and get on in the order of their age. When
-the pool is full the youngest gives its pages up and waits; the oldest always gets on, so nobody waits for ever.
+They share a decoder and its pool, join and leave between any two forwards, and are served in the order of their age.
+When the pool is full, the youngest stream gives up its pages and waits. The oldest always continues, so no stream waits
+for ever.
 """
 
 from __future__ import annotations

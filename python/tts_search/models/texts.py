@@ -1,4 +1,4 @@
-"""Streams whose text is followed: where it ends, and what of it can be told already."""
+"""Streams with their text: where it ends, and which part of it is certain and can be sent already."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Runs the decoder models of transformers over a KV forest, through the places that transformers gives to such things.
+"""Runs the decoder models of transformers over a KV forest, through the interfaces that transformers has for this.
 
 :func:`register` adds ``attn_implementation="tts_kernels"``. Its forward is packed and ragged: ``input_ids`` [1, T]
-holds the new tokens of many branches, branch after branch, with ``position_ids`` from the forest; a
-:class:`ForestCache` stands for the KV cache and writes keys and values to the forest's pages; the attention plan
-travels as a keyword argument from the model's forward to the attention of every layer. Nothing is padded, no mask is
-built, and prefill goes beside decode.
+holds the new tokens of many branches, branch after branch, with ``position_ids`` from the forest. A
+:class:`ForestCache` takes the place of the KV cache and writes keys and values to the forest's pages. The attention
+plan travels as a keyword argument from the model's forward to the attention of every layer. Nothing is padded, no mask
+is built, and prefill and decode share a forward.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""The X cache: a KV pool that keeps few bits of each layer's input, and makes keys and values of them in each forward.
+"""The X cache: a KV pool that stores few bits of each layer's input, and makes keys and values from them.
 
-A branch's tokens lie in blocks of 128. While a block grows, its keys and values stay as they are, in pages of
-their own (windows); when it is full, what `x_layers` keeps of it is written to a block of the pool. A query at position
-i reads its own block as it is and those before from what is kept, whichever forward they came in: so a text gives the
-same bits read at once (in parts that end with blocks) or token by token. The windows of a block go when the last branch
-has gone on to the next one. Who goes back into a block that is full reads it again from its start.
+The tokens of a branch are stored in blocks of 128. While a block grows, its keys and values are stored unquantised, in
+pages of their own (windows). When it is full, its quantised form (see `x_layers`) is written to a block of the pool. A
+query reads its own block unquantised and all earlier blocks quantised, whichever forward they came in. So a text gives
+the same bits whether it is read at once (in parts that end with blocks) or token by token. The windows of a block are
+freed when the last branch has gone on to the next block. A branch that goes back into a full block reads the block
+again from its start.
 
-Before a layer's attention, keys and values of each block that some branch of the forward reads are made once, for all
-of these branches, in memory that all layers share. Windows and these are pages of one tensor, so attention knows of
-nothing; layers differ in the numbers of their windows' pages.
+Before the attention of a layer, keys and values are made of each block that some branch of the forward reads: once for
+all branches, in memory that all layers share. This memory and the windows are pages of one tensor, so attention needs
+no code for the X cache. Layers differ in the page numbers of their windows.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""What the X cache keeps of a token in a layer instead of its keys and values (XQuant, arXiv 2508.10395).
+"""What the X cache stores of a token in a layer instead of its keys and values (XQuant, arXiv 2508.10395).
 
-The keys and values of a token are linear in x, the layer's input behind its norm, so they can be had again from few
-bits of x:
+The keys and values of a token are linear in x, the layer's input after its norm. So they can be made again from few
+bits of x. There are three ways to store x:
 
-* ``"whole"``: x itself, where it is no wider than the keys.
-* ``"latents"``: with fewer KV heads than query heads x is wider than keys and values together. By the singular value
-  decompositions ``W_k = U_k S_k B_k^T`` and ``W_v = U_v S_v B_v^T`` as much as there is to know is in ``x U_k`` and ``x
-  U_v``, which are as wide as keys and values. Values are quantised token by token. Of the keys each column has a scale
-  of its own over a block of tokens: what is large there is so for all tokens. A column's factor and offset change
-  nothing then, so ``k B_k`` of the keys in front of their rotation does as well as ``x U_k``, bias and norm of the
-  heads included.
-* ``"change"``: x changes little from layer to layer, so what is kept is its difference from what the layers before have
-  kept; again of ``x U`` for ``[W_k | W_v] = U S B^T``, if that is narrower. The first layers are kept as above, in 4
-  bits, and the last of them whole: the first change is one from it.
+* ``"whole"``: x itself, if it is no wider than the keys.
+* ``"latents"``: if there are fewer KV heads than query heads, x is wider than keys and values together. With the
+  singular value decompositions ``W_k = U_k S_k B_k^T`` and ``W_v = U_v S_v B_v^T``, all information is in ``x U_k`` and
+  ``x U_v``, which are as wide as keys and values. Values are quantised token by token. For the keys, each column has a
+  scale of its own over a block of tokens, because the large numbers of all tokens are in the same columns. A factor and
+  an offset of a column then change nothing. So ``k B_k``, of the keys before their rotation and with bias and norm of
+  the heads, is as good as ``x U_k``.
+* ``"change"``: x changes little from layer to layer. So the difference from the sum that the layers before have stored
+  is stored; if ``[W_k | W_v] = U S B^T`` makes ``x U`` narrower than x, the difference of ``x U``. The first layers are
+  stored in one of the two ways above, in 4 bits. The last of these is stored as ``"whole"``, because the first
+  difference is one from it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Policies: who samples. A checkpoint in this process, a server, vLLM, a function over text."""
+"""Policies, which sample steps: a checkpoint in this process, a server, vLLM, a function over text."""

@@ -1,4 +1,4 @@
-"""What a policy of a local model has on its way: requests, and the streams that grow for them."""
+"""The requests that a policy of a local model is working on, and the streams that grow for them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,17 @@ class StepStream(TextStream):
 
 @dataclass(slots=True, eq=False)
 class SampleStream(TextStream):
-    """A sample of a `Generate` on its way, the job's so-manyth; ``news`` are those with something to tell."""
+    """A sample of a `Generate` on its way.
+
+    Attributes
+    ----------
+    job : SampleJob
+        The request.
+    number : int
+        Which of the job's samples it is.
+    news : dict of SampleStream to None
+        The samples of the policy that have something new to tell; this one adds itself.
+    """
 
     job: SampleJob = field(repr=False)
     number: int

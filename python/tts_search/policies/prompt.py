@@ -1,4 +1,4 @@
-"""What a policy reads: the text before the first step, and text that it did not write itself, as tokens."""
+"""The tokens that a policy reads: the text before the first step, and text that it did not write itself."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The search of one problem: what it asks for, its state, its algorithms. No model, no I/O, no other problem."""
+"""The search of one problem: its requests, its state, its algorithms. No model, no I/O, no other problem."""

@@ -1,7 +1,7 @@
-r"""Answers: taking them out of a text (``\boxed{...}``), and which of them count as one.
+r"""Answers: taking them out of a text (``\boxed{...}``), and deciding which of them are the same.
 
-By default spellings of one number are one answer, and so are texts up to variants of LaTeX that change nothing.
-Whether two answers mean the same is for whoever searches to say: see :mod:`tts_search.domains.mathematics`.
+By default, different spellings of one number are one answer, and so are texts that differ only in variants of LaTeX
+without a meaning. The caller may decide otherwise: see :mod:`tts_search.domains.mathematics`.
 """
 
 from __future__ import annotations

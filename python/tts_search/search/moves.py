@@ -1,4 +1,4 @@
-"""The moves that algorithms are made of: sample children, have them scored, release what is done with."""
+"""The moves that algorithms are made of: sample children, have them scored, free branches."""
 
 from __future__ import annotations
 

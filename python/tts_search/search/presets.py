@@ -1,7 +1,6 @@
 """Presets: configs that search as other frameworks do, by their own parameters and defaults.
 
-What each of them does is told rule by rule in the documentation (*semantics*), and done in
-:mod:`tts_search.search.algorithms.peers`.
+The documentation (*semantics*) has the rules of each framework, and :mod:`tts_search.search.algorithms.peers` the code.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""What search algorithms ask for, and what answers them.
+"""The requests of search algorithms, and the policies and verifiers that answer them.
 
 An algorithm is a generator for one problem. It yields lists of requests of one kind and is sent the list of their
 answers; it does no I/O, knows no model and no other problem::
 
     requests -> answers
-    [Expand, ...] -> [list of Step, one per child]
-    [Score, ...] -> [list of float, one per step, or an exception]
+    [Expand, ...] -> [list of Step, one for each child]
+    [Score, ...] -> [list of float, one for each step, or an exception]
     [ScoreAndPrune, ...] -> [Scored, ...]
     [Release, ...] -> [None, ...]
 
-An engine merges what the algorithms of many problems want into one call of a :class:`Policy` or a :class:`Verifier`. A
-driver that can serve all but one request (its text is too long, say) puts an exception *instance* in the place of that
-request's answer, or of one candidate's scores. A candidate that has no scores for such a reason ranks last and is not
-continued; a problem fails if its policy does, or if none of the candidates of a round has scores.
+An engine merges the requests of many problems into one call of a :class:`Policy` or a :class:`Verifier`. If a single
+request cannot be answered (its text is too long, say), the driver answers it, or one candidate of it, with an exception
+*instance*, and answers the others as usual. A candidate without scores for such a reason ranks last and is not
+continued. A problem fails if its policy fails, or if no candidate of a round has scores.
 
-Branches are nodes of a problem's search tree and are named by numbers unique within the problem; node 0 is the root,
-the problem itself without any step.
+Branches are nodes of a problem's search tree, and are named by numbers that are unique within the problem. Node 0 is
+the root: the problem itself, without any step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of one problem's search: its branches, and what is known of each."""
+"""The state of one problem's search: its branches, with their texts and scores."""
 
 from __future__ import annotations
 

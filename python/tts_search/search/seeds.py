@@ -1,4 +1,4 @@
-"""Seeds of draws: a branch's is a hash of (seed, problem, path), so nothing else in flight can change it."""
+"""Seeds of draws: a branch's seed is a hash of (seed, problem, path), so nothing else that runs can change it."""
 
 from __future__ import annotations
 

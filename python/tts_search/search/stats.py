@@ -1,4 +1,4 @@
-"""What a search cost."""
+"""The cost of a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps: where a text is cut into them."""
+"""Cuts a text into steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tree that a search grew: what was tried, how it was scored, what became of it."""
+"""The tree of a search: its steps, their scores, and whether each was pruned, finished or left open."""
 
 from __future__ import annotations
 

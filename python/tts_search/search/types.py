@@ -1,4 +1,4 @@
-"""What goes in and out of a search: steps, the requests that a text policy answers, completions."""
+"""The inputs and outputs of a search: steps, the requests that a text policy answers, completions."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The engine behind HTTP, and a page to watch it by."""
+"""The engine behind HTTP, and a page that shows its searches."""

@@ -1,4 +1,4 @@
-"""One line of JSON for each request, and the number by which it can be found."""
+"""One line of JSON for each request, with the id by which it can be found."""
 
 from __future__ import annotations
 

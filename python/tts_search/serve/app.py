@@ -1,4 +1,4 @@
-"""The application: which route is answered by whom, and what stands before all of them."""
+"""The application: the routes, and the checks in front of all of them."""
 
 from __future__ import annotations
 

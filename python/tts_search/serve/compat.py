@@ -1,4 +1,4 @@
-"""What some frameworks ask workers of their own: FastChat's, as compute-optimal-tts and OpenR do, or SGLang's."""
+"""Routes of other frameworks' workers: FastChat's, which compute-optimal-tts and OpenR use, and SGLang's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/completions`: texts, or tokens, that are to be continued."""
+"""`/v1/completions`: continues texts or tokens."""
 
 from __future__ import annotations
 

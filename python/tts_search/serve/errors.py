@@ -1,4 +1,4 @@
-"""Errors as clients of OpenAI's API expect them. They name what was wrong and show nothing of the machine."""
+"""Errors in the form that clients of OpenAI's API expect. They name the mistake, and show nothing of the machine."""
 
 from __future__ import annotations
 

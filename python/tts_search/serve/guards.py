@@ -1,4 +1,4 @@
-"""Who may come in, how many at a time, and for how long."""
+"""Guards: who may send requests, how many at a time, and how long they may take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server says of itself and of its tokenizer."""
+"""Information about the server, its models and its tokenizer."""
 
 from __future__ import annotations
 

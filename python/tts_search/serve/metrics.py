@@ -1,4 +1,4 @@
-"""What is counted, for Prometheus: by vLLM's names where vLLM has one, so that its dashboards and schedulers work."""
+"""Counters for Prometheus. They have vLLM's names where vLLM has one, so that its dashboards and schedulers work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: a few files of its own, from nowhere else, under a policy that lets nothing else in."""
+"""The page: a few files of the server's own, under a content security policy that allows nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result of a search as JSON can hold it."""
+"""The result of a search as JSON."""
 
 from __future__ import annotations
 

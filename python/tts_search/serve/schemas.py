@@ -1,4 +1,4 @@
-"""What requests of several families have in common, as vLLM and OpenAI name it. Unknown fields are ignored."""
+"""Fields that several kinds of requests share, with the names of vLLM and OpenAI. Unknown fields are ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searches that come as chats: by `search` in the body, by a model's name, or by its_hub's budget."""
+"""Searches that are requested as chats: by `search` in the body, by a model's name, or by its_hub's budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searches over HTTP: `/v1/search`, and what other routes need of it."""
+"""Searches over HTTP: `/v1/search`, and code for other routes that search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all requests share: the engine, its models, and what is counted."""
+"""State that all requests share: the engine, its models, and the counters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems and solutions out of the texts that frameworks send to a process reward model, and their scores."""
+"""Reads problems and solutions from the texts that frameworks send to a process reward model, and scores them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that come bit by bit, as server-sent events."""
+"""Answers that are sent in parts, as server-sent events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's texts and tokens, and the prompts of conversations."""
+"""The texts and tokens of a model, and the prompts of conversations."""
 
 from __future__ import annotations
 

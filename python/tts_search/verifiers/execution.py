@@ -1,4 +1,4 @@
-"""A verifier that runs what a policy wrote on a problem's public tests, or on tests that a policy wrote."""
+"""A verifier that runs programs on a problem's public tests, or on tests that a policy wrote."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What a process reward model wants to read, and where its score is: one declarative entry a format.
+"""The format of a process reward model: what it reads, and where its scores are. One declarative entry for each model.
 
 A verifier reads ``prompt`` with the problem in it, then each step followed by its ``boundary``::
 
     prompt step boundary (scored) separator step boundary (scored) separator step boundary (scored)
 
-and the hidden state at the last token of a boundary is what the head scores. With ``score_at="closing"`` the text after
-``{steps}`` in the prompt is read behind each step, scored at its last token and taken back: a question about the text
-so far. A :class:`Judge` answers such a question in words first. With ``score_at="token"`` there are no steps: whoever
-asks brings tokens, and each of them is scored.
+The head scores the hidden state at the last token of a boundary. With ``score_at="closing"``, the text after
+``{steps}`` in the prompt is read after each step, scored at its last token, and removed again: it is a question about
+the text so far. A :class:`Judge` first writes an analysis, and then answers such a question. With ``score_at="token"``
+there are no steps: the caller brings tokens, and each of them is scored.
 
 New formats are data: construct a :class:`VerifierFormat`, :func:`register_format` it, or write one into a checkpoint's
 ``config.json`` as ``"tts_verifier"``. The formats of published models are in ``published.py``.

@@ -1,4 +1,4 @@
-"""How jobs of a verifier go through its model: what they wait for, and what is made of what was read."""
+"""How the jobs of a verifier go through its model: the streams that they wait for, and the scores that come out."""
 
 from __future__ import annotations
 

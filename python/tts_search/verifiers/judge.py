@@ -1,8 +1,8 @@
-"""Generative verifiers: an analysis of the text so far is sampled, then the verdict behind it is read.
+"""Generative verifiers: an analysis of the text so far is sampled, then the verdict after it is read.
 
-All analyses of a batch decode together, each on a branch that is forked from the question behind its step: the problem
-and the steps are read once, however many analyses there are. The verdict costs no generation; it is the softmax over
-two labels at the last token of the decision's text.
+All analyses of a batch decode together. Each is on a branch that is forked from the question after its step, so the
+problem and the steps are read once, however many analyses there are. The verdict is not generated: it is the softmax
+over two labels at the last token of the decision's text.
 """
 
 from __future__ import annotations

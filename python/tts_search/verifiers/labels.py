@@ -1,4 +1,4 @@
-"""How likely a chat model answers a question with each of a few words: a forward, and no generation."""
+"""How likely a chat model answers a question with each of a few words: one forward, and no generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A verifier's model, loaded, and a pool for what it reads."""
+"""Loads the model of a verifier, and makes its KV pool."""
 
 from __future__ import annotations
 

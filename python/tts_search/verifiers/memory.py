@@ -1,4 +1,4 @@
-"""Scores that a verifier has given, found again by the tokens that they are the score of."""
+"""Remembers the scores that a verifier has given. A score is found by the tokens that were scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several verifiers as one: each normalised by what it said in the past, then a weighted mean."""
+"""Several verifiers as one: each is normalised by its past scores, then their weighted mean is taken."""
 
 from __future__ import annotations
 

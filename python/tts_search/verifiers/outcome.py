@@ -1,4 +1,4 @@
-"""A chat model as a judge of whole solutions: is this one right, or which of several is."""
+"""A chat model as a judge of whole solutions: whether one solution is right, or which of several is."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-r"""The formats of published verifiers, one entry each; docs/verifiers.md says what each was checked on.
+"""The formats of published verifiers, one entry for each; docs/verifiers.md says how each was checked.
 
-Where authors' code and popular wrappers of it differ, the entry follows the authors, with one score for each step.
-ThinkPRM's and R-PRM's instructions are published without a licence: theirs are in our words here, around the markers
-that the models answer to. Pass the authors' text as ``format=replace(FORMATS["r_prm"], prompt=...)`` to use it.
+If the authors' code and popular wrappers of it differ, the entry follows the authors, with one score for each step.
+ThinkPRM's and R-PRM's instructions are published without a licence. So they are replaced here by our own words, around
+the markers that the models know. To use the authors' text, pass it as
+``format=replace(FORMATS["r_prm"], prompt=...)``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model of a judge behind a server: ``/generative_scoring`` as vLLM and ``tts-search serve`` have it."""
+"""A judge's model behind a server that has ``/generative_scoring``, as vLLM and ``tts-search serve`` do."""
 
 from __future__ import annotations
 

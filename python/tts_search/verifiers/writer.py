@@ -1,4 +1,4 @@
-"""What a request adds to the tree of a verifier: the tokens of its new steps, and where each of these is scored."""
+"""Adds the steps of a request to the tree of a verifier: their tokens, and the places where they are scored."""
 
 from __future__ import annotations
 

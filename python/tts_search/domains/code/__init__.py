@@ -1,6 +1,6 @@
 """Code: tasks with public and hidden tests, and a sandbox in which programs are run.
 
->>> from tts_search.domains.code import Judge, humaneval  # doctest: +SKIP
+>>> from tts_search.domains.code import ProgramJudge, humaneval  # doctest: +SKIP
 """
 
 from __future__ import annotations

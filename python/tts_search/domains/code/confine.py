@@ -1,16 +1,16 @@
-"""A process gives up what it will not need, and finds out what it can still do. Linux, without root, by ctypes alone.
+"""A process confines itself, and then tests what it can still do. Linux, without root, by ctypes alone.
 
-Four layers, of which each stands if another one is not to be had:
+There are four layers. If one of them is not available, the others still hold:
 
 - limits (``setrlimit``): CPU time, memory, size and number of files, no core file;
 - namespaces (``unshare``): a user namespace without rights outside it, a network without any interface, and a tmpfs of
-  its own, so that what candidate code writes is never on a disk and is gone with the process;
+  its own. So files that candidate code writes are never on a disk, and are gone with the process;
 - Landlock: files can be read where the interpreter and its libraries are, and written in that tmpfs;
-- seccomp: system calls on a list; no new process, no socket, no signal to another process, no ptrace, no limits of
-  others. It is a list of what is allowed, since every new kernel has calls that a list of what is not does not name.
+- seccomp: only the system calls on a list are allowed; no new process, no socket, no signal to another process, no
+  ptrace, no limits of others. A list of forbidden calls would not be safe, because new kernels have new calls.
 
-Nothing of it is believed: `held` tries what should not be possible. It imports nothing but the standard library, since
-the process that confines itself has nothing else.
+None of these is taken for granted: `held` tries things that should not be possible. This module imports only the
+standard library, since the process that confines itself has nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Code in what a chat model says."""
+"""Finds the code in the text of a chat model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What programs do on tests: how many they pass, how they behave, which of them agree."""
+"""Runs programs on tests: how many they pass, how they behave, and which programs behave alike."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Values that go in and out of a sandbox: plain data, and nothing that has methods of its own.
+"""Values that go in and out of a sandbox: plain data, without methods of their own.
 
-What candidate code returns is reduced to values of Python's own types before anybody compares it: an object that calls
-itself equal to everything never leaves the process that made it. Both sides of the pipe use this module, so it imports
-nothing but the standard library.
+Whatever candidate code returns is reduced to values of Python's own types before anybody compares it. So an object that
+claims to be equal to everything never leaves the process that made it. Both sides of the pipe use this module, so it
+imports only the standard library.
 """
 
 from __future__ import annotations

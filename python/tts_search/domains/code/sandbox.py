@@ -1,7 +1,7 @@
-"""A sandbox for code that nobody has read: a process of its own, confined before it sees the code.
+"""A sandbox for code that nobody has read: a process of its own, confined before it gets the code.
 
-Who asks decides what is right. The process in the sandbox is told a function's arguments and says what came back, as
-plain data; the expected value, and tests that call the function, never enter it.
+Verdicts are formed outside of it. The process in the sandbox gets a function's arguments, and answers with its result
+as plain data. The expected value, and tests that call the function, never enter it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-r"""Tasks of programming: what a search may see of them, and what decides.
+"""Programming tasks: public tests, which a search may see, and hidden tests, which decide.
 
-Readers of the published shapes, each in its own fields: HumanEval (and EvalPlus), MBPP, LiveCodeBench. Public tests
-are those that the problem's text shows; hidden ones decide.
+There are readers for the published shapes, each in its own fields: HumanEval (and EvalPlus), MBPP, LiveCodeBench.
+Public tests are those that the problem's text shows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The process in the sandbox: it confines itself, says what held, and then does what it is asked to.
+"""The process in the sandbox: it confines itself, reports which layers hold, and then answers questions.
 
-Questions and answers are frames of their own pipes: a length in four bytes, and JSON. What candidate code prints goes
-elsewhere. It could find the pipe and write an answer of its own; but an answer is only what a function returns, which
-it may choose anyway: whether that is right is decided by whoever asks, who never says what would be.
+Questions and answers are frames in pipes of their own: a length in four bytes, and JSON. Candidate code prints to
+another place. It could find the pipe and write an answer of its own. But an answer is only the result of a function,
+which candidate code may choose anyway. Whether the result is right is decided outside, by a process that never sends
+the expected result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests that a policy writes: what it is asked for them, and which it wrote."""
+"""Tests that a policy writes: the prompt that asks for them, and reading them from its answer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other kinds than transformers' own: how their files lay weights out, one module a kind."""
+"""Checkpoints that are not in transformers' own format: one module for each format."""

@@ -1,7 +1,7 @@
-"""Folders whose safetensors hold projections of few bits: what the formats share.
+"""Folders whose safetensors hold projections of few bits: code that these formats share.
 
-A projection is several tensors there, ``<name>.<part>`` for each of the format's parts; everything else is stored as
-transformers does. A format says which parts a projection has, and which numbers and scales they are.
+Each projection is several tensors, ``<name>.<part>`` for each part of the format. Everything else is stored as
+transformers does. A format defines which parts a projection has, and which numbers and scales they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The blocks of weights in GGUF files, as whole numbers and scales or as floats.
 
-A row of a tensor is cut into blocks of 32 weights, in K types of 256; their layouts are in ggml's
-``ggml-common.h``. What a block says is kept as it is, except in Q6_K, whose scales are for 16 weights: those
-are floats here.
+A row of a tensor is cut into blocks of 32 weights, or of 256 in K types; ggml's ``ggml-common.h`` has their layouts.
+The numbers and scales of a block are kept as they are. The exception is Q6_K, whose scales are for 16 weights: its
+weights become floats here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What stands before the tensors of a GGUF file: metadata by key, and the name, type, shape and place of each tensor.
+"""The part of a GGUF file before its tensors: metadata by key, and the name, type, shape and place of each tensor.
 
-The file is not trusted. Each length is held against the bytes that are left before anything is read or reserved, so a
-broken file is an error that names it, and costs no more time or memory than its own size. The layout is that of
+The file is not trusted. Each length is compared with the bytes that are left before anything is read or reserved. So a
+broken file gives an error that names it, and costs no more time or memory than its own size. The layout is that of
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 

@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file: its vocabulary, merges, special tokens and chat template as one of transformers.
+"""The tokenizer of a GGUF file as one of transformers: its vocabulary, merges, special tokens and chat template.
 
-The file names the way in which text is cut before merging (``tokenizer.ggml.pre``) without saying what it is. A name
-that is not known here is refused: digits that are grouped otherwise would spoil every number in silence.
+The file has only a name for the way in which text is cut before merging (``tokenizer.ggml.pre``). An unknown name is
+refused: if digits were grouped in another way, for example, every number would silently become other tokens.
 """
 
 from __future__ import annotations

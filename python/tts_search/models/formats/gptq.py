@@ -1,7 +1,7 @@
 """Checkpoints of GPTQ (AutoGPTQ, GPTQModel): ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` for each projection.
 
-A projection [N, K] has eight columns in an int32 of ``qweight`` [K / 8, N], the lowest first, and eight rows in one of
-``qzeros`` [groups, N / 8]. The first format of files has zeros that are 1 too small.
+A projection [N, K] has eight columns in an int32 of ``qweight`` [K / 8, N], the lowest first, and eight rows in an
+int32 of ``qzeros`` [groups, N / 8]. In files of the first version, zeros are 1 too small.
 """
 
 from __future__ import annotations

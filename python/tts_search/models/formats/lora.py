@@ -2,7 +2,7 @@
 
 A projection's weight becomes ``W + scale * B @ A`` with A [r, in], B [out, r] and ``scale`` = alpha / r, or
 alpha / sqrt(r) with rank-stabilised LoRA (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732). Modules that
-were trained and saved whole, such as the head of a verifier, take the place of the base model's.
+were trained and saved as a whole, such as the head of a verifier, replace those of the base model.
 """
 
 from __future__ import annotations

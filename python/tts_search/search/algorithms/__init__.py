@@ -1,7 +1,7 @@
 """Search algorithms: generators for one problem that do no I/O.
 
-They yield lists of requests (:mod:`tts_search.search.protocol`) and are sent the answers; what they return is the
-completions, in order. One file each, over the moves that they share (:mod:`tts_search.search.moves`).
+They yield lists of requests (:mod:`tts_search.search.protocol`), and are sent the answers. They return the completions,
+in order. There is one file for each algorithm, written with shared moves (:mod:`tts_search.search.moves`).
 """
 
 from __future__ import annotations

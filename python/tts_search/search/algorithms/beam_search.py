@@ -1,4 +1,4 @@
-"""Beam search over steps: n candidates a round, the best of which survive and share the next n children."""
+"""Beam search over steps: each round has n candidates, and the best of them survive and share the next n children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What algorithms ask about the branches of a round: who has grown, who is best, in which order they are reported."""
+"""Questions that algorithms ask about the branches of a round: which have grown, which are best, and in which order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budget forcing: completions of a model that thinks by itself, its thinking extended or cut to a budget of tokens."""
+"""Budget forcing: a model's thoughts before its answer are extended or cut to a budget of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diverse verifier tree search: beam search in independent subtrees, so that one good start cannot take it all."""
+"""Diverse verifier tree search: beam search in independent subtrees, so that one good start cannot take all places."""
 
 from __future__ import annotations
 

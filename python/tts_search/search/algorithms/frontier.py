@@ -1,6 +1,7 @@
 """REBASE and KV-aware pruning: the children of a round are dealt in proportion to what the verifier expects.
 
-All branches that have not ended are one frontier, however deep; what has ended leaves, and takes its share of n along.
+All branches that have not ended are one frontier, at whatever depth. A branch that has ended leaves the frontier, and n
+becomes smaller by one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tree search by PUCT: a round grows those leaves that promise most or were tried least, however long ago they came."""
+"""Tree search by PUCT: each round grows the leaves with the best scores or the fewest visits, at whatever depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the searches of several peers have in common."""
+"""Code that the searches of several frameworks share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The searches of RyanLiu112/compute-optimal-tts (read at 0ee2578)."""
+"""The searches of RyanLiu112/compute-optimal-tts (commit 0ee2578)."""
 
 from __future__ import annotations
 

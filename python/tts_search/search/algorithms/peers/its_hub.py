@@ -1,4 +1,4 @@
-"""The searches of its_hub (read at 1.2.0): an empty step is a step like others, finished paths compete as copies."""
+"""The searches of its_hub (1.2.0): an empty step is a step like others, and finished paths compete as copies."""
 
 from __future__ import annotations
 

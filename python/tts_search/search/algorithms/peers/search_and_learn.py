@@ -1,4 +1,4 @@
-"""The searches of huggingface/search-and-learn (read at 6f81cac)."""
+"""The searches of huggingface/search-and-learn (commit 6f81cac)."""
 
 from __future__ import annotations
 
