@@ -1,7 +1,7 @@
-"""Records the results of ``tts-search study`` from its folder, for docs/study.md::
+"""Records the results of ``tts-search study`` from its folder, for docs/study.md.
 
-    tts-search study --out FOLDER
-    python benchmarks/study.py FOLDER --beside "nothing"
+tts-search study --out FOLDER
+python benchmarks/study.py FOLDER --beside "nothing"
 """
 
 from __future__ import annotations

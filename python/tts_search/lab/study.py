@@ -33,7 +33,7 @@ class Grid:
     Attributes
     ----------
     problems : int
-        Of each level.
+        Problems of each level.
     levels, budgets : tuple of int
         A budget is n: completions of best-of-N, candidates of a round.
     largest : int or None
@@ -41,12 +41,12 @@ class Grid:
     seed : int
         Fixes the problems.
     seeds : tuple of int
-        Fix the draws: each search is run with every one of them. The samples of the others say how difficult a problem
-        is where those of one are judged.
+        Fix the draws: each search is run with every seed. When the searches of one seed are judged, the samples of the
+        other seeds say how difficult a problem is.
     policies, verifiers : tuple of str
         Names of demo models, smallest policy first.
     methods : tuple of str
-        Searches besides best-of-N; their budgets are those that `expand` divides.
+        Searches besides best-of-N. They run with the budgets that can be divided by `expand`.
     """
 
     problems: int = 100
@@ -62,9 +62,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run over all problems: a policy, a method, a budget, a seed and a verifier; best-of-N with several in turn.
+    """One run over all problems: a policy, a method, a budget, a seed and a verifier.
 
-    Best-of-N has the budgets `nested`, too; n beyond them is for the first verifier only.
+    Best-of-N is scored by several verifiers in turn, and also with the smaller budgets `nested`. If n is larger than
+    these, only the first verifier scores all n.
     """
 
     policy: str
@@ -110,7 +111,8 @@ def _searches(grid: Grid, policy: str, seed: int) -> list[Cell]:
 def tokens(grid: Grid, cell: Cell) -> tuple[int, int]:
     """Return about how many tokens a run samples, and how many its verifiers read (prompts apart).
 
-    A search of n candidates a round samples about as much as n whole solutions: every round grows n of them by a step.
+    A search with n candidates in each round samples about as many tokens as n whole solutions have, because every round
+    grows n candidates by a step.
     """
     solutions = grid.problems * sum(_solution_tokens(level) for level in grid.levels)
     return solutions * cell.n, solutions * sum(_sizes(cell))
