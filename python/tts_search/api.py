@@ -48,20 +48,20 @@ def search_iter(
 ) -> Iterator[SearchOutcome]:
     """Search many problems; yield (index, result) as they finish, in any order.
 
-    A problem that fails yields (index, :class:`SearchError`), and the others go on. What was yielded is safe from
-    whatever happens later, Ctrl-C included.
+    A problem that fails yields (index, :class:`SearchError`), and the others go on. Results that were yielded are not
+    lost if anything goes wrong later, even at Ctrl-C.
 
     Parameters
     ----------
     problems : iterable of str
-        The problems' texts; read as there is room for them.
+        The problems' texts. Each is read when there is room for it.
     policy : Policy
         Generates steps: :class:`TextPolicy`, :class:`HFPolicy`, or anything that follows the protocol.
     verifier : Verifier or None
         Scores steps. Best-of-N works without one (scores are NaN then, and only majority votes).
     config : SearchConfig or Strategy
-        How to search. A :class:`~tts_search.strategy.Strategy` chooses a search for each problem by its difficulty; the
-        problems are then read at once, and what its estimate cost is part of their results' stats.
+        How to search. A :class:`~tts_search.strategy.Strategy` chooses a search for each problem by its difficulty. All
+        problems are then read at once, and the cost of the estimate is included in the stats of the results.
     extract_answer : callable
         Takes the answer out of a completion's text.
     equal : callable or None
@@ -69,13 +69,13 @@ def search_iter(
     progress : bool
         Show a progress bar on stderr, if that is a terminal and rich is installed.
     max_in_flight : int or None
-        The most problems that are searched side by side; by default as many as there is room for.
+        The largest number of problems that are searched at the same time; by default as many as there is room for.
     max_rows : int or None
-        There is room for a problem while fewer steps than that run or wait at the policy, and fewer candidates at the
-        verifier, 1024 by default. More rows make larger batches and need more memory.
+        There is room for a problem while fewer than this many steps run or wait at the policy, and fewer than this
+        many candidates at the verifier. By default 1024. More rows make larger batches and need more memory.
     prefix_cache : bool
-        Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
-        text begins with.
+        Whether local models keep the KV of released texts as long as there is room, and use it again for a text that
+        begins with the same tokens.
     speculate : {"auto"} or bool
         Whether steps are sampled, and candidates read, before they are asked for, as :class:`Engine` says.
 
@@ -298,8 +298,8 @@ def best_of_n(
 ) -> list[SearchResult]:
     """Search by best-of-N: :func:`search` with ``SearchConfig("best_of_n", ...)``.
 
-    Options are fields of :class:`~tts_search.SearchConfig` (``n=64``, ``temperature=0.7``, ...), `config` what they
-    are otherwise; the other arguments are those of :func:`search`.
+    Options are fields of :class:`~tts_search.SearchConfig` (``n=64``, ``temperature=0.7``, ...). Fields that are not
+    given are those of `config`. The other arguments are those of :func:`search`.
 
     Raises
     ------

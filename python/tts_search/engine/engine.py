@@ -40,10 +40,10 @@ Listener = Callable[["list[Any] | None"], None]  # gets what is new, and None at
 
 
 class Engine:
-    r"""Searches problems that are handed in at any time and from any thread, side by side over two models.
+    r"""Searches many problems at the same time over two models. Problems may come at any time, from any thread.
 
-    A thread of its own drives the policy and the verifier, which belong to it until it is closed. A problem joins the
-    running batch at the next token; what else runs, or is cancelled, changes nothing in its result.
+    A thread of its own runs the policy and the verifier, which belong to the engine until it is closed. A problem joins
+    the running batch at the next token. Its result does not depend on other problems, even if these are cancelled.
 
     Parameters
     ----------
@@ -56,17 +56,18 @@ class Engine:
     equal : callable or None
         Whether two answers mean the same; by default :func:`tts_search.equivalent`.
     max_rows : int or None
-        Problems are begun while fewer steps than that run or wait at the policy, and fewer candidates at the verifier,
-        1024 by default; later ones wait for their turn. No forward of a local policy samples for more.
+        A problem is started while fewer than this many steps run or wait at the policy, and fewer than this many
+        candidates at the verifier. By default 1024. Other problems wait for their turn. No forward of a local policy
+        has more rows.
     max_in_flight : int or None
-        The most problems that are searched side by side, whatever room there is.
+        The largest number of problems that are searched at the same time, even if there is room for more.
     prefix_cache : bool
-        Whether local models keep what they have read as long as there is room, and find it again by the tokens that a
-        text begins with.
+        Whether local models keep the KV of released texts as long as there is room, and use it again for a text that
+        begins with the same tokens.
     speculate : {"auto"} or bool
-        Whether steps that a beam search or DVTS will probably ask for are sampled by a local policy, and candidates
-        read, while their round waits for others: "auto" where that pays, with few rows and a local verifier. It changes
-        no result; ``stats.speculated_tokens`` says what was in vain.
+        Whether a local policy samples steps that a beam search or DVTS will probably ask for, and candidates are read,
+        while their round waits for other candidates. "auto" does so if it saves time: with few rows and a local
+        verifier. This changes no result. ``stats.speculated_tokens`` counts the tokens that were not used.
 
     Raises
     ------
@@ -119,7 +120,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, problem: str | Messages, config: SearchConfig, *, seed_text: str | None = None) -> Search:
-        """Hand a problem in.
+        """Start the search of a problem.
 
         Parameters
         ----------
@@ -129,12 +130,12 @@ class Engine:
         config : SearchConfig
             How to search.
         seed_text : str or None
-            Stands for the problem in the hash of the draws: the same problem with another one is searched otherwise.
+            Replaces the problem in the hash of the draws: with another text, the same problem has other draws.
 
         Returns
         -------
         Search
-            At once; a problem that cannot be searched fails there.
+            Returned at once. If the problem cannot be searched, its `result` raises the error.
 
         Raises
         ------
@@ -148,7 +149,7 @@ class Engine:
         return search
 
     def generate(self, request: Generate) -> Generation:
-        """Hand in a request for text behind tokens, for policies of local models; its `problem` is given here.
+        """Start to generate text after given tokens, with a policy of a local model; this sets the request's `problem`.
 
         Raises
         ------
@@ -271,10 +272,10 @@ class Engine:
 
 
 class Handle(ABC, Generic[Result, News]):
-    """What was handed to an :class:`Engine`; all of it may be used from any thread.
+    """A search or a generation that was started at an :class:`Engine`. All methods may be called from any thread.
 
-    ``await handle`` is its result, as :meth:`result` says; a task that is cancelled while it waits cancels what it
-    waits for. ``async for news in handle`` yields what :meth:`events` yields.
+    ``await handle`` gives the same as :meth:`result`. If a task is cancelled while it waits, the search is cancelled,
+    too. ``async for event in handle`` yields the same as :meth:`events`.
     """
 
     def __init__(self, engine: Engine, number: int) -> None:
@@ -290,9 +291,9 @@ class Handle(ABC, Generic[Result, News]):
         Raises
         ------
         SearchError
-            If it failed, or the engine was closed.
+            If the work failed, or the engine was closed.
         TimeoutError
-            If it takes longer than so many seconds; it goes on.
+            If it takes longer than `timeout` seconds. The work goes on.
         concurrent.futures.CancelledError
             If it was cancelled.
         """
@@ -302,7 +303,7 @@ class Handle(ABC, Generic[Result, News]):
             raise TimeoutError(f"timeout: there was no result after {timeout} seconds") from None
 
     def cancel(self) -> bool:
-        """End it, if it is not done: what it holds is freed before the next token. Whether it is cancelled."""
+        """Cancel the work, if it is not done, and return whether it is. Its memory is freed before the next token."""
         return self._future.cancel()
 
     def done(self) -> bool:
@@ -310,9 +311,9 @@ class Handle(ABC, Generic[Result, News]):
         return self._future.done()
 
     def events(self) -> Iterator[News]:
-        """Yield what happens, as it happens, up to the end, however that comes about.
+        """Yield events as they happen, up to the end of the work, even if it fails or is cancelled.
 
-        All of it, whenever one begins to listen: the first events bring what has happened before.
+        A caller that begins late misses nothing: the first events tell what has happened before.
         """
         told: queue.SimpleQueue[list[News] | None] = queue.SimpleQueue()
         self._listen(told.put)

@@ -51,20 +51,20 @@ _WHOLE = _BEST_OF_N | {"budget_forcing"}  # they sample a completion at once
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How ``budget_forcing`` holds a model's thinking to a budget (Muennighoff et al., s1, arXiv 2501.19393).
+    """The budget of a model's thinking for ``budget_forcing`` (Muennighoff et al., s1, arXiv 2501.19393).
 
     Attributes
     ----------
     end : str
-        What the model writes where its thinking ends and the answer begins.
+        The text that the model writes between its thinking and its answer.
     min_tokens : int
-        Thinking that ends with fewer tokens is made to go on: `end` is replaced by `extend`.
+        If thinking ends with fewer tokens, `end` is replaced by `extend`, and the model thinks on.
     max_tokens : int
-        Thinking that has come to so many tokens is cut: `end` is written for the model.
+        If thinking has this many tokens, it is cut, and `end` is written for the model.
     extend : str
-        What makes it go on.
+        The text that makes the model think on.
     max_extensions : int
-        It is made to go on so many times at most.
+        How many times this is done at most.
 
     Raises
     ------
@@ -101,39 +101,39 @@ class SearchConfig(Presets):
         ``"best_of_n"``: n completions, sampled in one go and scored. ``"beam_search"``: rounds of n candidates, of
         which `keep` survive. ``"dvts"`` (diverse verifier tree search): n / expand independent subtrees of `expand`
         candidates, one of which survives in each. ``"rebase"``: the n children of a round are dealt in proportion to
-        exp(score / reward_temperature). ``"ets"``: the same, after pruning what costs more KV cache than it is worth.
-        ``"particle_filtering"``: n particles, resampled each round in proportion to the odds of their scores.
-        ``"puct"``: tree search that may come back to any leaf. ``"budget_forcing"``: n completions of a model that
-        thinks by itself, its thinking held to a budget. Or an algorithm of your own: a generator function of a
-        :class:`~tts_search.search.run.Run`, or where to import one from, as ``"package.module:function"``.
+        exp(score / reward_temperature). ``"ets"``: the same, after pruning branches that cost more KV cache than they
+        are worth. ``"particle_filtering"``: n particles, resampled in each round in proportion to the odds of their
+        scores. ``"puct"``: tree search that may come back to any leaf. ``"budget_forcing"``: n completions of a model
+        that writes its thoughts before its answer, with a budget for these. An algorithm of your own: a generator
+        function of a :class:`~tts_search.search.run.Run`, or its address, as ``"package.module:function"``.
     n : int
         Candidates of a round; completions of best-of-N.
     expand : int
         Children of each survivor.
     keep : int or None
-        Survivors of a round in each group (the problem; a subtree in DVTS, where it is 1); ``n // expand`` unless
-        given.
+        Survivors of a round in each group. A group is the problem, or in DVTS a subtree, of which 1 survives. By
+        default ``n // expand``.
     max_steps : int
-        Rounds at most; the last one runs to the end of the answer, without a delimiter.
+        The largest number of rounds. The last one runs to the end of the answer, without a delimiter.
     max_step_tokens : int
-        Tokens of a step at most.
+        The largest number of tokens of a step.
     max_tokens : int or None
-        Tokens of a branch at most; for best-of-N, of a completion (`max_step_tokens` unless given).
+        The largest number of tokens of a branch; for best-of-N, of a completion (by default `max_step_tokens`).
     temperature, top_p, top_k
-        Sampling; 0 takes the most likely token, 1.0 and 0 switch top_p and top_k off.
+        Sampling. Temperature 0 takes the most likely token; top_p 1.0 and top_k 0 switch these options off.
     delimiter : str
-        What ends a step.
+        The text that ends a step.
     aggregate : str
-        How a branch's step scores become one: ``"last"``, ``"min"``, ``"prod"``, ``"mean"`` (or ``"avg"``), ``"max"``,
-        ``"sum"``.
+        How the scores of a branch's steps become one score: ``"last"``, ``"min"``, ``"prod"``, ``"mean"`` (or
+        ``"avg"``), ``"max"``, ``"sum"``.
     completed : str
-        What a finished branch does. ``"leave"``: it leaves, and the beam is refilled to n from the survivors.
-        ``"occupy"``: if it is among the best, it keeps one of the `keep` places for good and the candidates that this
-        place would have had are not made. ``"compete"``: it keeps its score and competes for a place in each round;
-        while it holds one, that place makes no candidates; when it loses it, it is gone.
+        What happens to a finished branch. ``"leave"``: it leaves, and the beam is refilled to n from the survivors.
+        ``"occupy"``: if it is among the best, it keeps one of the `keep` places for good, and no candidates are made
+        for this place. ``"compete"``: it keeps its score and competes for a place in each round. No candidates are
+        made for a place that it holds. When it loses its place, it is gone.
     dedupe : bool
-        Drop later candidates of equal text before pruning. Without it a text holds as many places as it was drawn:
-        no worse at equal tokens where it was measured, and mostly better.
+        Drop later candidates of equal text before pruning. Without this option, a text that was drawn several times
+        holds as many places. In our measurements this was no worse at equal tokens, and mostly better.
     lookahead : int
         Greedy steps beyond each candidate that only the verifier reads.
     sort_completed : bool
@@ -141,21 +141,21 @@ class SearchConfig(Presets):
     stop_when_full : bool
         Stop when n branches have finished.
     agree_margin : int or None
-        Stop as soon as one answer is ahead of every other by so many finished branches. Best-of-N then samples in
-        waves: so many first, and then each time as many as there are.
+        Stop as soon as one answer is ahead of every other by this many finished branches. Best-of-N then samples
+        this many completions first, and doubles their number each time.
     budget_tokens : int or None
-        No further round begins when all branches together have sampled so many tokens: what is unfinished then is
-        reported so. The last round may go beyond it.
+        No further round begins when all branches together have sampled this many tokens. Branches that are open then
+        are reported as unfinished. The last round may exceed the budget.
     reward_temperature : float
-        Of ``"rebase"`` and ``"ets"``: lower ones put more children under the best.
+        For ``"rebase"`` and ``"ets"``: a lower value gives more children to the best branches.
     kv_weight : float
-        Of ``"ets"``: what all of a round's KV cache weighs against all of its children.
+        For ``"ets"``: the weight of all of a round's KV cache, compared with all of its children.
     exploration : float
-        Of ``"puct"``: weight of the term that favours what was visited little.
+        For ``"puct"``: the weight of the term that favours branches with few visits.
     thinking : Thinking or None
-        Of ``"budget_forcing"``: the budget; its defaults unless given.
+        For ``"budget_forcing"``: the budget, by default `Thinking` with its defaults.
     stop_text : str or None
-        A step that holds this text, such as ``"\\boxed"``, finishes its branch.
+        A step that contains this text, such as ``"\\boxed"``, finishes its branch.
     seed : int
         Fixes every draw.
 
