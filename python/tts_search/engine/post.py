@@ -11,7 +11,7 @@ __all__ = ["Post"]
 
 # The loop rests so many times as long as it was busy with what came last, and so many seconds at most.
 _REST: Final = 24
-_LONGEST_S: Final = 0.1
+_LONGEST_S: Final = 0.2
 
 
 class Post:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, cast
 
-import anyio
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
@@ -50,12 +51,11 @@ def streamed(
 async def _guarded(
     events: AsyncGenerator[bytes, None], timeout_s: float, error_name: str | None
 ) -> AsyncIterator[bytes]:
-    end = time.monotonic() + timeout_s
+    patience = _Patience(timeout_s)
     try:
         while True:
             try:
-                with anyio.fail_after(end - time.monotonic()):  # in this very task: nobody closes events that run
-                    part = await anext(events)
+                part = await patience.wait(events)
             except StopAsyncIteration:
                 return
             except ApiError as error:
@@ -66,4 +66,39 @@ async def _guarded(
                 return
             yield part
     finally:
+        patience.end()
         await events.aclose()
+
+
+class _Patience:
+    """The time that a task has for its waits together; a cancel scope around each costs a fifth of what a part does."""
+
+    def __init__(self, seconds: float) -> None:
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._alarm = asyncio.get_running_loop().call_later(seconds, self._ring)
+        self._waits = self._is_over = False
+
+    def _ring(self) -> None:
+        self._is_over = True
+        if self._waits:
+            self._task.cancel()
+
+    async def wait(self, events: AsyncGenerator[bytes, None]) -> bytes:
+        """Wait for the next part; `TimeoutError` when the time is over."""
+        if self._is_over:
+            raise TimeoutError
+        self._waits = True
+        try:
+            return await anext(events)  # in this very task: nobody closes events that run
+        except asyncio.CancelledError:
+            if not self._is_over:
+                raise
+            if sys.version_info >= (3, 11):
+                self._task.uncancel()
+            raise TimeoutError from None
+        finally:
+            self._waits = False
+
+    def end(self) -> None:
+        """Nothing is waited for any more."""
+        self._alarm.cancel()
