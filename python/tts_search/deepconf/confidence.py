@@ -44,7 +44,7 @@ def token_confidence(top: Sequence[tuple[int, float]]) -> float:
 
 
 def windows(confidences: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Return the mean of each window of so many tokens; of a shorter trace, the one of all of it. O(tokens).
+    """Return the mean of each window of `window` tokens; if the trace is shorter, the mean of all of it. O(tokens).
 
     Examples
     --------
@@ -63,10 +63,10 @@ def trace_confidence(confidences: Sequence[float], how: Measure, window: int = W
     Parameters
     ----------
     confidences : sequence of float
-        Of its tokens.
+        Confidences of its tokens.
     how : str
-        ``"mean"`` of all tokens, ``"tail"``: of the last `window`, ``"min"``: the least sure window, ``"bottom"``: the
-        mean of the least sure tenth of windows, at least one.
+        ``"mean"``: the mean of all tokens. ``"tail"``: the mean of the last `window` tokens. ``"min"``: that of the
+        least sure window. ``"bottom"``: the mean of the least sure tenth of windows, at least one.
     window : int
         Tokens of a window.
 
@@ -89,7 +89,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def tally(answers: Sequence[str], confidences: Sequence[float], equal: Equality = same) -> dict[str, float]:
-    """Return the sum of confidences of each answer, in the spelling and the order that come first; empty ones are none.
+    """Return the sum of confidences of each answer, in its first spelling and place; empty answers are left out.
 
     Examples
     --------
@@ -111,11 +111,11 @@ def confidence_vote(
     Parameters
     ----------
     answers : sequence of str
-        Of each trace; an empty one does not vote.
+        The answer of each trace; an empty one does not vote.
     confidences : sequence of float
-        Of each trace.
+        The confidence of each trace.
     keep : float
-        The share of the traces with an answer that vote, the surest ones; at least one. The paper's filters keep 0.1
+        The share of the traces with an answer that vote: the surest ones, at least one. The paper's filters keep 0.1
         and 0.9.
     equal : callable
         Whether two answers mean the same.
@@ -145,19 +145,19 @@ def confidence_vote(
 
 
 class Stopping:
-    """When a trace is given up while it is written: where a window is less sure than warm-up traces were.
+    """Decides when a trace is stopped while it is written: at a window that is less sure than the warm-up traces.
 
-    The threshold is the percentile of the warm-up traces' least sure windows that `keep` of them reach: 0.1 is the
-    paper's DeepConf-low, 0.9 its DeepConf-high.
+    The threshold is taken from the least sure windows of the warm-up traces, as the percentile that a share `keep` of
+    them reaches. 0.1 is the paper's DeepConf-low, 0.9 its DeepConf-high.
 
     Parameters
     ----------
     warm_up : sequence of sequence of float
         Confidences of the tokens of whole traces; the paper draws 16.
     keep : float
-        The share of them that would not have been stopped.
+        The share of the warm-up traces that would not have been stopped.
     window : int
-        Tokens of a window; a trace is not stopped before it has so many.
+        Tokens of a window; a trace is not stopped before it has this many.
 
     Raises
     ------

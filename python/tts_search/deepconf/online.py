@@ -34,11 +34,11 @@ class Trace:
     answer : str
         What ``extract_answer`` found; empty if nothing.
     confidences : tuple of float
-        Of each token.
+        The confidence of each token.
     confidence : float
-        Of the least sure window.
+        The confidence of the least sure window.
     stopped : bool
-        Whether it was given up.
+        Whether the trace was stopped early.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class DeepConfResult:
-    """What DeepConf came to.
+    """The result of DeepConf.
 
     Attributes
     ----------
@@ -59,9 +59,9 @@ class DeepConfResult:
     agreement : float
         Its share of the voters' confidence; 0 without voters.
     threshold : float
-        Below which a window's confidence ends a trace.
+        A trace is stopped when a window's confidence is below this.
     warm_up, traces : tuple of Trace
-        In the order of their seeds; without those that were not needed any more, as the voters agreed.
+        In the order of their seeds; without traces that were not needed any more because the voters agreed.
     """
 
     answer: str
@@ -91,35 +91,36 @@ def deepconf(
     extract_answer: Callable[[str], str | None] = boxed,
     equal: Equality | None = None,
 ) -> DeepConfResult:
-    """Answer a problem by many traces of which the unsure ones are given up early.
+    """Answer a problem by many traces, of which the unsure ones are stopped early.
 
-    First `warm_up` whole traces: the percentile of their least sure windows that `keep` of them reach becomes the
-    threshold. Then the others, side by side; one ends as soon as a window is below it. Voters are all whole traces
-    whose least sure window reaches the threshold, each with the weight of that window. When the leading answer has
-    `consensus` of the weight, nothing more is written.
+    First `warm_up` whole traces are written. They set the threshold: see
+    :class:`~tts_search.deepconf.confidence.Stopping`. Then the other traces are written at the same time, and each is
+    stopped as soon as a window is below the threshold. All whole traces whose least sure window reaches the threshold
+    vote, weighted by the confidence of that window. When the leading answer has the share `consensus` of the weight,
+    the traces that still run are cancelled.
 
     Parameters
     ----------
     problem : str or list of dict
         Its text, or messages.
     policy : HFPolicy
-        A local policy: it tells the likeliest tokens in each token's place. It may serve no other search meanwhile.
+        A local policy, since it reports the likeliest tokens at each place. Nothing else may use it meanwhile.
     n : int
-        Traces, those of the warm-up included.
+        The number of traces, including the warm-up.
     warm_up : int
         Whole traces that set the threshold, at most `n`; the paper draws 16.
     keep : float
-        The share of them that reach the threshold, in (0, 1]: 0.1 is DeepConf-low, 0.9 DeepConf-high.
+        The share of the warm-up traces that reach the threshold, in (0, 1]: 0.1 is DeepConf-low, 0.9 DeepConf-high.
     consensus : float
-        In (0, 1]; 1 writes on until one answer has all the weight, which ends nothing early unless all agree.
+        In (0, 1]. With 1 the search ends early only if all voters agree.
     top : int
-        The likeliest tokens that a token's confidence is the mean of, 1 to 128.
+        How many likeliest tokens a token's confidence is the mean of, 1 to 128.
     window : int
-        Tokens of a window; a trace is not given up before it has so many.
+        Tokens of a window; a trace is not stopped before it has this many.
     params : StepParams
         How a trace is sampled; its delimiter must be None.
     seed : int
-        Fixes every draw. When traces end depends on timing only by the consensus: what they say does not.
+        Fixes every draw. Timing may decide which traces a consensus cancels, but never their texts.
     extract_answer, equal : callable
         As :func:`tts_search.search` takes them.
 
@@ -134,7 +135,8 @@ def deepconf(
 
     Notes
     -----
-    O(V) more a token for the likeliest ones, a few percent of a decode step on a CPU, and O(window) for the mean.
+    Each token takes O(V) more for the likeliest tokens, a few percent of a decode step on a CPU, and O(window) for the
+    mean.
     """
     if not hasattr(policy, "prompt_tokens"):
         raise TypeError(f"policy: expected an HFPolicy, which tells the likeliest tokens, got {type(policy).__name__}")

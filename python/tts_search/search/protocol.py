@@ -50,7 +50,7 @@ Asked = TypeVar("Asked", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Expand:
-    """Sample one step for each child of a branch. Answer: a list of :class:`~tts_search.Step`, one per child.
+    """Sample one step for each child of a branch. Answer: a list of :class:`~tts_search.Step`, one for each child.
 
     Attributes
     ----------
@@ -59,11 +59,11 @@ class Expand:
     branch : int
         The parent.
     children : tuple of int
-        The nodes to be, in candidate order.
+        The numbers of the new nodes, in candidate order.
     steps : tuple of str
         The texts on the parent's path as they were generated.
     seeds : tuple of int
-        One per child, ``0 <= seed < 2**63``: all that the child's draws depend on.
+        One seed for each child, ``0 <= seed < 2**63``. The child's draws depend on nothing else.
     params : StepParams
         How to sample.
     """
@@ -91,8 +91,8 @@ class Score:
     parent : int
         A node whose steps are a proper prefix of `steps`: it was scored before, or is the root 0.
     lookahead : tuple of str
-        Steps to read after `steps` that do not belong to the branch: whoever has `branch` as its parent continues from
-        the end of `steps`.
+        Steps to read after `steps` that do not belong to the branch: a child of `branch` continues from the end of
+        `steps`.
     """
 
     problem: int
@@ -111,13 +111,13 @@ class ScoreAndPrune:
     problem : int
         Index of the problem in this run.
     candidates : tuple of Score or float
-        What is to be scored, or the score of a candidate that has no new step.
+        For each candidate, the request to score it, or its score if it has no new step.
     groups : tuple of tuple of int
-        Who compete with each other: indices in `candidates`. Who is in none is only scored.
+        The candidates that compete with each other, as indices in `candidates`. A candidate in no group is only scored.
     keep : tuple of int
         How many of each group survive.
     how : str
-        The aggregate of a candidate's scores (those of its lookahead too) that counts.
+        The aggregate of a candidate's scores (including those of its lookahead) that decides.
     """
 
     problem: int
@@ -129,15 +129,15 @@ class ScoreAndPrune:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a round came to.
+    """The scores and survivors of a round.
 
     Attributes
     ----------
     scores : sequence of (sequence of float or Exception)
         The answer to each :class:`Score` among the candidates, in order.
     survivors : sequence of sequence of int or None
-        The best of each group, best first, as indices in the candidates; ties go to whom the group names first. None:
-        whoever asks has to find them.
+        The best of each group, best first, as indices in the candidates. Ties go to the candidate that comes first in
+        the group. None: the caller has to find them.
     """
 
     scores: Sequence[Sequence[float] | Exception]
@@ -157,33 +157,34 @@ Request = Expand | Score | ScoreAndPrune | Release
 
 @dataclass(frozen=True, slots=True)
 class GenerateParams:
-    """How text is generated, and what is told of it.
+    """How text is generated, and what is reported about it.
 
     Attributes
     ----------
     temperature, top_p, top_k, min_p : float, float, int, float
-        As :func:`tts_kernels.sample` takes them; 0 takes the most likely token, 1, 0 and 0 switch the others off.
+        As for :func:`tts_kernels.sample`. Temperature 0 takes the most likely token. top_p 1, top_k 0 and min_p 0
+        switch these options off.
     max_tokens : int or None
-        The most tokens; None: as many as there is room for.
+        The largest number of tokens; None: as many as there is room for.
     stop : tuple of str
-        Pieces of text that end it, wherever their tokens are cut.
+        Pieces of text that end the sample, however they are cut into tokens.
     stop_ids : tuple of int
-        Tokens that end it.
+        Tokens that end the sample.
     ignore_eos : bool
-        Go on behind the end of the answer.
+        Continue after the end of the answer.
     keep_stop : bool
-        Whether the text has the piece that ended it.
+        Whether the text includes the piece of text that ended it.
     logprobs : int or None
-        None: no log-probabilities are told; k, at most 128: those of each token and of the k likeliest ones in its
-        place.
+        None: no log-probabilities. k, at most 128: those of each token, and of the k likeliest tokens at its place.
     logprobs_of : tuple of int
-        Tokens whose log-probabilities are told in the place of each token, behind the likeliest ones.
+        Tokens whose log-probabilities are reported at the place of each token, after the likeliest tokens.
     prompt_logprobs : int or None
-        The same of the tokens given, from the second on: k likeliest ones in the place of each.
+        The same for the tokens of the prompt, from the second on: the k likeliest tokens at the place of each.
     min_tokens : int
-        Tokens before which nothing ends it: the tokens that would are not drawn, pieces of text do not count.
+        Before this many tokens nothing ends the sample: tokens that would end it are not drawn, and pieces of text in
+        `stop` are ignored.
     stream : bool
-        Tell each token as it comes; else all of a sample at its end.
+        Report each token as it comes; else the whole sample at its end.
     """
 
     temperature: float = 1.0
@@ -204,22 +205,22 @@ class GenerateParams:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Generate text behind tokens, for drivers of local models. Answers: a :class:`Generated` whenever there is news.
+    """Generate text after given tokens, for drivers of local models. Answers: a :class:`Generated` for each new part.
 
-    Each sample has one answer with a reason, its last. An exception instead ends the request.
+    The last answer of each sample has a reason. If an answer is an exception, it ends the request.
 
     Attributes
     ----------
     tokens : tuple of int
-        What stands before.
+        The tokens to continue.
     params : GenerateParams
         How to generate.
     num_samples : int
-        How many texts.
+        How many texts to generate.
     seeds : tuple of int
-        One per sample, ``0 <= seed < 2**63``: all that its draws depend on.
+        One seed for each sample, ``0 <= seed < 2**63``. The sample's draws depend on nothing else.
     problem : int
-        What cancels it: a number like those of problems, of which it is none; the engine gives it.
+        A number by which the request can be cancelled. It is unique among requests and problems; the engine sets it.
     """
 
     tokens: tuple[int, ...]
@@ -231,29 +232,30 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A part of a sample: what has come since the last one.
+    """A part of a sample: the text and tokens since the part before.
 
     Attributes
     ----------
     sample : int
         Which one.
     text : str
-        Whole characters, and nothing that a stop may take back. All parts together are the sample's text.
+        Whole characters, without text that a stop may still remove. All parts together are the sample's text.
     tokens : tuple of int
-        As they were drawn, the one that ended it included.
+        The tokens as they were drawn, including the token that ended the sample.
     logprobs : tuple of float
-        Of each of these tokens, under the model's own distribution; empty if they were not asked for.
+        For each of these tokens, under the model's own distribution; empty if they were not requested.
     top : tuple of tuple of (int, float)
-        The likeliest tokens in the place of each, best first, with their log-probabilities; likewise.
+        For each of these tokens, the likeliest tokens at its place, best first, with their log-probabilities; empty if
+        they were not requested.
     reason : str or None
-        None: it goes on. ``"eos"``, ``"stop"`` or ``"length"``: this is its last part.
+        None: the sample goes on. ``"eos"``, ``"stop"`` or ``"length"``: this is its last part.
     stop : int or str or None
-        The token or the text that ended it.
+        The token or the text that ended the sample.
     cached_tokens : int
-        Of its last part: tokens of the prompt that were not forwarded because the cache held them.
+        In the last part: how many tokens of the prompt were not processed, because the cache held them.
     prompt : tuple of (float, tuple of (int, float))
-        Of the first part of sample 0, if asked for: each prompt token's log-probability and the likeliest ones in its
-        place, from the second token on.
+        In the first part of sample 0, if requested: for each prompt token from the second on, its log-probability and
+        the likeliest tokens at its place.
     """
 
     sample: int
@@ -281,7 +283,7 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a problem cost a driver.
+    """The cost of a problem for a driver.
 
     Attributes
     ----------
@@ -292,16 +294,16 @@ class Usage:
     flops : float
         Floating-point operations of all forwards.
     peak_unique_kv_tokens : int
-        Most slots of KV cache that were in use at once.
+        The largest number of KV cache slots in use at once.
     peak_logical_kv_tokens : int
-        Most that would have been without sharing: the sum of the lengths of the live branches.
+        The same without sharing: the largest sum of the lengths of the live branches.
     peak_kv_bytes : int
-        Most bytes of keys and values in use at once: those of `peak_unique_kv_tokens`.
+        The bytes of keys and values in `peak_unique_kv_tokens` slots.
     recomputed_tokens : int
         Tokens forwarded again because their KV cache had to be given up: for lack of memory, or because the branch
         became longer than the length up to which a ``longrope`` model has its first rotary factors.
     waves : int
-        Times that a step gave its KV cache up because memory was full, and waited.
+        How many times a step gave up its KV cache because memory was full, and waited.
     cached_tokens : int
         Tokens that were not forwarded because the cache still held them, from this problem or another.
     speculated_tokens : int
