@@ -101,7 +101,7 @@ def search_iter(
 
 
 class EngineOptions(TypedDict, total=False):
-    """Options of :func:`search_iter` besides what is searched by whom and how."""
+    """Options of :func:`search_iter`, except the problems, the models and the config."""
 
     extract_answer: Callable[[str], str | None]
     equal: Equality | None
@@ -134,7 +134,7 @@ def asearch_iter(
 
 
 async def _in_thread(outcomes: Iterator[SearchOutcome], stop: threading.Event) -> AsyncIterator[SearchOutcome]:
-    """Advance an iterator, which ends soon after `stop` is set, in a thread of its own."""
+    """Advance an iterator in its own thread. The iterator ends soon after `stop` is set."""
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "tts_search.asearch_iter") as thread:
         try:
@@ -157,7 +157,7 @@ def _outcomes(
     progress: bool = True,
     **engine: Any,
 ) -> Iterator[SearchOutcome]:
-    """The outcomes of `search_iter`, or of those problems that end before it is `stopped`."""
+    """The outcomes of `search_iter`. If it is `stopped`, only those of the problems that end before."""
     if isinstance(problems, str):
         raise SearchError("problems: expected a list of texts, got one text")
     for own in [config] if isinstance(config, SearchConfig) else _configs_of(config):
@@ -182,7 +182,7 @@ def _outcomes(
 
 
 def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:
-    """Yield the configs that a strategy may choose: its probe, and a problem's of each bin."""
+    """Yield the configs that a strategy may choose: its probe, and one for a problem of each bin."""
     if strategy.probe is None:
         yield strategy.choose(None).config
         return
@@ -194,7 +194,7 @@ def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:
 def _by_strategy(
     problems: Iterable[str], strategy: Strategy, searched: Callable[[list[str], SearchConfig], Iterator[SearchOutcome]]
 ) -> Iterator[SearchOutcome]:
-    """Probe all problems if the strategy wants it, then search those that it treats alike together."""
+    """Probe all problems if the strategy needs it, then search the problems with the same choice together."""
     problems = list(problems)
     rates: dict[int, float | None] = dict.fromkeys(range(len(problems)))
     spent = dict.fromkeys(range(len(problems)), SearchStats())

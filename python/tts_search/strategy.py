@@ -63,7 +63,7 @@ class Strategy(Protocol):
     Attributes
     ----------
     probe : SearchConfig or None
-        A cheap search that is run on each problem first, to estimate its difficulty; None: that is not needed.
+        A cheap search that is run on each problem first, to estimate its difficulty; None: no estimate is needed.
     """
 
     @property
@@ -71,7 +71,7 @@ class Strategy(Protocol):
         """The search that estimates a difficulty."""
 
     def estimate(self, result: SearchResult) -> float:
-        """Return the pass@1 that the result of the probe lets expect."""
+        """Return the pass@1 that is expected from the result of the probe."""
 
     def choose(self, pass_rate: float | None) -> Choice:
         """Return the choice for a problem with this pass@1 (None without a probe)."""
@@ -80,8 +80,8 @@ class Strategy(Protocol):
 def estimate_pass_rate(result: SearchResult) -> float:
     """Estimate a policy's pass@1 on a problem from a few samples: the mean of the verifier's scores.
 
-    A process verifier's score estimates the probability that a solution is right. Samples that did not finish count 0;
-    without a verifier, it is the share of the most frequent answer.
+    A process verifier's score estimates the probability that a solution is right. Samples that did not finish count as
+    0. Without a verifier, the estimate is the share of the most frequent answer.
     """
     scores = [one.score if one.finished else 0.0 for one in result.completions]
     if any(math.isnan(score) for score in scores):
@@ -92,24 +92,24 @@ def estimate_pass_rate(result: SearchResult) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of an a-priori table; a condition that is None holds always.
+    """One line of a table of known rules. A condition that is None always holds.
 
     Attributes
     ----------
     method, vote : str
         What is best where the conditions hold.
     source : str
-        Who says so.
+        Who reports this.
     dataset : str or None
-        Of these problems.
+        The rule is for this data set.
     policies : tuple of float
-        Policies of this many parameters, from the first number on and below the second.
+        The rule is for policies of this many parameters, from the first number on and below the second.
     bins : tuple of str
-        Problems of this difficulty.
+        The rule is for problems of this difficulty.
     verifiers : tuple of str
-        Verifiers of these families.
+        The rule is for verifiers of these families.
     thinks : bool
-        Policies that were trained to think at length by themselves.
+        Whether the rule is for policies that were trained to think at length by themselves.
     """
 
     method: Method
@@ -122,7 +122,7 @@ class Rule:
     thinks: bool = False
 
     def holds(self, dataset: str | None, parameters: float, verifier: str | None, thinks: bool) -> bool:
-        """Whether the conditions hold, but for the difficulty."""
+        """Whether the conditions hold, except the one on difficulty."""
         return (
             self.dataset in (None, dataset)
             and self.policies[0] <= parameters < self.policies[1]
@@ -152,16 +152,16 @@ data set comes last. Policies of exactly 32B count as large."""
 
 @dataclass(frozen=True)
 class RuleStrategy:
-    """Chooses by rules known beforehand.
+    """Chooses by rules that are known beforehand.
 
     Parameters
     ----------
     parameters : float
-        Of the policy, such as 3e9.
+        Number of parameters of the policy, such as 3e9.
     n : int
         Budget: candidates of a round, or completions.
     dataset : str or None
-        ``"MATH-500"``, ``"AIME24"``, or another, of which the rules know nothing.
+        ``"MATH-500"``, ``"AIME24"``, or another data set, about which the rules say nothing.
     verifier : str or None
         Family of the verifier: ``"math-shepherd"``, ``"rlhflow"``, ``"skywork"``, ``"qwen2.5-math"``, ...
     thinks : bool
@@ -169,7 +169,7 @@ class RuleStrategy:
     base : SearchConfig
         Everything but the method and n.
     samples : int
-        How many samples estimate the difficulty, where the rules ask for it.
+        How many samples estimate the difficulty, if the rules depend on it.
     rules : tuple of Rule
         In order; the first one that holds decides.
     """
@@ -207,7 +207,7 @@ class RuleStrategy:
         return estimate_pass_rate(result)
 
     def choose(self, pass_rate: float | None) -> Choice:
-        """Return what the rule for the bin says."""
+        """Return the choice of the rule for the bin."""
         rule = self.rule("medium" if pass_rate is None else difficulty_bin(pass_rate))
         return Choice(self.base.with_method(rule.method, n=self.n), rule.vote)
 
@@ -221,16 +221,17 @@ class FittedStrategy:
     table : dict
         The choice for each (bin, budget).
     budget : int
-        Which of the budgets to use.
+        The budget to use, one of those in `table`.
     probe : SearchConfig or None
         The search that estimates the difficulty.
     calibration : tuple of (float, float)
-        Points (estimate, pass@1) of a rising step function: what problems with such an estimate came to.
+        Points (estimate, pass@1) of a rising step function: the mean pass@1 of problems with such an estimate.
     accuracy : dict
-        By budget, the cross-validated accuracy: each problem searched as the other folds' results say for the bin of
-        its estimate; without a probe, for the bin of its true pass@1, which no search of a new problem knows.
+        By budget, the cross-validated accuracy. Each problem is searched with the choice that the other folds give for
+        its bin. The bin is that of its estimate. Without a probe it is that of its true pass@1, which is not known for
+        a new problem.
     fixed : dict
-        By budget, the same for the best single choice, whatever the difficulty.
+        By budget, the cross-validated accuracy of the best single choice for all problems.
     """
 
     table: dict[tuple[Bin, int], Choice]
@@ -249,12 +250,12 @@ class FittedStrategy:
         return step_value(self.calibration, estimate)
 
     def choose(self, pass_rate: float | None) -> Choice:
-        """Return the best choice of the bin; of the middle one, without an estimate."""
+        """Return the best choice of the bin. Without an estimate, the bin is medium."""
         return self.table["medium" if pass_rate is None else difficulty_bin(pass_rate), self.budget]
 
 
 def step_value(calibration: Sequence[tuple[float, float]], estimate: float) -> float:
-    """The value of a step function, given by where each step begins, at an estimate; without steps, the estimate."""
+    """The value of a step function at an estimate. Steps are given by where they begin; without any: the estimate."""
     if not calibration:
         return estimate
     at = bisect.bisect_right([point for point, _ in calibration], estimate) - 1

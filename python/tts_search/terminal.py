@@ -25,24 +25,24 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u2028-\u20
 def sanitize(text: str) -> str:
     """Return a text that is safe to print: no control sequences, no control or direction-changing characters.
 
-    Newlines and tabs stay. What is left of a text cannot move the cursor, colour, retitle, or reorder what is on
-    screen.
+    Newlines and tabs stay. The remaining text cannot move the cursor, change colours or the title, or reorder what is
+    on screen.
     """
     return _CONTROL.sub("", _SEQUENCE.sub("", text))
 
 
 class Progress:
-    """How far a series of problems has come; this one shows nothing."""
+    """The progress of a series of problems. This class shows nothing."""
 
     def advance(self) -> None:
         """A problem is done."""
 
     def tell(self, note: Callable[[], str]) -> None:
-        """Show this beside it, if it is time to; asked for as often as one likes."""
+        """Show a note beside the progress. The note is made only when it is time for a new one."""
 
 
 class _Bar(Progress):
-    """Shown by rich."""
+    """Progress shown by rich."""
 
     def __init__(self, bar: Any, total: int | None, label: str) -> None:
         self._bar = bar
@@ -60,7 +60,7 @@ class _Bar(Progress):
 
 @contextmanager
 def progress_bar(total: int | None, *, enabled: bool, label: str = "search") -> Iterator[Progress]:
-    """Show a progress bar of `total` problems on stderr, the time that is left and a note beside it.
+    """Show a progress bar of `total` problems on stderr, with the time left and a note.
 
     Nothing is shown if it is not `enabled`, stderr is not a terminal, or rich is not installed.
     """

@@ -50,26 +50,26 @@ def evaluate(
 ) -> Stored:
     """Run experiments over tasks; append a line to a results file for each task as it finishes.
 
-    Tasks that the file already holds a result for are not run again, so an evaluation that was interrupted goes on
-    where it was; one that failed is tried again. Even a kill loses at most the problems in flight.
+    Tasks whose result is already in the file are not run again, so an interrupted evaluation continues where it
+    stopped. A task that failed is tried again. Even if the process is killed, at most the problems in flight are lost.
 
-    Tasks are read as there is room for them, and records stay in the file: what it takes of memory besides the problems
-    in flight is a few hundred bytes for each task.
+    Tasks are read when there is room for them, and records stay in the file. The memory used is that of the problems in
+    flight, and a few hundred bytes for each task.
 
     Parameters
     ----------
     tasks : sequence of Task, or TaskFile
-        With different ids; gone through several times.
+        With different ids. They are read several times.
     experiments : sequence of Experiment
         Run one after the other.
     path : str or Path
         The results file (JSONL, append-only).
     also : sequence of str or Path
-        Other results files: what they hold is not run again either.
+        Other results files. Tasks with a result in them are not run again either.
     progress : bool
         Show a progress bar.
     max_in_flight : int or None
-        Problems searched side by side, as in :func:`~tts_search.search_iter`.
+        Problems searched at the same time, as in :func:`~tts_search.search_iter`.
     run : callable or None
         Runs an experiment; by default :func:`run_here`. :func:`tts_search.evaluation.ray.on_ray` makes one for a
         cluster.
@@ -77,8 +77,8 @@ def evaluate(
     Returns
     -------
     Stored
-        A sequence of records, which are read from the file when they are asked for: one for each task and experiment,
-        those from earlier runs included; experiments in order, tasks in order.
+        One record for each task and experiment, including those from earlier runs, in the order of experiments and then
+        of tasks. Each is read from the file when it is asked for.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def evaluate(
     run = run or partial(run_here, progress=progress, max_in_flight=max_in_flight)
     with Journal(path, also) as journal:
         for experiment in experiments:
-            if experiment.policy is not None:  # else it runs elsewhere, and the records say where
+            if experiment.policy is not None:  # else it runs elsewhere, and the records say on what
                 for variant in experiment.variants:
                     journal.check_level(variant.key, instruction_set())
             for record in run(experiment, _Unfinished(tasks, experiment, journal)):
@@ -102,7 +102,7 @@ def evaluate(
 
 
 class _Unfinished:
-    """The tasks that have no result yet for each budget of an experiment, looked for as they are gone through."""
+    """The tasks that lack a result for some budget of an experiment. They are looked up anew in each iteration."""
 
     def __init__(self, tasks: Tasks, experiment: Experiment, journal: Journal) -> None:
         self._tasks = tasks
@@ -121,7 +121,7 @@ class _Unfinished:
 
 
 class _InFlight:
-    """The problems of tasks, read as a search has room for them; a task is kept until its outcome is there."""
+    """The problems of tasks, read when a search has room for them. A task is kept until its outcome is known."""
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
@@ -149,7 +149,7 @@ def run_here(
 ) -> Iterator[Record]:
     """Run an experiment in this process; yield the records of a task (one for each budget) as it finishes.
 
-    Without the prefix cache: what a record says of its cost must not depend on the experiments that ran before.
+    The prefix cache is off: the cost in a record must not depend on the experiments that ran before.
 
     Raises
     ------
@@ -184,7 +184,7 @@ def run_here(
 
 
 def _with_answers(outcome: SearchResult, grader: Grader) -> SearchResult:
-    """A result whose answers are what the task's grader takes for them."""
+    """The result, with the answers that the task's grader finds in the completions."""
 
     def own(completion: Completion) -> Completion:
         answer = grader.extract(completion.text)

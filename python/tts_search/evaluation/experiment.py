@@ -25,17 +25,17 @@ class Experiment:
     config : SearchConfig
         How to search.
     policy, verifier
-        The models. Without a policy it can run elsewhere only, where both are loaded
+        The models. An experiment without a policy can only run elsewhere, where both models are loaded
         (:mod:`tts_search.evaluation.ray`).
     names : tuple of str
-        What tells these models from others, such as their paths: a record of other models or another config is not
-        taken for one of this experiment.
+        Names that identify the models, such as their paths. Records of other models or of another config do not count
+        as records of this experiment.
     keep_trees : bool
         Whether records hold the search tree.
     nested : tuple of int
-        Of a best-of-N: record these smaller budgets, too, from the same samples. ``{n}`` in the label is the budget.
+        For best-of-N: record these smaller budgets, too, from the same samples. ``{n}`` in the label is the budget.
     timed : bool
-        Whether its time says anything: not if it takes samples that another experiment has paid for.
+        Whether its time is meaningful. It is not if the samples come from another experiment, which spent the time.
 
     Examples
     --------

@@ -30,19 +30,20 @@ def fit(
     Parameters
     ----------
     records : iterable of Record
-        Of one policy and verifier; every experiment over the same tasks. Those that do not say how they were searched
-        are left out.
+        Records of one policy and one verifier. Every experiment must cover the same tasks. Records without the settings
+        of their search are left out.
     budget : int
-        Which budget the strategy will use: one of those that the configs have.
+        The budget that the strategy will use: one of those in the configs.
     pass_rates : mapping or None
-        A task's id to its pass@1; by default, the share of right completions in the largest best-of-N.
+        The pass@1 of each task, by its id; by default, the share of right completions in the largest best-of-N.
     probe : SearchConfig or None
-        A best-of-N among the experiments, by which to estimate the difficulty of new problems. Its estimates are
-        calibrated: pooled to a rising function of pass@1.
+        A best-of-N among the experiments, used to estimate the difficulty of new problems. Its estimates are
+        calibrated: a rising step function maps them to pass@1.
     folds : int
-        Of the cross-validation, at least 2. With a probe, a held-out problem is searched as a new one would be: its
-        estimate, calibrated on the other folds, says its bin, the other folds say what is best there. Without one it is
-        put into the bin of its own pass rate: an upper bound, since that takes its right answer.
+        Folds of the cross-validation, at least 2. With a probe, a held-out problem is treated like a new one: its
+        estimate, calibrated on the other folds, gives its bin, and the other folds give the best choice for this bin.
+        Without a probe, the bin is that of the problem's own pass rate. This gives an upper bound on the accuracy,
+        because it uses the right answer.
     seed : int
         Fixes the folds.
     cost : callable
@@ -51,7 +52,7 @@ def fit(
     Raises
     ------
     ValueError
-        If there are no records, or none with this budget; none of the probe; less than two folds.
+        If there are no records, none with this budget or none of the probe, or if there are fewer than two folds.
     """
     if folds < 2:
         raise ValueError(f"folds: expected an int >= 2, got {folds!r}")
@@ -86,7 +87,7 @@ def _split(
     rates: Mapping[str, float],
     estimates: Mapping[str, float] | None,
 ) -> tuple[list[str], dict[str, Bin]]:
-    """The tasks to learn from, and the held-out ones with the bins that a search would put them in."""
+    """The tasks to learn from, and the held-out tasks with the bin that a search would give each of them."""
     others = [task for task in tasks if task not in set(held_out)] or list(tasks)
     if estimates is None:
         return others, {task: difficulty_bin(rates[task]) for task in held_out}
@@ -96,7 +97,7 @@ def _split(
 
 
 class _Outcomes:
-    """Who solved what: accuracies by choice and task, over seeds."""
+    """Accuracies by choice and task: the mean over seeds."""
 
     def __init__(self, records: Iterable[Record], cost: Callable[[SearchConfig], float]) -> None:
         self.right_by: dict[tuple[Choice, str], list[bool]] = {}
@@ -136,7 +137,7 @@ class _Outcomes:
         return max(self.choices[budget], key=lambda choice: sum(self.right(choice, task) for task in tasks))
 
     def best_by_bin(self, budget: int, tasks: Sequence[str], rates: Mapping[str, float]) -> dict[Bin, Choice]:
-        """The most accurate choice for the tasks of each bin; for all tasks, where a bin has none."""
+        """The most accurate choice for the tasks of each bin. For a bin without tasks: the best for all tasks."""
         return {
             one: self.best(budget, [task for task in tasks if difficulty_bin(rates[task]) == one] or tasks)
             for one in BINS

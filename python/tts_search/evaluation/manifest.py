@@ -23,17 +23,17 @@ _PACKAGES: Final = ("tts-kernels", "torch", "transformers", "math-verify")
 
 
 def write_manifest(path: str | Path, experiments: Sequence[Experiment], data: str | Path, **facts: object) -> None:
-    """Write what an evaluation ran with: versions, data, models, configs. What an earlier manifest knew is kept.
+    """Record the versions, data, models and configs of an evaluation. Entries of an earlier manifest are kept.
 
-    A kill, or a full disk, leaves the old manifest or the new one; processes that write at the same time wait for each
-    other, on a lock in a hidden file beside it.
+    If the process is killed or the disk is full, the file is either the old manifest or the new one. Processes that
+    write at the same time wait for each other: they lock a hidden file beside the manifest.
 
     Parameters
     ----------
     path : str or Path
         The file, such as ``manifest.json`` beside the results.
     experiments : sequence of Experiment
-        Added to those that it holds, by key.
+        Added to those in the file, by key.
     data : str or Path
         Where the tasks come from.
     **facts
@@ -42,7 +42,7 @@ def write_manifest(path: str | Path, experiments: Sequence[Experiment], data: st
     Raises
     ------
     ValueError
-        If the manifest that is there is broken, or a newer version's.
+        If there is a manifest that is broken, or that a newer version wrote.
     OSError
         If it cannot be written.
     """
@@ -76,7 +76,7 @@ def _extended(known: dict[str, Any], experiments: Sequence[Experiment], facts: d
 
 
 def _replace(path: Path, manifest: dict[str, Any]) -> None:
-    """Write a file anew, as a whole or not at all. Whoever calls holds the lock, so one temporary name is enough."""
+    """Replace a file as a whole or not at all. The caller holds the lock, so one temporary name is enough."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

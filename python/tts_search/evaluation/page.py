@@ -22,7 +22,7 @@ from tts_search.evaluation.records import Record
 __all__ = ["VIEW", "report_page"]
 
 VIEW = Path(__file__).parent / "view"
-"""The drawing of a tree, which the server's page shows, too."""
+"""The files that draw a search tree. The server's page uses them, too."""
 
 _PLACE = re.compile("@([A-Z_]+)@")
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -36,14 +36,14 @@ def report_page(
     Parameters
     ----------
     records : iterable of Record
-        Those that hold a search tree are drawn as the server's page draws them: the steps, their scores, what was pruned
-        when and why, round by round, and how many branches share the KV cache of a step.
+        Search trees in the records are drawn as on the server's page, round by round: the steps, their scores, what was
+        pruned when and why, and how many branches share the KV cache of a step.
     tables : str
         Tables as text.
     plots : iterable of Path
         Files of plots, as SVG.
     max_trees : int
-        How many trees the page holds at most: the first ones of each experiment in turn.
+        The largest number of trees on the page. Each experiment in turn adds its next tree.
     """
     grown = [record for record in records if record.tree is not None]
     searches = [_search(record) for record in _dealt(grown, max_trees)]
@@ -61,7 +61,7 @@ def report_page(
         "DATA": data,
         "SCRIPT": script,
     }
-    return _PLACE.sub(lambda found: parts[found[1]], _sources("report.html"))  # at once: what is put in stays as it is
+    return _PLACE.sub(lambda found: parts[found[1]], _sources("report.html"))  # in one pass: no text is searched twice
 
 
 def _sources(*names: str) -> str:
@@ -69,7 +69,7 @@ def _sources(*names: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """What a policy calls an element of this text."""
+    """The hash by which a content security policy names a script or style with this text."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -79,7 +79,7 @@ def _picture(file: Path) -> str:
 
 
 def _dealt(records: Sequence[Record], count: int) -> list[Record]:
-    """Choose `count` records, as many of each experiment as of the others if it has so many; they stay in order."""
+    """Choose `count` records in their order: the same number of each experiment, as far as it has so many."""
     turns: Counter[str] = Counter()
     places = []
     for place, record in enumerate(records):

@@ -31,7 +31,7 @@ _DASHES = ("-", "--", ":", "-.")
 def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
     """Draw accuracy against n, total FLOPs and time, by difficulty, and the strategy map; return the files.
 
-    Bands are 95% intervals. What nothing is known of is not drawn.
+    Bands are 95% intervals. Points whose values are not known are not drawn.
 
     Raises
     ------
@@ -76,9 +76,9 @@ def _flops(row: Row) -> float:
 
 
 def _panels(plt: Any, rows: Sequence[Row], x_label: str, at: Callable[[Row], float], where: Where | None = None) -> Any:
-    """One panel for each policy: accuracy by method (colour) and verifier (dashes); in grey best-of-N's majority.
+    """One panel for each policy: accuracy by method (colour) and verifier (dashes). None if there is nothing to draw.
 
-    None if there is nothing to draw.
+    Best-of-N's majority vote is drawn in grey.
     """
     drawn = [row for row in rows if at(row) > 0 and not math.isnan(row.accuracy(where))]
     policies = sorted({row.policy for row in drawn})
@@ -89,7 +89,7 @@ def _panels(plt: Any, rows: Sequence[Row], x_label: str, at: Callable[[Row], flo
     for policy, axis in zip(policies, axes[0], strict=True):
         own = [row for row in drawn if row.policy == policy]
         for method in dict.fromkeys(row.method for row in own):
-            for verifier, dashes in zip(verifiers, cycle(_DASHES)):  # as many as there are
+            for verifier, dashes in zip(verifiers, cycle(_DASHES)):  # dashes repeat if there are more verifiers
                 of_both = [row for row in own if (row.method, row.verifier) == (method, verifier)]
                 for settings in dict.fromkeys(row.settings for row in of_both):
                     line = [row for row in of_both if row.settings == settings]
@@ -141,7 +141,7 @@ def _line(
 
 
 def _map(plt: Any, rows: Sequence[Row]) -> Any:
-    """A cell for each policy, verifier and bin (down) and n (across): the best method, and its accuracy."""
+    """Cells for each policy, verifier and bin (rows) and n (columns): the best method, and its accuracy."""
     best = strategy_map(rows)
     if not best:
         return None

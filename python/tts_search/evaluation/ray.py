@@ -32,9 +32,9 @@ __all__ = ["on_ray"]
 
 ModelPair = tuple[Policy, "Verifier | None"]
 
-# A call gives an engine this many times what it searches side by side, so that it runs full for most of the time ...
+# A call gives an engine this many times the problems that it searches at once, so that it is mostly full ...
 _REFILLS: Final = 4
-# ... but an actor gets at least so many calls, so that none waits long for the last one.
+# ... but an actor gets at least this many calls, so that no actor is idle for long while the last calls run.
 _CALLS: Final = 4
 
 
@@ -47,21 +47,21 @@ def on_ray(
     max_in_flight: int | None = None,
     progress: bool = True,
 ) -> Runner:
-    """Return what runs an experiment on a Ray cluster, for ``evaluate(..., run=on_ray(load))``.
+    """Return a function that runs an experiment on a Ray cluster, for ``evaluate(..., run=on_ray(load))``.
 
     Parameters
     ----------
     load : callable
         Loads the policy and the verifier (or None); called once in each actor, for each experiment.
     address : str or None
-        Of the cluster, as for ``ray.init``; ``"local"`` starts one on this machine. By default ``RAY_ADDRESS``, then a
-        cluster that runs here, then ``"local"``.
+        Address of the cluster, as for ``ray.init``; ``"local"`` starts one on this machine. By default ``RAY_ADDRESS``,
+        then a cluster that runs here, then ``"local"``.
     actors : int or None
-        How many; by default one for each GPU of the cluster, or for each core where there is none.
+        How many actors; by default one for each GPU of the cluster, or one for each core if there is no GPU.
     device : str or None
         ``"cpu"`` gives each actor a core even if the cluster has GPUs.
     max_in_flight : int or None
-        Problems that an actor searches side by side, as in :func:`~tts_search.search_iter`.
+        Problems that an actor searches at the same time, as in :func:`~tts_search.search_iter`.
     progress : bool
         Show a progress bar.
 
@@ -97,7 +97,7 @@ def on_ray(
         found = data.from_items(rows, override_num_blocks=calls).map_batches(
             _Searcher,
             fn_constructor_args=(load, replace(experiment, policy=None, verifier=None), in_flight),
-            batch_size=None,  # a block is a call
+            batch_size=None,  # one block for each call
             compute=data.ActorPoolStrategy(size=min(count, calls), max_tasks_in_flight_per_actor=1),
             **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
         )

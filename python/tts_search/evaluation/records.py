@@ -21,7 +21,7 @@ __all__ = ["Journal", "Record", "Records", "Stored", "latest", "lock", "read_rec
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one task in one experiment: a line of the results file.
+    """The outcome of one task in one experiment: a line of the results file.
 
     Attributes
     ----------
@@ -30,21 +30,21 @@ class Record:
     label, level, problem, gold : str
         For tables.
     method, n, seed, models
-        Of the search: `models` are the experiment's names.
+        Settings of the search. `models` are the names in the experiment.
     config : dict
-        All settings of the search, so that no other file is needed to tell experiments apart.
+        All settings of the search, so that experiments can be told apart without another file.
     instruction_set : str
-        Level of the CPU's kernels that it ran with.
+        Instruction-set level of the CPU kernels during the run.
     answers : dict
-        The answer that each vote elects.
+        By the name of a vote: the answer that it elects.
     correct : dict
-        Whether it is right.
+        By the name of a vote: whether this answer is right.
     solved : bool
         Whether any completion is right (pass@n).
     num_completions, num_correct : int
-        How many there are, and how many of them are right.
+        How many completions there are, and how many are right.
     pass_estimate : float or None
-        The policy's pass@1 by the verifier's scores (:func:`~tts_search.strategy.estimate_pass_rate`).
+        The policy's pass@1, estimated from the verifier's scores (:func:`~tts_search.strategy.estimate_pass_rate`).
     best : str
         Text of the best completion.
     score : float or None
@@ -52,12 +52,12 @@ class Record:
     stats : dict
         Fields of :class:`~tts_search.SearchStats`.
     seconds : float or None
-        Its share of the experiment's time: since the task before it was done. Tasks run side by side, so a search
-        itself takes longer (``stats["wall_s"]``). None: not known.
+        Time since the previous task was done, so that the sum over the tasks is the time of the experiment. The search
+        itself takes longer, because tasks run at the same time (``stats["wall_s"]``). None: not known.
     tree : str or None
         The search tree as JSON.
     error : str or None
-        Why the search failed; what it would have found is empty then.
+        Why the search failed. The fields for its results are empty then.
     """
 
     experiment: str
@@ -87,7 +87,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Experiment, task, problem: the text tells data sets apart whose tasks have the same ids."""
+        """Experiment, task and problem. The problem's text separates data sets whose tasks have the same ids."""
         return self.experiment, self.task, self.problem
 
     @property
@@ -96,7 +96,7 @@ class Record:
         return self.num_correct / self.num_completions if self.num_completions else 0.0
 
     def is_correct(self, vote: str) -> bool:
-        """Whether a vote elects the right answer; without a verifier, every vote is the majority's.
+        """Whether a vote elects the right answer. Without a verifier, every vote is a majority vote.
 
         Raises
         ------
@@ -112,7 +112,7 @@ Records = dict[tuple[str, str, str], Record]
 
 
 def latest(records: Iterable[Record]) -> Records:
-    """Return, by experiment, task and problem, the last record that is no error; if all are, the last one."""
+    """Return the last record without an error for each experiment, task and problem; else the last one."""
     found: Records = {}
     for record in records:
         known = found.get(record.key)
@@ -122,7 +122,7 @@ def latest(records: Iterable[Record]) -> Records:
 
 
 def record_as_json(record: Record) -> str:
-    """Return a record as a line of JSON, without its end."""
+    """Return a record as a line of JSON, without the newline."""
     return json.dumps(asdict(record), allow_nan=False)
 
 
@@ -145,19 +145,20 @@ def read_record(line: str | bytes) -> Record:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read a results file, oldest first; what a crash left half-written is passed over. No file is no records.
+    """Read a results file, oldest record first. Lines that a crash left incomplete are skipped.
+
+    A file that does not exist has no records.
 
     Raises
     ------
     ValueError
-        If it is no file, or a newer version wrote it: what tells its experiments apart might be in a field that is
-        not known.
+        If the path is no file, or if a newer version wrote it: an unknown field might distinguish its experiments.
     """
     return [record for _, record in _read(Path(path))]
 
 
 def _read(path: Path) -> Iterator[tuple[int, Record]]:
-    """The records of a file, and where their lines begin."""
+    """The records of a file, each with the place where its line begins."""
     if not path.exists():
         return
     if not path.is_file():
@@ -183,7 +184,7 @@ def _parsed(line: bytes, path: Path, number: int | None = None) -> Record | None
 
 @contextmanager
 def lock(file: int) -> Iterator[None]:
-    """Hold a file, given by its descriptor, against other processes that lock it; a killed process lets go of it."""
+    """Lock a file, given by its descriptor, against other processes that lock it. If a process dies, its lock ends."""
     fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield
@@ -192,7 +193,7 @@ def lock(file: int) -> Iterator[None]:
 
 
 class Stored(Sequence[Record]):
-    """Records that stay in their files: each is read when it is asked for, and again when it is asked for again.
+    """Records that stay in their files. Each is read again whenever it is asked for.
 
     Holds 16 bytes for each record. Equal to any sequence of the same records.
 
@@ -201,7 +202,7 @@ class Stored(Sequence[Record]):
     paths : sequence of Path
         The files.
     places : iterable of (int, int)
-        Of each record: which file, and where its line begins.
+        For each record: the number of its file, and where its line begins.
     """
 
     def __init__(self, paths: Sequence[Path], places: Iterable[tuple[int, int]]) -> None:
@@ -248,18 +249,19 @@ class Stored(Sequence[Record]):
 class Journal:
     """A results file that any number of processes append to; a context manager.
 
-    A record is on disk as a whole line or not at all: processes write one after the other, and the next one takes away
-    what a killed one left of a line, or a full disk. A task that another process has finished meanwhile is not written
-    a second time.
+    A record is on disk as a whole line or not at all. Processes write one after the other, and each first removes an
+    incomplete line that a killed process or a full disk left. If another process has finished a task meanwhile, the
+    task is not written a second time.
 
-    What it holds of a record is a hash of its key and right answer, and where it stands: about 250 bytes.
+    For each record, memory holds a hash of its key and right answer, and its place: about 250 bytes.
+
 
     Parameters
     ----------
     path : str or Path
-        The file; made with its folder where there is none.
+        The file. It and its folder are created if they do not exist.
     also : iterable of str or Path
-        Other results files: what they hold is known, too.
+        Other results files, whose records count as well.
 
     Raises
     ------
@@ -272,11 +274,11 @@ class Journal:
     def __init__(self, path: str | Path, also: Iterable[str | Path] = ()) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._end = 0  # what lies before is read
+        self._end = 0  # everything before is read
         self._paths = (self._path, *map(Path, also))
-        self._done: dict[bytes, tuple[int, int]] = {}  # file and place of the last record that is no error, by its hash
-        self._failed: dict[bytes, tuple[int, int]] = {}  # and of the last error of those that have none
-        self._levels: dict[str, str] = {}  # of an experiment's results
+        self._done: dict[bytes, tuple[int, int]] = {}  # file and place of the last record without an error, by hash
+        self._failed: dict[bytes, tuple[int, int]] = {}  # the same for the last error of tasks that only failed
+        self._levels: dict[str, str] = {}  # instruction-set level of an experiment's results
         for number, file in enumerate(self._paths[1:], 1):
             for begin, record in _read(file):
                 self._add(record, (number, begin))
@@ -301,11 +303,11 @@ class Journal:
         return len(self._done) + len(self._failed)
 
     def is_done(self, experiment: str, task: str, problem: str, gold: str) -> bool:
-        """Whether there is a record of a task with this right answer that is no error."""
+        """Whether there is a record without an error for a task with this right answer."""
         return _digest(experiment, task, problem, gold) in self._done
 
     def find(self, keys: Iterable[tuple[str, str, str, str]]) -> Stored:
-        """Return the records of experiments, tasks, problems and right answers, which stay where they are.
+        """Return the records of experiments, tasks, problems and right answers. They stay in their files.
 
         Raises
         ------
@@ -316,7 +318,7 @@ class Journal:
         return Stored(self._paths, (self._done.get(one) or self._failed[one] for one in hashes))
 
     def append(self, record: Record) -> Record:
-        """Write a record, unless another process has finished this task meanwhile; return the one that holds."""
+        """Write a record and return it. If another process has finished this task meanwhile, return that record."""
         key = (*record.key, record.gold)
         with self._named_errors(), lock(self._file):
             self._check_that_it_is_there()
@@ -330,7 +332,7 @@ class Journal:
         return record
 
     def check_level(self, experiment: str, level: str) -> None:
-        """Check that results of an experiment are of one instruction-set level: those of two differ by rounding.
+        """Check that all results of an experiment have one instruction-set level: two levels differ by rounding.
 
         Raises
         ------
@@ -355,7 +357,7 @@ class Journal:
             self._failed[key] = place
 
     def _read_on(self) -> None:
-        """Read what others have written; take away the rest of a line that one of them did not come to finish."""
+        """Read the lines that others have written. Remove a last line that was not finished."""
         with open(self._file, "rb", closefd=False) as lines:
             lines.seek(self._end)
             for line in lines:
@@ -382,7 +384,7 @@ class Journal:
         self._end += len(data)
 
     def _check_that_it_is_there(self) -> None:
-        """A file whose folder was removed takes everything that is written, and nobody will find it."""
+        """Raise an error if the file was removed: writes to it would still succeed, and be lost."""
         try:
             there = os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
@@ -399,5 +401,5 @@ class Journal:
 
 
 def _digest(*texts: str) -> bytes:
-    """A hash of some texts that stands for them; 2^64 records would be needed for two to be taken for one."""
+    """A hash that stands for some texts. Two of them are equal by chance only among about 2^64 records."""
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()

@@ -14,7 +14,9 @@ __all__ = ["write_report"]
 
 
 def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None, plots: bool = True) -> str:
-    """Write ``index.html``, ``tables.txt`` and, with matplotlib, plots of an evaluation's folder; return the tables.
+    """Write the report of an evaluation's folder and return its tables as text.
+
+    The files are ``index.html``, ``tables.txt`` and, with matplotlib, plots.
 
     The page holds the tables, the plots and the search trees, and needs no other file.
 
@@ -26,11 +28,11 @@ def write_report(folder: str | Path, out: str | Path, *, vote: str | None = None
         If plots are asked for and matplotlib is not installed.
     """
     for path in sorted(Path(folder).glob("manifest*.json")):
-        read_configs(path)  # what is broken, or of a newer version, is an error
+        read_configs(path)  # raises if the file is broken, or of a newer version
     records = read_folder(folder)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tables = sanitize(report_tables(records, vote))  # labels and levels may be anybody's words
+    tables = sanitize(report_tables(records, vote))  # labels and levels may be text that anyone wrote
     (out / "tables.txt").write_text(tables + "\n", encoding="utf-8")
     drawn: list[Path] = []
     if plots:

@@ -32,11 +32,11 @@ class Row:
     label : str
         Its name.
     records : sequence of Record
-        Of one search, seeds together.
+        Records of one search, with all its seeds.
     vote : str
         One of :data:`tts_search.VOTES`, or an alias.
     settings : str
-        What tells it from rows of the same models, method and n; part of the label.
+        The settings in which it differs from rows of the same models, method and n. Part of the label.
 
     Raises
     ------
@@ -73,7 +73,7 @@ class Row:
         return (*self.records[0].models, "", "")[1]
 
     def by_task(self, value: Callable[[Record], float], where: Where | None = None) -> dict[str, float]:
-        """Return the mean of a value over the seeds, for each task; of all records, or of those `where` holds."""
+        """Return the mean of a value over the seeds, for each task; with `where`, only over its records."""
         values: dict[str, list[float]] = {}
         for record in self.records:
             if where is None or where(record):
@@ -100,7 +100,7 @@ class Row:
         return self.tally(where).interval
 
     def tally(self, where: Where | None = None) -> Tally:
-        """Return the answers; of all records, or of those `where` holds."""
+        """Count the right answers. With `where`: only of records for which it holds."""
         found = Tally()
         for record in self.records:
             if where is None or where(record):
@@ -108,7 +108,7 @@ class Row:
         return found
 
     def means(self, *names: str) -> list[float]:
-        """Return the mean of each of some stats, in one pass over the records; NaN of one that is not known of all."""
+        """Return the means of some stats, in one pass over the records. NaN for one that some record does not have."""
         values = [array("d") for _ in names]
         for record in self.records:
             if record.error is None:
@@ -118,19 +118,19 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Mean share of a task in the time of all; NaN if it is not known of all."""
+        """Mean share of a task in the time of the experiment; NaN if some record does not have it."""
         return _average(array("d", (math.nan if one.seconds is None else one.seconds for one in self.records)))
 
 
 class Tally:
-    """Answers that are right or wrong, by task: those of one task are alike, and worth fewer than they are."""
+    """Right and wrong answers, by task. Answers to one task are correlated, so they count as fewer answers."""
 
     def __init__(self) -> None:
         self._right: dict[str, list[bool]] = {}
 
     @classmethod
     def of(cls, tallies: Iterable[Tally]) -> Tally:
-        """Return the answers of several together."""
+        """Return the answers of several tallies together."""
         found = cls()
         for task, answers in (each for one in tallies for each in one._right.items()):
             found._right.setdefault(task, []).extend(answers)
@@ -161,7 +161,7 @@ def compare(first: Row, second: Row) -> tuple[float, float]:
     Returns
     -------
     difference : float
-        Accuracy of the first less that of the second.
+        Accuracy of the first minus that of the second.
     p : float
         Probability of a difference at least as large if both were equally good (:func:`sign_test`).
     """
@@ -176,15 +176,15 @@ def _average(values: Sequence[float]) -> float:
 
 
 def read_folder(folder: str | Path) -> list[Record]:
-    """Read all ``results*.jsonl`` of a folder: of each task and experiment, the last record, if possible no error.
+    """Read all ``results*.jsonl`` of a folder; return the latest record of each task and experiment.
 
-    If the folder holds several data sets, tasks of different problems that have the same id are told apart by a hash of
-    the problem behind the id.
+    A record without an error is preferred to a later one with an error. If tasks of different problems have the same id,
+    because the folder holds several data sets, a hash of the problem is added to the id.
 
     Raises
     ------
     ValueError
-        If there are none, or a newer version wrote them.
+        If there are no results, or a newer version wrote them.
     """
     paths = sorted(Path(folder).glob("results*.jsonl"))
     records = list(latest(record for path in paths for record in read_records(path)).values())
@@ -200,18 +200,18 @@ def _with_own_id(record: Record) -> Record:
 
 
 def rows_of(records: Iterable[Record], vote: str | None = None) -> list[Row]:
-    """Group records into rows, seeds together: by models, then method, then n.
+    """Group the records of all seeds into rows, ordered by models, then method, then n.
 
-    Searches whose settings, models or instruction-set levels differ are rows of their own, whose labels say what
-    differs. What a record does not say is never taken for equal: records without settings are together only within
-    their experiment.
+    Searches with different settings, models or instruction-set levels have separate rows, and the labels say what
+    differs. Values that are missing in a record are not assumed to be equal: records without settings are grouped only
+    within their experiment.
 
     Raises
     ------
     ValueError
         If there is no such vote.
     """
-    known: dict[str, str] = {}  # what tells an experiment from others
+    known: dict[str, str] = {}  # what distinguishes an experiment
     groups: dict[tuple[str, str, str, int], dict[str, list[Record]]] = {}
     for record in records:
         source = f"{record.experiment}\0{record.instruction_set}"
@@ -234,32 +234,33 @@ def _label(record: Record) -> str:
 
 
 def _settings(record: Record) -> dict[str, object]:
-    """What tells a search from others: the names of its models, by place, its config but for the seed, its level."""
+    """What distinguishes a search: the names of its models, by place, its config without the seed, and its level."""
     names: dict[str, object] = {str(place): name for place, name in enumerate(record.models)}
     known = {name: value for name, value in record.config.items() if name != "seed"}
     return {**names, **(known or {"experiment": record.experiment}), "level": record.instruction_set}
 
 
 def _differences(settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return for each search what tells it from the others, such as ``temperature=0.5``."""
+    """Return for each search the settings in which it differs from the others, such as ``temperature=0.5``."""
     names = list(dict.fromkeys(name for one in settings for name in one))
     names = [name for name in names if any(_text(name, one) != _text(name, settings[0]) for one in settings)]
     return [", ".join(filter(None, (_text(name, one) for name in names))) for one in settings]
 
 
 def _text(name: str, settings: Mapping[str, object]) -> str:
-    """A setting in words; empty if the search has none of that name."""
+    """A setting as text; empty if the search has no setting of that name."""
     if name not in settings:
         return ""
     return f"{settings[name] or '-'}" if name.isdigit() else f"{name}={settings[name]}"
 
 
 class Difficulty:
-    """How difficult a task is for a policy, judged by samples that are not those that are compared.
+    """How difficult a task is for a policy, judged by samples that are not part of the comparison.
 
-    A record of one seed is put into the bin that the largest best-of-N of the *other* seeds says: with the samples that
-    it is judged by, those of hard problems would be the unlucky ones, and whatever is searched anew would look better.
-    With one seed alone nothing is known.
+    The bin of a record is given by the largest best-of-N of the *other* seeds. If the record's own samples gave the
+    bin, the hard bin would collect unlucky samples, and any new search would look better than it is. With only one
+    seed, the difficulty is not known.
+
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -273,25 +274,26 @@ class Difficulty:
         self._sampled = sampled
 
     def pass_rate(self, record: Record) -> float | None:
-        """Return the policy's pass@1 on a record's task in all samples of other seeds; None if there are none."""
+        """Return the policy's pass@1 on a record's task, over all samples of other seeds; None if there are none."""
         others = self._sampled.get(((*record.models, "")[0], record.task), {})
         counts = [(one.num_correct, one.num_completions) for seed, one in others.items() if seed != record.seed]
         return sum(right for right, _ in counts) / sum(total for _, total in counts) if counts else None
 
     def bin(self, record: Record) -> Bin | None:
-        """Return the bin of a record's task, if it is known."""
+        """Return the bin of a record's task; None if it is not known."""
         rate = self.pass_rate(record)
         return None if rate is None else difficulty_bin(rate)
 
     def within(self, one: Bin) -> Where:
-        """Return what holds for the records of a bin."""
+        """Return the condition that a record is in a bin."""
         return lambda record: self.bin(record) == one
 
 
 def strategy_map(rows: Sequence[Row]) -> dict[tuple[str, str, Bin, int], tuple[str, float, int]]:
     """Return the best method by (policy, verifier, bin of difficulty, n): its name, its accuracy, how many tasks.
 
-    Of equally good methods, best-of-N before others, then by name.
+    If methods are equally good, best-of-N comes first, then the order of names decides.
+
     """
     difficulty = Difficulty(rows)
     best: dict[tuple[str, str, Bin, int], tuple[str, float, int]] = {}

@@ -36,10 +36,10 @@ def run_experiments(
     tasks : sequence of Task, or TaskFile
         With different ids.
     experiments : sequence of Experiment
-        What the folder already holds is not run again.
+        Tasks with a result in the folder are not run again.
     folder : str or Path
-        For ``results.jsonl`` and ``manifest.json``; with a `part`, ``results-<part>.jsonl`` and so on, so that parts
-        can run side by side. What another part has done is not run again either.
+        Gets ``results.jsonl`` and ``manifest.json``. With a `part` these are ``results-<part>.jsonl`` and so on, so
+        that parts can run at the same time. Tasks with a result of another part are not run again either.
     data : str or Path
         Where the tasks come from, for the manifest.
     part : str
@@ -53,7 +53,7 @@ def run_experiments(
     emit : callable
         Prints a line about each experiment as it ends.
     **facts
-        For the manifest.
+        More entries for the manifest.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def failures(rows: Sequence[Row]) -> str:
 
 
 def check_success(rows: Sequence[Row]) -> None:
-    """Raise a SearchError if no search of an experiment succeeded: its table would look as if all had been wrong.
+    """Raise a SearchError if no search of an experiment succeeded: its table would show 0% as if all were wrong.
 
     Raises
     ------

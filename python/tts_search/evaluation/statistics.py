@@ -9,7 +9,7 @@ __all__ = ["holm", "interval", "sign_test", "wilson"]
 
 
 def wilson(successes: float, total: float, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion, at 95% unless another quantile is given.
+    """Return Wilson's score interval of a proportion, by default at 95%; `z` is the normal quantile.
 
     Unlike the normal approximation it stays within [0, 1] and holds for few trials and for proportions near 0 and 1
     (E. B. Wilson, JASA 22, 1927). Without any trial it is all of [0, 1].
@@ -28,18 +28,18 @@ def wilson(successes: float, total: float, z: float = 1.959964) -> tuple[float, 
 
 
 def interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
-    """Return the 95% interval of an accuracy over tasks that were tried several times: Wilson's.
+    """Return the 95% interval of an accuracy over tasks that were tried several times: Wilson's interval.
 
-    Trials of one task are alike, so they are worth fewer than they are: as many as give the variance that the means of
-    the tasks show (the design effect of a cluster sample; E. L. Korn and B. I. Graubard, Survey Methodology 24, 1998),
-    at least one for each task. With one trial of each task it is Wilson's interval as it stands.
+    Trials of one task are correlated, so they count as fewer independent trials. Their number is chosen to match the
+    variance of the tasks' means (the design effect of a cluster sample; E. L. Korn and B. I. Graubard, Survey
+    Methodology 24, 1998), and is at least one for each task. With one trial of each task it is plain Wilson's interval.
 
     Parameters
     ----------
     shares : sequence of float
-        Of each task, the share of its trials that were right.
+        For each task, the share of its trials that were right.
     trials : int
-        Of all tasks together.
+        The number of trials of all tasks together.
 
     Examples
     --------
@@ -53,20 +53,20 @@ def interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
     variance = math.fsum((share - mean) ** 2 for share in shares) / count
     effective = min(float(trials), mean * (1 - mean) * count / variance) if variance > 0 else float(trials)
     if mean in (0.0, 1.0):
-        effective = float(count)  # no variance to judge by
+        effective = float(count)  # the variance is not known
     return wilson(mean * effective, effective)
 
 
 def sign_test(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return how probable a difference at least as large is if two searches are equally good.
+    """Return the probability of a difference at least this large if two searches are equally good.
 
-    The two-sided sign test over the tasks that one of them solved more often (with one trial of each: McNemar's test,
-    exact).
+    This is the two-sided sign test over the tasks that one of the searches solved more often. (With one trial of each
+    task it is McNemar's exact test.)
 
     Parameters
     ----------
     first, second : sequence of float
-        Of each task, the share of its trials that were right.
+        For each task, the share of its trials that were right.
 
     Examples
     --------
@@ -80,10 +80,11 @@ def sign_test(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Return the p-values of tests that were made together, corrected for their number.
+    """Return the p-values of several tests, corrected for the number of tests.
 
-    Below 5% of all corrected values, whatever the truth, at most one in twenty such families of tests has a false
-    finding (S. Holm, Scandinavian Journal of Statistics 6, 1979).
+    If a finding is a corrected value below 5%, at most one in twenty such families of tests has a false finding,
+    whatever the truth (S. Holm, Scandinavian Journal of Statistics 6, 1979).
+
 
     Examples
     --------

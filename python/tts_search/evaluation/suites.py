@@ -19,24 +19,25 @@ from tts_search.search.tree import SearchTree
 
 __all__ = ["Suites", "questions", "write_suites"]
 
-_TOKENS: Final = 384  # of a text of tests
+_TOKENS: Final = 384  # of one text of tests
 _LABEL: Final = "written tests"
 
 
 @dataclass(frozen=True)
 class Suites:
-    """Tasks with the tests that a policy wrote, and what those cost.
+    """Tasks with the tests that a policy wrote, and the cost of these tests.
 
     Attributes
     ----------
     tasks : list of Task
-        Whose ``written_tests`` are known.
+        The tasks, with their ``written_tests``.
     texts : int
-        Texts of tests of each task.
+        Number of texts of tests for each task.
     tests, without, failed : int
-        Tests of all tasks, as often as they were drawn; tasks without any; tasks for which the policy failed.
+        Number of tests of all tasks, including repeated ones; of tasks without any test; of tasks for which the policy
+        failed.
     tokens, prompt_tokens : int
-        Sampled; read as prompts.
+        Number of tokens that were sampled, and that were read as prompts.
     """
 
     tasks: list[Task]
@@ -67,35 +68,36 @@ def write_suites(
     progress: bool = True,
     run: Runner | None = None,
 ) -> Suites:
-    """Let a policy write tests of tasks of programming; what a file holds already is not written again.
+    """Let a policy write tests of tasks of programming. Tests that a file already holds are not written again.
 
-    The texts are those of a best-of-N over a prompt that asks for assertions; of each, the first five different ones
-    about the task's function count. An evaluation's file is made of them, so it can be interrupted, shared by processes
-    and run on a cluster as one.
+    The texts are the completions of a best-of-N, whose prompt asks for assertions. From each text the first five
+    different assertions about the task's function are used. The file is that of an evaluation, so the run can be
+    interrupted, shared by processes, or run on a cluster.
 
     Parameters
     ----------
     tasks : sequence of Task, or TaskFile
-        Of programming, with different ids.
+        Tasks of programming, with different ids.
     policy : Policy or None
-        Writes; None if `run` has one elsewhere.
+        The policy that writes; None if `run` has one elsewhere.
     path : str or Path
         File of the texts (JSONL).
     texts : int
         Texts of each task.
     temperature, seed
-        Of the draws.
+        Of the sampling.
     names : tuple of str
-        What tells the policy from others.
+        Names that identify the policy.
     progress : bool
         Show a progress bar.
     run : callable or None
-        As of :func:`~tts_search.evaluation.evaluate.evaluate`.
+        Runs an experiment, as for :func:`~tts_search.evaluation.evaluate.evaluate`.
 
     Raises
     ------
     ValueError
-        If a task is none of programming, asks for a whole program, or has written tests already; as of `evaluate`.
+        If a task is not one of programming, asks for a whole program, or has written tests already; and as for
+        `evaluate`.
     OSError
         If the file cannot be written.
     """
@@ -117,12 +119,12 @@ _COSTS: Final = ("policy_tokens", "policy_prefill_tokens")
 
 
 def questions(tasks: Tasks) -> list[Task]:
-    """Return what a policy is asked for tests of tasks.
+    """Return the questions by which a policy is asked for tests of tasks.
 
     Raises
     ------
     ValueError
-        If a task is none of programming, asks for a whole program, or has written tests already.
+        If a task is not one of programming, asks for a whole program, or has written tests already.
     """
     return [Task(task.id, ask_for_tests(_code_task(task)), "") for task in tasks]
 

