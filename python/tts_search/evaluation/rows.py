@@ -178,8 +178,8 @@ def _average(values: Sequence[float]) -> float:
 def read_folder(folder: str | Path) -> list[Record]:
     """Read all ``results*.jsonl`` of a folder; return the latest record of each task and experiment.
 
-    A record without an error is preferred to a later one with an error. If tasks of different problems have the same id,
-    because the folder holds several data sets, a hash of the problem is added to the id.
+    A record without an error is preferred to a later one with an error. The folder may hold several data sets: if tasks
+    of different problems have the same id, a hash of the problem is added to it.
 
     Raises
     ------
