@@ -12,21 +12,22 @@ __all__ = ["ExecutionVerifier"]
 
 
 class ExecutionVerifier:
-    """Scores a step by the text up to it: the share of the public tests that the program in it passes.
+    """Scores a step by running the program in the text up to it: the share of the public tests that it passes.
 
-    A step up to which there is a program that defines what is asked for is a runnable prefix, and has a score of its
-    own. Up to any other step nothing is known, and the score is `pending`: between a program that fails every test (or
-    does not compile, or takes too long), 0, and one that passes some. Hidden tests are never run.
+    A step gets this score if the text up to it contains a program that defines the requested function. After any other
+    step nothing is known, and its score is `pending`. This value lies between 0 (the program fails every test, does not
+    compile or takes too long) and the score of a program that passes some tests. Hidden tests are never run.
 
-    Of a task with written tests (``CodeTask.written``) it runs those instead, each as often as it was drawn. The vote
-    ``prm_vote`` then is the dual execution agreement of CodeT (Chen et al., arXiv 2207.10397, section 2.2): programs
-    that pass the same tests are one answer (:meth:`~tts_search.domains.code.CodeGrader.equal`), and its score is the
-    number of programs times the number of tests that they pass.
+    If a task has written tests (``CodeTask.written``), these are run instead. A test that was drawn several times is
+    counted as often. The vote ``prm_vote`` is then the dual execution agreement of CodeT (Chen et al., arXiv
+    2207.10397, section 2.2): programs that pass the same tests are one answer
+    (:meth:`~tts_search.domains.code.CodeGrader.equal`). The score of this answer is the number of programs times the
+    number of tests that they pass.
 
     Parameters
     ----------
     tasks : iterable of CodeTask
-        Those that will be searched, known by their problem's text.
+        The tasks that will be searched. A problem's text identifies its task.
     judge : ProgramJudge or None
         Runs programs; by default in a sandbox of the full level.
     pending : float
@@ -35,7 +36,7 @@ class ExecutionVerifier:
     Raises
     ------
     ValueError
-        If two tasks have the same text and other tests.
+        If two tasks have the same text but different tests.
 
     Examples
     --------

@@ -46,17 +46,17 @@ _NOT_OF_TOKENS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    r"""How a generative verifier arrives at its verdict: it writes an analysis, and then says yes or no.
+    r"""How a generative verifier reaches its verdict: it writes an analysis, and then says yes or no.
 
-    Behind the steps stands ``question``; from there an analysis is sampled until one of ``stop`` (which is cut off),
-    the end of the text or ``max_tokens``; ``decision`` is put behind it, and the labels of the format's head are
-    compared at its last token. The score is the mean over ``samples`` analyses.
+    The text ``question`` follows the steps. From there an analysis is sampled until it reaches one of the texts
+    ``stop`` (which is cut off), the end of the text, or ``max_tokens``. Then ``decision`` follows, and the labels of
+    the format's head are compared at its last token. The score is the mean over ``samples`` analyses.
 
     Attributes
     ----------
     question : str
-        Text before the analysis. ``{number}`` is the number of the step, from 1. With ``{step}`` in it, the step that
-        is judged stands here and only the earlier ones among the steps.
+        Text before the analysis. ``{number}`` is the number of the step, from 1. With ``{step}``, the judged step
+        stands at this place, and only the earlier steps stand among the steps.
     decision : str
         Text between the analysis and the verdict.
     stop : tuple of str
@@ -66,9 +66,9 @@ class Judge:
     temperature, top_p, top_k
         As in :class:`~tts_search.StepParams`.
     max_tokens : int
-        Of an analysis.
+        The largest number of tokens of an analysis.
     no_steps : str
-        Stands where the steps do while there are none, with ``{step}`` in ``question``.
+        With ``{step}`` in ``question``: the text in place of the steps if there are no earlier ones.
 
     Raises
     ------
@@ -109,72 +109,74 @@ class VerifierFormat:
         * ``"label"``: the row for the one label in ``labels``; ``"vocab_mean"``: the mean of all rows.
         * ``"two_class"``: tensors ``weight`` [2, H] and ``bias`` [2]; ``"scalar"``: ``weight`` [1, H], ``bias`` [1].
         * ``"mlp"``: ``inner_weight`` [H1, H], ``inner_bias`` [H1], ReLU, ``weight`` [2, H1] and ``bias`` [2].
-        * ``"log_ratio"``: no head. The log-probability of the steps' tokens under this model less that under a
-          reference model, times ``beta``, summed from the first step on.
+        * ``"log_ratio"``: no head. The log-probability of the steps' tokens under this model minus that under a
+        reference model, times ``beta``, summed from the first step on.
     source : str
         Where the format is published.
     prompt : str
-        Text with ``{problem}`` and, where the solution goes, ``{steps}``.
+        Text with ``{problem}`` and, at the place of the solution, ``{steps}``.
     chat : tuple of (str, str)
-        Messages (role, content) to use instead of ``prompt``, through the tokenizer's chat template; the same two marks
-        in their contents. If the last one is not the assistant's, the template's generation prompt follows.
+        Messages (role, content) to use instead of ``prompt``, through the tokenizer's chat template. Their contents
+        have the same two marks. If the last message is not the assistant's, the template's generation prompt follows.
     reply : str
-        With a chat that ends in a user's message: each step is a message of the user, which the assistant answers by
-        this. The token before the answer is scored. (Boundary and separator follow from the template then.)
+        For a chat that ends in a user's message: each step is a message of the user, and this is the assistant's answer
+        to it. The token before the answer is scored. (The template then defines boundary and separator.)
     boundary, separator : str
         Text after each step, and between a boundary and the next step. Both stay in the context. With an empty boundary
         the last token of the step itself is scored.
     score_at : str
         ``"boundary"``: the last token of the boundary is scored. ``"closing"``: the last token of the text after
-        ``{steps}``, which is read for the score alone. ``"token"``: every token; nothing of the text is the format's.
-        For heads that classify tokens (:func:`each_token`).
+        ``{steps}``, which is read only for the score. ``"token"``: every token, for heads that classify tokens
+        (:func:`each_token`). The format then adds no text.
     strip : bool
-        Whether white space around a step is taken off (a step as generated holds its delimiter).
+        Whether white space around a step is removed (a generated step includes its delimiter).
     replace : tuple of (str, str)
-        Texts that are replaced in steps, again and again until there are none.
+        Texts that are replaced in steps, repeatedly until none is left.
     numbered : str
-        Stands before each step; ``{number}`` counts from 1. A step that begins with such a text and goes on loses
-        it.
+        Text before each step; ``{number}`` counts from 1. If a step already begins with such a text, it is removed from
+        the step, unless the step is nothing else.
     encoding : str
-        What the tokenizer gets as one text. ``"text"``: all. ``"steps"``: the prompt, each step and each boundary.
-        ``"pieces"``: those, and in the prompt what is before the problem, the problem, and what is after it.
+        Which pieces of text the tokenizer encodes. ``"text"``: the whole text at once. ``"steps"``: the prompt, each
+        step and each boundary. ``"pieces"``: as ``"steps"``, with the prompt in three pieces: before the problem, the
+        problem, and after it.
     bos : bool or None
-        Whether the beginning-of-text token of the tokenizer, if it has one, stands before ``prompt``; None: if the
-        tokenizer puts one before texts. (A chat template says it itself.)
+        Whether the tokenizer's beginning-of-text token, if it has one, stands before ``prompt``. None: as the tokenizer
+        does for texts. (A chat template decides this itself.)
     tokens : tuple of str
-        Special tokens that the tokenizer is given if it lacks them, as was done in training.
+        Special tokens that are added to the tokenizer if it lacks them, as was done in training.
     labels : tuple of str or int
         Good and bad label of a label pair (the label of a ``"label"``): ids, or texts of one token each.
     weight, bias, inner_weight, inner_bias : str
         Names of a head's tensors in the checkpoint; a bias of None: there is none.
     head_file : str or None
-        File of the checkpoint with these tensors (.safetensors, or .pt, of which only tensors are read); by default its
-        weights.
+        File of the checkpoint with these tensors (.safetensors, or .pt, from which only tensors are read); by default
+        the file of the weights.
     good : int
-        The class that is good, of two.
+        Which of the two classes is the good one.
     activation : str
-        What ends a ``"scalar"``, ``"label"`` or ``"vocab_mean"``: ``"sigmoid"`` or ``"identity"``.
+        The function at the end of a ``"scalar"``, ``"label"`` or ``"vocab_mean"`` head: ``"sigmoid"`` or
+        ``"identity"``.
     beta : float
         Factor of a ``"log_ratio"``.
     reference : str or None
-        Hub id of a ``"log_ratio"``'s reference model, unless ``HFVerifier(reference=...)`` says another.
+        Hub id of a ``"log_ratio"``'s reference model, unless ``HFVerifier(reference=...)`` names another.
     judge : Judge or None
         For generative verifiers, whose head is a label pair.
     generation_prompt : bool
-        With False, a user's message at the end of a chat is left open: neither its end nor a generation prompt follows.
+        False: a user's message at the end of a chat is left open, without its end and without a generation prompt.
     outcome : bool
-        The text behind the steps is read once, behind the last one, and what it says is the score of every step that
-        had none: a verdict on a completion, not on its steps.
+        The text after the steps is read once, after the last step, and gives the score of every step without one. It is
+        a verdict on the completion, not on its steps.
     ids : tuple of str
-        Recognition: parts of the names of checkpoints, in lower case, each beginning at the start of a word.
+        For recognition: parts of checkpoints' names, in lower case, each beginning at the start of a word.
     architectures, tensors : tuple of str
-        Recognition of a checkpoint that no format knows by name: how its architecture's name ends (one of these), and
-        names of tensors that it has (all of these).
+        For recognition of a checkpoint whose name no format knows: endings of its architecture's name (one must match),
+        and names of its tensors (all must be there).
 
     Raises
     ------
     ValueError
-        For an option that is not among those above, or marks that are missing.
+        If an option is not one of those above, or marks are missing.
 
     Examples
     --------
@@ -237,7 +239,7 @@ class VerifierFormat:
                 )
 
     def _check_places(self) -> None:
-        """Whether there is a place to score at, and only one."""
+        """Whether there is exactly one place at which to score."""
         if self.reply and (not self.chat or self.chat[-1][0] == "assistant" or self.boundary or self.separator):
             raise ValueError(
                 f"format {self.name!r}, reply: expected a chat that ends in a user's message, "
@@ -263,7 +265,7 @@ class VerifierFormat:
         Raises
         ------
         ValueError
-            For a key that is no attribute, or a missing head.
+            If a key is no attribute, or the head is missing.
         """
         known = {each.name for each in fields(cls)}
         if unknown := sorted(set(entry) - known):
@@ -284,11 +286,11 @@ class VerifierFormat:
         return cls(**options)
 
     def is_named(self, path_or_id: str) -> bool:
-        """Whether a checkpoint's path or id says that it wants this format."""
+        """Whether a checkpoint's path or id shows that it needs this format."""
         return any(re.search(rf"(?<![a-z0-9]){re.escape(part)}", path_or_id.lower()) for part in self.ids)
 
     def fits(self, config: Any, tensors: Collection[str]) -> bool:
-        """Whether a checkpoint's architecture and tensors say that it wants this format."""
+        """Whether a checkpoint's architecture and tensors show that it needs this format."""
         if not self.architectures:
             return False
         names = getattr(config, "architectures", None) or ()
@@ -305,12 +307,12 @@ def register_format(entry: VerifierFormat) -> VerifierFormat:
 
 
 def each_token(entry: VerifierFormat) -> VerifierFormat:
-    """Return what scores every token of a text by the head of a format.
+    """Return the format that scores every token of a text by the head of a format.
 
     Raises
     ------
     ValueError
-        If its head does not classify tokens; the message says what it does.
+        If its head does not classify tokens; the message says what the head does.
     """
     return replace(entry, score_at="token")
 
@@ -321,15 +323,16 @@ def format_of(
     path_or_id: str = "",
     tensors: Collection[str] = (),
 ) -> VerifierFormat:
-    """The format that was asked for; with ``"auto"``, the one that a checkpoint carries or gives away.
+    """The format with the given name. With ``"auto"``, the format that a checkpoint names or shows.
 
-    A checkpoint gives it away by its name, or else by its architecture and the names of its ``tensors``.
+    A checkpoint shows its format by its name, or else by its architecture and the names of its ``tensors``.
+
     Formats that were registered later come first.
 
     Raises
     ------
     ValueError
-        For an unknown name, or if nothing gives the format away.
+        For an unknown name, or if the checkpoint does not show its format.
     """
     if choice == "auto":
         return _recognised(config, path_or_id, tensors)
@@ -361,7 +364,7 @@ def _recognised(config: Any, path_or_id: str, tensors: Collection[str]) -> Verif
 
 
 def _checkpoint_name(path_or_id: str) -> str:
-    """A hub id, or of a folder: its own name, or that of the repository whose snapshot it is in the hub's cache."""
+    """A hub id, or the name of a folder. For a snapshot in the hub's cache: the name of its repository."""
     parts = [part for part in path_or_id.replace("\\", "/").split("/") if part]
     cached = [part for part in parts if part.startswith("models--")]
     if cached:

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 __all__ = ["lm_head", "load_head"]
 
-# Options of a configuration that do something to what comes out of the LM head.
+# Options of a configuration that change the output of the LM head.
 _LOGIT_OPTIONS: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _LM_HEAD: Final = "lm_head.weight"
 _TIED: Final = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
 
 
 def load_head(entry: VerifierFormat, checkpoint: Checkpoint, config: Any, tokenizer: Any) -> tk.ScoreHead:
-    """The head that a format reads with; of an LM head only the rows of its labels.
+    """The head of a format. From an LM head, only the rows of the labels are loaded.
 
     Raises
     ------
     ValueError
-        If a label is not one token, the logits are not those of a plain LM head, or a tensor is missing or of another
-        shape; naming it.
+        If a label is not one token, the logits are not those of a plain LM head, or a tensor is missing or has another
+        shape. The message names it.
     """
     if entry.head in ("label_pair", "label", "vocab_mean"):
         return _label_head(entry, checkpoint, config, tokenizer)
@@ -108,7 +108,7 @@ class _Tensors:
             )
 
     def get(self, name: str | None, *shape: int | str) -> Any:
-        """The tensor of this name, None for the name None. H in the shape is the hidden size, another name any size."""
+        """The tensor of this name; None for the name None. In a shape, H is the hidden size, other names any size."""
         if name is None:
             return None
         tensor = self.checkpoint.tensor(name) if self.state is None else self.state[name]

@@ -36,23 +36,24 @@ if TYPE_CHECKING:
 
 __all__ = ["HFVerifier"]
 
-_CONTINUED: Final = {"last", "min", "max"}  # aggregates of floats that can be continued to the bit
+_CONTINUED: Final = {"last", "min", "max"}  # aggregates that can be continued from a float without rounding
 
 
 class HFVerifier:
     """Scores steps with a discriminative process reward model, or any language model that is asked about them.
 
-    Candidates share a :class:`tts_kernels.KVForest` of their own, forked by the same parents as the policy's: a
-    candidate costs the tokens of its new step and its boundary, whatever came before. Hidden states are read where a
-    step is scored and nowhere else, and no logits are made: the head is a :class:`tts_kernels.ScoreHead`.
+    Candidates share a :class:`tts_kernels.KVForest`, which belongs to the verifier and has the same branches as the
+    policy's. A candidate costs only the tokens of its new step and its boundary, regardless of the length before it.
+    Hidden states are computed only where a step is scored, and there are no logits: the head is a
+    :class:`tts_kernels.ScoreHead`.
 
-    The score of a step is that of the text up to its boundary. Where a tokenizer does not cut the text at a boundary,
-    the tokens that change when text follows are taken back and read again, so the result is that of encoding the whole
-    text. Special tokens and boundaries that stand as text in a problem or a step are broken up by a space: a solution
-    cannot write the boundary that it is scored at.
+    The score of a step is that of the text up to its boundary. If following text changes how the tokenizer encodes the
+    text before a boundary, the changed tokens are removed and read again, so the result is that of encoding the whole
+    text. If a problem or a step contains the text of special tokens or boundaries, a space breaks this text up. So a
+    solution cannot write the boundary at which it is scored.
 
-    Weights are read from safetensors (a head's own file may be a ``.pt`` of nothing but tensors), and no code that
-    comes with a checkpoint is run.
+    Weights are read from safetensors. (A head may have a ``.pt`` file that contains only tensors.) No code that comes
+    with a checkpoint is run.
 
     Parameters
     ----------
@@ -61,8 +62,8 @@ class HFVerifier:
         Llama family.
     format : str or VerifierFormat or dict
         A name in ``FORMATS``, a :class:`~tts_search.verifiers.VerifierFormat`, or such an entry as a dict. By default
-        what the checkpoint says: its config's ``"tts_verifier"``, or a format that knows its name, or its architecture
-        and the tensors of its head.
+        it is found from the checkpoint: its config's ``"tts_verifier"``, or a format that knows its name, or its
+        architecture and the tensors of its head.
     head : ScoreHead or None
         Use this head instead of the format's.
     dtype, device, kv_memory, kv_dtype, decoder, self_test, quantize
@@ -70,18 +71,18 @@ class HFVerifier:
     reference : str or None
         Folder or hub id of the reference model of a ``log_ratio`` format; by default the one that the format names.
     batch_tokens : int
-        The most tokens of one forward.
+        The largest number of tokens in one forward.
     every_token : bool
-        Score the tokens of texts instead of steps, by the format's head, as a server without a step format does
-        (``tts-search serve --pooling tokens``). Such a verifier is none for a search.
+        Score each token of a text, not steps, by the format's head, as a server without a step format does
+        (``tts-search serve --pooling tokens``). Such a verifier cannot be used in a search.
 
     Raises
     ------
     MissingExtraError
         Without transformers.
     ValueError
-        If nothing says the format, a label is not one token, a tensor of the head is not in the checkpoint, or the
-        model cannot be followed over a forest; if tokens are to be scored by a head that does not classify them.
+        If no format is found, a label is not one token, a tensor of the head is missing, or the model cannot run over a
+        forest; if tokens are to be scored by a head that does not classify them.
 
     Examples
     --------
@@ -142,14 +143,15 @@ class HFVerifier:
         self._writer = Writer(self._reader, entry, self.decoder.shape.max_length)
         self._problems: dict[int, KnownTexts] = {}
         self._asked: dict[_Asked, None] = {}
-        self._owners: dict[Stream, list[ScoreJob]] = {}  # who waits for a stream
+        self._owners: dict[Stream, list[ScoreJob]] = {}  # the jobs that wait for a stream
         self._memory: ScoreMemory | None = None
 
     @property
     def prefix_cache(self) -> bool:
-        """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again.
+        """Whether released KV is kept until its room is needed, for other texts that begin with the same tokens.
 
-        Scores are remembered with it, so that a text that extends one that was read costs its new steps.
+        Scores are kept, too. A text that extends one that was read costs only its new steps.
+
         """
         return self._pool.prefix_cache
 
@@ -157,7 +159,7 @@ class HFVerifier:
     def prefix_cache(self, wanted: bool) -> None:
         self._pool.prefix_cache = wanted
         if not self._pool.prefix_cache or not isinstance(self._scorer, HeadScorer):
-            self._memory = None  # a ratio is a sum over all tokens: there is no score of a text without its states
+            self._memory = None  # a ratio is a sum over all tokens, so its score needs the states of the whole text
         elif self._memory is None:
             self._memory = ScoreMemory()
 
@@ -171,14 +173,14 @@ class HFVerifier:
         return self._lane.pool
 
     def parsed(self, text: str | Sequence[int]) -> tuple[str, tuple[str, ...]]:
-        """The problem and the steps of a whole text, or of its tokens, that is written in the verifier's format.
+        """The problem and the steps of a whole text, or of its tokens, in the verifier's format.
 
-        A text is encoded with the special tokens that the tokenizer puts in front.
+        A text is encoded with the special tokens that the tokenizer adds before it.
 
         Raises
         ------
         ValueError
-            If it is not, or the format has no mark behind each step.
+            If the text is not in the format, or the format has no mark after each step.
         """
         tokens = self.tokenizer(text)["input_ids"] if isinstance(text, str) else text
         return self._reader.parsed(tokens)
@@ -207,13 +209,13 @@ class HFVerifier:
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
         """Score candidates as `score` does, and find the best of each group in the same call of the head.
 
-        A head's scores with an aggregate that can be continued to the bit ("last", "min", "max") are pruned by
-        :func:`tts_kernels.score_and_prune`; with others, the survivors are left to whoever asks.
+        Scores with an aggregate that can be continued without rounding ("last", "min", "max") are pruned by
+        :func:`tts_kernels.score_and_prune`. With other aggregates the caller finds the survivors.
         """
         return answers_of(self, requests)
 
     def submit(self, requests: Sequence[Score | ScoreAndPrune]) -> None:
-        """Take requests in: what they ask for is read from the next forward on."""
+        """Take requests in. Their texts are read from the next forward on."""
         for request in requests:
             candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
             jobs = {
@@ -230,7 +232,7 @@ class HFVerifier:
                     self._proceed(job)
 
     def step(self) -> list[tuple[Score | ScoreAndPrune, Any]]:
-        """Run one forward; the requests that are answered now, as `score` and `score_and_prune` answer them."""
+        """Run one forward. Return the requests with their answers, as from `score` and `score_and_prune`."""
         for stream in self._scorer.step():
             for job in self._owners.pop(stream):
                 job.waiting.discard(stream)
@@ -245,7 +247,7 @@ class HFVerifier:
         return self._answered(ripe)
 
     def cancel(self, problem: int) -> None:
-        """Forget the requests of a problem that are not answered yet."""
+        """Forget the unanswered requests of a problem."""
         for asked in [asked for asked in self._asked if asked.request.problem == problem]:
             for job in asked.jobs.values():
                 self._stop(job)
@@ -253,7 +255,7 @@ class HFVerifier:
             del self._asked[asked]
 
     def _proceed(self, job: ScoreJob) -> None:
-        """Let a job go on to the next stage that it has to wait for."""
+        """Let a job continue until a stage for which it has to wait."""
         assert job.stages is not None
         for streams in job.stages:
             job.waiting = set(streams)
@@ -263,7 +265,7 @@ class HFVerifier:
                 return
 
     def _stop(self, job: ScoreJob) -> None:
-        """Read nothing more for a job."""
+        """Stop reading for a job."""
         gone = []
         for stream in job.waiting:
             self._owners[stream].remove(job)
@@ -299,7 +301,7 @@ class HFVerifier:
     def _prune(scorer: HeadScorer, rounds: Sequence[_Asked]) -> list[list[list[int]]]:
         """Score what was read for rounds; the survivors of each one's groups, as indices of its candidates."""
         contest = Contest(rounds[0].round.how)
-        numbers: list[int] = []  # of each candidate in the contest, its index in its request
+        numbers: list[int] = []  # for each candidate in the contest: its index in its request
         for asked in rounds:
             request = asked.round
             rest = set(range(len(request.candidates))).difference(*request.groups)
@@ -321,11 +323,11 @@ class HFVerifier:
         return [[[numbers[entry] for entry in group] for group in own] for own in groups]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget branches; children keep what they share with them."""
+        """Forget branches. Their children keep the KV that they share with them."""
         self._release([text.branch for text in self._problems[problem].drop(branches)])
 
     def end(self, problem: int) -> Usage:
-        """Forget what is left of a problem; what it cost."""
+        """Forget what is left of a problem, and return its cost."""
         self.cancel(problem)
         root = self._problems.pop(problem).root.branch
         self._pool.close(root.meter)
@@ -338,7 +340,7 @@ class HFVerifier:
     def _log_ratio(
         self, checkpoint: Checkpoint, config: Any, reference: str | None, batch_tokens: int, options: dict[str, Any]
     ) -> LogRatioScorer:
-        """The scorer of two models, each with its LM head's whole weight."""
+        """The scorer of two models, each with the whole weight of its LM head."""
         from tts_search.models import transformers as adapter
         from tts_search.models.formats.opening import open_checkpoint
 
@@ -353,7 +355,7 @@ class HFVerifier:
         return LogRatioScorer(Likelihood(self._lane, lm_head(entry, checkpoint, config)), other, entry.beta)
 
     def _recall(self, job: ScoreJob, memory: ScoreMemory) -> None:
-        """Fill in the scores of a job's first steps that were given before, so that nothing is read for their sake."""
+        """Fill in the known scores of a job's first steps, so that nothing is read only for them."""
         if job.error is not None:
             return
         job.keys = keys_of(job.places)
@@ -371,7 +373,7 @@ class HFVerifier:
                 branch.marks.remove(position)
 
     def _finish(self, job: ScoreJob) -> list[float] | Exception:
-        """The answer to a request. Of what it added to the tree, the branch that it names stays."""
+        """The answer to a request. Of the branches that it added to the tree, only the one that it names stays."""
         if job.error is not None:
             self._release([*job.questions, *job.chain])
             return job.error
@@ -388,13 +390,13 @@ class HFVerifier:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A request on its way, and the jobs of its candidates by their numbers."""
+    """A request in progress, and the jobs of its candidates by their numbers."""
 
     request: Score | ScoreAndPrune
     jobs: dict[int, ScoreJob]
 
     @property
     def round(self) -> ScoreAndPrune:
-        """The request, which is one of a round."""
+        """The request, which must be one of a round."""
         assert isinstance(self.request, ScoreAndPrune)
         return self.request

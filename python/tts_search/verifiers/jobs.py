@@ -23,26 +23,26 @@ __all__ = ["Contest", "HeadScorer", "Job", "branch_at"]
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Steps that are to be scored, or why they cannot be.
+    """Steps to score, or the reason why they cannot be scored.
 
     Attributes
     ----------
     chain : list of TokenBranch
-        The branches that hold the new steps, each one's parent before it.
+        The branches that hold the new steps. Each is the parent of the next.
     questions : list of TokenBranch
-        Branches behind the steps whose last token is scored, if the steps' own is not.
+        Branches after the steps. Their last token is scored, if it is not a token of the step itself.
     places : list of (TokenBranch, int)
-        Where each new step is scored: a branch and a position in its path.
+        The place where each new step is scored: a branch and a position in its path.
     tails : dict
-        Of each question, the end of its text and the number of the step that is judged.
+        For each question: the end of its text, and the number of the judged step.
     reads : list of ReadStream
-        What was read for it.
+        The reads for this job.
     found : dict
-        What came out, by place.
+        The scores, by place.
     settled : set of TokenBranch
-        Those of which nothing is wanted: their scores are known from earlier.
+        Branches whose scores are known from earlier, so that they need no output.
     error : Exception or None
-        Set by whoever finds that it cannot be answered.
+        The reason why the job cannot be answered.
     """
 
     chain: list[TokenBranch] = field(default_factory=list)
@@ -61,23 +61,23 @@ class Job:
 
 
 Stages = Generator[list[Stream], None, None]
-"""What a job waits for, one stage after another: streams that have been submitted."""
+"""The stages of a job: streams that have been submitted, which the job waits for together."""
 
 
 @dataclass(slots=True)
 class Contest:
-    """Who compete with whom, candidate by candidate, group after group.
+    """The groups of competing candidates, candidate by candidate, group after group.
 
     Attributes
     ----------
     how : str
-        The aggregate that counts: one that continues to the bit, ``"last"``, ``"min"`` or ``"max"``.
+        The aggregate that decides: one that continues without rounding, ``"last"``, ``"min"`` or ``"max"``.
     places : list of list of (TokenBranch, int)
-        Where the new steps of each candidate are scored.
+        The places where the new steps of each candidate are scored.
     prior : list of float
-        The aggregate of each candidate's earlier steps; -inf: it has none.
+        The aggregate of each candidate's earlier steps; -inf if it has none.
     sizes, keep : list of int
-        Of each group: how many candidates it has, and how many survive.
+        For each group: how many candidates it has, and how many survive.
     """
 
     how: str
@@ -88,7 +88,7 @@ class Contest:
 
 
 class HeadScorer:
-    """Scores places by a head over their hidden states: no logits, and the head at those places alone."""
+    """Scores places by a head over their hidden states. There are no logits, and the head runs only at these places."""
 
     def __init__(self, lane: Lane, head: tk.ScoreHead) -> None:
         self.lane = lane
@@ -96,17 +96,17 @@ class HeadScorer:
         self.reading = ReadStreams(lane)
 
     def begin(self, _root: TokenBranch) -> None:
-        """A problem begins."""
+        """Called when a problem begins."""
 
     def release(self, _branches: Iterable[TokenBranch]) -> None:
-        """Nobody asks for these branches any more."""
+        """Called when branches are no longer needed."""
 
     def end(self, _root: TokenBranch) -> Usage:
-        """A problem is over; what it cost besides what was read through the verifier's own branches."""
+        """Called at the end of a problem. Return its cost, without that of the verifier's own branches."""
         return Usage()
 
     def stages(self, job: Job) -> Stages:
-        """Submit what a job needs, stage by stage. It is over when this is, or when it has an error."""
+        """Submit what a job needs, stage by stage. The job is complete at the end, or when it has an error."""
         try:
             job.reads = [self.reading.submit(branch) for branch in job.asked]
             yield list(job.reads)
@@ -114,17 +114,17 @@ class HeadScorer:
             self.lane.pool.release(job.questions)
 
     def step(self) -> Sequence[Stream]:
-        """Get on with all that was submitted; the streams that are over."""
+        """Advance the submitted streams; return those that ended."""
         return self.reading.step()
 
     def cancel(self, gone: Collection[Stream]) -> None:
-        """Streams are not wanted any more."""
+        """Drop streams that are no longer needed."""
         self.reading.cancel([stream for stream in gone if isinstance(stream, ReadStream)])
 
     def score(self, jobs: Iterable[Job]) -> None:
-        """Fill in what jobs whose stages are over are to find.
+        """Fill in the scores of jobs whose stages are complete.
 
-        A hidden state that is not finite is an error of its job: no score can be trusted then.
+        If a hidden state is not finite, its job gets an error: no score can be trusted then.
         """
         owners, places, hidden = _collected(jobs)
         if places:
@@ -132,15 +132,15 @@ class HeadScorer:
             _note(owners, places, *read_scores(values, torch.isfinite(hidden).all(dim=-1)))
 
     def score_and_prune(self, jobs: Iterable[Job], contest: Contest) -> list[list[int]]:
-        """Do what `score` does, and find the best of each group: one op over all that was read.
+        """Do what `score` does, and find the best of each group: one op over everything that was read.
 
         Returns
         -------
         list of list of int
-            Of each group its survivors, best first, by their numbers among all candidates.
+            The survivors of each group, best first, by their numbers among all candidates.
         """
         owners, places, hidden = _collected(jobs)
-        if not places:  # nothing could be read
+        if not places:  # no text could be read
             return [[] for _ in contest.keep]
         row_of = {place: row for row, place in enumerate(places)}
         rows = [[row_of[place] for place in asked if place in row_of] for asked in contest.places]
@@ -168,7 +168,7 @@ class HeadScorer:
 
 
 def _collected(jobs: Iterable[Job]) -> tuple[list[Job], list[Place], Tensor]:
-    """What was read for jobs: row by row the job, the place, and its hidden state [rows, H]."""
+    """The outputs for jobs. For each row: the job, the place, and the hidden state [rows, H]."""
     reads = [(job, read) for job in jobs if job.error is None for read in job.reads]
     owners = [job for job, read in reads for _ in read.places]
     places = [place for _, read in reads for place in read.places]
@@ -184,7 +184,7 @@ def _note(owners: Sequence[Job], places: Sequence[Place], values: Sequence[float
 
 
 def branch_at(parent: TokenBranch, start: int, tokens: list[int]) -> TokenBranch:
-    """A branch of the first ``start`` tokens of the parent's path and ``tokens``."""
+    """A branch with the first ``start`` tokens of the parent's path, and then ``tokens``."""
     while start < parent.start and parent.parent is not None:
         parent = parent.parent
     return TokenBranch(parent.meter, parent, start, tokens)

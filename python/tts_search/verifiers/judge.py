@@ -25,8 +25,8 @@ from tts_search.verifiers.reader import Reader, Tail
 
 __all__ = ["JudgeScorer"]
 
-_CONTEXT: Final = 8  # tokens before an analysis that are decoded with it
-_ROOM: Final = 8  # tokens of context for what a tokenizer does at the seams
+_CONTEXT: Final = 8  # tokens before an analysis, decoded with it for context
+_ROOM: Final = 8  # tokens of context, for how a tokenizer may join texts
 
 
 class JudgeScorer(HeadScorer):
@@ -38,9 +38,9 @@ class JudgeScorer(HeadScorer):
         The model, with its LM head.
     head : ScoreHead
         A label pair.
-    reader : Reader
+    Encodes in the format of the head.
         Of the format.
-    judge : Judge
+    How the model is asked.
         How it goes.
     eos : frozenset of int
         Tokens that end an analysis.
@@ -80,16 +80,16 @@ class JudgeScorer(HeadScorer):
             self.lane.pool.release(used)
 
     def step(self) -> Sequence[Stream]:
-        """Get on with all that was submitted; the streams that are over."""
+        """Advance the submitted streams; return those that ended."""
         return [*self.generation.step(), *self.reading.step()]
 
     def cancel(self, gone: Collection[Stream]) -> None:
-        """Streams are not wanted any more."""
+        """Drop streams that are no longer needed."""
         super().cancel(gone)
         self.generation.cancel(gone)
 
     def score(self, jobs: Iterable[Job]) -> None:
-        """Fill in what jobs whose stages are over are to find: the mean of the verdicts on each question."""
+        """Fill in the scores of jobs whose stages are complete: the mean of the verdicts on each question."""
         jobs = list(jobs)
         super().score(jobs)
         for job in jobs:
@@ -139,7 +139,7 @@ class JudgeScorer(HeadScorer):
 
 @dataclass(slots=True, eq=False)
 class _Analysis(SampledStream):
-    """An analysis on its way, forked from a question whose text ends in ``tail``."""
+    """An analysis in progress, forked from a question whose text ends in ``tail``."""
 
     scorer: JudgeScorer = field(repr=False)
     tail: Tail
@@ -157,6 +157,6 @@ class _Analysis(SampledStream):
 
 
 def _seed(path: Sequence[int], sample: int) -> int:
-    """The stream of a sample's draws: it depends on the text that is judged, and on nothing else."""
+    """The random stream of a sample. It depends only on the judged text and the sample's number."""
     digest = blake2b(",".join(map(str, (*path, sample))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -27,16 +27,16 @@ __all__ = ["Labels", "LocalLabels", "Question", "common_prefix", "distinct_label
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a format's text is filled in with.
+    """The texts that fill in a format.
 
     Attributes
     ----------
     problem : int
-        Whose cost it is.
+        The problem that the cost is counted for.
     text : str
-        The problem.
+        The problem's text.
     solution : str
-        What stands in the place of its steps.
+        The text at the place of the steps.
     """
 
     problem: int
@@ -45,12 +45,12 @@ class Question:
 
 
 class Labels(Protocol):
-    """A model that is asked.
+    """A model that answers questions by the probabilities of labels.
 
     Attributes
     ----------
     max_length : int
-        Tokens of its context.
+        The number of tokens in its context.
     """
 
     max_length: int
@@ -59,19 +59,19 @@ class Labels(Protocol):
         """Announce a problem."""
 
     def end(self, problem: int) -> Usage:
-        """Forget a problem; what it cost."""
+        """Forget a problem, and return its cost."""
 
     def lengths(self, entry: VerifierFormat, questions: Sequence[Question]) -> list[int]:
-        """Return how many tokens questions in a format are."""
+        """Return the number of tokens of each question in a format."""
 
     def ask(
         self, entry: VerifierFormat, labels: tuple[str, ...], questions: Sequence[Question]
     ) -> list[list[float] | Exception]:
-        """Return of each question the probabilities of the labels as its next token, among these; or why not."""
+        """Return for each question the probability of each label among the labels as the next token, or an error."""
 
 
 class LocalLabels:
-    """A model of this process. Of its LM head the rows of labels are all that is read.
+    """A model in this process. From its LM head only the rows of labels are read.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class LocalLabels:
     MissingExtraError
         Without transformers.
     ValueError
-        If the model cannot be followed.
+        If the model cannot run over a forest.
     """
 
     def __init__(
@@ -126,26 +126,26 @@ class LocalLabels:
         self._meters[problem] = Meter()
 
     def end(self, problem: int) -> Usage:
-        """Forget a problem; what it cost."""
+        """Forget a problem, and return its cost."""
         meter = self._meters.pop(problem)
         self._lane.pool.close(meter)
         return meter.usage(self._lane.pool.pool)
 
     def lengths(self, entry: VerifierFormat, questions: Sequence[Question]) -> list[int]:
-        """Return how many tokens questions in a format are."""
+        """Return the number of tokens of each question in a format."""
         return [len(self._tokens(entry, question)) for question in questions]
 
     def ask(
         self, entry: VerifierFormat, labels: tuple[str, ...], questions: Sequence[Question]
     ) -> list[list[float] | Exception]:
-        """Return of each question the probabilities of the labels as its next token, among these; or why not.
+        """Return for each question the probability of each label among the labels as the next token, or an error.
 
-        What the questions of a problem begin with is read once. O(tokens) forwarded, O(labels H) for each question.
+        The common beginning of a problem's questions is read once. O(tokens) forwarded, O(labels H) for each question.
 
         Raises
         ------
         ValueError
-            If a label is not one token of its own.
+            If a label is not a single token, different from the others.
         """
         rows = self._label_rows(entry, labels)
         of_problem: dict[int, list[int]] = {}
@@ -197,7 +197,7 @@ class LocalLabels:
 
 
 def common_prefix(texts: Sequence[list[int]]) -> int:
-    """Return how many tokens all begin with, at least one of each left over.
+    """Return how many leading tokens all texts share, if each keeps at least one more token.
 
     Raises
     ------
@@ -205,7 +205,7 @@ def common_prefix(texts: Sequence[list[int]]) -> int:
         If there is no text.
     """
     end = min(map(len, texts)) - 1
-    first, last = min(texts), max(texts)  # what these share, all that stand between them do
+    first, last = min(texts), max(texts)  # every text lies between these two, so it shares their prefix
     return next((place for place in range(end) if first[place] != last[place]), max(end, 0))
 
 

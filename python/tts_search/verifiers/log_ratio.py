@@ -26,14 +26,14 @@ from tts_search.verifiers.jobs import Job, Stages
 
 __all__ = ["Likelihood", "LogRatioScorer"]
 
-# Hidden states that a branch keeps: its last ones, which predict the first tokens of what is built on it. More than
-# the tokens that a tokenizer takes back when text follows; what is further up is read once more.
+# A branch keeps its last hidden states, which predict the first tokens of its children. This number is larger than that
+# of the tokens that a tokenizer changes when text follows. Earlier states are computed again if needed.
 _KEPT = 16
 
 
 @dataclass(slots=True)
 class _Tree:
-    """What is known of one problem: the log-ratio up to each own token of a branch, and the reference's branches."""
+    """The data of one problem: the log-ratio up to each own token of a branch, and the reference's branches."""
 
     sums: dict[TokenBranch, list[float]] = field(default_factory=dict)
     twins: dict[TokenBranch, TokenBranch] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class LogRatioScorer:
     Parameters
     ----------
     model, reference : Likelihood
-        Of the verifier, and of its reference.
+        Log-probabilities under the verifier, and under its reference.
     beta : float
         Factor of the log-ratio.
     """
@@ -56,27 +56,27 @@ class LogRatioScorer:
         self._trees: dict[TokenBranch, _Tree] = {}  # by root
 
     def begin(self, root: TokenBranch) -> None:
-        """A problem begins; the reference reads it, too."""
+        """Called when a problem begins. The reference reads it, too."""
         self._trees[root] = _Tree(twins={root: TokenBranch(Meter(), None, 0, root.tokens, root.given)})
 
     def stages(self, job: Job) -> Stages:
-        """Both models read what the first tokens of a job's branches are predicted from, then the branches."""
+        """Both models read the tokens that predict the first tokens of a job's branches, then the branches."""
         branches = job.asked
         sides = list(zip(self.models, (branches, [self._twin(branch) for branch in branches]), strict=True))
         yield list(dict.fromkeys(read for model, own in sides for read in model.read_before(own)))
         yield [read for model, own in sides for read in model.read(own)]
 
     def step(self) -> Sequence[Stream]:
-        """Get on with all that was submitted; the streams that are over."""
+        """Advance the submitted streams; return those that ended."""
         return [read for model in self.models for read in model.step()]
 
     def cancel(self, gone: Collection[Stream]) -> None:
-        """Streams are not wanted any more."""
+        """Drop streams that are no longer needed."""
         for model in self.models:
             model.cancel([stream for stream in gone if isinstance(stream, ReadStream)])
 
     def score(self, jobs: Iterable[Job]) -> None:
-        """Fill in what jobs whose stages are over are to find."""
+        """Fill in the scores of jobs whose stages are complete."""
         owners = {branch: job for job in jobs if job.error is None for branch in job.asked}
         if not owners:
             return
@@ -88,12 +88,12 @@ class LogRatioScorer:
             self._sum(branch, job, mine[branch], theirs[branch])
 
     def release(self, branches: Iterable[TokenBranch]) -> None:
-        """Nobody asks for these branches any more."""
+        """Drop branches that are no longer needed."""
         twins = [self._trees[_root(branch)].twins.get(branch) for branch in branches]
         self.models[1].lane.pool.release([twin for twin in twins if twin is not None])
 
     def end(self, root: TokenBranch) -> Usage:
-        """A problem is over; what the reference cost."""
+        """End a problem, and return the cost of the reference."""
         tree = self._trees.pop(root)
         reference = self.models[1].lane
         meter = tree.twins[root].meter
@@ -117,7 +117,7 @@ class LogRatioScorer:
             job.error = FloatingPointError("the verifier gave a hidden state that is not finite")
 
     def _twin(self, branch: TokenBranch) -> TokenBranch:
-        """The branch of the reference model that holds the same tokens."""
+        """The branch of the reference model with the same tokens."""
         twins = self._trees[_root(branch)].twins
         path = []
         node = branch
@@ -148,10 +148,10 @@ class Likelihood:
         self.reading = ReadStreams(lane)
         self.weight = weight.to(lane.decoder.device)
         self._states: dict[TokenBranch, dict[int, Tensor]] = {}  # hidden states by position
-        self._before: dict[Place, ReadStream] = {}  # reads of one place that are on their way
+        self._before: dict[Place, ReadStream] = {}  # unfinished reads of one place
 
     def read_before(self, branches: Sequence[TokenBranch]) -> list[ReadStream]:
-        """Have the hidden states read that the first tokens of branches are predicted from, and are not known."""
+        """Read the hidden states that predict the first tokens of branches, as far as they are not known."""
         reads = []
         for branch in branches:
             position = branch.start - 1
@@ -160,7 +160,7 @@ class Likelihood:
                 continue
             if (holder, position) not in self._before:
                 source = holder
-                if not holder.pending or holder.length != branch.start:  # it was read when nobody wanted to know
+                if not holder.pending or holder.length != branch.start:  # it was read before, without keeping the state
                     token = holder.tokens[position - holder.start]
                     source = TokenBranch(holder.meter, holder, position, [token])
                 self._before[holder, position] = self.reading.submit(source)
@@ -168,13 +168,13 @@ class Likelihood:
         return reads
 
     def read(self, branches: Sequence[TokenBranch]) -> list[ReadStream]:
-        """Have the hidden states of all own tokens of branches read."""
+        """Read the hidden states of all own tokens of branches."""
         for branch in branches:
             branch.marks = list(range(branch.start, branch.length))
         return [self.reading.submit(branch) for branch in branches]
 
     def step(self) -> list[ReadStream]:
-        """Run one forward, and keep the hidden states of the reads that are over."""
+        """Run one forward, and keep the hidden states of the reads that ended."""
         reads = self.reading.step()
         for read in reads:
             holder = self._forget_before(read)
@@ -184,7 +184,7 @@ class Likelihood:
         return reads
 
     def cancel(self, gone: Collection[ReadStream]) -> None:
-        """Reads are not wanted any more."""
+        """Drop reads that are no longer needed."""
         self.reading.cancel(gone)
         for read in gone:
             self._forget_before(read)
@@ -202,12 +202,12 @@ class Likelihood:
         return logprobs
 
     def forget(self, branches: Iterable[TokenBranch]) -> None:
-        """Drop what is kept of branches."""
+        """Drop all data of branches."""
         for branch in branches:
             self._states.pop(branch, None)
 
     def _forget_before(self, read: ReadStream) -> TokenBranch:
-        """A read is over; whose states it has. If it was of a copy, that is not needed any more."""
+        """Forget a read that ended; return the branch of its states. If it read a copy, the copy is dropped."""
         place = next((place for place, other in self._before.items() if other is read), None)
         if place is None:
             return read.branch
@@ -227,7 +227,7 @@ def _by_branch(branches: Sequence[TokenBranch], values: Sequence[float]) -> dict
 
 
 def _holder(branch: TokenBranch, position: int) -> TokenBranch:
-    """The ancestor among whose own tokens a position of a branch's path is."""
+    """The ancestor that owns the token at a position of a branch's path."""
     node = branch.parent
     assert node is not None, "the first token of a prompt is predicted from nothing"
     while node.start > position:

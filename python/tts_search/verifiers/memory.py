@@ -13,26 +13,25 @@ from tts_search.models.reading import Place
 
 __all__ = ["ScoreMemory", "keys_of"]
 
-_MOST: Final = 1 << 17  # some 20 MB
+_MOST: Final = 1 << 17  # about 20 MB
 _BYTES: Final = 16
 
 
 class ScoreMemory:
-    """The scores given last.
+    """The most recent scores.
 
-    The score at a place depends on the tokens up to it and on nothing else, so a text that extends an earlier one needs
-    to be read from its first new step on alone: what is in front of that is wanted for its keys and values, which the
-    prefix cache holds, and not for its outputs.
+    The score at a place depends only on the tokens up to it. So a text that extends an earlier one needs new outputs
+    only from its first new step on. The keys and values of the text before are in the prefix cache.
 
     Parameters
     ----------
     most : int
-        How many are kept.
+        How many scores are kept.
     """
 
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
-        self._scores: OrderedDict[bytes, float] = OrderedDict()  # the one used longest ago first
+        self._scores: OrderedDict[bytes, float] = OrderedDict()  # the least recently used one first
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -53,7 +52,7 @@ class ScoreMemory:
 
 
 def keys_of(places: Iterable[Place]) -> dict[Place, bytes]:
-    """Return a digest of the tokens up to each place, that place's included. O(tokens) for each branch."""
+    """Return a digest of the tokens up to and including each place. O(tokens) for each branch."""
     positions: dict[TokenBranch, list[int]] = {}
     for branch, position in places:
         positions.setdefault(branch, []).append(position)

@@ -15,27 +15,28 @@ from tts_search.search.protocol import Score, Usage, Verifier
 
 __all__ = ["MixedVerifier", "Mixture", "Normalization"]
 
-_LOG_ODDS = 4.0  # at most: agreement of 98% may be luck
+_LOG_ODDS = 4.0  # the largest: agreement of 98% may be luck
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """The scores that a verifier gave in the past, by which new ones are put between 0 and 1.
+    """Maps a verifier's scores to values between 0 and 1, by the scores that it gave in the past.
 
-    A score becomes the share of past scores below it, those equal to it counted half: whatever a verifier's scale is,
-    and however often it says 0.99, half of what it says lies above 0.5. Between past scores it goes on linearly.
+    A score becomes the share of past scores below it; past scores that are equal count half. This works for any scale:
+    even if a verifier often says 0.99, half of its scores lie above 0.5. Between past scores the map is linear.
+
 
     Attributes
     ----------
     points : tuple of (float, float)
-        Past scores in ascending order, and what each becomes. Without any, scores stay as they are.
+        Past scores in ascending order, and the value of each. Without any, scores stay unchanged.
     """
 
     points: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def fitted(cls, scores: Sequence[float]) -> Normalization:
-        """Return the normalisation by past scores; those that are no finite number are left out. O(n log n)."""
+        """Return the normalisation by past scores. Scores that are not finite are left out. O(n log n)."""
         counts = sorted(Counter(score for score in scores if math.isfinite(score)).items())
         total, below, points = sum(count for _, count in counts), 0, []
         for score, count in counts:
@@ -44,7 +45,7 @@ class Normalization:
         return cls(tuple(points))
 
     def __call__(self, score: float) -> float:
-        """Return a score's place among the past ones; NaN of NaN."""
+        """Return the normalised value of a score; NaN if the score is NaN."""
         if not self.points or math.isnan(score):
             return score
         place = bisect.bisect_left(self.points, (score, -math.inf))
@@ -59,9 +60,9 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a :class:`MixedVerifier` knows of its verifiers: a normalisation and a weight each.
+    """The normalisation and the weight that a :class:`MixedVerifier` has for each of its verifiers.
 
-    Fitted on past data, never on the problem at hand; no labels are needed.
+    They are fitted to past data, never to the current problem. No labels are needed.
     """
 
     normalizations: tuple[Normalization, ...]
@@ -78,11 +79,11 @@ class Mixture:
         Parameters
         ----------
         past : sequence of sequences of (str, sequence of float)
-            Of each problem its completions: the answer, and the final score of each verifier.
+            For each problem its completions: the answer, and the final score of each verifier.
         weights : sequence of float, ``"agreement"`` or None
-            By default equal ones. ``"agreement"``: the log-odds of how often a verifier agrees with the majority
-            answer, whether it holds a completion for right (its normalised score is above 0.5) and whether the majority
-            does; 0 for one that agrees no more often than a coin.
+            By default equal weights. ``"agreement"``: the log-odds of the rate at which a verifier agrees with the
+            majority vote. It agrees on a completion if its normalised score is above 0.5 and the completion has the
+            majority answer, or if both are not so. A verifier that agrees no more often than by chance gets 0.
 
         Raises
         ------
@@ -91,8 +92,8 @@ class Mixture:
 
         Notes
         -----
-        The agreement of a verifier is the mean of its agreement on completions of the majority answer and on others,
-        so one that says yes to everything agrees half of the time however large majorities are.
+        The agreement of a verifier is the mean of two rates: on completions with the majority answer, and on the
+        others. So a verifier that always says yes has a rate of one half, however large majorities are.
         """
         rows = [scores for problem in past for _, scores in problem]
         counts = {len(scores) for scores in rows}
@@ -105,30 +106,30 @@ class Mixture:
         return cls(normalizations, _checked(own, len(normalizations)))
 
     def mean(self, scores: Sequence[float | None]) -> float:
-        """Return the weighted mean of normalised scores; None is left out. NaN if nothing is left."""
+        """Return the weighted mean of normalised scores. None is left out; NaN if nothing is left."""
         kept = [
             (weight, normalize(score))
             for weight, normalize, score in zip(self.weights, self.normalizations, scores, strict=True)
             if score is not None
         ]
         total = sum(weight for weight, _ in kept)
-        if not total:  # nobody of weight is left: the others, alike
+        if not total:  # no verifier with a weight is left: the mean of the others
             kept, total = [(1.0, score) for _, score in kept], float(len(kept))
         return math.fsum(weight * score for weight, score in kept) / total if kept else math.nan
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file of JSON."""
+        """Write the mixture to a JSON file."""
         data = {"weights": self.weights, "points": [each.points for each in self.normalizations]}
         Path(path).write_text(json.dumps(data), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Mixture:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises
         ------
         ValueError
-            If it is no such file.
+            If the file is not such a file.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -176,26 +177,26 @@ class MixedVerifier:
     verifiers : sequence of Verifier
         Process verifiers, execution, judges, functions of text, in any mixture.
     weights : sequence of float, ``"agreement"`` or None
-        By default equal ones. ``"agreement"`` needs a `mixture` that was fitted so.
+        By default equal weights. ``"agreement"`` needs a `mixture` that was fitted with it.
     mixture : Mixture or None
-        Normalisations (and weights, unless `weights` are given) by past scores. Without it scores are taken as they
-        are, which is right if all of them are probabilities.
+        Normalisations (and weights, unless `weights` are given) fitted to past scores. Without it scores are used
+        unchanged, which is right if all of them are probabilities.
 
     Attributes
     ----------
     left_out : list of str
-        Why a verifier was left out of a candidate's mean, one for each time. A candidate that all of them fail for has
-        no scores, for the reason of the first.
+        One reason each time a verifier was left out of a candidate's mean. If all verifiers fail for a candidate, it
+        has no scores, and its error is that of the first verifier.
 
     Raises
     ------
     ValueError
-        If there is no verifier, or the numbers do not go together.
+        If there is no verifier, or the numbers of verifiers and weights differ.
 
     Notes
     -----
-    Costs add up. In the place of BoN-MAV's sum of approvals (arXiv 2502.20379) stands a weighted mean, as Weaver
-    (arXiv 2506.18203) weighs verifiers, with weights that need no training.
+    The cost is the sum over the verifiers. Instead of BoN-MAV's sum of approvals (arXiv 2502.20379) there is a weighted
+    mean, as in Weaver (arXiv 2506.18203), but with weights that need no training.
 
     Examples
     --------
@@ -249,7 +250,7 @@ class MixedVerifier:
             verifier.release(problem, branches)
 
     def end(self, problem: int) -> Usage:
-        """Forget the problem; what it cost all of them."""
+        """Forget the problem, and return the cost of all verifiers."""
         return sum((verifier.end(problem) for verifier in self.verifiers), Usage())
 
     def _mixed(self, answers: Sequence[Any], request: Score) -> list[float] | Exception:

@@ -33,22 +33,23 @@ Comparisons = Generator[list[list[int]], Sequence[Sequence[float] | Exception], 
 
 
 class OutcomeJudge:
-    """Scores whole solutions by what a chat model answers about them; each step has its solution's score.
+    """Scores whole solutions by the answers of a chat model. Each step gets the score of its solution.
 
-    With ``ask="outcome"`` it is asked of each solution whether its final answer is right, and the score is the share of
-    "Yes" between "Yes" and "No".
+    With ``ask="outcome"`` the model is asked for each solution whether its final answer is right. The score is the
+    probability of "Yes" among "Yes" and "No".
 
-    With ``ask="choice"`` it sees the solutions of a problem side by side, as A, B, C and so on, and is asked which is
-    right: the score is the share of a solution's letter among the letters. (GenSelect, arXiv 2507.17797, has a model
-    reason about it and name one.) Models prefer some letters and places to others, so each group is shown in all its
-    rotations, and a solution's share is the mean over them: it stands once at every place (arXiv 2309.03882). If there
-    are more solutions than letters, or than the context has room for, they meet in a knock-out tournament of groups
-    (arXiv 2411.19477): the best of each group goes on, and a score is how many rounds were won, and the share in the
-    last one, of the number of rounds. Equal solutions are shown once. In which order they stand and who meets whom is
-    a hash of their texts, so scores do not depend on the order of the candidates, and are the same for equal sets.
+    With ``ask="choice"`` it sees the solutions of a problem together, as A, B, C and so on, and is asked which is
+    right. The score of a solution is the probability of its letter among the letters. (GenSelect, arXiv 2507.17797,
+    lets a model reason about the solutions and name one.) Models prefer some letters and places. So each group is shown
+    in all its rotations, where each solution stands once at every place, and the score is the mean over them (arXiv
+    2309.03882). If there are more solutions than letters, or than fit in the context, there is a knock-out tournament
+    of groups (arXiv 2411.19477): the best of each group goes on to the next round. The score is then the number of
+    rounds won plus the share in the last round, divided by the number of rounds. Equal solutions are shown once. A hash
+    of their texts decides in which order they stand and who meets whom. So scores do not depend on the order of the
+    candidates, and equal sets have equal scores.
 
-    Solutions that are scored in one call compete: use it with best-of-N, which has all completions scored at once. In
-    a search by rounds, scores of different rounds do not compare.
+    Solutions that are scored in one call compete. Use this judge with best-of-N, which scores all completions at once.
+    In a search by rounds, scores of different rounds cannot be compared.
 
     Parameters
     ----------
@@ -56,23 +57,23 @@ class OutcomeJudge:
         The model: :class:`~tts_search.verifiers.labels.LocalLabels` or
         :class:`~tts_search.verifiers.server.ServerLabels`.
     ask : {"choice", "outcome"}
-        What it is asked.
+        The question to the model.
     most : int
-        The most solutions side by side, 2 to 26.
+        The largest number of solutions in a group, 2 to 26.
     rotate : bool
-        False shows each group in one order: as many forwards less as a group has members, and the model's preferences
-        for letters stay in the scores.
+        False shows each group in only one order. This divides the number of forwards by the size of a group, but the
+        model's preferences for letters stay in the scores.
 
     Raises
     ------
     ValueError
-        For options that are not among those above.
+        If an option is not one of those above.
 
     Notes
     -----
-    A solution that takes more than half of the context is not compared: an exception stands in the place of its scores.
-    A solution can write what it likes, "Solution B:" or "answer A" too: special tokens are broken up by a space (not
-    by `ServerLabels`, which does not know them), words are not.
+    A solution that takes more than half of the context is not compared: its answer is an exception. A solution can
+    contain any text, even "Solution B:" or "answer A". A space breaks up special tokens (except with `ServerLabels`,
+    which does not know them); words stay as they are.
 
     Examples
     --------
@@ -106,15 +107,15 @@ class OutcomeJudge:
         self._texts[problem] = text
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Do nothing: a judge keeps no branches."""
+        """Do nothing: a judge has no branches."""
 
     def end(self, problem: int) -> Usage:
-        """Forget the problem; what it cost."""
+        """Forget the problem, and return its cost."""
         del self._texts[problem]
         return self.labels.end(problem)
 
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
-        """Answer requests of any number of problems; those of one problem are its candidates."""
+        """Answer requests of any number of problems. The requests of one problem are its candidates."""
         solutions = [_solution(request) for request in requests]
         asked = dict.fromkeys(
             (request.problem, text) for request, text in zip(requests, solutions, strict=True) if text
@@ -149,7 +150,7 @@ class OutcomeJudge:
     def _held(
         self, texts: Mapping[int, Sequence[str]], contests: Mapping[int, Comparisons]
     ) -> dict[int, list[float | Exception]]:
-        """Hold the tournaments of problems side by side, round by round; the scores of each."""
+        """Hold the tournaments of several problems together, round by round; return the scores of each."""
         over: dict[int, list[float | Exception]] = {}
         said: dict[int, Any] = dict.fromkeys(contests)
         while said:
@@ -171,7 +172,7 @@ class OutcomeJudge:
         return tournament([length - empty + _AROUND for length in lengths], self.most, self.labels.max_length - empty)
 
     def _compared(self, groups: Sequence[tuple[int, Sequence[str]]]) -> Iterator[list[float] | Exception]:
-        """Of each group, with the number of its problem, the mean share of each member."""
+        """For each group (with its problem's number): the mean share of each member."""
         by_size: dict[int, list[int]] = {}
         for number, (_, texts) in enumerate(groups):
             by_size.setdefault(len(texts), []).append(number)
@@ -190,19 +191,20 @@ class OutcomeJudge:
 
 
 def tournament(costs: Sequence[int], most: int, room: int) -> Comparisons:
-    """Compare candidates in groups until one is left; yields the groups of a round, is sent the shares of each.
+    """Compare candidates in groups until one is left. Yields the groups of a round; is sent the shares of each group.
 
     Parameters
     ----------
     costs : sequence of int
-        What each candidate takes of the room of a group.
+        The room that each candidate takes in a group.
     most, room : int
-        The most members of a group, and what they may take together.
+        The largest number of members of a group, and the room that they may take together.
 
     Returns
     -------
     list of (float or Exception)
-        Scores between 0 and 1: (rounds won + the share in the last round) / rounds. Whoever got further has more.
+        Scores between 0 and 1: (rounds won + the share in the last round) / rounds. More rounds won give a higher
+        score.
     """
     scores: list[float | Exception] = [
         0.0
@@ -214,7 +216,7 @@ def tournament(costs: Sequence[int], most: int, room: int) -> Comparisons:
     rounds = 0
     while left and (len(left) > 1 or not rounds):
         groups = list(_groups(left, costs, most, room))
-        contested = [group for group in groups if len(group) > 1]  # who is alone goes on
+        contested = [group for group in groups if len(group) > 1]  # a single candidate goes on to the next round
         shares = iter((yield contested)) if contested else iter(())
         left = []
         for group in groups:
@@ -230,7 +232,7 @@ def tournament(costs: Sequence[int], most: int, room: int) -> Comparisons:
 
 
 def _groups(left: Sequence[int], costs: Sequence[int], most: int, room: int) -> Iterator[list[int]]:
-    """Cut candidates into groups: as few of like size as the most allows, and smaller ones where room is short."""
+    """Cut candidates into as few groups of similar size as `most` and `room` allow."""
     count = -(-len(left) // most)
     group: list[int] = []
     size = -(-len(left) // count)
@@ -245,7 +247,7 @@ def _groups(left: Sequence[int], costs: Sequence[int], most: int, room: int) -> 
 
 
 def _solution(request: Score) -> str:
-    """The text of all steps, as formats put steps together."""
+    """The text of all steps, joined as formats join steps."""
     steps = (step.strip() for step in (*request.steps, *request.lookahead))
     return "\n\n".join(step for step in steps if step)
 
@@ -255,12 +257,12 @@ def _listing(texts: Sequence[str]) -> str:
 
 
 def _place(text: str) -> bytes:
-    """By which solutions are put in order: it says nothing about them."""
+    """The key that orders solutions. It says nothing about their quality."""
     return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _mean(turns: Sequence[Any]) -> list[float] | Exception:
-    """Of each member of a group its mean share; in turn r member m stood at place m - r."""
+    """The mean share of each member of a group; in turn r member m stood at place m - r."""
     failed = [turn for turn in turns if isinstance(turn, Exception)]
     if failed:
         return failed[0]

@@ -28,8 +28,8 @@ register_format(
     )
 )
 
-# A conversation: the user says the problem and the first step, then one step in each turn; the assistant would say
-# + or -.
+# A conversation: the user writes the problem and the first step, then one step in each turn. The assistant answers each
+# with + or -.
 register_format(
     VerifierFormat(
         name="rlhflow",
@@ -91,7 +91,7 @@ register_format(
     )
 )
 
-# A score of the whole trajectory, read at the last token so far.
+# A score of the whole trajectory, read at its last token.
 register_format(
     VerifierFormat(
         name="reasonflux_1.5b",
@@ -145,7 +145,7 @@ register_format(
     )
 )
 
-# Q-values are ranked, not probabilities: the value head's output as it is.
+# Q-values are for ranking, not probabilities: the value head's output is not changed.
 register_format(
     VerifierFormat(
         name="pqm",
@@ -328,7 +328,7 @@ register_format(
     )
 )
 
-# Verdicts on a whole completion, of any chat model: at once, or behind an analysis that it writes.
+# Verdicts on a whole completion, by any chat model: at once, or after an analysis that it writes.
 _OUTCOME: Final = "Problem:\n{problem}\n\nSolution:\n{steps}\n\nIs the final answer of this solution right? "
 
 register_format(

@@ -14,19 +14,19 @@ from tts_search.verifiers.formats import NUMBER, PROBLEM, STEP, STEPS, VerifierF
 __all__ = ["TOKENS", "Reader", "Tail", "TokenReader"]
 
 TOKENS: Final = "\ue0f0tokens\ue0f1"
-"""The problem of whoever has tokens scored: no other problem is called so."""
+"""The problem's text if tokens are scored instead of steps. No other problem has this text."""
 
-# Stand for the steps while a chat template is rendered: no template and no problem writes them.
+# Place holders for the steps while a chat template is rendered. No template and no problem contains them.
 _MARK: Final = "\ue0f0steps\ue0f1"
 _NEXT: Final = "\ue0f0next\ue0f1"
-_PIECES, _SHORT = 4096, 1024  # whose tokens are kept: how many, and characters of each at most
+_PIECES, _SHORT = 4096, 1024  # pieces in the cache, and the longest one in characters
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The end of a text, from a place on where its tokens do not depend on what comes before.
+    """The end of a text, from a place where its tokens do not depend on the text before.
 
-    ``token`` is the place of its first token in the whole text; ``closing`` the text behind the steps.
+    ``token`` is the index of its first token in the whole text; ``closing`` is the text after the steps.
     """
 
     text: str
@@ -38,13 +38,13 @@ class Tail:
 class Reader:
     """Encodes the text of a format step by step.
 
-    With ``encoding="text"`` the tokens are those of the whole text. Only its end is encoded again when a step is added:
-    from the last special token on, where every tokenizer cuts. The tokens that come out different are the ones to read.
+    With ``encoding="text"`` the tokens are those of the whole text. When a step is added, only the end of the text is
+    encoded again: from the last special token on, where every tokenizer splits a text. The tokens that differ are read.
 
     Raises
     ------
     ValueError
-        If the format does not fit the tokenizer's chat template, or is scored behind its steps where there is no text.
+        If the format does not fit the tokenizer's chat template, or is scored after its steps but has no text there.
     """
 
     def __init__(self, tokenizer: Any, entry: VerifierFormat) -> None:
@@ -83,14 +83,15 @@ class Reader:
         return [*self._front, *tokens], tail
 
     def step(self, tail: Tail, step: str, number: int) -> tuple[int, list[int], Tail]:
-        """Add a step: how many tokens before step ``number`` (from 1) stay, those from there on, the new end.
+        """Add a step. Return how many earlier tokens stay, the tokens after these, and the new end.
 
-        The tokens go to the end of the step's boundary.
+        Step ``number`` counts from 1. The tokens end with the step's boundary.
+
 
         Raises
         ------
         ValueError
-            If the step is empty, or nothing but characters for which the tokenizer has no tokens.
+            If the step is empty, or has only characters without tokens.
         """
         parts = ["" if number == 1 else self.separator, self._clean(step, number), self.boundary]
         start, tokens, end = self._extend(tail, parts)
@@ -99,22 +100,22 @@ class Reader:
         return start, tokens, end
 
     def closing(self, tail: Tail, step: str = "", number: int = 1) -> tuple[int, list[int], Tail]:
-        """The same for the text behind the steps; ``step`` is the one that is judged, if it is to stand there."""
+        """The same for the text after the steps. ``step`` is the judged step, if it stands in this text."""
         if step:
             step = self._clean(step, number)
         return self._extend(tail, [self._closing(tail.closing, step, number)])
 
     def continued(self, tail: Tail, text: str) -> tuple[int, list[int], Tail]:
-        """The same for any text of ours."""
+        """The same for any text that is not a user's."""
         return self._extend(tail, [text])
 
     def parsed(self, tokens: Sequence[int]) -> tuple[str, tuple[str, ...]]:
-        """The problem and the steps of a whole text that was put together elsewhere, as the format says.
+        """The problem and the steps of a whole text in the format, given as tokens.
 
         Raises
         ------
         ValueError
-            If the format is not scored at boundaries, or what is read of the problem and the steps would not be these
+            If the format is not scored at boundaries, or if encoding the problem and the steps again gives other
             tokens, up to the last boundary.
         """
         name = self.format.name
@@ -134,25 +135,25 @@ class Reader:
         raise ValueError(f"expected a text in format {name!r}, with {self.boundary!r} behind each step")
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text by itself."""
+        """The tokens of a text without context."""
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
     def _piece(self, text: str) -> Sequence[int]:
-        """The same of a piece; those of boundaries, and of steps that come again with each longer text, are known."""
+        """The same for a piece, with a cache: boundaries and steps come again in each longer text."""
         return self._encoded(text) if len(text) <= _SHORT else self.encode(text)
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without special tokens."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _clean(self, step: str, number: int) -> str:
-        """A step as it is read."""
+        """The text of a step as the model reads it."""
         entry = self.format
         text = step.strip() if entry.strip else step
         if entry.numbered and (found := self._number.match(text)):
-            text = text[found.end() :].lstrip() or text  # a heading by itself is a step
+            text = text[found.end() :].lstrip() or text  # a step may be nothing but a heading
         for old, new in entry.replace:
             while old in text:
                 text = text.replace(old, new)
@@ -180,14 +181,14 @@ class Reader:
         return tail.token + same, tokens[same:], Tail(text[begin:], tail.token + cut, tokens[cut:], tail.closing)
 
     def _harmless(self, text: str) -> str:
-        """Text in which nobody can write a token that means something to the model: a space breaks it up."""
+        """The text without special tokens: a space breaks up text that would be encoded as one of them."""
         return text if self._forged is None else self._forged.sub(_broken, text)
 
     def _template(self, problem: str | None = None) -> tuple[str, str, str]:
-        """Three pieces of the prompt: before the problem, before the steps, behind them.
+        """Three pieces of the prompt: before the problem, before the steps, after them.
 
-        The first two hold ``problem`` between them if it is given. A chat template is rendered with the problem in it:
-        it may trim a message.
+        If ``problem`` is given, it stands between the first two. A chat template is rendered with the problem in it,
+        because it may trim a message.
         """
         entry = self.format
         text = self._render(self._chat(problem or PROBLEM)) if entry.chat else entry.prompt.replace(STEPS, _MARK)
@@ -205,7 +206,7 @@ class Reader:
         return [(role, text.replace(STEPS, _MARK).replace(PROBLEM, problem)) for role, text in self.format.chat]
 
     def _turn(self) -> tuple[str, str]:
-        """Boundary and separator of a format with a reply: from a step to the reply, from there to the next step."""
+        """Boundary and separator of a format with a reply: the texts before and after the reply."""
         entry = self.format
         opened = self._render(self._chat(PROBLEM)).partition(_MARK)[2]
         turns = [*self._chat(PROBLEM), ("assistant", entry.reply), ("user", _NEXT)]
@@ -232,19 +233,19 @@ class Reader:
 
 
 class TokenReader(Reader):
-    """Takes tokens as they are, in the place of steps: each is a step, its id in digits. The problem is `TOKENS`."""
+    """Takes tokens instead of steps: each step is a token, written as its id in digits. The problem is `TOKENS`."""
 
     def __init__(self, tokenizer: Any, entry: VerifierFormat) -> None:
         self.tokenizer = tokenizer
         self.format = entry
 
     def prompt(self, problem: str) -> tuple[list[int], Tail]:
-        """No tokens: all of them are steps.
+        """No tokens: all tokens are steps.
 
         Raises
         ------
         ValueError
-            If somebody has a problem, whose steps nothing here would tell.
+            If there is a problem: this reader cannot encode its steps.
         """
         if problem != TOKENS:
             raise ValueError("this verifier scores tokens: it has no format in which a problem and its steps stand")
@@ -260,7 +261,7 @@ class TokenReader(Reader):
 
 
 def _beginning(tokenizer: Any, entry: VerifierFormat) -> list[int]:
-    """The special tokens that stand before the prompt: as ids, since text changes what is written next to it."""
+    """The special tokens before the prompt, as ids: as text they could change how the next text is encoded."""
     if entry.chat or entry.bos is False:
         return []
     if entry.bos:
@@ -276,6 +277,6 @@ def _broken(found: re.Match[str]) -> str:
 
 
 def _common(old: Sequence[int], new: Sequence[int]) -> int:
-    """How many leading tokens are the same, leaving at least one new token to read."""
+    """How many leading tokens are equal, so that at least one new token is left to read."""
     limit = min(len(old), len(new) - 1)
     return next((i for i in range(limit) if old[i] != new[i]), max(limit, 0))

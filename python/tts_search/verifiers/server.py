@@ -24,38 +24,39 @@ __all__ = ["ServerLabels"]
 T = TypeVar("T")
 U = TypeVar("U")
 _MARKS: Final = re.compile(f"({re.escape(PROBLEM)}|{re.escape(STEPS)})")
-_PASSING: Final = frozenset({408, 409, 429})  # and 5xx: what may be over soon
-_PART: Final = 64  # questions of one request
+_PASSING: Final = frozenset({408, 409, 429})  # and 5xx: failures that may be over soon
+_PART: Final = 64  # questions in one request
 
 
 class ServerLabels:
     """A chat model behind a server that has ``/v1/models``, ``/tokenize`` and ``/generative_scoring``.
 
-    Questions are rendered by the server's chat template. A server tells the share of the first label alone, so there is
-    a request for each label but one, each label first in turn; with a prefix cache it reads the texts for the first.
+    Questions are rendered by the server's chat template. A server gives the probability of the first label only. So
+    there is one request for each label except one, with each label first in turn. With a prefix cache, the server reads
+    the texts only for the first request.
 
-    Requests of one call are sent side by side; who asks waits for them, local models too.
+    Requests of one call are sent at the same time. The caller waits for them, and so do local models.
 
     Parameters
     ----------
     base_url : str
-        Such as ``"http://localhost:8000"``, with or without ``/v1``.
+        Address such as ``"http://localhost:8000"``, with or without ``/v1``.
     model : str or None
         The model's name on the server; by default the first that it names.
     api_key_env : str
         Environment variable that holds the key, if there is one.
     concurrency : int
-        The most requests at a time.
+        The largest number of requests at the same time.
     timeout : float
-        Seconds of a request.
+        Seconds that a request may take.
     max_retries : int
-        How often a request is sent again that failed for a reason that may pass (no connection, a timeout, status 408,
+        How often a request is sent again if it failed for a reason that may pass (no connection, a timeout, status 408,
         409, 429 or 5xx).
 
     Raises
     ------
     ValueError
-        If `base_url` is no address, or a number is below its least.
+        If `base_url` is no address, or a number is too small.
     ServerError
         If the server does not answer, or has no such routes.
     """
@@ -89,11 +90,11 @@ class ServerLabels:
         self._usage[problem] = Usage()
 
     def end(self, problem: int) -> Usage:
-        """Forget a problem; the tokens that the server read for it."""
+        """Forget a problem; return the number of tokens that the server read for it."""
         return self._usage.pop(problem)
 
     def lengths(self, entry: VerifierFormat, questions: Sequence[Question]) -> list[int]:
-        """Return how many tokens questions in a format are.
+        """Return the number of tokens of each question in a format.
 
         Raises
         ------
@@ -105,12 +106,12 @@ class ServerLabels:
     def ask(
         self, entry: VerifierFormat, labels: tuple[str, ...], questions: Sequence[Question]
     ) -> list[list[float] | Exception]:
-        """Return of each question the probabilities of the labels as its next token, among these; or why not.
+        """Return for each question the probability of each label among the labels as the next token, or an error.
 
         Raises
         ------
         ValueError
-            If a label is not one token of its own.
+            If a label is not a single token, different from the others.
         ServerError
             If the server gives no tokens.
         """
@@ -119,7 +120,7 @@ class ServerLabels:
         answers: list[list[float] | Exception] = [too_long(len(own), self.max_length) for own in tokens]
         of_problem: dict[int, list[int]] = {}
         for number, (question, own) in enumerate(zip(questions, tokens, strict=True)):
-            if len(own) < self.max_length:  # the next token takes its room, too
+            if len(own) < self.max_length:  # the next token needs room, too
                 of_problem.setdefault(question.problem, []).append(number)
         parts = [
             (problem, own[start : start + _PART])
@@ -127,7 +128,7 @@ class ServerLabels:
             for start in range(0, len(own), _PART)
         ]
         columns: list[list[Any]] = [[] for _ in parts]
-        for firsts in ([0], range(1, len(ids) - 1)):  # what the first label has had read is in the server's cache then
+        for firsts in ([0], range(1, len(ids) - 1)):  # the second pass finds the texts in the server's cache
             turns = [(part, first) for part in range(len(parts)) for first in firsts]
             asked = [
                 ([tokens[number] for number in parts[part][1]], [*ids[first:], *ids[:first]]) for part, first in turns
@@ -142,7 +143,7 @@ class ServerLabels:
         return answers
 
     def _shares(self, tokens: Sequence[list[int]], ids: Sequence[int]) -> tuple[Any, Usage]:
-        """The share of the first label as the next token of each of these texts, or the error; what it cost."""
+        """The share of the first label as the next token of each of these texts, or the error; and the cost."""
         end = common_prefix(tokens)
         body = {
             "model": self.model,
@@ -189,17 +190,17 @@ class ServerLabels:
         return self._sent("/tokenize", {"model": self.model, **body}, lambda reply: list(map(int, reply["tokens"])))
 
     def _all(self, send: Callable[[T], U], each: Sequence[T]) -> list[U]:
-        """What `send` gives for each, side by side."""
+        """The results of `send` for each item, all at the same time."""
         with ThreadPoolExecutor(self._concurrency) as pool:
             return list(pool.map(send, each))
 
     def _sent(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
-        """What is read of the answer to a request, which is sent again while that may help.
+        """Send a request, again if that may help, and return the content of its answer.
 
         Raises
         ------
         ServerError
-            Of the last try.
+            The error of the last try.
         """
         for attempt in range(self._max_retries + 1):
             if attempt:
@@ -230,7 +231,7 @@ class ServerLabels:
 
 
 def _complete(shares: Sequence[float]) -> list[float]:
-    """The shares of all labels, of all but the last."""
+    """The shares of all labels, given those of all but the last."""
     return [*shares, max(0.0, 1.0 - math.fsum(shares))]
 
 
@@ -240,7 +241,7 @@ def _usage(reply: Mapping[str, Any]) -> Usage:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What a server says about an error."""
+    """The message of a server about an error."""
     said = error.read(4096).decode(errors="replace")
     try:
         return str(json.loads(said)["error"]["message"])[:300]

@@ -18,7 +18,7 @@ __all__ = ["KnownTexts", "ScoreJob", "ScoredText", "Writer", "known_texts"]
 
 @dataclass(slots=True)
 class ScoredText:
-    """Where the text of steps ends, in the tree and as characters, and the scores of the steps."""
+    """The end of the text of some steps, in the tree and as characters, and the scores of the steps."""
 
     branch: TokenBranch
     tail: Tail
@@ -29,24 +29,24 @@ KnownTexts = KnownBranches[tuple[str, ...], ScoredText]
 
 
 def known_texts(root: TokenBranch, tail: Tail) -> KnownTexts:
-    """Return the texts of a problem of which nothing but the prompt is known."""
+    """Return the texts of a problem: at the beginning only the prompt."""
     return KnownBranches((), ScoredText(root, tail, []), lambda start, steps: steps[: len(start)] == start)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ScoreJob(Job):
-    """One request on its way.
+    """One request in progress.
 
     Attributes
     ----------
     base, text : ScoredText
-        What it builds on, and what stays in the tree for the request's branch.
+        The text that it extends, and the text that stays in the tree for the request's branch.
     tail : Tail
-        The end of the text so far.
+        The end of the text so far, as it is encoded.
     keys : dict
-        Of each place, what its score is remembered by, if it is.
+        For each place, the key under which its score is remembered, if it is remembered.
     stages, waiting : iterator, set of Stream
-        What it goes through, and what it waits for now.
+        The stages that it goes through, and the streams that it waits for now.
     """
 
     request: Score
@@ -67,11 +67,11 @@ class Writer:
     Parameters
     ----------
     reader : Reader
-        Gives the tokens of each step.
+        Encodes each step.
     format : VerifierFormat
         Says where a step is scored.
     max_length : int
-        The model's context, in tokens.
+        The largest number of tokens in the model's context.
     """
 
     def __init__(self, reader: Reader, format: VerifierFormat, max_length: int) -> None:  # noqa: A002
@@ -80,7 +80,7 @@ class Writer:
         self._max_length = max_length
 
     def write(self, request: Score, texts: KnownTexts) -> ScoreJob:
-        """Return what a request adds to a problem's texts: the tokens of the steps that were not scored before."""
+        """Write the steps of a request that were not scored before, and return its job."""
         steps = (*request.steps, *request.lookahead)
         known, base = texts.longest(request.branch, request.steps)
         job = ScoreJob(request=request, base=base, text=replace(base))
@@ -102,13 +102,13 @@ class Writer:
         return job
 
     def _add(self, job: ScoreJob, step: str, number: int) -> None:
-        """Put a step at the end of a job's text, and note the position that is scored for it.
+        """Add a step to a job's text, and note the position where it is scored.
 
-        The tokens go to the branch that the job is building, unless some of that branch's would have to be taken back,
-        or the step is the first one that does not belong to the request's branch.
+        The tokens go to the branch that the job is building. They get a new branch if tokens of that branch would have
+        to be removed, or if the step is the first that does not belong to the request's branch.
         """
         asks_ahead = self._format.judge is not None and STEP in self._format.judge.question
-        if asks_ahead:  # the step is judged before it stands among the others
+        if asks_ahead:  # the step is judged before it is added to the others
             self._ask(job, number, step)
         start, tokens, job.tail = self._reader.step(job.tail, step, number + 1)
         last = job.chain[-1] if job.chain else job.base.branch
@@ -124,7 +124,7 @@ class Writer:
             self._ask(job, number)
 
     def _ask(self, job: ScoreJob, number: int, step: str = "") -> None:
-        """Put the question behind the steps so far, about the last of them, or about ``step`` after them."""
+        """Add the question after the steps so far, about the last of them, or about ``step``."""
         last = job.chain[-1] if job.chain else job.base.branch
         start, tokens, tail = self._reader.closing(job.tail, step, number + 1)
         question = branch_at(last, start, tokens)
