@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from tts_search import SearchConfig, SearchTree, TreeNode, search
+from tts_search.evaluation.outline import outline
 from tts_search.terminal import sanitize
 
 FLOATS = st.one_of(st.floats(allow_nan=False), st.just(math.nan))
@@ -41,9 +42,9 @@ def test_json_round_trip(entries):
 
 @given(NODES, st.integers(0, 15))
 @settings(max_examples=50)
-def test_render_any_tree(entries, max_nodes):
+def test_outline_of_any_tree(entries, max_nodes):
     tree = make_tree(entries)
-    lines = tree.render(max_nodes=max_nodes, width=60).split("\n")
+    lines = outline(tree, max_nodes=max_nodes, width=60).split("\n")
     assert lines[0].startswith("problem")
     assert all(len(line) <= 60 and line == sanitize(line) for line in lines)
     assert len(lines) - 1 <= max(max_nodes, 12 if max_nodes < 12 else max_nodes)
@@ -105,8 +106,8 @@ def test_nodes_of_a_search():
     assert sum(node.num_tokens for node in tree.nodes) == 8
 
 
-def test_render():
-    assert searched().render() == "\n".join(
+def test_outline():
+    assert outline(searched()) == "\n".join(
         [
             "problem",
             "├─x 0.000 0",
@@ -119,7 +120,7 @@ def test_render():
             "└─x 0.000 3",
         ]
     )
-    assert searched().render(max_nodes=3) == "\n".join(
+    assert outline(searched(), max_nodes=3) == "\n".join(
         ["problem  (+2 more)", "├─x 0.000 0", "└─  0.750 2  (+1 more)", "  └─* 1.000 end 2.0"]
     )
 

@@ -44,6 +44,7 @@ from tts_search.cli.options import (
 )
 from tts_search.errors import SearchError
 from tts_search.evaluation.evaluate import Experiment, Runner, read_configs, run_here
+from tts_search.evaluation.outline import outline
 from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.suites import questions, write_suites
 from tts_search.evaluation.tables import accuracy_table, cost_table
@@ -387,4 +388,4 @@ def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) 
         f"KV cache of the policy: {stats.peak_unique_kv_tokens} tokens at most, "
         f"{stats.peak_logical_kv_tokens} without sharing; {stats.peak_kv_bytes / 2**20:.1f} MiB",
     ]
-    return "\n".join([*lines, "", result.tree.render()] if show_tree else lines)
+    return "\n".join([*lines, "", outline(result.tree)] if show_tree else lines)

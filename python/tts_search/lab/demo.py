@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tts_search.evaluation.evaluate import Experiment, Record
+from tts_search.evaluation.outline import outline
 from tts_search.evaluation.rows import Row, compare
 from tts_search.evaluation.runs import check_success, failures, run_experiments
 from tts_search.evaluation.statistics import holm
@@ -214,6 +215,6 @@ def _one_tree(models: Models, rows: Mapping[str, Row]) -> str:
             f"A search tree ({row.label}): score and text of each step; * finished, x pruned",
             f"  {sanitize(record.problem)}",
             f"  right: {record.gold}; this search: {sanitize(answer)}; greedy alone: {sanitize(greedy) or 'no answer'}",
-            SearchTree.from_json(record.tree).render(width=100, max_nodes=40),
+            outline(SearchTree.from_json(record.tree), width=100, max_nodes=40),
         ]
     )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
-
-from tts_search.terminal import sanitize
+from typing import Any, Literal, get_args
 
 __all__ = ["SearchTree", "State", "TreeNode"]
 
@@ -15,7 +13,6 @@ State = Literal["expanded", "pruned", "finished", "open"]
 
 _FORMAT = 1
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers
-_MARKS = {"expanded": " ", "pruned": "x", "finished": "*", "open": "?"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,63 +111,6 @@ class SearchTree:
             raise ValueError("text: expected nodes in order of their id, parents before children")
         return cls(nodes)
 
-    def render(self, *, width: int = 100, max_nodes: int = 60) -> str:
-        """Return the tree as text for a terminal, one line per node: state, score, the beginning of its text.
-
-        Leaves are marked ``*`` finished, ``x`` pruned, ``?`` open. About `max_nodes` are shown, those on the way to the
-        best finished answers first; ``(+3 more)`` counts children that are not. Texts are sanitized.
-        """
-        shown = _shown(self.nodes, max_nodes)
-        children: dict[int, list[TreeNode]] = {}
-        for node in self.nodes[1:]:
-            assert node.parent is not None
-            children.setdefault(node.parent, []).append(node)
-        lines: list[str] = []
-        stack = [(self.nodes[0], "", "")]  # a node, what its line begins with, what its children's lines begin with
-        while stack:
-            node, head, indent = stack.pop()
-            below = children.get(node.id, [])
-            kept = [child for child in below if child.id in shown]
-            more = f"  (+{len(below) - len(kept)} more)" if len(kept) < len(below) else ""
-            lines.append(f"{head}{_describe(node)}"[: width - len(more)] + more)
-            ends = [False] * (len(kept) - 1) + [True]
-            for child, last in reversed(list(zip(kept, ends, strict=False))):
-                stack.append((child, indent + ("└─" if last else "├─"), indent + ("  " if last else "│ ")))
-        return "\n".join(lines)
-
-
-def _describe(node: TreeNode) -> str:
-    if node.parent is None:
-        return "problem"
-    score = "     " if math.isnan(node.score) else f"{node.score:5.3f}"
-    return f"{_MARKS[node.state]} {score} {' '.join(sanitize(node.text).split())}"
-
-
-def _shown(nodes: tuple[TreeNode, ...], max_nodes: int) -> set[int]:
-    """Choose the nodes to show: paths to leaves, finished ones up to half of the room, then others, best scores first.
-
-    Of sibling leaves that look the same, one is shown.
-    """
-    leaves = [node for node in nodes[1:] if node.state != "expanded"]
-    leaves.sort(key=lambda node: (math.isnan(node.score), -node.score))
-    leaves = list({(leaf.parent, leaf.text, leaf.state): leaf for leaf in reversed(leaves)}.values())[::-1]
-    shown: set[int] = set()
-    for wanted, room in ((True, (max_nodes + 1) // 2), (False, max_nodes)):
-        for leaf in leaves:
-            path = _path_to_shown(nodes, leaf, shown)
-            if (leaf.state == "finished") == wanted and (len(shown) + len(path) <= room or (wanted and not shown)):
-                shown |= path
-    return shown
-
-
-def _path_to_shown(nodes: tuple[TreeNode, ...], leaf: TreeNode, shown: set[int]) -> set[int]:
-    path = set()
-    node = leaf
-    while node.parent is not None and node.id not in shown:
-        path.add(node.id)
-        node = nodes[node.parent]
-    return path
-
 
 def _is_parent(parent: int | None, index: int) -> bool:
     return parent is None if index == 0 else parent is not None and 0 <= parent < index
@@ -187,7 +127,7 @@ def _number(value: Any) -> float:
 
 
 def _decode(node: dict[str, Any]) -> TreeNode:
-    if node["state"] not in _MARKS:
-        raise ValueError(f"text: expected a state among {', '.join(_MARKS)}, got {node['state']!r}")
+    if node["state"] not in get_args(State):
+        raise ValueError(f"text: expected a state among {', '.join(get_args(State))}, got {node['state']!r}")
     scores = tuple(_number(score) for score in node["scores"])
     return TreeNode(**{**node, "scores": scores, "score": _number(node["score"])})
