@@ -37,58 +37,60 @@ __all__ = ["HFPolicy"]
 class HFPolicy:
     r"""Samples steps from a causal language model of transformers.
 
-    The prompt of a problem is read once; branches share it, and each other's steps, in a :class:`tts_kernels.KVForest`.
-    All branches of all problems in flight decode in one packed batch; a branch joins it at any token, and leaves it
-    when its step ends.
+    The prompt of a problem is read once. Its branches share the KV of the prompt and of common steps in a
+    :class:`tts_kernels.KVForest`. All branches of all problems in flight decode in one packed batch. A branch joins the
+    batch at any token, and leaves it when its step ends.
 
-    A step ends at the first token after which the step's text holds the delimiter; if that is white space, with
-    something else before it. Its text is what was generated, all of the last token included: a token ``".\n\n"`` ends a
-    step in ``".\n\n"``, a token ``"\n\n\n"`` in ``"\n\n\n"``, and ``"\n"``, ``"\n"`` end one together. Special tokens
-    give no text. A step that is cut by its token limit ends at a whole character; one that is cut by the end of the
-    context ends its branch.
+    A step ends at the first token after which the step's text contains the delimiter. (If the delimiter is white space,
+    other text must come before it.) The step's text is the generated text, including the whole last token: a token
+    ``".\n\n"`` ends a step in ``".\n\n"``, a token ``"\n\n\n"`` in ``"\n\n\n"``, and ``"\n"``, ``"\n"`` end one
+    together. Special tokens give no text. A step that reaches its token limit is cut at a whole character. A step that
+    reaches the end of the context ends its branch.
 
     Parameters
     ----------
     path_or_id : str
-        Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer; a chat template if it has one.
-        Without one, the prompt is the system prompt and the problem, each followed by a blank line. Or a GGUF file of
-        a model of the Llama family, ``"model.gguf"``, which has all of that in it. Or a LoRA adapter of peft for a
-        model of the lean decoder's families, which is merged into that model's weights.
+        Folder or hub id of a checkpoint: config, safetensors weights, fast tokenizer, and a chat template if it has
+        one. Without a template, the prompt is the system prompt and the problem, each followed by a blank line. Or a
+        GGUF file of a model of the Llama family, ``"model.gguf"``, which contains all of this. Or a LoRA adapter of
+        peft for a model of the lean decoder's families, which is merged into that model's weights.
     system_prompt : str or None
         The system message before the problem; by default none.
     dtype : torch.dtype or str or None
-        Of weights and KV cache, such as ``torch.bfloat16`` or ``"bfloat16"``; by default the checkpoint's.
+        The dtype of weights and KV cache, such as ``torch.bfloat16`` or ``"bfloat16"``; by default the checkpoint's.
     device : torch.device or str or None
         By default a GPU if there is one, else the CPU.
     kv_memory : int or str or None
         Size of the KV pool: bytes or text such as ``"2GiB"``. By default room for 64 sequences of full length, at most
-        a quarter of the free memory. In a search that needs more, branches give their KV up, idle ones and then the
-        youngest, and read their tokens again when it is their turn.
+        a quarter of the free memory. If a search needs more, branches give up their KV, first idle ones, then the
+        youngest. They read their tokens again when it is their turn.
     kv_dtype : str or None
-        ``"int8"`` and ``"int4"`` store keys and values in 8 or 4 bits, with a scale for each head of a token: about
-        half and 0.28 of bfloat16's bytes, so that the pool has room for so many more tokens. ``"xquant-8"``, ``-4``,
-        ``-3``, ``-2`` and ``"xquant-cl-4"``, ``-3``, ``-2`` keep the inputs of the layers in so many bits and make keys
-        and values of them in every forward (models of the lean decoder). ``"fp8"``, on a GPU, stores a byte for each
-        element without a scale. By default the dtype of the model.
+        ``"int8"`` and ``"int4"`` store keys and values in 8 or 4 bits, with a scale for each head of a token. They take
+        about a half and 0.28 of bfloat16's bytes, so the pool has room for more tokens. ``"xquant-8"``, ``-4``, ``-3``,
+        ``-2`` and ``"xquant-cl-4"``, ``-3``, ``-2`` store the inputs of the layers in this many bits, and compute keys
+        and values from them in every forward (models of the lean decoder). ``"fp8"``, on a GPU, stores each element in
+        a byte, without a scale. By default the dtype of the model.
     decoder : {"auto", "lean", "transformers"}
-        What runs the model: by default the lean decoder of the families that it knows, for all others the model's own
-        modules in transformers with attention over the forest. The other two values insist on one.
+        The code that runs the model. By default the lean decoder for the model families that it knows, and for all
+        others the model's own modules in transformers with attention over the forest. The other two values require one
+        of these.
     quantize : {"int8", "int4"} or None
-        Quantise the weights of a model of the lean decoder while it is loaded: to 8 bits with one scale a row, or to 4
-        bits with one for 32 columns. Other models are refused. Weights that have few bits in their file keep them.
+        Quantise the weights of a model of the lean decoder while it is loaded: to 8 bits with one scale for each row,
+        or to 4 bits with one scale for 32 columns. Other models are refused. Weights that already have few bits in
+        their file keep them.
     chat : bool
-        False: a problem is a whole prompt, rendered by the caller, and is read as it is.
+        False: a problem is a whole prompt, rendered by the caller, and is not changed.
     self_test : bool
-        Whether a few tokens go through the decoder and through the model's own eager attention while it loads; a model
-        that comes out different is refused.
+        Whether, at loading, a few tokens are computed both by the decoder and by the model's own eager attention. If
+        the results differ, the model is refused.
 
     Raises
     ------
     MissingExtraError
         Without transformers.
     ValueError
-        If the model cannot be followed over a forest, ``kv_memory`` is no size, or ``"lean"``, ``quantize`` or
-        ``kv_dtype`` is not possible.
+        If the model cannot run over a forest, ``kv_memory`` is no size, or ``"lean"``, ``quantize`` or ``kv_dtype`` is
+        not possible.
 
     Examples
     --------
@@ -132,13 +134,13 @@ class HFPolicy:
         self._ending = lru_cache(64)(self._new_ending)
         self._jobs: dict[SampleJob, None] = {}
         self._answered: list[SampleJob] = []
-        self._news: dict[SampleStream, None] = {}  # samples of which there is something to tell
+        self._news: dict[SampleStream, None] = {}  # samples with something new to report
         self._prompts = PromptStreams(self._lane)
-        self._told: dict[PromptStream, SampleJob] = {}  # prompts that are read for what is told of their tokens
+        self._told: dict[PromptStream, SampleJob] = {}  # prompts whose tokens are reported on
 
     @property
     def max_rows(self) -> int:
-        """The most steps and texts that grow at a time; others wait for their turn."""
+        """The largest number of steps and texts that grow at a time; others wait for their turn."""
         return self._generation.most
 
     @max_rows.setter
@@ -160,12 +162,12 @@ class HFPolicy:
 
     @property
     def token_flops(self) -> float:
-        """Floating-point operations of a token."""
+        """Floating-point operations for one token."""
         return self.decoder.shape.flops(1, 0, 1)
 
     @property
     def prefix_cache(self) -> bool:
-        """Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again."""
+        """Whether released KV is kept until its room is needed, for other texts that begin with the same tokens."""
         return self._pool.prefix_cache
 
     @prefix_cache.setter
@@ -195,7 +197,7 @@ class HFPolicy:
         self._problems[problem] = SampledProblem(root)
 
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
-        """Sample a step for each child of each request.
+        """Sample one step for each child of each request.
 
         The answer to a request is an exception if its prompt or its branch does not fit the model's context or the KV
         pool, or if the model gives no finite logits for it.
@@ -205,8 +207,8 @@ class HFPolicy:
     def submit(self, requests: Sequence[Expand | Generate]) -> None:
         """Take requests in: their children join the branches that decode at the next token.
 
-        Besides :class:`~tts_search.search.protocol.Expand`, which belongs to a problem that has begun, a policy takes
-        :class:`~tts_search.search.protocol.Generate`, which belongs to none.
+        A policy takes :class:`~tts_search.search.protocol.Expand`, which belongs to a problem that has begun, and
+        :class:`~tts_search.search.protocol.Generate`, which belongs to no problem.
         """
         for request in requests:
             job = self._generate(request) if isinstance(request, Generate) else self._expand(request)
@@ -221,9 +223,11 @@ class HFPolicy:
                 self._answered.append(job)
 
     def step(self) -> list[tuple[Expand | Generate, Any]]:
-        """Decode one token of each branch that is in; what there is to tell now.
+        """Decode one token of each branch in the batch; return the requests that have news.
 
-        Of an `Expand` the steps, or an exception, as `expand` answers it; of a `Generate` each part of each sample.
+        For an `Expand` the news are its steps, or an exception, as from `expand`. For a `Generate` they are parts of
+        samples.
+
         """
         for prompt in self._prompts.step():
             self._go_on(self._told.pop(prompt), prompt)
@@ -241,11 +245,11 @@ class HFPolicy:
         return told
 
     def cancel(self, problem: int) -> None:
-        """Forget the requests of a problem that are not answered yet."""
+        """Forget the unanswered requests of a problem."""
         self.withdraw([job.request for job in self._jobs if job.request.problem == problem])
 
     def withdraw(self, requests: Sequence[Expand | Generate]) -> int:
-        """Forget requests that are not answered yet; how many tokens were sampled for them."""
+        """Forget unanswered requests; return how many tokens were sampled for them."""
         gone = set(map(id, requests))
         jobs = [job for job in self._jobs if id(job.request) in gone]
         for job in jobs:
@@ -258,11 +262,11 @@ class HFPolicy:
         return sum(child.num_tokens for job in jobs for child in job.children)
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget branches; children keep what they share with them."""
+        """Forget branches. Their children keep the KV that they share with them."""
         self._pool.release(self._problems[problem].known.drop(branches))
 
     def end(self, problem: int) -> Usage:
-        """Forget what is left of a problem; what it cost."""
+        """Forget what is left of a problem, and return its cost."""
         self.cancel(problem)
         state = self._problems.pop(problem)
         self._pool.close(state.root.meter)
@@ -276,9 +280,9 @@ class HFPolicy:
         return text
 
     def prompt_tokens(self, text: str | Messages) -> list[int]:
-        """Return the tokens that answers to a problem stand behind.
+        """Return the tokens of the prompt, after which answers to a problem are sampled.
 
-        They begin with special tokens, unless whoever rendered the prompt wrote them.
+        The tokenizer adds special tokens at the beginning, unless the prompt was rendered with them.
 
         Raises
         ------
@@ -292,7 +296,7 @@ class HFPolicy:
         return text_ids(text, self.tokenizer, special=False)
 
     def _expand(self, request: Expand) -> SampleJob:
-        """The children that a request asks for, or why it cannot have them."""
+        """The job of a request for children, or its error."""
         state, params = self._problems[request.problem], request.params
         job = SampleJob(request, state, self._parent(state, request))
         limit = self._limit(job, params.max_tokens)
@@ -306,7 +310,7 @@ class HFPolicy:
         return job
 
     def _generate(self, request: Generate) -> SampleJob:
-        """The same for text behind any tokens: they are a problem by themselves."""
+        """The job of a request for text after any tokens. These tokens become a problem of their own."""
         params, tokens = request.params, list(request.tokens)
         root = TokenBranch(Meter(), tokens=tokens, given=len(tokens))
         job = SampleJob(request, SampledProblem(root), root)
@@ -331,7 +335,7 @@ class HFPolicy:
         return job
 
     def _limit(self, job: SampleJob, wanted: int | None) -> int:
-        """The most tokens that children may have; the job's error if a prompt leaves room for none."""
+        """The largest number of tokens of a child; sets the job's error if the prompt leaves no room for any."""
         longest = self.decoder.shape.max_length
         room = longest - job.parent.length
         if not job.parent.length:
@@ -343,7 +347,7 @@ class HFPolicy:
         return room if wanted is None else min(wanted, room)
 
     def _parent(self, state: SampledProblem, request: Expand) -> TokenBranch:
-        """The branch to continue: one that this policy made, or such a one with what the steps' text has beyond it."""
+        """The branch to continue: one that this policy made, extended by the part of the steps' text that it lacks."""
         text = "".join(request.steps)
         start, base = state.known.longest(request.branch, text)
         if start == text:
@@ -354,8 +358,8 @@ class HFPolicy:
         return branch
 
     def _end(self, job: SampleJob, child: TextStream) -> None:
-        """A child has ended, or failed; with the last one, or the first that failed, its request is answered."""
-        if child not in job.running:  # it failed beside another that did
+        """Handle a child that ended or failed. After the last child, or the first that failed, answer the request."""
+        if child not in job.running:  # it failed together with another one
             return
         job.running.remove(child)
         job.state.sampled += child.num_tokens
@@ -366,7 +370,7 @@ class HFPolicy:
             self._answered.append(job)
 
     def _go_on(self, job: SampleJob, prompt: PromptStream) -> None:
-        """The prompt of a request was read, or could not be: sample behind it."""
+        """The prompt of a request was read, or failed: start sampling after it."""
         if prompt.error is None and not all(math.isfinite(value) for value, _ in prompt.told):
             prompt.error = FloatingPointError("the model gave no finite logits")
         if prompt.error is not None:
@@ -380,7 +384,7 @@ class HFPolicy:
         self._generation.submit(job.parent, job.children)
 
     def _stop(self, job: SampleJob) -> None:
-        """Sample no more for a request."""
+        """Stop sampling for a request."""
         gone = [prompt for prompt, other in self._told.items() if other is job]
         self._prompts.cancel(gone)
         for prompt in gone:
@@ -394,7 +398,7 @@ class HFPolicy:
         return text
 
     def _decode_all(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones too."""
+        """The text of tokens, including special tokens."""
         text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)
         return text
 
@@ -402,7 +406,7 @@ class HFPolicy:
         return Endings(texts, tokens, self._decode, self._plain("a"))
 
     def _finish(self, job: SampleJob) -> list[Step] | Exception | None:
-        """The answer to a request; branches that go on become known. None: all of it is told."""
+        """The answer to a request; its branches become known. None: everything has been reported."""
         if job.error is not None or isinstance(job.request, Generate):
             self._forget(job)
             return job.error
@@ -416,12 +420,12 @@ class HFPolicy:
             if step.finished:
                 self._pool.release([child.branch])
             else:
-                self._pool.hold(child.branch)  # a step of one token was never forwarded
+                self._pool.hold(child.branch)  # the token of a one-token step was never forwarded
                 job.state.known.put(number, "".join(job.request.steps) + step.text, child.branch)
         return steps
 
     def _forget(self, job: SampleJob) -> None:
-        """Nothing of a request stays."""
+        """Remove all that is left of a request."""
         self._pool.release(child.branch for child in job.children)
         if isinstance(job.request, Generate):
             self._pool.close(job.state.root.meter)

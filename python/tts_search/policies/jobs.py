@@ -24,7 +24,7 @@ class SampledProblem:
     root : TokenBranch
         Its prompt.
     known : KnownBranches
-        The branches that may be asked for.
+        The branches that requests may continue.
     sampled : int
         Tokens sampled so far.
     """
@@ -39,20 +39,20 @@ class SampledProblem:
 
 @dataclass(slots=True, eq=False)
 class SampleJob:
-    """One request on its way.
+    """One request in progress.
 
     Attributes
     ----------
     request : Expand or Generate
-        What was asked for.
+        The request.
     state : SampledProblem
-        Whose it is; a `Generate` has one of its own.
+        The problem of the request; a `Generate` has one of its own.
     parent : TokenBranch
-        What its samples continue.
+        The branch that its samples continue.
     children, running : list, set of TextStream
         The samples, and those of them that have not ended.
     error : Exception or None
-        Why it cannot be answered.
+        The reason why it cannot be answered.
     """
 
     request: Expand | Generate
@@ -63,20 +63,20 @@ class SampleJob:
     error: Exception | None = None
 
     def branch(self) -> TokenBranch:
-        """Where a child grows."""
+        """The branch in which a child grows."""
         return TokenBranch(self.parent.meter, self.parent, self.parent.length)
 
 
 @dataclass(slots=True, eq=False)
 class StepStream(TextStream):
-    """A step on its way, for a job."""
+    """A step in progress, for a job."""
 
     job: SampleJob = field(repr=False)
 
     @property
     def step(self) -> Step:
-        """The step that it became. A branch ends with its answer, when its context is full, or if it had no text."""
-        if self.reason is None:  # there was no room in the context for a single token
+        """The finished step. A branch ends with its answer, when its context is full, or if the step has no text."""
+        if self.reason is None:  # the context had no room for a single token
             return Step("", True, reason="length")
         assert isinstance(self.job.request, Expand)
         full = self.limit < self.job.request.params.max_tokens and self.num_tokens == self.limit
@@ -86,7 +86,7 @@ class StepStream(TextStream):
 
 @dataclass(slots=True, eq=False)
 class SampleStream(TextStream):
-    """A sample of a `Generate` on its way.
+    """A sample of a `Generate` in progress.
 
     Attributes
     ----------
@@ -95,21 +95,21 @@ class SampleStream(TextStream):
     number : int
         Which of the job's samples it is.
     news : dict of SampleStream to None
-        The samples of the policy that have something new to tell; this one adds itself.
+        The samples of the policy that have something new to report; this sample adds itself.
     """
 
     job: SampleJob = field(repr=False)
     number: int
     news: dict[SampleStream, None] = field(repr=False)
-    seen: int = field(init=False, default=0)  # tokens that were looked at
-    told: int = field(init=False, default=0)  # characters
+    seen: int = field(init=False, default=0)  # tokens that were checked
+    told: int = field(init=False, default=0)  # characters that were reported
     part: Generated = field(init=False)
 
     def __post_init__(self) -> None:
         self.part = Generated(self.number, "")
 
     def ends(self) -> bool:
-        """Whether it ends with its newest token; what is new is put together."""
+        """Whether it ends with its newest token. Collects the news."""
         assert isinstance(self.job.request, Generate)
         params, part = self.job.request.params, self.part
         fresh = tuple(self.branch.tokens[self.seen :])
@@ -132,13 +132,13 @@ class SampleStream(TextStream):
         return over
 
     def tell(self) -> Generated:
-        """What is new, once."""
+        """The news since the last call."""
         told, self.part = self.part, Generated(self.number, "")
         return told
 
 
 def fault_of(request: Generate, vocabulary: int) -> str:
-    """What a request has that the kernels would refuse, with all that stands beside it; empty if nothing."""
+    """Why the kernels would refuse a request; empty if they would not. A refusal fails the whole batch."""
     params = request.params
     checks = (
         (

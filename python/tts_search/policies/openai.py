@@ -15,8 +15,8 @@ from tts_search.search.types import Step, StepRequest
 __all__ = ["OpenAIPolicy"]
 
 T = TypeVar("T")
-# How vLLM and SGLang call the field that holds the text at which a choice stopped; null, or a token, at the end of the
-# answer. Others say "stop" in both cases.
+# The field in which vLLM and SGLang report the text at which a choice stopped. At the end of the answer it is null or a
+# token. Other servers report "stop" in both cases.
 _STOPPED_AT: Final = ("stop_reason", "matched_stop")
 _SEED_BITS: Final = 31  # some servers keep seeds in 32 bits
 _CONTINUE: Final = {"continue_final_message": True, "add_generation_prompt": False}
@@ -25,48 +25,49 @@ _CONTINUE: Final = {"continue_final_message": True, "add_generation_prompt": Fal
 class OpenAIPolicy(TextPolicy):
     r"""Samples steps from a server with OpenAI's API.
 
-    The children of a branch are the samples of one request (``n``), all requests of a round are sent at once, and the
-    server finds their common prefix in its cache. A step ends at the delimiter (``stop``). Where a server does not say
-    whether it stopped there or at the end of the answer, and only then, the policy reads the text as it is generated,
-    one request a child, and hangs up at the delimiter.
+    The children of a branch are the samples of one request (``n``). All requests of a round are sent at the same time,
+    and the server finds their common prefix in its cache. A step ends at the delimiter (``stop``). If a server does not
+    report whether it stopped there or at the end of the answer, the policy reads the text as it is generated, with one
+    request for each child, and closes the connection at the delimiter.
 
-    Chat templates such as Llama 3's trim a message, so the delimiter at the end of the steps so far never reaches the
-    model, which writes it again. At the first step that begins with it the policy asks the server (``/tokenize``; one
-    that cannot say is taken to trim), and from then on reads each child's text as it is generated, without the
-    delimiter that is there already. `template` with ``endpoint="completions"`` avoids that, and is faster.
+    Chat templates such as Llama 3's trim a message. Then the delimiter at the end of the steps so far does not reach
+    the model, and the model writes it again. At the first step that begins with the delimiter, the policy asks the
+    server (``/tokenize``) whether it trims. If the server cannot answer, the policy assumes that it does. From then on
+    it reads each child's text as it is generated, and removes the repeated delimiter. A `template` with
+    ``endpoint="completions"`` avoids this, and is faster.
 
     Requests that fail for reasons that may pass (no connection, a timeout, status 408, 409, 429 or 5xx, an answer that
-    is cut or garbled) are sent again, with exponential backoff or when the server says. What fails for good fails its
-    problem alone.
+    is cut or garbled) are sent again, with exponential backoff or when the server says. A request that fails for good
+    only fails its own problem.
 
     Parameters
     ----------
     model : str
         The model's name on the server.
     base_url : str or None
-        Such as ``"http://localhost:8000/v1"``; by default OpenAI's own.
+        Address such as ``"http://localhost:8000/v1"``; by default OpenAI's own.
     endpoint : {"chat", "completions"}
-        ``"chat"`` sends messages and the steps so far as the beginning of the assistant's. ``"completions"`` sends
-        `template` and the steps.
+        ``"chat"`` sends messages, with the steps so far as the beginning of the assistant's message. ``"completions"``
+        sends `template` and the steps.
     system_prompt : str or None
         The system message; with ``"completions"`` put it into the template.
     template : str or callable
         For ``"completions"``: text in which ``{problem}`` is replaced, or a function from a problem to a prompt (a
         tokenizer's ``apply_chat_template``, say).
     api_key_env : str
-        The environment variable that holds the key; a server of one's own needs none.
+        The environment variable that holds the key; many own servers need none.
     concurrency : int
-        Requests under way at once.
+        The largest number of requests at the same time.
     timeout : float
-        Seconds for one try of a request.
+        Seconds that one try of a request may take.
     max_retries : int
-        Tries after the first.
+        Number of tries after the first.
     samples_per_request : int or None
-        At most so many samples of one request, each request with the seed of its first child; 1 gives every child a
-        request with its own seed. By default all children of a branch.
+        The largest number of samples in one request. Each request has the seed of its first child, so 1 gives every
+        child its own seed. By default all children of a branch are in one request.
     logprobs : bool
-        Ask for log-probabilities: they fill in ``Step.logprob`` and count tokens. Without them a step of one sample is
-        counted by the server's usage, others as 0.
+        Ask for log-probabilities. They fill in ``Step.logprob`` and count tokens. Without them, the tokens of a step
+        are counted by the server's usage if its request has one sample, and as 0 otherwise.
     extra_body : mapping or None
         Further fields of every request.
     continue_body : mapping
@@ -77,7 +78,7 @@ class OpenAIPolicy(TextPolicy):
     MissingExtraError
         Without the package openai.
     ValueError
-        For options that cannot be, or without a key where one is needed.
+        If an option is not possible, or a key is needed and missing.
 
     Examples
     --------
@@ -128,13 +129,13 @@ class OpenAIPolicy(TextPolicy):
             api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=max_retries
         )
         self._slots = asyncio.Semaphore(concurrency)
-        self._says_where: bool | None = None  # whether the server says what it stopped at; None: not known yet
-        self._trims: bool | None = None  # whether the server takes a delimiter off the end of a message; likewise
-        self._streams = True  # whether the server sends text as it is generated
+        self._says_where: bool | None = None  # whether the server reports what it stopped at; None: not known yet
+        self._trims: bool | None = None  # whether it trims a delimiter at a message's end; None: not known yet
+        self._streams = True  # whether the server sends text while it is generated
         self._asking = asyncio.Lock()
 
     async def _answer(self, requests: list[StepRequest]) -> list[Any]:
-        """The function of a `TextPolicy`: a list of steps for each request, or why there is none."""
+        """The function of a `TextPolicy`: a list of steps for each request, or its error."""
         return list(await asyncio.gather(*(self._children(request) for request in requests)))
 
     async def _children(self, request: StepRequest) -> list[Step] | ServerError:
@@ -152,7 +153,7 @@ class OpenAIPolicy(TextPolicy):
         if not trimmed and (request.params.delimiter is None or self._says_where is not False):
             steps = await self._tried(partial(self._at_once, request, seeds))
             if steps is not None and not await self._were_trimmed(request, steps):
-                missing = seeds[len(steps) :]  # of a server that does not know n
+                missing = seeds[len(steps) :]  # a server may not know n
                 rest = await asyncio.gather(*(self._samples(request, (seed,)) for seed in missing))
                 return [*steps, *(step for part in rest for step in part)]
         return list(await asyncio.gather(*(self._tried(partial(self._read, request, seed)) for seed in seeds)))
@@ -162,7 +163,7 @@ class OpenAIPolicy(TextPolicy):
         return self.endpoint == "chat" and so_far != so_far.rstrip()
 
     async def _ask_whether_it_trims(self) -> bool | None:
-        """Whether "a" and "a" with a blank line behind it are the same message; None if the server cannot say."""
+        """Whether "a" and "a" with a blank line after it are the same message; None if the server cannot tell."""
         url = f"{str(self._client.base_url).rstrip('/').removesuffix('/v1')}/tokenize"
         tokens: list[Any] = []
         for content in ("a", "a\n\n"):
@@ -176,7 +177,7 @@ class OpenAIPolicy(TextPolicy):
         return None if None in tokens else tokens[0] == tokens[1]
 
     async def _were_trimmed(self, request: StepRequest, steps: Sequence[Step]) -> bool:
-        """Whether steps begin with the delimiter that stands before them because the server trims; it is asked once."""
+        """Whether steps begin with a repeated delimiter because the server trims. The server is asked once."""
         if not self._may_be_trimmed(request) or self._trims is False:
             return False
         so_far = "".join(request.steps)
@@ -189,7 +190,7 @@ class OpenAIPolicy(TextPolicy):
         return self._trims
 
     async def _at_once(self, request: StepRequest, seeds: tuple[int, ...]) -> list[Step] | None:
-        """The steps of one request; None if the server does not say where they stopped."""
+        """The steps of one request; None if the server does not report where they stopped."""
         async with self._slots:
             response = await self._create(request, seeds[0], n=len(seeds), stop=request.params.delimiter)
         choices = sorted(response.choices, key=lambda choice: choice.index)[: len(seeds)]
@@ -206,7 +207,7 @@ class OpenAIPolicy(TextPolicy):
         ]
 
     async def _read(self, request: StepRequest, seed: int) -> Step:
-        """One step, read as it is generated: it ends at the delimiter, or where the answer does."""
+        """One step, read as it is generated. It ends at the delimiter, or at the end of the answer."""
         async with self._slots:
             return await self._read_stream(request, seed)
 
@@ -223,14 +224,14 @@ class OpenAIPolicy(TextPolicy):
                 if delimiter is not None and at >= 0:
                     known = logprob if self.logprobs else None
                     return Step(self._own(request, text[: at + len(delimiter)]), False, tokens, known, "stop")
-        except self._openai.APIConnectionError as error:  # which the client does not try again any more
+        except self._openai.APIConnectionError as error:  # which the client does not try again by itself
             raise ConnectionError(f"the stream broke off: {error}") from error
         if reason is None:
             raise ConnectionError("the stream ended without a finish_reason")
         return _step(self._own(request, text), False, reason, tokens, logprob if self.logprobs else None, None)
 
     async def _parts(self, request: StepRequest, seed: int) -> AsyncIterator[Any]:
-        """What is generated, as it is generated; at once from a server that does not stream."""
+        """The parts of a text as they are generated; all at once from a server that does not stream."""
         if self._streams:
             stream = await self._create(request, seed, n=1, stop=None, stream=True)
             received = False
@@ -246,7 +247,7 @@ class OpenAIPolicy(TextPolicy):
         yield response.choices[0]
 
     def _own(self, request: StepRequest, text: str) -> str:
-        """A step's text without the delimiter in front that the server had taken off the steps so far."""
+        """A step's text. If the server trims the steps so far, the repeated delimiter at its beginning is removed."""
         return text.lstrip() if self._trims and self._may_be_trimmed(request) else text
 
     async def _create(self, request: StepRequest, seed: int, *, stop: str | None, **options: Any) -> Any:
@@ -283,7 +284,7 @@ class OpenAIPolicy(TextPolicy):
         return self.template.replace("{problem}", problem) if isinstance(self.template, str) else self.template(problem)
 
     async def _tried(self, send: Callable[[], Awaitable[T]]) -> T:
-        """What ``send`` gives; the client tries again by itself where the server refuses, here where it breaks off."""
+        """The result of ``send``. The client itself retries refused requests; here, broken connections are retried."""
         for attempt in range(self.max_retries + 1):
             try:
                 return await send()
@@ -334,7 +335,7 @@ def _step(
 
 
 def _counted(choice: Any, otherwise: int) -> tuple[int, float | None]:
-    """Tokens of a choice and the sum of their log-probabilities, if the server says them."""
+    """The number of tokens of a choice and the sum of their log-probabilities, if the server reports them."""
     found = choice.logprobs
     values = None if found is None else getattr(found, "token_logprobs", None)
     if values is None and found is not None and getattr(found, "content", None) is not None:

@@ -9,16 +9,16 @@ from tts_search.search.types import Messages
 
 __all__ = ["at_a_word", "continuation_ids", "prompt_ids", "prompt_of", "text_ids"]
 
-# Texts that stand in front of another one while it is encoded, so that a tokenizer does not take it for a beginning.
+# Texts that precede another text while it is encoded, so that the tokenizer does not see it as the beginning of a text.
 _FRONTS: Final = ("a", "\n", ".", "a ", "1")
-_CONTEXT: Final = 8  # tokens before a continuation that are looked at
+_CONTEXT: Final = 8  # how many tokens before a continuation are encoded with it
 
 
 def prompt_of(problem: str | Messages, system_prompt: str | None, tokenizer: Any) -> str:
-    """Return a problem as the tokenizer's chat template has it, up to where the answer begins.
+    """Return a problem in the tokenizer's chat template, up to where the answer begins.
 
-    Without a template it is the system prompt and the problem, each followed by a blank line. In a conversation the
-    system prompt stands in front, unless it has a system message of its own.
+    Without a template, this is the system prompt and the problem, each followed by a blank line. In a conversation the
+    system prompt comes first, unless the conversation has a system message of its own.
     """
     messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else [dict(each) for each in problem]
     if system_prompt is not None and messages[0]["role"] != "system":
@@ -30,16 +30,16 @@ def prompt_of(problem: str | Messages, system_prompt: str | None, tokenizer: Any
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of what `prompt_of` returns: a template writes its special tokens, else the tokenizer adds its own."""
+    """The tokens of a prompt from `prompt_of`. Special tokens come from the template, or else from the tokenizer."""
     return text_ids(prompt, tokenizer, special=tokenizer.chat_template is None)
 
 
 def text_ids(text: str, tokenizer: Any, *, special: bool) -> list[int]:
-    """The tokens of a text that is to be continued.
+    """The tokens of a text that will be continued.
 
-    With ``special`` they are those of ``tokenizer(text)``: with the special tokens that it puts in front, and without
-    those that it puts behind. Those are added as ids: a token that is written as text changes the text next to it for
-    some tokenizers, which take only the very beginning for the beginning of a word.
+    With ``special`` they are those of ``tokenizer(text)``: with the special tokens that it adds at the beginning, and
+    without those at the end. The special tokens are added as ids. As text they would change the tokens of the next text
+    for some tokenizers, which see only the very beginning as the beginning of a word.
     """
     encoded = tokenizer(text, add_special_tokens=special, return_special_tokens_mask=special)
     ids: list[int] = list(encoded["input_ids"])
@@ -50,7 +50,7 @@ def text_ids(text: str, tokenizer: Any, *, special: bool) -> list[int]:
 
 
 def _behind(tokenizer: Any) -> int:
-    """How many special tokens a tokenizer puts behind a text."""
+    """How many special tokens a tokenizer adds at the end of a text."""
     mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     return len(mask) - 1 - max((i for i, special in enumerate(mask) if not special), default=len(mask) - 1)
 
@@ -58,25 +58,27 @@ def _behind(tokenizer: Any) -> int:
 def continuation_ids(
     path: Sequence[int], text: str, encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str]
 ) -> list[int]:
-    """The tokens of a text that follows others.
+    """The tokens of a text that follows other tokens.
 
-    A text by itself is a beginning, in front of which some tokenizers put a space. So it is encoded behind what comes
-    before it, else behind a short text that does not grow together with it, whose tokens are cut off; the first tokens
-    that decode to the text, in their place, are taken.
+    Some tokenizers put a space at the beginning of a text. So the text is encoded after the text before it, or else
+    after a short text with which it shares no token, and the tokens of this other text are cut off. The first result
+    that decodes to the text, at its place, is returned.
+
 
     Parameters
     ----------
     path
         The tokens before.
     text
-        What follows.
+        The text that follows.
     encode, decode
-        Of the tokenizer, without adding special tokens.
+        Functions of the tokenizer, without adding special tokens.
 
     Returns
     -------
     list of int
-        They decode to the text behind ``path``, if any tokens of these encodings do; else the text's by itself.
+        Tokens that decode to the text after ``path``, if one of these encodings gives such tokens; else the tokens of
+        the text without context.
     """
     context, before = _whole_characters(path, decode)
     for ids in _encodings(before, text, encode):
@@ -86,14 +88,14 @@ def continuation_ids(
 
 
 def at_a_word(start: str, text: str) -> bool:
-    """Whether a text begins with another one that ends where no word is cut: its tokens can be continued."""
+    """Whether a text begins with `start`, and no word is cut at its end, so that its tokens can be continued."""
     if not text.startswith(start):
         return False
     return not start or len(start) == len(text) or start[-1].isspace() or text[len(start)].isspace()
 
 
 def _whole_characters(path: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[list[int], str]:
-    """The last tokens and their text: `_CONTEXT` of them, or more where those would begin within a character."""
+    """The last tokens and their text: `_CONTEXT` tokens, or more if these would begin within a character."""
     size = _CONTEXT
     while "\ufffd" in (before := decode(list(path[-size:]))) and size < len(path):
         size *= 2
@@ -101,7 +103,7 @@ def _whole_characters(path: Sequence[int], decode: Callable[[Sequence[int]], str
 
 
 def _encodings(before: str, text: str, encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
-    """Tokens of a text, from encodings behind others with which it does not grow together."""
+    """Tokens of a text, from encodings after other texts with which it shares no token."""
     for front in (before, *_FRONTS):
         known, both = encode(front), encode(front + text)
         if known and both[: len(known)] == known:

@@ -22,7 +22,7 @@ VerifierFn = Callable[
 
 
 class _TextDriver:
-    """What both have in common: the problems' texts, and calling the function."""
+    """The common part of both classes: the problems' texts, and calling the function."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         if not callable(fn):
@@ -49,7 +49,7 @@ class _TextDriver:
         """Do nothing: a function over text keeps no branches."""
 
     def _ask(self, problems: Sequence[int], items: list[Any]) -> list[Any]:
-        """Call the function once for all; if that fails, once for each problem, so that only the culprit's fails."""
+        """Call the function once for all. If that fails, call it for each problem, so that only faulty ones fail."""
         try:
             return _call(self._fn, items)
         except Exception as error:
@@ -69,10 +69,10 @@ class TextPolicy(_TextDriver):
     Parameters
     ----------
     fn : callable
-        ``fn(requests: list[StepRequest]) -> list[list[Step]]``, one list for each request, ``num_samples`` steps in it;
-        sync or async. It is called with all requests that wait then, those of a problem in candidate order, in the
-        thread of the search and never twice at once. If it raises, it is called once more for each problem, and those
-        whose call raises again fail.
+        ``fn(requests: list[StepRequest]) -> list[list[Step]]``, with one list of ``num_samples`` steps for each
+        request; sync or async. It is called in the thread of the search, never twice at once, with all requests that
+        wait at that time; those of a problem are in candidate order. If it raises an error, it is called again for each
+        problem, and a problem whose own call raises an error fails.
 
     Raises
     ------
@@ -109,7 +109,7 @@ class TextPolicy(_TextDriver):
         return answers
 
     def end(self, problem: int) -> Usage:
-        """Forget the problem; it cost the tokens that its steps say."""
+        """Forget the problem. Its cost is the number of tokens that its steps report."""
         self._texts.pop(problem, None)
         return Usage(tokens=self._tokens.pop(problem, 0))
 
@@ -121,8 +121,8 @@ class TextVerifier(_TextDriver):
     ----------
     fn : callable
         ``fn(branches: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]``: for each (problem, steps) one score
-        for each step; sync or async. Called as the function of a :class:`TextPolicy` is. A search asks about a text
-        once, however many of its branches have it.
+        for each step; sync or async. It is called like the function of a :class:`TextPolicy`. A search asks about a
+        text once, even if several of its branches have this text.
 
     Raises
     ------
@@ -143,7 +143,7 @@ class TextVerifier(_TextDriver):
         return self._ask([request.problem for request in requests], items)
 
     def end(self, problem: int) -> Usage:
-        """Forget the problem; what it cost is not known."""
+        """Forget the problem; its cost is not known."""
         self._texts.pop(problem, None)
         return Usage()
 
@@ -161,9 +161,10 @@ def _call(fn: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
 
 
 class _Loop:
-    """An event loop in a thread of its own, one for the process.
+    """An event loop in its own thread; there is one in a process.
 
-    It works inside a running loop (a notebook, a server), and a client that is bound to its loop works in every round.
+    It works even if the caller has a running loop (a notebook, a server). A client that is bound to its loop works in
+    every round, because the loop stays the same.
     """
 
     def __init__(self) -> None:

@@ -19,33 +19,33 @@ __all__ = ["VLLMPolicy"]
 class VLLMPolicy:
     r"""Samples steps with vLLM's engine.
 
-    A round is one call of the engine: a request for each branch, with its children as ``n`` samples. A branch is
-    continued from the tokens that were generated, not from its text, so vLLM's prefix cache holds all of it but the
-    last partly filled block. The engine takes its own memory, and knows nothing of released branches: it evicts what
-    was used longest ago.
+    A round is one call of the engine. It has one request for each branch, with the children as ``n`` samples. A branch
+    is continued from the generated tokens, not from its text, so vLLM's prefix cache holds all of it except the last,
+    partly filled block. The engine manages its own memory and does not know which branches are released: it evicts the
+    least recently used blocks.
 
     Parameters
     ----------
     model : str or vllm.LLM
-        Folder or hub id of a checkpoint, or an engine that runs already.
+        Folder or hub id of a checkpoint, or a running engine.
     system_prompt : str or None
         The system message before the problem; by default none.
     **engine
         Options of ``vllm.LLM`` (``dtype=``, ``gpu_memory_utilization=``, ``max_model_len=``, ...). Prefix caching is on
-        unless switched off here, and on a CPU chunked prefill off (0.32 fails there on a chunk with a seed).
+        unless it is switched off here. On a CPU chunked prefill is off (0.32 fails there on a chunk with a seed).
 
     Raises
     ------
     MissingExtraError
         Without vllm.
     TypeError
-        For engine options beside an engine that runs already.
+        If engine options are given with a running engine.
 
     Notes
     -----
-    The children of a branch are drawn from the first child's seed, so a search repeats itself as far as vLLM's logits
-    do. A step ends where vLLM finds the delimiter: the last token may hold more characters than the step's text, and
-    the branch goes on from the whole token.
+    The children of a branch are drawn from the first child's seed, so a search is as repeatable as vLLM's logits. A
+    step ends where vLLM finds the delimiter. The last token may have more characters than the step's text; the branch
+    continues after the whole token.
 
     Examples
     --------
@@ -78,7 +78,7 @@ class VLLMPolicy:
     def expand(self, requests: Sequence[Expand]) -> list[list[Step] | Exception]:
         """Answer requests of any number of problems by one call of the engine.
 
-        The answer to a request whose branch leaves no room in the model's context is an exception.
+        If a branch leaves no room in the model's context, the answer to its request is an exception.
         """
         answers: list[list[Step] | Exception] = [[] for _ in requests]
         prompts: list[list[int]] = []
@@ -105,7 +105,7 @@ class VLLMPolicy:
         self._problems[problem].known.drop(branches)
 
     def end(self, problem: int) -> Usage:
-        """Forget the problem; what it cost, as far as the engine says."""
+        """Forget the problem; return its cost, as far as the engine reports it."""
         state = self._problems.pop(problem)
         return Usage(
             tokens=state.sampled,
@@ -117,7 +117,7 @@ class VLLMPolicy:
         return prompt_of(text, self.system_prompt, self.tokenizer)
 
     def _read(self, prompt: str) -> list[int]:
-        """The tokens of a prompt; a tokenizer that is not transformers' does not say which special ones it adds."""
+        """The tokens of a prompt. A tokenizer that is not transformers' does not tell which special tokens it adds."""
         if callable(self.tokenizer):
             return prompt_ids(prompt, self.tokenizer)
         begin = "" if self.tokenizer.chat_template else self.tokenizer.bos_token or ""
@@ -136,7 +136,7 @@ class VLLMPolicy:
         return text
 
     def _tokens(self, request: Expand) -> list[int]:
-        """The tokens to continue: those that this policy generated, and what the steps' text has beyond them."""
+        """The tokens to continue: those that this policy generated, then those of the rest of the steps' text."""
         state = self._problems[request.problem]
         text = "".join(request.steps)
         start, tokens = state.known.longest(request.branch, text)
@@ -183,7 +183,7 @@ class VLLMPolicy:
 
 
 def _for_platform() -> dict[str, Any]:
-    """On a CPU no prompt is read in parts: vLLM cannot take the draw for a part back from a seeded generator there."""
+    """On a CPU, prompts are read whole: vLLM cannot undo the draw for a part of a prompt from a seeded generator."""
     return {"enable_chunked_prefill": False} if require("vllm.platforms", "vllm").current_platform.is_cpu() else {}
 
 
@@ -196,9 +196,9 @@ class _Problem:
     prompt : list of int
         Its tokens.
     known : KnownBranches
-        Of each branch, the tokens behind the prompt.
+        For each branch: the tokens after the prompt.
     sampled, read : int
-        How many tokens were sampled, and how many read that the prefix cache did not hold.
+        How many tokens were sampled, and how many were read because the prefix cache did not hold them.
     """
 
     prompt: list[int]
