@@ -255,7 +255,6 @@ class Journal:
 
     For each record, memory holds a hash of its key and right answer, and its place: about 250 bytes.
 
-
     Parameters
     ----------
     path : str or Path

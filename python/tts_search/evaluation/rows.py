@@ -260,7 +260,6 @@ class Difficulty:
     The bin of a record is given by the largest best-of-N of the *other* seeds. If the record's own samples gave the
     bin, the hard bin would collect unlucky samples, and any new search would look better than it is. With only one
     seed, the difficulty is not known.
-
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -293,7 +292,6 @@ def strategy_map(rows: Sequence[Row]) -> dict[tuple[str, str, Bin, int], tuple[s
     """Return the best method by (policy, verifier, bin of difficulty, n): its name, its accuracy, how many tasks.
 
     If methods are equally good, best-of-N comes first, then the order of names decides.
-
     """
     difficulty = Difficulty(rows)
     best: dict[tuple[str, str, Bin, int], tuple[str, float, int]] = {}

@@ -85,7 +85,6 @@ def holm(values: Sequence[float]) -> list[float]:
     If a finding is a corrected value below 5%, at most one in twenty such families of tests has a false finding,
     whatever the truth (S. Holm, Scandinavian Journal of Statistics 6, 1979).
 
-
     Examples
     --------
     >>> holm([0.01, 0.2, 0.02])

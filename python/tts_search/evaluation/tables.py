@@ -203,7 +203,6 @@ def rivals_table(rows: Sequence[Row]) -> str:
 
     For each smaller policy, verifier and larger policy: among the searches that are at least as accurate, the one with
     the fewest FLOPs of policy and verifier together, and the ratio of these FLOPs to those of the greedy answer.
-
     """
     greedy = {row.policy: row for row in rows if not row.verifier and row.n == 1 and "greedy" in row.label}
     ordered = sorted(greedy, key=lambda policy: greedy[policy].means("flops_policy")[0])

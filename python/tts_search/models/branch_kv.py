@@ -11,25 +11,25 @@ __all__ = ["BranchKV"]
 
 
 class BranchKV:
-    """The KV of branches in one pool: forked from what a branch is built on, cut, and freed.
+    """The KV of branches in one pool: forked from their parents, cut, and freed.
 
-    It knows no forward: slots that a branch is given are written by whoever asked for them.
+    It runs no forward. The caller who gets slots for a branch has to write them.
 
     Parameters
     ----------
     pool : KVPool
-        Where the KV lives.
+        The pool that holds the KV.
 
     Attributes
     ----------
     resident : dict of TokenBranch to None
-        Those that have KV.
+        Branches that have KV.
     guests : set of TokenBranch
-        Released ones that are back so that descendants can be forked from them.
+        Released branches that have KV again, so that descendants can be forked from them.
     full : bool
-        Set by who found no room; unset as soon as any KV is given back.
+        Set by a caller that found no room; cleared as soon as any KV is freed.
     ticks : int
-        Forwards with rows so far.
+        Number of forwards with rows so far.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -41,11 +41,11 @@ class BranchKV:
         self.ticks = 0
 
     def is_right(self, branch: TokenBranch) -> bool:
-        """Whether a branch's KV is of the kind that its length says."""
+        """Whether a branch's KV is of the kind that its length needs."""
         return self.switch is None or branch.far is (branch.length > self.switch)
 
     def take_side(self, branch: TokenBranch) -> None:
-        """Let a branch's KV be of the kind that its length says: it gives back what it has of the other."""
+        """Change a branch to the kind of KV that its length needs: KV of the other kind is freed."""
         if not self.is_right(branch):
             self.drop(branch)
             assert not branch.holders, "a branch that others are built on has grown"
@@ -53,7 +53,7 @@ class BranchKV:
             branch.far = not branch.far
 
     def above(self, node: TokenBranch) -> TokenBranch | None:
-        """Whose KV a branch begins with: its parent's, or the parent's twin's, if the parent is of the other kind."""
+        """The branch whose KV a branch begins with: its parent, or the parent's twin if the kinds differ."""
         parent = node.parent
         if parent is None or parent.far is node.far:
             return parent
@@ -68,7 +68,7 @@ class BranchKV:
         return parent.twin
 
     def begin(self, node: TokenBranch) -> int:
-        """How many tokens of a branch's path have KV through it, or will have when it is forked."""
+        """How many tokens of a branch's path have KV, or will have when it is forked."""
         if node.kv is not None:
             return node.cached
         above = self.above(node)
@@ -80,7 +80,7 @@ class BranchKV:
         return above is None or (above.kv is not None and above.cached >= node.start)
 
     def incomplete(self, branch: TokenBranch) -> list[TokenBranch]:
-        """A branch and its ancestors, from the first one that lacks KV down."""
+        """A branch and its ancestors, from the first one without KV downwards."""
         nodes = [branch]
         while nodes[-1].kv is None and (above := self.above(nodes[-1])) is not None:
             if above.kv is None and above.holders:
@@ -99,7 +99,7 @@ class BranchKV:
         for node, source in zip(nodes, sources, strict=True):
             node.kv = forest.add_root() if source is None else next(forks)
             size = node.start if length is None else length
-            if source is not None and forest.length(node.kv) > size:  # the books of a source that runs are behind
+            if source is not None and forest.length(node.kv) > size:  # counters of a running source lag behind
                 forest.truncate(node.kv, size)
             self.resident[node] = None
             if node.released:
@@ -109,14 +109,14 @@ class BranchKV:
             self.resize(node, forest.length(node.kv))
 
     def restore(self, node: TokenBranch) -> None:
-        """Take a released branch's KV back from a descendant that still reads it."""
+        """Restore a released branch's KV from a descendant that still reads it."""
         donor = node
         while donor.kv is None:
             donor = max(donor.holders, key=lambda child: child.start)
         self.give([node], [donor], node.start + node.held)
 
     def adopt(self, node: TokenBranch, kv: int, length: int) -> None:
-        """Give a branch a part of the KV of the prefix cache, which holds its ancestors' tokens, too."""
+        """Give a branch a part of the prefix cache's KV. This part may include its ancestors' tokens."""
         (node.kv,) = self.pool.forest.fork([kv])
         if self.pool.forest.length(node.kv) > length:
             self.pool.forest.truncate(node.kv, length)
@@ -140,7 +140,7 @@ class BranchKV:
             lower, end = parent, lower.start
 
     def truncate(self, branch: TokenBranch, length: int) -> None:
-        """Cut a branch's KV behind the first ``length`` tokens of its path; what is longer will count as read anew."""
+        """Cut a branch's KV after the first ``length`` tokens of its path. Tokens read again will count as new."""
         branch.reached = min(branch.reached, length)
         if branch.kv is not None and branch.cached > length:
             self.pool.forest.truncate(branch.kv, length)
@@ -148,13 +148,13 @@ class BranchKV:
             self.full = False
 
     def drop(self, node: TokenBranch) -> None:
-        """Free a branch's KV; what descendants read stays."""
+        """Free a branch's KV, except what descendants read."""
         if node.kv is not None:
             self.pool.forest.free([node.kv])
             self.forget(node)
 
     def forget(self, node: TokenBranch) -> None:
-        """A branch's KV is not its own any more."""
+        """Record that a branch no longer owns its KV."""
         del self.resident[node]
         self.guests.discard(node)
         node.kv, node.sought = None, False
@@ -162,7 +162,7 @@ class BranchKV:
         self.full = False
 
     def dismiss_guests(self, waiting: Sequence[TokenBranch]) -> None:
-        """Let go of released branches that are back, unless one of ``waiting`` is still to be forked from them."""
+        """Free guests again, except those that one of ``waiting`` is still to be forked from."""
         if not self.guests:
             return
         needed = {node for branch in waiting for node in self.incomplete(branch)}
@@ -171,7 +171,7 @@ class BranchKV:
             self.drop(guest)
 
     def resize(self, node: TokenBranch, cached: int) -> None:
-        """Set the tokens that have KV through ``node``, and what that changes in the books of its lineage."""
+        """Set how many tokens have KV through ``node``, and update the counters of its ancestors."""
         node.meter.settle(self.ticks)
         node.meter.logical += cached - node.cached
         node.cached = cached

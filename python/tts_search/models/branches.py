@@ -24,39 +24,40 @@ __all__ = ["NO_ROWS", "Forwarded", "Rows", "TokenBranch", "kv_of"]
 
 @dataclass(slots=True, eq=False)
 class TokenBranch:
-    """The first ``start`` tokens of the parent's path, then ``tokens``.
+    """A branch: the first ``start`` tokens of its parent's path, then its own ``tokens``.
 
     Attributes
     ----------
     meter : Meter
-        Where its cost is counted.
+        The meter that counts its cost.
     parent : TokenBranch or None
     start : int
         0 without a parent, and else at least the parent's own start.
     tokens : list of int
-        Its own tokens; it grows at this end.
+        Its own tokens. The branch grows at the end of this list.
     given : int
-        How many of `tokens` were not sampled but read (a prompt): they count as prefill.
+        How many of `tokens` were read and not sampled (a prompt). They count as prefill.
     marks : list of int
-        Positions in the path whose outputs are wanted, besides that of the last token.
+        Positions in the path whose outputs are needed, besides that of the last token.
     kv, cached : int
-        Its forest branch while it has one, and how many tokens of the path have KV through it.
+        Its forest branch while it has one, and how many tokens of the path have KV in it.
     reached : int
-        The most tokens of the path that ever had KV; what is forwarded below that is forwarded again.
+        The largest number of tokens of the path that ever had KV. Tokens below it that are forwarded count as
+        recomputed.
     held : int
         How many of `tokens` have KV that this branch or a descendant reads.
     holders : set of TokenBranch
-        The children that have KV or have such children: they read this branch's.
+        The children that have KV, or have such children themselves: they read this branch's KV.
     released : bool
-        Nobody asks for it any more; its descendants may.
+        The branch itself is no longer needed; its descendants may be.
     used : int
         When it was last forwarded.
     far : bool
-        Whether its KV is that of a text beyond the decoder's switch.
+        Whether its KV is that of a text longer than the decoder's switch.
     twin : TokenBranch or None
-        The same tokens with KV of the other kind, for descendants of that kind.
+        A branch with the same tokens and the other kind of KV, for descendants of that kind.
     sought : bool
-        The prefix cache was asked for it since it has no KV.
+        Whether the prefix cache was searched for it since it lost its KV.
     """
 
     meter: Meter
@@ -82,17 +83,17 @@ class TokenBranch:
 
     @property
     def length(self) -> int:
-        """Tokens of its path."""
+        """Number of tokens in its path."""
         return self.start + len(self.tokens)
 
     @property
     def pending(self) -> int:
-        """Tokens of its own that have no KV; with the end of the parent's, if its KV was cut in front of it."""
+        """Number of own tokens without KV. If the KV was cut before them, the parent's last tokens count, too."""
         have = self.start if self.kv is None else self.cached
         return self.start + len(self.tokens) - have
 
     def path(self) -> list[int]:
-        """All tokens from the root on."""
+        """All tokens from the root to the end of the branch."""
         parts: list[list[int]] = []
         node: TokenBranch | None = self
         end = self.length
@@ -105,16 +106,16 @@ class TokenBranch:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Branches that grow by one token in each forward, as columns [N] int64 on the CPU.
+    """Branches that grow by one token in each forward. Columns are [N] int64 on the CPU.
 
-    What `BranchPool.run` has taken in: while they run, the pool's books of them are kept by the meters.
+    `BranchPool.run` has taken them in. While they run, their meters count for the pool.
 
     Attributes
     ----------
     kv : Tensor
         Their forest branches.
     tokens, positions : Tensor
-        The token that each forwards, and where it stands.
+        The token that each branch forwards, and its position.
     """
 
     kv: Tensor
@@ -127,17 +128,17 @@ NO_ROWS: Final = Rows(*(torch.empty(0, dtype=torch.int64) for _ in range(3)))
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """What one forward got done.
+    """The results of one forward.
 
     Attributes
     ----------
     outputs : Tensor
-        [N + len(places), ...]: what the model gave for the N rows, then for the places.
+        [N + len(places), ...]: the model's outputs for the N rows, then for the places.
     places : list of (TokenBranch, int)
-        A branch and a position in its path: branch after branch in the order they were asked for, the marked positions
-        that were reached and, for those that are done, the last one.
+        Pairs of a branch and a position in its path, branch after branch as they were given: the marked positions that
+        this forward reached, and the last position of branches that are done.
     done : list of TokenBranch
-        Branches without pending tokens now, in the order they were asked for.
+        Branches without pending tokens after this forward, as they were given.
     """
 
     outputs: Tensor
@@ -146,6 +147,6 @@ class Forwarded:
 
 
 def kv_of(node: TokenBranch) -> int:
-    """The forest branch of one that has KV."""
+    """The forest branch of a branch that has KV."""
     assert node.kv is not None, "a branch without KV was used as if it had some"
     return node.kv

@@ -21,7 +21,7 @@ WRAPPER: Final = "pretrained_model."
 
 
 class Checkpoint:
-    """A checkpoint's tensors. Nothing is unpickled but tensors, and no code of the checkpoint is run.
+    """A checkpoint's tensors. From pickles only tensors are loaded, and no code of the checkpoint is run.
 
     Parameters
     ----------
@@ -56,12 +56,12 @@ class Checkpoint:
 
     @property
     def merged(self) -> bool:
-        """Whether weights are made of several tensors of files, so that nobody but this class reads them."""
+        """Whether a weight can be made of several tensors in files, so that only this class can read it."""
         return False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor."""
+        """The dtype of the first tensor."""
         return self.tensor(next(iter(self.files)).removeprefix(WRAPPER)).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -71,11 +71,11 @@ class Checkpoint:
             return tuple(opened.get_slice(stored).get_shape())
 
     def weight(self, name: str) -> Weight:
-        """A tensor of the weights as the file has it; KeyError if there is none."""
+        """A tensor of the weights, as it is stored; KeyError if there is none."""
         return self.tensor(name)
 
     def tensor(self, name: str, rows: list[int] | None = None) -> Tensor:
-        """A tensor of the weights in float, or some of its rows.
+        """A tensor of the weights as floats, or some of its rows.
 
         Raises
         ------
@@ -93,14 +93,14 @@ class Checkpoint:
             return torch.cat([part[row : row + 1] for row in rows])
 
     def tensors_of(self, file_name: str) -> dict[str, Tensor]:
-        """All tensors of another file: .safetensors, or a state dict of tensors (.pt), of which nothing else is read.
+        """All tensors of another file: .safetensors, or a state dict (.pt), from which only tensors are read.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If it holds something else than tensors by name.
+            If it contains anything else than tensors by name.
         """
         path = self.file(file_name)
         if path is None:
@@ -124,14 +124,14 @@ class Checkpoint:
         return name if name in self.files else WRAPPER + name
 
     def file(self, name: str) -> str | None:
-        """Where a file of the checkpoint is; None if there is none."""
+        """The path of a file of the checkpoint; None if there is none."""
         found: str | None = cached_file(self.path_or_id, name, _raise_exceptions_for_missing_entries=False)
         return found
 
 
 @contextmanager
 def opened_tensors(path: str) -> Iterator[Any]:
-    """A safetensors file, whose header the library checks before it reads.
+    """A safetensors file. The library checks its header before it reads.
 
     Raises
     ------

@@ -26,19 +26,19 @@ KvDtype = Literal[
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """The sizes of a decoder that its KV pool, its plans and its cost follow from.
+    """The sizes of a decoder. Its KV pool, its plans and its cost follow from them.
 
     Attributes
     ----------
     num_layers, num_q_heads, num_kv_heads, head_dim : int
-        Of the attention; the same in every layer.
+        Sizes of the attention, the same in every layer.
     max_length : int
-        Longest sequence in tokens.
+        The longest sequence in tokens.
     body_parameters, head_parameters : int
-        Weights that a token meets between its embedding and its last hidden state, and from there to logits.
+        Number of weights that a token passes from its embedding to its last hidden state, and from there to logits.
     switch : int or None
-        A text with more tokens than this is turned by other factors throughout: keys and values of a shorter one are
-        none of its.
+        If set: a text with more tokens than this uses other rotary factors at all positions. Then keys and values of
+        shorter texts cannot be used for it.
     """
 
     num_layers: int
@@ -51,7 +51,7 @@ class DecoderShape:
     switch: int | None = None
 
     def kv_bytes(self, dtype: torch.dtype | str) -> int:
-        """Bytes of keys and values that one token holds in all layers; those of scales and zeros, too."""
+        """Bytes of keys and values of one token in all layers, including scales and zeros."""
         if isinstance(dtype, torch.dtype):
             head = self.head_dim * dtype.itemsize
         else:
@@ -61,7 +61,7 @@ class DecoderShape:
     def flops(self, tokens: int, keys: int, logit_rows: int) -> float:
         """Operations of a forward: 2 per weight and token, and q.k and p.v of each query head for each of ``keys``.
 
-        ``keys`` is the number of (token, key that it sees) pairs; a sliding window is not taken off.
+        ``keys`` is the number of (token, key that it sees) pairs. Sliding windows are ignored.
         """
         attention = 4.0 * self.num_layers * self.num_q_heads * self.head_dim * keys
         return 2.0 * (self.body_parameters * tokens + self.head_parameters * logit_rows) + attention
@@ -69,20 +69,20 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One packed forward: the new tokens of many branches, branch after branch, T in all.
+    """One packed forward: the new tokens of many branches, branch after branch, T in total.
 
     Attributes
     ----------
     tokens, positions : Tensor
-        [T] int64: token ids, and where they stand in their branch.
+        [T] int64: token ids, and their positions in their branch.
     slots : Tensor
-        [T] int32: where the keys and values of the tokens go in the pool.
+        [T] int32: the slots in the pool for the tokens' keys and values.
     plan : AttentionPlan
         The attention of these rows, the same for every layer.
     far : Tensor or None
-        [T] bool: rows of texts with more tokens than the decoder's switch, if it has one.
+        [T] bool: rows of texts longer than the decoder's switch, if it has one.
     kept : object or None
-        What the forward has to do besides, where the pool is of another kind (`models/x_cache.py`).
+        Additional work of the forward for pools of another kind (`models/x_cache.py`).
     """
 
     tokens: Tensor
@@ -96,7 +96,7 @@ class Batch:
 class Decoder(Protocol):
     """A causal language model whose keys and values live in a paged pool.
 
-    ``records`` says whether its forward on a GPU can be recorded: it reads no value there.
+    ``records`` says whether its forward on a GPU can be recorded, because it reads no value from the GPU.
     """
 
     records: bool
@@ -107,39 +107,39 @@ class Decoder(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its hidden states."""
+        """The dtype of its hidden states."""
 
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
-        """Run a batch; final hidden states [R, H] of the batch's ``rows`` [R] int64 (all of them if None)."""
+        """Run a batch; return final hidden states [R, H] of the batch's ``rows`` [R] int64 (of all rows if None)."""
         ...
 
     def logits(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
-        """Run a batch; logits [R, V] of the batch's ``rows`` [R] int64 (all of them if None), and of no others."""
+        """Run a batch; return logits [R, V] only for the batch's ``rows`` [R] int64 (for all rows if None)."""
         ...
 
 
 class KVPool:
-    """A KV forest and the tensors that its pages stand for.
+    """A KV forest and the tensors with its pages.
 
     Parameters
     ----------
     shape : DecoderShape
         Sizes of the decoder.
     num_pages, page_size : int
-        Of the pool; it holds ``num_pages * page_size`` tokens.
+        Size of the pool, which holds ``num_pages * page_size`` tokens.
     dtype, device
         Of keys and values; "fp8", "int8" and "int4" as in :class:`tts_kernels.KVCache`.
 
     Attributes
     ----------
     block : int or None
-        If set, the new tokens of a branch in one forward lie within one block of so many.
+        If set, the new tokens of a branch in one forward must lie within one block of this many tokens.
     records : bool
-        Whether a forward over it can be recorded.
+        Whether a forward over the pool can be recorded.
     """
 
     block: int | None = None
@@ -157,7 +157,8 @@ class KVPool:
             shape.num_layers, num_pages, shape.num_kv_heads, shape.head_dim, page_size, dtype=dtype, device=device
         )
         self._take(shape, tk.KVForest(num_pages, page_size), kv)
-        # For a decoder with a switch, of each slot that `pack` filled: its token, and whether its text was beyond it.
+        # If the decoder has a switch: for each slot that `pack` filled, its token, and whether its text was longer than
+        # that.
         self._tokens = torch.zeros(0 if shape.switch is None else num_pages, page_size, dtype=torch.int64)
         self._far = torch.zeros(self._tokens.shape, dtype=torch.bool)
 
@@ -168,27 +169,27 @@ class KVPool:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token holds."""
+        """Bytes of one token."""
         return self.shape.kv_bytes(self.kv.dtype)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that it has room for."""
+        """How many tokens the pool has room for."""
         return self.forest.stats().pages_total * self.forest.page_size
 
     def kept(self, branch: int, length: int) -> int:  # noqa: ARG002
-        """How many of so many first tokens a branch still has after it was truncated to them."""
+        """How many of its first ``length`` tokens a branch keeps if it is truncated to them."""
         return length
 
     def pack(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Batch:
         """Append new tokens to forest branches (each named once, at least one token) and plan their forward.
 
-        A branch that passes its decoder's switch is in it with all of its tokens, the new ones last.
+        If a branch becomes longer than its decoder's switch, the batch contains all of its tokens, the new ones last.
 
         Raises
         ------
         tts_kernels.OutOfPages
-            If the pool has too few pages left; nothing has changed then.
+            If the pool has too few free pages. Nothing has changed then.
         """
         tokens = self.renewed(branches, tokens)
         counts = [len(new) for new in tokens]
@@ -206,15 +207,15 @@ class KVPool:
         return self.batch(branches, counts, ids, list(positions), slots, far=far)
 
     def renewed(self, branches: Sequence[int], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """What `pack` is to append to branches for these new tokens.
+        """Return the tokens that `pack` has to append to branches for these new tokens.
 
-        That is all tokens of a branch whose keys are of the other side of the switch than its text will be then; the
-        keys are given back. Only branches that `pack` filled are known.
+        These are all tokens of a branch if its keys are of one side of the switch and the longer text is on the other.
+        The old keys are freed. Only branches that `pack` filled are known.
 
         Raises
         ------
         tts_kernels.OutOfPages
-            If that could take more pages than are free; nothing has changed then.
+            If that could take more pages than are free. Nothing has changed then.
         """
         switch, forest = self.shape.switch, self.forest
         if switch is None or not branches:
@@ -237,7 +238,7 @@ class KVPool:
         return texts
 
     def append(self, branches: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-        """Reserve slots [sum(counts)] for new tokens and copy the shared pages that they would write to."""
+        """Reserve slots [sum(counts)] for new tokens, and copy shared pages that these tokens would write to."""
         new = self.forest.append(branches, counts)
         if new.copy_src.numel():
             tk.copy_pages_(self._tensors, upload(new.copy_src, self.device), upload(new.copy_dst, self.device))
@@ -258,8 +259,8 @@ class KVPool:
     ) -> Batch:
         """The packed forward of the last ``counts`` tokens of each branch (1 each if None).
 
-        With ``out``, an earlier batch of as many tokens, that one's tensors are filled again; ValueError, with nothing
-        written, if the plan does not fit.
+        With ``out``, an earlier batch with the same number of tokens, the tensors of that batch are filled again. If
+        the plan does not fit in them, this raises ValueError and writes nothing.
         """
         plan = self.forest.plan(
             branches,

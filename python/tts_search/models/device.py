@@ -36,12 +36,12 @@ def read_tokens(sampled: tk.Sampled | tk.SampledTop) -> tuple[Tensor, Tensor]:
 
 
 def read_scores(*columns: Tensor) -> list[list[Any]]:
-    """What a round of scoring found, [S] each: scores, indices, flags. Waits for the device once."""
+    """The results of a round of scoring, [S] each: scores, indices, flags. Waits for the device once."""
     return [tensor.tolist() for tensor in _read(*columns)]
 
 
 def _read(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one device on the host: the last copy waits for itself, and so for those before it in the stream."""
+    """Copies of one device's tensors on the host. Only the last copy waits; the others are then done, too."""
     *before, last = tensors
     host = [tensor.to(_CPU, non_blocking=True) for tensor in before]
     return [*host, last.cpu()]

@@ -8,18 +8,18 @@ __all__ = ["Endings", "closes"]
 
 
 class Endings:
-    """Says at which tokens a text may end, without decoding the text at every token.
+    """Decides at which tokens a text may end, without decoding the text at every token.
 
     Parameters
     ----------
     texts : collection of str
-        What ends a text when it stands in it; none of them empty.
+        Pieces of text that end a text that contains them; none of them empty.
     tokens : collection of int
         Tokens that end it by themselves.
     decode : callable
         The text of tokens.
     before : sequence of int
-        Tokens that a token is decoded behind, so that it is not at the beginning of a text.
+        Tokens that come before a token when it is decoded, so that it is not at the beginning of a text.
     """
 
     def __init__(

@@ -24,11 +24,11 @@ __all__ = ["DrawOptions", "Ending", "SampledStream", "SampledStreams"]
 
 MAX_ROWS: Final = 1024
 
-# What is kept of each stream. Its newest token, `_TOKEN`, stands at `_POSITION` of its branch. `_OFFSET` tokens were
-# drawn; `_FILL` of them stand in line `_SLOT` of the buffer and not in the branch yet. `_LEFT` more, and it is looked
-# at in any case.
+# The counters of each stream. `_TOKEN` is its newest token, which stands at `_POSITION` of its branch. `_OFFSET` is the
+# number of drawn tokens. `_FILL` of these are in line `_SLOT` of the buffer and not yet in the branch. After `_LEFT`
+# more tokens the stream is checked in any case.
 _POSITION, _OFFSET, _FILL, _LEFT, _TOKEN, _KV, _SEED, _ENDING, _SAMPLING, _SLOT = range(10)
-_COUNTERS: Final = torch.tensor([[1], [1], [1], [-1]])  # what a token does to the first four of them
+_COUNTERS: Final = torch.tensor([[1], [1], [1], [-1]])  # the change of the first four by a token
 _BUFFER: Final = 64
 _NO_KV: Final = -1  # of a stream that has just drawn its first token here
 _PLAIN, _LOOK = 1, 2  # what is known of a token: no step ends at it, or one may; 0: nothing
@@ -38,7 +38,7 @@ class Ending(Hashable, Protocol):
     """Says at which tokens steps may end; what it says is remembered by it."""
 
     def may_end(self, token: int) -> bool:
-        """Whether a stream has to be looked at when this token comes. Asked once for each token."""
+        """Whether a stream has to be checked when this token comes. Computed once for each token."""
         ...
 
 
@@ -59,27 +59,27 @@ class SampledStream(Stream, ABC):
     Attributes
     ----------
     seed : int
-        Its stream of draws.
+        Seed of its random stream.
     limit : int
-        The most tokens.
+        The largest number of tokens.
     sampling : DrawOptions
-        How they are drawn.
+        How tokens are drawn.
     ending : Ending
-        Where it may end, besides the limit.
+        At which tokens it may end, besides the limit.
     pace : int
-        It is looked at after so many tokens, if nothing says so before.
+        It is checked after this many tokens, if nothing asks for a check before.
     num_top : int
-        How many of the likeliest tokens are wanted in the place of each one drawn.
+        How many of the likeliest tokens to report at the place of each drawn token.
     wanted : tuple of int
-        Tokens whose log-probabilities are wanted there, too.
+        Tokens whose log-probabilities are reported there, too.
     barred, free_after : tuple of int, int
-        Tokens that are not drawn before so many others.
+        Tokens that are not drawn before this many others were.
     num_tokens, logprob : int, float
-        Tokens drawn, the one that ended it included, and the sum of their log-probabilities; up to date when it is
-        looked at, and when it has ended.
+        The number of drawn tokens, including the one that ended the stream, and the sum of their log-probabilities.
+        They are up to date when the stream is checked, and when it has ended.
     last_logprob, top : float, list of (int, float)
-        Of the newest token, when it is looked at: its log-probability, and the likeliest in its place with theirs,
-        then the wanted ones.
+        For the newest token, when it is checked: its log-probability, and the likeliest tokens at its place with
+        theirs, then the tokens in `wanted`.
     """
 
     seed: int
@@ -98,22 +98,22 @@ class SampledStream(Stream, ABC):
 
     @property
     def children(self) -> list[SampledStream]:
-        """Those whose next token is drawn from this branch's logits."""
+        """The streams whose next token is drawn from this branch's logits."""
         return [self]
 
     @property
     def tells(self) -> bool:
-        """Whether it is told about other tokens than the one drawn."""
+        """Whether it reports other tokens than the drawn one."""
         return bool(self.num_top or self.wanted)
 
     @abstractmethod
     def ends(self) -> bool:
-        """Whether it ends with the newest token of its branch, which may be taken off again."""
+        """Whether it ends with the newest token of its branch. This token may then be removed."""
 
 
 @dataclass(slots=True, eq=False)
 class _Source(Stream):
-    """A branch whose logits the first tokens of others are drawn from."""
+    """A branch whose logits give the first tokens of other branches."""
 
     children: list[SampledStream]
 
@@ -127,19 +127,19 @@ class _Source(Stream):
 
 
 class SampledStreams(Streams[Any]):
-    """Samples streams.
+    """Samples many streams.
 
     Parameters
     ----------
     lane : Lane
         A model with its LM head.
     max_rows : int or None
-        The most streams that run at a time; others wait.
+        The largest number of streams that run at a time; others wait.
 
     Attributes
     ----------
     num_drawn : int
-        Tokens drawn so far.
+        Number of tokens drawn so far.
     """
 
     def __init__(self, lane: Lane, max_rows: int | None = None) -> None:
@@ -150,14 +150,14 @@ class SampledStreams(Streams[Any]):
         self._logprobs = torch.empty(0, dtype=torch.float64)
         self._new_tokens = torch.empty(0, _BUFFER, dtype=torch.int32)  # by slot
         self._free_slots: list[int] = []
-        self._sources: dict[TokenBranch, _Source] = {}  # those that have not been read yet
+        self._sources: dict[TokenBranch, _Source] = {}  # those that were not read yet
         self._endings: _Table[Ending] = _Table(torch.uint8)
         self._samplings: _Table[DrawOptions] = _Table(torch.float64)
-        self._num_special = 0  # streams that are told about other tokens, or may not draw some
-        self._options: dict[str, Any] = {}  # of `tts_kernels.sample`, as long as who runs stays the same
+        self._num_special = 0  # streams that report other tokens, or may not draw some
+        self._options: dict[str, Any] = {}  # for `tts_kernels.sample`, while the rows stay the same
 
     def submit(self, source: TokenBranch, children: Sequence[SampledStream]) -> None:
-        """Grow children of a branch, whose first tokens are drawn from its logits: its last token is read again."""
+        """Grow children of a branch. Its last token is read again, for the logits that give their first tokens."""
         if source in self._sources:
             self._sources[source].children += children
         else:
@@ -168,7 +168,7 @@ class SampledStreams(Streams[Any]):
             child.streams, child.age = self, next(self.lane.ages)
 
     def step(self) -> list[SampledStream]:
-        """Run one forward and draw; the streams that have ended, or failed, since the last step."""
+        """Run one forward and draw; return the streams that ended, or failed, since the last step."""
         self._read_again()
         forwarded = self._forward(self.lane.decoder.logits, head=True)
         if forwarded is not None:
@@ -177,7 +177,7 @@ class SampledStreams(Streams[Any]):
         return ended
 
     def _read_again(self) -> None:
-        """Have those streams read from their start whose texts pass the decoder's switch with their next token."""
+        """Restart those streams whose texts become longer than the decoder's switch with their next token."""
         switch = self.lane.decoder.shape.switch
         if switch is None:
             return
@@ -190,7 +190,7 @@ class SampledStreams(Streams[Any]):
             self._begin(stream)
 
     def give_up(self, stream: Any) -> None:
-        """A stream's KV goes; it waits."""
+        """Free a stream's KV, and let the stream wait."""
         if stream in self._reading:
             super().give_up(stream)
         else:
@@ -198,7 +198,7 @@ class SampledStreams(Streams[Any]):
             self._put_off(stream)
 
     def fail(self, stream: Any) -> None:
-        """A stream that has an error now is over, and so are those that wait for its logits."""
+        """End a stream with an error, and those that wait for its logits."""
         if stream in self._reading:
             del self._reading[stream]
         else:
@@ -210,7 +210,7 @@ class SampledStreams(Streams[Any]):
         self._ended += stream.children
 
     def cancel(self, gone: Collection[Any]) -> None:
-        """Streams are not wanted any more, whether they wait or run. Their branches' KV is left to the caller."""
+        """Drop streams, whether they wait or run. The caller frees the KV of their branches."""
         super().cancel(gone)
         self._sources = {branch: source for branch, source in self._sources.items() if source.children}
         rows = [row for row, stream in enumerate(self._streams) if stream in gone]
@@ -221,13 +221,13 @@ class SampledStreams(Streams[Any]):
 
     @property
     def num_running(self) -> int:
-        """Streams that run; those whose branch is being read are among them."""
+        """Number of running streams, including those whose branch is being read."""
         reading: int = sum(stream.num_rows for stream in self._reading)
         return reading + len(self._streams)
 
     @property
     def num_waiting(self) -> int:
-        """Streams that wait for room."""
+        """Number of streams that wait for room."""
         return sum(stream.num_rows for _, stream in self._waiting)
 
     def _begin(self, stream: Any) -> None:
@@ -241,7 +241,7 @@ class SampledStreams(Streams[Any]):
         return Rows(self._columns[_KV], self._columns[_TOKEN], self._columns[_POSITION])
 
     def _draw(self, forwarded: Forwarded) -> None:
-        """Draw a token for each row, and for each child of a branch that was read; look at those that may end."""
+        """Draw a token for each row, and for each child of a branch that was read; check the streams that may end."""
         pool, old = self.lane.pool, len(self._streams)
         row_of = {branch: old + row for row, (branch, _) in enumerate(forwarded.places)}
         read = [stream for stream in self._reading if stream.branch in row_of]
@@ -269,7 +269,7 @@ class SampledStreams(Streams[Any]):
             self._settle(old, ended)
 
     def _rank(self, rows: Sequence[int], logits: Tensor, drawn: tk.Sampled | tk.SampledTop) -> None:
-        """Tell the streams in these rows which tokens were the likeliest, and how likely certain ones were."""
+        """Store in the streams of these rows the likeliest tokens, and the log-probabilities of the wanted ones."""
         if isinstance(drawn, tk.SampledTop):
             for row, ids, values in zip(rows, *(each[rows].tolist() for each in drawn[2:]), strict=True):
                 stream = self._streams[row]
@@ -279,12 +279,12 @@ class SampledStreams(Streams[Any]):
             if stream.wanted:
                 wanted = upload(torch.tensor([*stream.wanted, 0]), logits.device)
                 wanted[-1] = drawn.tokens[row].clamp(min=0)
-                values = logits[row, wanted].double()  # whose distance to the drawn one's is that of log-probabilities
+                values = logits[row, wanted].double()  # differences of logits are those of log-probabilities
                 others = (values[:-1] - values[-1] + drawn.logprobs[row]).tolist()
                 stream.top = [*(stream.top if stream.num_top else ()), *zip(stream.wanted, others, strict=True)]
 
     def _barred(self, logits: Tensor) -> Tensor:
-        """Logits in which no stream can draw what it may not draw yet."""
+        """Logits with -inf for the tokens that a stream may not draw yet."""
         counts = self._columns[_OFFSET].tolist()
         early = [row for row, stream in enumerate(self._streams) if counts[row] < stream.free_after]
         places = [(row, token) for row in early for token in self._streams[row].barred]
@@ -294,7 +294,7 @@ class SampledStreams(Streams[Any]):
         return logits.index_put((rows, tokens), logits.new_tensor(-torch.inf))
 
     def _push(self, tokens: Tensor, logprobs: Tensor) -> list[int]:
-        """Give each stream its next token; the rows of those that end with it."""
+        """Give each stream its next token; return the rows of the streams that end with it."""
         columns = self._columns
         self.num_drawn += len(tokens)
         self._new_tokens[columns[_SLOT], columns[_FILL]] = tokens.to(torch.int32)
@@ -309,7 +309,7 @@ class SampledStreams(Streams[Any]):
         return [row for row, *fact in facts if self._ends(row, *fact)]
 
     def _settle(self, old: int, ended: Sequence[int]) -> None:
-        """Let streams that drew their first token here run, as far as there are rows for them; ended ones leave."""
+        """Start streams that drew their first token here, if there are rows for them; remove ended ones."""
         gone = set(ended)
         fresh = [row for row in range(old, len(self._streams)) if row not in gone]
         room = max(0, self.most - len(self._reading) - (old - sum(row < old for row in ended)))
@@ -325,7 +325,7 @@ class SampledStreams(Streams[Any]):
         self._ended += over
 
     def _ends(self, row: int, token: int, logprob: float, mark: int) -> bool:
-        """Look at a stream: whether it ends with its newest token, of which this is known."""
+        """Check a stream, with the data of its newest token: whether it ends."""
         stream = self._streams[row]
         if token < 0:
             stream.branch.tokens.pop()
@@ -338,7 +338,7 @@ class SampledStreams(Streams[Any]):
         return stream.ends()
 
     def _sync(self, rows: Sequence[int]) -> None:
-        """Give the branches of streams the tokens that they do not have yet."""
+        """Add the tokens in the buffer to the branches of streams."""
         index = torch.tensor(rows, dtype=torch.int64)
         if not self._columns[_FILL, index].any():
             return
@@ -355,7 +355,7 @@ class SampledStreams(Streams[Any]):
         self._columns[_LEFT, index] = torch.tensor(left)
 
     def _put_in(self, streams: Sequence[SampledStream]) -> None:
-        """Give streams rows behind the others'. Their branches are read up to the last token."""
+        """Give streams rows after the others. Their branches are read except for the last token."""
         if len(self._free_slots) < len(streams):
             more = max(len(streams), len(self._new_tokens))
             self._free_slots += range(len(self._new_tokens), len(self._new_tokens) + more)
@@ -382,14 +382,14 @@ class SampledStreams(Streams[Any]):
         self._options = {}
 
     def _run(self, rows: Sequence[int]) -> None:
-        """Have the pool grow the branches of these rows from now on."""
+        """Let the pool grow the branches of these rows from now on."""
         streams = [self._streams[row] for row in rows]
         kv = self.lane.pool.run([stream.branch for stream in streams])
         self._columns[_KV, rows] = torch.tensor(kv, dtype=torch.int64)
         self.lane.pool.workers |= dict.fromkeys(streams)
 
     def _take_out(self, rows: Sequence[int]) -> None:
-        """Take streams out; those behind them move up."""
+        """Remove streams; the streams behind them move up."""
         if not rows:
             return
         self._sync(rows)
@@ -409,7 +409,7 @@ class SampledStreams(Streams[Any]):
         self._options = {}
 
     def _sample_options(self, device: torch.device) -> dict[str, Any]:
-        """Options of `tts_kernels.sample` for the next token of each row: numbers where all agree, else tensors."""
+        """Options of `tts_kernels.sample` for the next token of each row: a number if all rows agree, else a tensor."""
         if not self._options:
             self._options["seeds"] = upload(self._columns[_SEED].clone(), device)
             if len(self._samplings.held) == 1:
@@ -432,9 +432,9 @@ _KEYS: Final = 64
 
 
 class _Table(Generic[Key]):
-    """A line of values for each key.
+    """A table with a line of values for each key.
 
-    When there are many keys, a new one gets the line of one that nobody holds.
+    If there are many keys, a new key takes over a line that no stream holds.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -443,12 +443,12 @@ class _Table(Generic[Key]):
         self._lines: dict[Key, int] = {}
 
     def widen(self, width: int) -> None:
-        """Have lines of so many values, which are 0 if they had another width before."""
+        """Set the number of values in a line. If it changes, all values become 0."""
         if self.values.shape[1] != width:
             self.values = self.values.new_zeros(len(self.values), width)
 
     def hold(self, key: Key, values: Sequence[float] = ()) -> int:
-        """The line of a key, filled with these values if it is new, until it was dropped as often."""
+        """The line of a key. It is filled if it is new, and held until `drop` was called as often."""
         if key not in self._lines:
             if values:
                 self.widen(len(values))
@@ -458,7 +458,7 @@ class _Table(Generic[Key]):
         return self._lines[key]
 
     def drop(self, key: Key) -> None:
-        """Somebody has no use for the key any more."""
+        """Give up one hold of a key."""
         self.held[key] -= 1
         if not self.held[key]:
             del self.held[key]

@@ -22,10 +22,10 @@ MAX_ROWS: Final = 256
 
 
 class Recorder(Protocol):
-    """Records work on a device, and runs it again on what its tensors hold then."""
+    """Records work on a device, and repeats it on the current content of its tensors."""
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-        """What to replay, and the tensor that holds ``work``'s result after each replay."""
+        """Return an object to replay, and the tensor that has ``work``'s result after each replay."""
         ...
 
     def replay(self, recorded: Any) -> None:
@@ -34,14 +34,14 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """`Recorder` by CUDA graphs on a device; all of them share the memory of what they compute on the way."""
+    """`Recorder` by CUDA graphs on a device. All graphs share the memory of their intermediate results."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._memory: Any = None
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Run ``work`` once, so that kernels are compiled and libraries ready, then record it."""
+        """Run ``work`` once, to compile kernels and initialise libraries, then record it."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
@@ -72,16 +72,16 @@ class DecodeGraphs:
     """Decode steps of a decoder over a pool, recorded by their number of rows.
 
     A batch is filled up to the next recorded size: a power of two up to a page's tokens, then a multiple of them. The
-    rows in excess are the first tokens of a branch of their own, which keeps one page of the pool.
+    additional rows are the first tokens of a branch that is only used for this; it keeps one page of the pool.
 
     Parameters
     ----------
     decoder : Decoder
-        One with ``records``.
+        A decoder with ``records``.
     pool : KVPool
-        With at least one free page.
+        A pool with at least one free page.
     recorder : Recorder
-        What records.
+        Records and replays the steps.
     """
 
     def __init__(self, decoder: Decoder, pool: KVPool, recorder: Recorder) -> None:
@@ -99,9 +99,9 @@ class DecodeGraphs:
         positions: Sequence[int] | Tensor,
         slots: Tensor,
     ) -> Tensor | None:
-        """Logits [B, V] of the newest token of each forest branch, until the next call; None if there are too many.
+        """Logits [B, V] of the newest token of each branch, valid until the next call; None if there are too many.
 
-        A step of a new size is recorded, and so is one whose attention plan has outgrown the tables of the last one.
+        A step of a new size is recorded. If an attention plan has outgrown the tables of a step, it is recorded again.
         """
         rows = len(branches)
         size = self._size(rows)
@@ -131,7 +131,7 @@ class DecodeGraphs:
 
     @staticmethod
     def _refilled(step: _Step | None, fill: Callable[..., Batch]) -> _Step | None:
-        """The step with a new batch in its tensors; None if there is no step, or its plan has no room."""
+        """The step with a new batch in its tensors; None if there is no step, or the plan does not fit."""
         if step is None:
             return None
         try:
@@ -142,7 +142,7 @@ class DecodeGraphs:
 
 
 def decode_graphs(decoder: Decoder, pool: KVPool) -> DecodeGraphs | None:
-    """Recorded steps for a decoder and its pool, where that is possible and pays: on GPUs of CUDA."""
+    """Recorded steps for a decoder and its pool, if that is possible and faster: on CUDA GPUs."""
     if not (decoder.records and pool.records) or decoder.device.type != "cuda":
         return None
     return DecodeGraphs(decoder, pool, CudaGraphs(decoder.device))

@@ -14,29 +14,29 @@ from tts_search.models.streams import Stream, Streams
 
 __all__ = ["PromptStream", "PromptStreams", "TokenLogprob"]
 
-_MOST: Final = 256  # tokens of a forward: each has a row of logits
+_MOST: Final = 256  # tokens in a forward: each has a row of logits
 
 TokenLogprob = tuple[float, tuple[tuple[int, float], ...]]
-"""A token's log-probability, and the likeliest tokens in its place with theirs."""
+"""A token's log-probability, and the likeliest tokens at its place with theirs."""
 
 
 @dataclass(slots=True, eq=False)
 class PromptStream(Stream):
-    """A root branch whose tokens are to be told about, from the second on.
+    """A root branch whose tokens are reported on, from the second on.
 
     Attributes
     ----------
     num_top : int
-        How many of the likeliest tokens to tell in the place of each.
+        How many of the likeliest tokens to report at the place of each.
     told : list
-        What there is to tell, token by token.
+        The reports, token by token.
     """
 
     num_top: int
     told: list[TokenLogprob] = field(init=False, default_factory=list)
 
     def give_up(self) -> None:
-        """Let go of the branch's KV and wait until there is room to read it from its start."""
+        """Free the branch's KV and wait until there is room to read it from its start."""
         self.told = []
         Stream.give_up(self)
 
@@ -45,14 +45,14 @@ class PromptStreams(Streams[PromptStream]):
     """Reads prompts a few tokens at a time, so that their logits take little room."""
 
     def submit(self, branch: TokenBranch, num_top: int) -> PromptStream:
-        """Have a branch without KV read."""
+        """Start reading a branch without KV."""
         branch.marks = list(range(branch.length - 1))
         stream = PromptStream(branch, num_top)
         self._join(stream)
         return stream
 
     def step(self) -> list[PromptStream]:
-        """Run one forward; the prompts that are done, or failed, since the last step."""
+        """Run one forward; return the prompts that are done, or failed, since the last step."""
         forwarded = self._forward(self.lane.decoder.logits, head=True, most=_MOST)
         if forwarded is not None:
             reading = {stream.branch: stream for stream in self._reading}
@@ -77,6 +77,6 @@ class PromptStreams(Streams[PromptStream]):
 
 
 def _likeliest(logprobs: Tensor, most: int) -> list[list[tuple[int, float]]]:
-    """Of each row [V], the likeliest tokens with their log-probabilities, best first."""
+    """For each row [V]: the likeliest tokens with their log-probabilities, best first."""
     values, ids = logprobs.topk(min(most, logprobs.shape[1]))
     return [list(zip(*line, strict=True)) for line in zip(ids.tolist(), values.tolist(), strict=True)]

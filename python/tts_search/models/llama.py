@@ -35,14 +35,14 @@ INT4_GROUP: Final = 32  # columns that share a scale in 4 bits
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """What the weights of a model do not say.
+    """The parameters of a model that are not in its weights.
 
     Attributes
     ----------
     num_q_heads, num_kv_heads : int
-        Of every layer.
+        The same in every layer.
     eps : float
-        Of every RMSNorm.
+        The epsilon of every RMSNorm.
     windows : tuple of (int or None)
         Sliding window of each layer's attention; None: there is none.
     cos_sin : Tensor
@@ -59,29 +59,30 @@ class LlamaConfig:
 class LlamaDecoder:
     """A model of the Llama family as a :class:`tts_search.models.decoder.Decoder`.
 
-    On a CPU the linear layers, norms and rotations of a row do not depend on the other rows of a batch, to the bit;
-    attention does as far as the plan cuts a row's keys elsewhere in other company. A forward on a GPU asks nothing of
-    the host, so it can be recorded.
+    On a CPU the linear layers, norms and rotations of a row do not depend on the other rows of a batch, to the bit.
+    Attention may differ by rounding, if the plan splits a row's keys at other places because of the other rows. A
+    forward on a GPU reads nothing back to the host, so it can be recorded.
 
     Parameters
     ----------
     config : LlamaConfig
         Heads, windows, rope.
     state : dict
-        The weights, or what loads them, by their names in transformers, without the prefix ``"model."``. Taken out one
-        by one as they are packed, so that memory holds the model once. With an ``"lm_head.weight"`` there are logits.
+        The weights, or functions that load them, by their names in transformers, without the prefix ``"model."``. They
+        are removed one by one as they are packed, so that memory holds the model once. Logits need an
+        ``"lm_head.weight"``.
     quantize : {"int8", "int4"} or None
-        Quantise the projections and the head: in 8 bits with one scale a row, in 4 bits with one for 32 columns. Norms
-        and the embedding stay as they are, and weights that have few bits already.
+        Quantise the projections and the head: to 8 bits with one scale for each row, or to 4 bits with one for 32
+        columns. Norms and the embedding are not changed, nor are weights that already have few bits.
     dtype : torch.dtype or None
-        Of everything that is not quantised; None: as it is.
+        The dtype of everything that is not quantised; None: unchanged.
 
     Raises
     ------
     KeyError
         If a weight is missing.
     ValueError
-        If a tensor is left over: the model has a part that this decoder does not know.
+        If a tensor is left over: then the model has a part that this decoder does not know.
     """
 
     records = True
@@ -97,8 +98,8 @@ class LlamaDecoder:
         weights = _Weights(state, quantize, dtype)
         tied = weights.same("lm_head.weight", "embed_tokens.weight")
         self._head = weights.packed("lm_head") if "lm_head.weight" in state else None
-        # An embedding that is tied to the head is gathered from there: memory holds it once. One of few bits is not
-        # what embeds.
+        # An embedding that is tied to the head is gathered from the head, so memory holds it once. This is not done if
+        # the head has few bits, because the embedding is not quantised.
         if tied and self._head is not None and self._head.scale is None:
             del state["embed_tokens.weight"]
         self._embedding = weights.find("embed_tokens.weight")
@@ -120,12 +121,12 @@ class LlamaDecoder:
 
     @property
     def hidden_size(self) -> int:
-        """Elements of a hidden state."""
+        """Number of elements of a hidden state."""
         return self._norm.numel()
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
-        """Final hidden states [R, H] of the batch's rows, behind the last norm."""
+        """Final hidden states [R, H] of the batch's rows, after the last norm."""
         eps, x = self.config.eps, self.embed(batch.tokens)
         if isinstance(kv, XCache):
             return tk.rms_norm(kv.run(x, batch, self.config.cos_sin, eps, rows), self._norm, eps)[0]
@@ -161,7 +162,7 @@ class LlamaDecoder:
         return tk.linear(self.hidden(batch, kv, rows), self._head)
 
     def first_layers(self, count: int) -> LlamaDecoder:
-        """The decoder of this one's first layers, on the same weights."""
+        """A decoder with only the first layers of this one. It shares their weights."""
         shorter = copy.copy(self)
         shorter.layers = tk.DecoderLayers(self.layers.layers[:count])
         shorter.shape = replace(self.shape, num_layers=len(shorter.layers))
@@ -179,8 +180,9 @@ def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
     """Rows [R, K] of a packed weight."""
     if packed.weight.dim() == 2:
         return packed.weight.index_select(0, rows)
-    # [panels, steps, lanes, numbers of a step]: a lane's numbers of a step are one word. `gather` of a vector runs on
-    # this thread; after an op on torch's own threads those would spin on the cores that the kernels' threads need.
+    # [panels, steps, lanes, numbers of a step]: the numbers of a lane in a step are one word. `gather` of a vector runs
+    # on this thread. An op on torch's own threads would leave them spinning on the cores that the kernels' threads
+    # need.
     _, steps, lanes, width = packed.weight.shape
     words = packed.weight if width == 1 else packed.weight.view(torch.int32)
     first = rows // lanes * (steps * lanes) + rows % lanes
@@ -190,7 +192,7 @@ def _rows(packed: tk.PackedLinear, rows: Tensor) -> Tensor:
 
 
 class _Weights:
-    """Takes tensors out of a state dict; on a CPU into memory of our own, as they may be views of a mapped file."""
+    """Takes tensors out of a state dict. On a CPU they are copied, because they may be views of a mapped file."""
 
     def __init__(self, state: dict[str, Tensor | Loader], quantize: Quantize | None, dtype: torch.dtype | None) -> None:
         self.state = state
@@ -199,7 +201,7 @@ class _Weights:
         self.arena = Arena()
 
     def same(self, *names: str) -> bool:
-        """Whether the weights of these names are one."""
+        """Whether these names are names of one and the same weight."""
         found = [self.state.get(name) for name in names]
         return None not in found and len({each.data_ptr() if isinstance(each, Tensor) else each for each in found}) == 1
 
@@ -210,7 +212,7 @@ class _Weights:
         return self.take(name) if name in self.state else None
 
     def packed(self, *names: str) -> tk.PackedLinear:
-        """The projections of these names, which read the same rows, as one."""
+        """The projections of these names as one. They have the same input rows."""
         weight = join([self._loaded(f"{name}.weight") for name in names], self.dtype)
         if self.quantize is None:
             weight = weight if isinstance(weight, Quantised) else self._whole(weight)
@@ -219,7 +221,7 @@ class _Weights:
         return replace(packed, weight=self._kept(packed.weight), scale=scale, zero=zero)
 
     def bias(self, *names: str) -> Tensor | None:
-        """Their biases; all of them have one, or none."""
+        """Their biases. Either all of them have one, or none."""
         if f"{names[0]}.bias" not in self.state:
             return None
         return self._kept(torch.cat([self._whole(self._loaded(f"{name}.bias")) for name in names]))
@@ -258,7 +260,7 @@ class _Weights:
 
 
 def _size(layer: tk.DecoderLayer) -> int:
-    """Weights of a layer, without what fills up its panels."""
+    """Number of weights of a layer, without the padding of its panels."""
     parts = [getattr(layer, item.name) for item in fields(layer)]
     packed = sum(part.in_features * part.out_features for part in parts if isinstance(part, tk.PackedLinear))
     return packed + sum(part.numel() for part in parts if isinstance(part, Tensor))

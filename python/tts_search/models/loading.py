@@ -35,15 +35,15 @@ def _window_by_layer(config: Any) -> list[int | None]:
     return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
-# What the configurations of the families say, each in its own way. Biases and the norms of heads (Qwen3) are known by
-# their weights. The models of a family in transformers are <name>Model and <name>ForCausalLM.
+# The parameters of the families, which their configurations name differently. Biases and the norms of heads (Qwen3) are
+# found by their weights. The models of a family in transformers are <name>Model and <name>ForCausalLM.
 _WINDOWS: Final[dict[str, Callable[[Any], list[int | None]]]] = {
     "Llama": _no_window,
     "Mistral": _one_window,
     "Qwen2": _window_by_layer,
     "Qwen3": _window_by_layer,
 }
-# Rotations whose angles depend on nothing but the position; others look at the length of the longest sequence.
+# Rotations whose angles depend only on the position. Others depend on the length of the longest sequence.
 _ROPES: Final = ("default", "linear", "llama3", "yarn")
 _DEVICES: Final = ("cpu", "cuda", "xpu")
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,25 +66,25 @@ def load_decoder(
     path_or_id : str
         What transformers loads: config and safetensors weights. Or a file that ends in ``.gguf``.
     causal_lm : bool
-        Whether there will be logits.
+        Whether logits are needed.
     dtype : torch.dtype or str or None
         By default the checkpoint's.
     device : torch.device or str or None
         By default a GPU if there is one, else the CPU.
     decoder : {"auto", "lean", "transformers"}
-        `LlamaDecoder`, `TransformersDecoder`, or by default the first wherever `why_not_lean` has nothing against it.
+        `LlamaDecoder`, `TransformersDecoder`, or by default the first if `why_not_lean` finds no reason against it.
     self_test : bool
-        Whether a few tokens go through the decoder and through the model's own eager attention, see
-        :mod:`tts_search.models.selftest`: what differs is refused.
+        Whether a few tokens are computed by the decoder and by the model's own eager attention, see
+        :mod:`tts_search.models.selftest`. If the results differ, the model is refused.
     quantize : {"int8", "int4"} or None
-        Quantise the weights as `LlamaDecoder` does, one projection after another; modules of transformers are not.
-        Weights that have few bits in their file keep them.
+        Quantise the weights as `LlamaDecoder` does, one projection after another. Modules of transformers are not
+        quantised. Weights that have few bits in their file keep them.
 
     Raises
     ------
     ValueError
-        If the checkpoint lacks weights, the model can run over a forest in neither way, or ``"lean"`` or ``quantize``
-        was asked for and is not possible; the message says why.
+        If the checkpoint lacks weights, if the model cannot run over a forest in either way, or if ``"lean"`` or
+        ``quantize`` was given and is not possible. The message has the reason.
     """
     if decoder not in ("auto", "lean", "transformers"):
         raise ValueError(f"decoder: expected 'auto', 'lean' or 'transformers', got {decoder!r}")
@@ -109,7 +109,7 @@ def load_decoder(
         expected = eager_outputs(model, general.shape.max_length) if self_test else None
         chosen: Decoder = general
         if decoder != "transformers" and reason is None:
-            del general  # its weights go one by one
+            del general  # so that its weights are freed one by one
             chosen = lean_decoder(model)
         if expected is not None:
             check_decoder(chosen, expected)
@@ -124,10 +124,10 @@ def _streamed(
     quantize: Quantize | None,
     self_test: bool,
 ) -> LlamaDecoder:
-    """A lean decoder whose weights are packed, and quantised, as they come from their file."""
+    """A lean decoder whose weights are packed, and quantised, as they are read from their file."""
     config = adapter.load_config(checkpoint.path_or_id)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the checkpoint knows
+        del config.quantization_config  # the checkpoint handles it
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = _dtype(dtype, config, checkpoint)
     with adapter.following(config):
@@ -146,7 +146,7 @@ def _streamed(
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The type that was asked for, else the checkpoint's."""
+    """The requested dtype, or else the checkpoint's."""
     if isinstance(dtype, torch.dtype):
         return dtype
     found = config.dtype if dtype in (None, "auto") else getattr(torch, dtype, None)
@@ -158,7 +158,7 @@ def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint)
 
 
 def why_not_lean(model: Any) -> str | None:
-    """What about a model of transformers keeps `LlamaDecoder` from running it; None if nothing does.
+    """The reason why `LlamaDecoder` cannot run a transformers model; None if it can.
 
     The rule: a model of Llama, Mistral, Qwen2 or Qwen3 or its causal LM, on the CPU or on one GPU, in float32,
     bfloat16 or float16 throughout, not quantised, with SiLU and a rotation that depends on the position alone.
@@ -191,7 +191,7 @@ def _why_not_kind(config: Any, name: str) -> str | None:
 
 
 def lean_decoder(model: Any, quantize: Quantize | None = None) -> LlamaDecoder:
-    """A `LlamaDecoder` with the weights of a model that `why_not_lean` passes; they are taken out of it."""
+    """A `LlamaDecoder` with the weights of a model that `why_not_lean` accepts. They are removed from the model."""
     config = llama_config(model)
     state: dict[str, Tensor | Loader] = {}
     for module_name, module in model.named_modules():
@@ -202,10 +202,10 @@ def lean_decoder(model: Any, quantize: Quantize | None = None) -> LlamaDecoder:
 
 
 def llama_config(model: Any, device: torch.device | None = None) -> LlamaConfig:
-    """What the weights of a model of one of the families do not say; on its device, or on another one."""
+    """The parameters that are not in the weights of a model of the families, on its device or on another."""
     config, base = model.config, model.base_model
     family = type(base).__name__.removesuffix("Model")
-    # In float32 whatever the model's dtype; the module knows every kind of scaling.
+    # in float32 for any dtype of the model; the module supports every kind of scaling.
     rotary = type(base.rotary_emb)(config)
     cos, sin = rotary(torch.zeros(0), torch.arange(context_of(config))[None])
     half = cos.shape[-1] // 2

@@ -12,24 +12,25 @@ __all__ = ["Meter"]
 
 @dataclass(slots=True)
 class Meter:
-    """What one problem has cost so far.
+    """The cost of one problem so far.
 
     Attributes
     ----------
     prompt, read, recomputed : int
-        Tokens forwarded: of the prompt, others, and both kinds again. Their sum is all that was forwarded.
+        Tokens forwarded: of the prompt, of other texts, and again of both kinds. Their sum is the number of all
+        forwarded tokens.
     keys, logit_rows : int
-        Pairs of a token forwarded and a key that it sees; rows that got logits.
+        Pairs of a forwarded token and a key that it sees; rows that got logits.
     cached : int
-        Tokens that were found in the prefix cache, and not forwarded for this problem.
+        Tokens that were found in the prefix cache, so that they were not forwarded for this problem.
     waves : int
         As in :class:`~tts_search.Usage`.
     running, running_cached : int
-        Branches that grow by a token in each forward, and the tokens that these have in the KV cache together.
+        Number of branches that grow by a token in each forward, and the sum of their tokens in the KV cache.
     ticks : int
-        Forwards of running branches up to which everything here is entered.
+        The number of forwards of running branches that are included in these counts.
     unique, logical, peak_unique, peak_logical : int
-        KV tokens that it holds, and the most that it held: each token once, and the sum of its branches' lengths.
+        KV tokens now, and their largest numbers so far: each token counted once, and the sum of the branches' lengths.
     """
 
     prompt: int = 0
@@ -48,9 +49,9 @@ class Meter:
     peak_logical: int = 0
 
     def settle(self, ticks: int) -> None:
-        """Enter what running branches did since the last time.
+        """Add what running branches did since the last call.
 
-        While who runs stays the same, that is a sum in closed form: so a token that ends nothing costs no bookkeeping.
+        While the same branches run, this is a sum in closed form. So a token that ends no branch needs no bookkeeping.
         """
         steps, self.ticks = ticks - self.ticks, ticks
         grown = steps * self.running
@@ -65,12 +66,12 @@ class Meter:
         self.note_peaks()
 
     def note_peaks(self) -> None:
-        """See whether more KV is held than ever before."""
+        """Update the peaks, if more KV is held than ever before."""
         self.peak_unique = max(self.peak_unique, self.unique)
         self.peak_logical = max(self.peak_logical, self.logical)
 
     def usage(self, pool: KVPool, tokens: int | None = None) -> Usage:
-        """The public form, for a decoder's pool; ``tokens`` are those read unless given."""
+        """The public form, for a decoder's pool. ``tokens``, if given, replaces the number of tokens read."""
         forwarded = self.prompt + self.read + self.recomputed
         return Usage(
             tokens=self.read if tokens is None else tokens,

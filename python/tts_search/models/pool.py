@@ -28,7 +28,7 @@ MAX_FORWARD_TOKENS: Final = 2048
 
 
 class PoolTooSmallError(RuntimeError):
-    """The pool cannot hold ``branch`` even with everything else released."""
+    """The pool cannot hold ``branch``, even if everything else is released."""
 
     def __init__(self, branch: TokenBranch, pool_tokens: int) -> None:
         super().__init__(
@@ -38,47 +38,47 @@ class PoolTooSmallError(RuntimeError):
 
 
 class Worker(Protocol):
-    """Whoever has work on a branch: the branch's KV is not idle.
+    """Does work on a branch, whose KV is then not idle.
 
-    ``age`` counts up: the youngest gives way where there is no room for all.
+    ``age`` counts up. If there is no room for all workers, the youngest gives way.
     """
 
     @property
     def branch(self) -> TokenBranch:
-        """What it works on."""
+        """The branch that it works on."""
 
     @property
     def age(self) -> int:
-        """Its place in the order in which workers get on."""
+        """Its place in the order of workers, oldest first."""
 
     def give_up(self) -> None:
-        """Let go of the branch's KV and wait until there is room again."""
+        """Free the branch's KV and wait until there is room again."""
 
     def fail(self, error: Exception) -> None:
-        """End, for this reason."""
+        """End with this error."""
 
 
 class BranchPool:
-    """Keeps the KV of as many branches as fit a pool; those used longest ago make room.
+    """Keeps the KV of as many branches as fit in a pool. If room is needed, the least recently used KV is freed.
 
     Parameters
     ----------
     pool : KVPool
-        Where the KV lives.
+        The pool that holds the KV.
     max_tokens : int
-        The most tokens of one forward; longer prompts are read in chunks.
+        The largest number of tokens in one forward; longer prompts are read in chunks.
     graphs : DecodeGraphs or None
-        Runs the forwards that want logits of one new token of each branch.
+        Runs the forwards that need logits of one new token of each branch.
 
     Attributes
     ----------
     workers : dict of Worker to None
-        Those whose branches have work; nobody takes the KV of these.
+        Workers that have work. The KV of their branches is never taken.
     full : bool
-        Whether somebody found no room, and no KV was given back since.
+        Whether a caller found no room, and no KV was freed since.
     prefix_cache : bool
-        Whether KV that is released stays until its room is wanted, for whoever reads the same tokens again. Never of
-        a decoder with a switch.
+        Whether released KV is kept until its room is needed, for other texts that begin with the same tokens. Never
+        with a decoder that has a switch.
     """
 
     def __init__(self, pool: KVPool, max_tokens: int = MAX_FORWARD_TOKENS, graphs: DecodeGraphs | None = None) -> None:
@@ -92,17 +92,17 @@ class BranchPool:
 
     @property
     def full(self) -> bool:
-        """Whether somebody found no room, and no KV was given back since."""
+        """Whether a caller found no room, and no KV was freed since."""
         return self._kv.full
 
     @property
     def prefix_cache(self) -> bool:
-        """Whether KV that is released stays until its room is wanted."""
+        """Whether released KV is kept until its room is needed."""
         return self._cache is not None
 
     @prefix_cache.setter
     def prefix_cache(self, wanted: bool) -> None:
-        wanted = wanted and self._kv.switch is None  # else equal tokens may have KV of two kinds
+        wanted = wanted and self._kv.switch is None  # else the same tokens may have two kinds of KV
         if wanted == self.prefix_cache:
             return
         if self._cache is not None:
@@ -117,26 +117,27 @@ class BranchPool:
         rows: Rows = NO_ROWS,
         most: int | None = None,
     ) -> Forwarded:
-        """Run one token of each row, and the pending tokens of as many branches as fit a forward, the first ones first.
+        """Run one token of each row, and pending tokens of as many branches as fit in a forward, in order.
 
         Parameters
         ----------
         branches : sequence of TokenBranch
-            Each once, with at least one pending token. A branch whose ancestors lack KV takes their tokens along.
+            Each once, with at least one pending token. If ancestors of a branch lack KV, their tokens are forwarded,
+            too.
         model : callable
             The decoder's ``hidden`` or ``logits``.
         head : bool
-            Whether it is the latter.
+            Whether ``model`` gives logits.
         rows : Rows
-            Branches that run.
+            Running branches.
         most : int or None
-            The most tokens of this forward, if fewer than usual.
+            The largest number of tokens in this forward, if it is smaller than usual.
 
         Raises
         ------
         tts_kernels.OutOfPages
-            If there is no room for them, and no idle branch left that could make some. Nothing has changed but that
-            idle ones have lost their KV.
+            If there is no room for them, and no idle branch is left whose KV could be freed. Nothing has changed except
+            that idle branches have lost their KV.
         """
         self._clock += 1
         for branch in branches if self._kv.switch is not None else ():
@@ -171,14 +172,14 @@ class BranchPool:
         return Forwarded(outputs, places, done)
 
     def run(self, branches: Sequence[TokenBranch]) -> list[int]:
-        """Let branches with one pending token grow by a row's token in each forward from now on; their forest branches.
+        """Let branches grow by a row's token in each forward from now on; return their forest branches.
 
-        Those that have no KV yet are forked from their parents. The tokens that they forward are the caller's affair
-        until they `rest`.
+        Each branch has one pending token. A branch without KV is forked from its parent. Until they `rest`, the caller
+        keeps the tokens that they forward.
         """
         born = [branch for branch in branches if branch.kv is None]
         for branch in born:
-            if not self._kv.has_source(branch):  # its parent's KV will do until it passes the switch
+            if not self._kv.has_source(branch):  # its parent's KV is right until it passes the switch
                 assert branch.parent is not None
                 branch.far = branch.parent.far
         self._kv.give(born, [self._kv.above(branch) for branch in born])
@@ -189,7 +190,7 @@ class BranchPool:
         return [kv_of(branch) for branch in branches]
 
     def rest(self, branch: TokenBranch, cached: int) -> None:
-        """A branch that ran has its tokens now, ``cached`` of its path forwarded: its books are its own again."""
+        """End the run of a branch that has its new tokens. ``cached`` tokens of its path were forwarded."""
         meter = branch.meter
         meter.settle(self._kv.ticks)
         meter.running -= 1
@@ -199,13 +200,13 @@ class BranchPool:
         branch.used = self._clock
 
     def is_ready(self, branch: TokenBranch) -> bool:
-        """Whether a branch can `run` at once."""
+        """Whether a branch can `run` immediately."""
         if branch.pending != 1 or not self._kv.is_right(branch):
             return False
         return branch.kv is not None or (self._kv.has_source(branch) and self._kv.begin(branch) == branch.start)
 
     def release(self, branches: Iterable[TokenBranch]) -> None:
-        """Nobody asks for these branches any more; descendants keep what they read."""
+        """Release branches that are no longer needed. Their descendants keep the KV that they read."""
         for branch in branches:
             branch.released = True
             if self._cache is None or branch.kv is None:
@@ -216,16 +217,17 @@ class BranchPool:
                 self._kv.drop(branch)
 
     def leave(self, worker: Worker, *, keep: bool = True) -> None:
-        """A worker is done, or gives its branch up; the KV stays unless somebody wants its room, or not at all."""
+        """A worker is done, or gives up its branch. With `keep`, the KV stays until its room is needed."""
         del self.workers[worker]
         self._kv.full = False
         if not keep:
             self._kv.drop(worker.branch)
 
     def make_room(self) -> None:
-        """Have the youngest worker give up its branch, or, if it is the only one, fail.
+        """Let the youngest worker give up its branch. If there is only one worker, it fails.
 
-        Of those that have no KV yet, because they all came at once, half do so: they would only be in the way.
+        If many workers have no KV yet because they came at the same time, half of them give up: they would only
+        compete.
         """
         workers = sorted(self.workers, key=lambda worker: worker.age)
         if len(workers) == 1:
@@ -237,13 +239,13 @@ class BranchPool:
         self._kv.full = True
 
     def hold(self, branch: TokenBranch) -> None:
-        """Keep the parent's KV for a branch that has none of its own yet, whatever becomes of the parent."""
+        """Keep the parent's KV for a branch without KV, even if the parent is released."""
         if branch.kv is None and branch.parent is not None and self._kv.has_source(branch):
             self._kv.give([branch], [self._kv.above(branch)])
 
     @staticmethod
     def skip(branch: TokenBranch) -> None:
-        """Enter in the books that a branch is not read, because what that would give is known."""
+        """Record that a branch is not read, because its outputs are known already."""
         node: TokenBranch | None = branch
         end = branch.length
         while node is not None and end > node.reached:
@@ -256,7 +258,7 @@ class BranchPool:
         self.release([branch for branch in self._kv.resident if branch.meter is meter])
 
     def rewind(self, branch: TokenBranch) -> None:
-        """Make the last token pending if it is not, so that a forward gives its output once more."""
+        """Make the last token pending if it is not, so that a forward computes its output again."""
         self._kv.truncate(branch, branch.length - 1)
 
     def trim(self, branch: TokenBranch, count: int) -> None:
@@ -266,12 +268,12 @@ class BranchPool:
 
     @property
     def pool_tokens(self) -> int:
-        """Tokens that the pool has room for."""
+        """How many tokens the pool has room for."""
         return self.pool.num_tokens
 
     @property
     def taken_tokens(self) -> int:
-        """Tokens that its pages have room for which are not free."""
+        """How many tokens its used pages have room for."""
         stats = self.pool.forest.stats()
         return (stats.pages_total - stats.pages_free) * self.pool.forest.page_size
 
@@ -290,29 +292,29 @@ class BranchPool:
         return takes
 
     def _take(self, node: TokenBranch, budget: int) -> int:
-        """How many tokens a branch forwards now within a budget."""
+        """How many tokens a branch forwards now, within a budget."""
         if self.pool.block is None:
             return min(node.pending, budget)
         begin = self._kv.begin(node)
         return min(node.length - begin, budget, self.pool.block - begin % self.pool.block)
 
     def _reads_unwritten(self, node: TokenBranch, takes: dict[TokenBranch, int]) -> bool:
-        """Whether a branch would copy a page, or read a block, that its parent is to write in this very forward."""
+        """Whether a branch would copy a page, or read a block, that its parent writes only in this forward."""
         if node.kv is not None or self._kv.above(node) not in takes:
             return False
         return self.pool.block is not None or node.start % self.pool.forest.page_size != 0
 
     def _place(self, takes: dict[TokenBranch, int], rows: Rows) -> Tensor:
-        """Give each row and branch its slots [N + sum(takes)], branches in the order that ``takes`` has then.
+        """Give each row and branch its slots [N + sum(takes)], in the order that ``takes`` has after this call.
 
-        All or nothing: after `tts_kernels.OutOfPages` everything is as before.
+        If it raises `tts_kernels.OutOfPages`, nothing has changed.
         """
         born: list[TokenBranch] = []
         grown: list[TokenBranch] = []
         slots: list[Tensor] = []
         todo = list(takes)
         try:
-            while todo:  # level by level of the tree: a branch is forked from a parent that has its slots
+            while todo:  # level by level: a parent has its slots before its children are forked
                 ready = [node for node in todo if node.kv is not None or self._kv.has_source(node)]
                 new = [node for node in ready if node.kv is None]
                 self._kv.give(new, [self._kv.above(node) for node in new])
@@ -345,14 +347,14 @@ class BranchPool:
         model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor],
         graphs: DecodeGraphs | None,
     ) -> Tensor:
-        """Forward ``rows`` and ``takes``; the outputs of the rows and of ``places``."""
+        """Forward ``rows`` and ``takes``; return the outputs of the rows and of ``places``."""
         branches, tokens, positions, counts = rows.kv, rows.tokens, rows.positions, None
         wanted = None
         far = None if self._kv.switch is None else positions >= self._kv.switch
         if takes:
             ids: list[int] = []
             at: list[int] = []
-            offset: dict[TokenBranch, int] = {}  # row of a branch's token, less the token's position
+            offset: dict[TokenBranch, int] = {}  # row of a branch's token minus the token's position
             for node, take in takes.items():
                 begin = node.cached - take
                 offset[node] = len(rows.kv) + len(ids) - begin
@@ -378,7 +380,7 @@ class BranchPool:
         return model(self.pool.batch(branches, counts, tokens, positions, slots, far=far), self.pool.kv, wanted)
 
     def _count(self, takes: dict[TokenBranch, int], logit_rows: Sequence[tuple[TokenBranch, int]]) -> None:
-        """Enter a forward in the books; what the rows did is entered when their meters are settled."""
+        """Count a forward. What the rows did is counted when their meters are settled."""
         for node, take in takes.items():
             node.meter.settle(self._kv.ticks)
             meter, begin, end = node.meter, node.cached - take, node.cached
@@ -397,10 +399,10 @@ class BranchPool:
             node.meter.logit_rows += 1
 
     def _evict(self, branches: Sequence[TokenBranch], takes: dict[TokenBranch, int]) -> bool:
-        """Take the KV of an idle branch; False if there is none.
+        """Free the KV of an idle branch; False if there is none.
 
-        First those that nobody builds on, the one used longest ago; then ancestors, whose KV descendants share but for
-        pages that were not full.
+        Branches without children that read them go first, the least recently used before others. Then come ancestors:
+        their descendants share their KV, except for pages that were not full.
         """
         busy = {*branches, *takes, *(self._kv.above(node) for node in takes if node.kv is None)}
         busy |= {worker.branch for worker in self.workers}
@@ -411,12 +413,12 @@ class BranchPool:
         return True
 
     def _share(self, prompt: TokenBranch) -> None:
-        """Let others that begin as a prompt does find it while it is still in use."""
+        """Put a prompt into the prefix cache while it is still in use, so that others can find it."""
         if self._cache is not None and self._cache.find(prompt.tokens)[1] < prompt.length:
             self._cache.put(prompt.tokens, self.pool.forest.fork([kv_of(prompt)])[0])
 
     def _make_free(self, pages: int) -> bool:
-        """Take texts out of the prefix cache until so many pages are free: one at least. False if there is none."""
+        """Remove texts from the prefix cache, at least one, until this many pages are free. False if it is empty."""
         if not self._cache:
             return False
         forest = self.pool.forest
@@ -426,10 +428,10 @@ class BranchPool:
         return True
 
     def _sought(self, branches: Sequence[TokenBranch], cache: PrefixCache) -> list[TokenBranch]:
-        """Branches that begin with what the prefix cache holds, without those that will soon find more there.
+        """Give branches what the prefix cache holds of their beginnings; return those that should not wait for more.
 
-        A prompt waits while an earlier one is being read that has half of what it would read itself. O(prompts squared)
-        at worst, for prompts that nobody has begun to read.
+        A prompt waits while another prompt is being read that shares at least half of the tokens that this one would
+        read. O(prompts squared) at worst, if no prompt has been started.
         """
         ready: list[TokenBranch] = []
         read: list[TokenBranch] = []
@@ -443,9 +445,9 @@ class BranchPool:
         return ready
 
     def _seek(self, branch: TokenBranch, cache: PrefixCache) -> None:
-        """Have a branch that lacks KV, or the nearest ancestor that can, begin with what the prefix cache holds.
+        """Let a branch without KV, or the nearest ancestor that can, begin with KV of the prefix cache.
 
-        What lies behind a place whose output is wanted is read again.
+        Tokens after a place whose output is needed are read again.
         """
         node: TokenBranch | None = branch
         while node is not None and node.kv is None and not node.sought:
@@ -459,7 +461,7 @@ class BranchPool:
 
 
 def _shares_half(prompt: TokenBranch, others: Sequence[TokenBranch], cache: PrefixCache) -> bool:
-    """Whether another prompt has half, or more, of what this one could find in the prefix cache and does not yet."""
+    """Whether another prompt shares at least half of what this one could find in the prefix cache but does not yet."""
     most = min([prompt.length - 1, *prompt.marks])
     half = (min(cache.find(prompt.tokens)[1], most) + most + 1) // 2
     begin = prompt.tokens[:half]
@@ -470,7 +472,7 @@ def _shares_half(prompt: TokenBranch, others: Sequence[TokenBranch], cache: Pref
 
 
 def _reached(branch: TokenBranch, take: int) -> list[int]:
-    """The positions among a branch's last ``take`` ones whose outputs are wanted."""
+    """The positions among a branch's last ``take`` tokens whose outputs are needed."""
     if take == 1 and not branch.marks:  # decode
         return [] if branch.pending else [branch.length - 1]
     begin, end, last = branch.cached - take, branch.cached, branch.length - 1

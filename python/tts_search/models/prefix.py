@@ -11,7 +11,7 @@ __all__ = ["PrefixCache"]
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A place in the tree of texts: ``tokens`` lead there from its parent; ``kv`` is kept of the text up to it."""
+    """A node in the tree of texts. ``tokens`` lead to it from its parent; ``kv`` is the KV of the text up to it."""
 
     parent: _Node | None
     tokens: tuple[int, ...]
@@ -22,20 +22,20 @@ class _Node:
 class PrefixCache:
     """A radix tree over texts, each with a forest branch that holds its KV.
 
-    Any token of a text may be the last one that another shares with it. Who is found, or put in, counts as used, with
-    all texts that it begins with, but these a little later: so the one used longest ago is never the beginning of
-    another one, whose pages would be held in any case.
+    Texts may share a prefix that ends at any token. A text that is found or put in counts as used. So do all texts that
+    are prefixes of it, but as slightly more recent. So the least recently used text is never a prefix of another one,
+    whose pages would stay in use anyway.
     """
 
     def __init__(self) -> None:
         self._root = _Node(None, ())
-        self._by_use: OrderedDict[_Node, None] = OrderedDict()  # those with KV, the one used longest ago first
+        self._by_use: OrderedDict[_Node, None] = OrderedDict()  # nodes with KV, least recently used first
 
     def __len__(self) -> int:
         return len(self._by_use)
 
     def put(self, tokens: Sequence[int], kv: int) -> bool:
-        """Keep a text's KV; False if it is kept already, and this one is to be freed. O(tokens)."""
+        """Store the KV of a text; False if it is stored already, and this KV is to be freed. O(tokens)."""
         node, rest = self._walk(tuple(tokens))
         if rest:
             node.children[rest[0]] = node = _Node(node, rest)
@@ -46,7 +46,7 @@ class PrefixCache:
         return new
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """KV of a text that begins as this one does, and how many of its tokens are the same: the most. O(tokens)."""
+        """The KV of a text with the longest common prefix, and the length of this prefix. O(tokens)."""
         node, at = self._root, 0
         while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
             node = child
@@ -56,13 +56,13 @@ class PrefixCache:
                 break
         if not at:
             return -1, 0
-        while node.kv is None:  # any text that goes through here: there is one below, since nodes without any are cut
+        while node.kv is None:  # any text below will do; there is one, since nodes without one are cut
             node = next(iter(node.children.values()))
         self._use(node)
         return node.kv, at
 
     def pop(self) -> int:
-        """Forget the text that was used longest ago; its KV is to be freed."""
+        """Forget the least recently used text; return its KV, which is to be freed."""
         node, _ = self._by_use.popitem(last=False)
         kv, node.kv = node.kv, None
         assert kv is not None
@@ -81,7 +81,7 @@ class PrefixCache:
             at = at.parent
 
     def _walk(self, tokens: tuple[int, ...]) -> tuple[_Node, tuple[int, ...]]:
-        """The place where a text leaves the tree, which is made if it is between two, and what is left of the text."""
+        """The node where a text leaves the tree (made here if it lies within an edge), and the rest of the text."""
         node, at = self._root, 0
         while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
             same = _common(child.tokens, tokens, at)
@@ -95,7 +95,7 @@ class PrefixCache:
 
 
 def _common(edge: tuple[int, ...], tokens: Sequence[int], begin: int) -> int:
-    """How many of an edge's tokens are those of a text from a place on."""
+    """How many tokens of an edge are equal to those of a text from ``begin`` on."""
     part = tuple(tokens[begin : begin + len(edge)])
     if part == edge:
         return len(edge)

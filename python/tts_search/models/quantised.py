@@ -13,7 +13,7 @@ import tts_kernels as tk
 
 __all__ = ["Loader", "Quantised", "Weight", "join", "nearest", "pack", "whole", "with_minimum"]
 
-_ROWS: Final = 2048  # that are worked on at a time; a multiple of a panel's 16
+_ROWS: Final = 2048  # rows that are processed at a time; a multiple of a panel's 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class Quantised:
     scale : Tensor
         [N, groups] float.
     zero : Tensor or None
-        [N, groups]: the number that stands for 0; None: 0, with 4 bits 8.
+        [N, groups]: the number that means 0. None: 0, or 8 with 4 bits.
     group_size : int or None
-        Columns that share a scale; None: all of a row.
+        Number of columns that share a scale; None: all of a row.
     """
 
     numbers: Tensor
@@ -44,7 +44,7 @@ class Quantised:
 
     @property
     def kind(self) -> Literal["int8", "int4"]:
-        """As `tts_kernels.pack_linear` calls it."""
+        """The kind, in the words of `tts_kernels.pack_linear`."""
         return "int8" if self.numbers.dtype == torch.int8 else "int4"
 
     def __getitem__(self, rows: slice | Tensor) -> Quantised:
@@ -65,7 +65,7 @@ class Quantised:
         return replace(self, numbers=self.numbers.to(torch.int8), zero=zero)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] itself."""
+        """The weight [N, K] as floats."""
         out = torch.empty(self.shape, dtype=dtype, device=self.numbers.device)
         zero = 8 if self.kind == "int4" else 0
         for first in range(0, len(out), _ROWS):
@@ -81,12 +81,12 @@ class Quantised:
 
 
 Weight = Tensor | Quantised
-# What gives a weight when it is needed; two names of one weight share one loader.
+# Functions that load a weight when it is needed. Two names of one weight share one loader.
 Loader = Callable[[], Weight]
 
 
 def with_minimum(numbers: Tensor, scale: Tensor, minimum: Tensor, group_size: int) -> Quantised:
-    """The weight ``numbers * scale + minimum``: one without a scale is the minimum alone."""
+    """The weight ``numbers * scale + minimum``. Where the scale is 0, the weight is the minimum."""
     empty = scale == 0
     zero = torch.where(empty, -1.0, -minimum / torch.where(empty, 1.0, scale))
     blank = empty.repeat_interleave(group_size, 1)[:, : numbers.shape[1]]
@@ -107,7 +107,7 @@ def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def join(parts: Sequence[Weight], dtype: torch.dtype | None = None) -> Weight:
-    """Weights above each other; where there is no common form of few bits, whole ones (in ``dtype``)."""
+    """Weights stacked along their rows. If they have no common quantised form, they are joined in ``dtype``."""
     if len(parts) == 1:
         return parts[0]
     few = [part for part in parts if isinstance(part, Quantised)]
@@ -130,9 +130,9 @@ def join(parts: Sequence[Weight], dtype: torch.dtype | None = None) -> Weight:
 def pack(
     weight: Weight, quantize: Literal["int8", "int4"] | None = None, group_size: int | None = None
 ) -> tk.PackedLinear:
-    """Pack a weight [N, K]; one of few bits as it is, another as `tts_kernels.pack_linear` does.
+    """Pack a weight [N, K]. Quantised weights stay as they are; others are packed by `tts_kernels.pack_linear`.
 
-    Panels of 16 rows know nothing of each other, so quantising takes memory for `_ROWS` rows at a time.
+    Panels of 16 rows are independent, so quantising needs memory only for `_ROWS` rows at a time.
     """
     if isinstance(weight, Tensor) and quantize is None:
         return tk.pack_linear(weight)

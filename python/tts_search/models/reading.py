@@ -21,16 +21,16 @@ class ReadStream(Stream):
     Attributes
     ----------
     places : list of (TokenBranch, int)
-        The branch and the marked positions of its path, and its last one, as far as they have been read.
+        The branch with each marked position of its path and with its last position, as far as they were read.
     outputs : list of Tensor
-        [..., H]: their hidden states, part by part.
+        [..., H]: the hidden states at these places, part by part.
     """
 
     places: list[Place] = field(init=False, default_factory=list)
     outputs: list[Tensor] = field(init=False, default_factory=list)
 
     def give_up(self) -> None:
-        """Let go of the branch's KV and wait until there is room to read it from its start."""
+        """Free the branch's KV and wait until there is room to read it from its start."""
         self.places, self.outputs = [], []
         Stream.give_up(self)
 
@@ -39,18 +39,18 @@ class ReadStreams(Streams[ReadStream]):
     """Reads the pending tokens of branches, in as many forwards as these need."""
 
     def submit(self, branch: TokenBranch) -> ReadStream:
-        """Have a branch read. It has pending tokens, and nobody else has it read at the time."""
+        """Start reading a branch. It must have pending tokens, and no other stream may read it at the same time."""
         stream = ReadStream(branch)
         self._join(stream)
         return stream
 
     def step(self) -> list[ReadStream]:
-        """Run one forward; the streams that are done, or failed, since the last step."""
+        """Run one forward; return the streams that are done, or failed, since the last step."""
         forwarded = self._forward(self.lane.decoder.hidden, head=False)
         if forwarded is not None:
             reading = {stream.branch: stream for stream in self._reading}
             begin = 0
-            while begin < len(forwarded.places):  # branch after branch
+            while begin < len(forwarded.places):  # one pass for each branch
                 branch = forwarded.places[begin][0]
                 stream, end = reading[branch], begin
                 while end < len(forwarded.places) and forwarded.places[end][0] is branch:

@@ -23,22 +23,22 @@ from torch import Tensor
 
 __all__ = ["context_of", "follow_rotary", "marked", "rotary_bound", "rotary_switch", "switching_at"]
 
-_NO_LIMIT: Final = 2**17  # context of a model whose configuration names none
+_NO_LIMIT: Final = 2**17  # context of a model whose configuration has no limit
 _ORIGINAL: Final = "original_max_position_embeddings"
 _STRETCHED: Final = ("linear", "ntk", "yarn")
-_FAR: Final = 1 << 40  # what is added to the positions of a text beyond the switch
+_FAR: Final = 1 << 40  # is added to the positions of texts longer than the switch
 _DYNAMIC: Final = "dynamic"
 _LONGROPE: Final = "longrope"
-_LENGTH: Final = "_tts_length"  # of a module: its bound or switch, and the attention that goes over a forest
-_GIVEN: Final = "_tts_given"  # the positions that it was given
+_LENGTH: Final = "_tts_length"  # set on a module: its bound or switch, and the attention over a forest
+_GIVEN: Final = "_tts_given"  # set on a module: the positions it was given
 
 
 def context_of(config: Any) -> int:
-    """The most tokens of a text by a configuration, as vLLM derives it.
+    """The largest number of tokens of a text, from a configuration, as vLLM derives it.
 
-    That is ``max_position_embeddings``; where rotary angles are stretched by a factor, that many times more, for yarn
-    of the length before stretching. ``"llama3"`` and ``"longrope"`` have it stretched already, and so have
-    configurations with other angles for each kind of layer.
+    It is ``max_position_embeddings``. If rotary angles are stretched by a factor, it is multiplied by this factor. For
+    yarn, the length before stretching is multiplied instead. In ``"llama3"`` and ``"longrope"`` configurations, and in
+    those with other angles for each kind of layer, ``max_position_embeddings`` already includes the factor.
     """
     length: int = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
     rope = getattr(config, "rope_parameters", None) or {}
@@ -51,12 +51,12 @@ def context_of(config: Any) -> int:
 
 
 def rotary_bound(model: Any) -> int | None:
-    """The length of texts beyond which a rotary embedding has other factors for each; None if there is none."""
+    """The length of texts above which a rotary embedding has other factors for each length; None if there is none."""
     return min(_lengths(model, _DYNAMIC), default=None)
 
 
 def rotary_switch(model: Any) -> int | None:
-    """The length of texts beyond which a rotary embedding has its second set of factors; None if it has only one.
+    """The length of texts above which a rotary embedding uses its second set of factors; None if it has only one.
 
     Raises
     ------
@@ -70,15 +70,15 @@ def rotary_switch(model: Any) -> int | None:
 
 
 def marked(positions: Tensor, far: Tensor) -> Tensor:
-    """Positions [T] that say which rows are of texts beyond the switch (``far`` [T] bool)."""
+    """Positions [T], marked in the rows of texts longer than the switch (``far`` [T] bool)."""
     return positions + _FAR * far
 
 
 def follow_rotary(model: Any, attention: str) -> None:
-    """Have rotary embeddings turn each row as its text alone would be, and warn where that ends the context.
+    """Make rotary embeddings rotate each row as if its text were alone, and warn if this limits the context.
 
-    Positions beyond a bound give NaN. Nothing changes for a model while its attention is another than ``attention``,
-    nor when this is called again.
+    Positions beyond a bound give NaN. A model with another attention than ``attention`` is not changed, nor is a model
+    in a second call.
     """
     switch, bound = rotary_switch(model), rotary_bound(model)
     for module in model.modules():
@@ -101,7 +101,7 @@ def follow_rotary(model: Any, attention: str) -> None:
 
 @contextmanager
 def switching_at(model: Any, length: int | None) -> Iterator[None]:
-    """Have a model switch at another length (None: at its own), so that a test of it needs no long texts."""
+    """Let a model switch at another length (None: at its own), so that a test needs no long texts."""
     before = rotary_switch(model)
     if length is not None:
         _set_switch(model, length)
@@ -117,7 +117,7 @@ def _set_switch(model: Any, length: int) -> None:
         for rope, kind, _ in _scalings(module):
             if kind == _LONGROPE:
                 rope[_ORIGINAL] = length
-                if hasattr(module.config, _ORIGINAL):  # where it stands in both places, this one has priority
+                if hasattr(module.config, _ORIGINAL):  # if the length is in both places, this one is used
                     setattr(module.config, _ORIGINAL, length)
                 if hasattr(module, _LENGTH):
                     setattr(module, _LENGTH, (length, getattr(module, _LENGTH)[1]))
@@ -128,7 +128,7 @@ def _lengths(model: Any, wanted: str) -> set[int]:
 
 
 def _scalings(module: Any) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """Parameters, kind and first length of a rotary module's scalings that look at the length of a text."""
+    """Parameters, kind and first length of those scalings of a rotary module that depend on the length of a text."""
     kinds = getattr(module, "rope_type", None)
     config = getattr(module, "config", None)
     if kinds is None or config is None:
@@ -142,7 +142,7 @@ def _scalings(module: Any) -> Iterator[tuple[dict[str, Any], str, int]]:
 
 
 def _hide_beyond(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before the embedding: no position beyond its length reaches the choice of factors."""
+    """Before the embedding: hide positions beyond its length, so that they do not change the choice of factors."""
     length, attention = getattr(module, _LENGTH)
     positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
     if module.config._attn_implementation != attention:
@@ -152,7 +152,7 @@ def _hide_beyond(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _turn_far(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Behind it: rows of long texts turned once more, in the company of a position beyond the switch."""
+    """After the embedding: rotate rows of long texts again, together with a position beyond the switch."""
     positions, (switch, _) = getattr(module, _GIVEN), getattr(module, _LENGTH)
     if positions is None:
         return output
@@ -167,7 +167,7 @@ def _turn_far(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output
 
 
 def _blank_beyond(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
-    """Behind it: NaN for those positions."""
+    """After the embedding: set hidden positions to NaN."""
     positions, (bound, _) = getattr(module, _GIVEN), getattr(module, _LENGTH)
     if positions is None:
         return output
@@ -175,7 +175,7 @@ def _blank_beyond(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 
 def _with_positions(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> Any:
-    """The arguments with other positions."""
+    """The arguments with these positions."""
     if "position_ids" in kwargs:
         return args, {**kwargs, "position_ids": positions}
     return (args[0], positions, *args[2:]), kwargs

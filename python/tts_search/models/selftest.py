@@ -28,34 +28,35 @@ from tts_search.models.transformers import TransformersDecoder, body_of
 
 __all__ = ["QUANTISED", "EagerOutputs", "check_decoder", "eager_outputs"]
 
-_TOKENS: Final = 24  # of the longer text: a page and a half
-_LONGEST: Final = 160  # of the longer text, if that is what it takes to leave a sliding window
-_PAST: Final = 20  # tokens of it behind the first window
-# The most that a hidden state may be off, by its norm: rounding is 1e-6 in float32, and a hundred times that in a model
-# that runs its layers many times over (HRM). Fewer bits say less, and in a mixture of experts a token may be sent to
+_TOKENS: Final = 24  # tokens of the longer text: a page and a half
+_LONGEST: Final = 160  # largest length of the longer text, if a sliding window needs more
+_PAST: Final = 20  # tokens of it after the first window
+# The largest allowed error of a hidden state, relative to its norm. Rounding is 1e-6 in float32, and a hundred times
+# that in a model that runs its layers many times (HRM). Lower precision is less exact, and in a mixture of experts
+# rounding may choose another expert. So there, only half of the rows must be near.
 # another one; so there half of the rows must be near.
 _EXACT: Final = 1e-3
 _COARSE: Final = 0.1
-# Quantised weights are a rounding of their own, which small random models feel most; half of the rows must be near.
+# Quantised weights add a rounding of their own, largest in small random models. Half of the rows must be near.
 QUANTISED: Final = {"int8": 0.3, "int4": 0.9}
 
 
 @dataclass(frozen=True, slots=True)
 class EagerOutputs:
-    """Two texts with a common beginning, and what a model says of them.
+    """Two texts with a common beginning, and a model's outputs for them.
 
     Attributes
     ----------
     texts : tuple of list of int
-        The shorter text, the longer one.
+        The shorter text and the longer text.
     common : int
-        Tokens of the beginning.
+        Number of tokens in the common beginning.
     hidden : tuple of Tensor
         Final hidden states [n, H] of each text, float32.
     logits : Tensor or None
         Logits [1, V] of the longer text's last token, if the model has a head.
     switch : int or None
-        The length at which rotary factors changed for these answers, if the model's do.
+        The length at which the rotary factors changed for these outputs, if the model's do change.
     """
 
     texts: tuple[list[int], list[int]]
@@ -67,12 +68,12 @@ class EagerOutputs:
 
 @torch.inference_mode()
 def eager_outputs(model: Any, max_length: int) -> EagerOutputs:
-    """What a model of transformers says of two texts with its own eager attention.
+    """The outputs of a transformers model for two texts, with its own eager attention.
 
     Raises
     ------
     ValueError
-        If it says nothing of a text alone.
+        If the model does not run.
     """
     common, texts = _texts(model, max_length)
     switch = rotary_switch(model)
@@ -88,15 +89,15 @@ def eager_outputs(model: Any, max_length: int) -> EagerOutputs:
 
 @torch.inference_mode()
 def check_decoder(decoder: Decoder, expected: EagerOutputs, allowed: float | None = None) -> None:
-    """Compare a decoder with what its model says by itself.
+    """Compare a decoder with the outputs of its model.
 
-    It costs the forwards of some 50 tokens. ``allowed`` is how far half of the rows may be off, instead of what the
-    dtype allows.
+    This costs the forwards of about 50 tokens. ``allowed`` replaces the error that the dtype allows for half of the
+    rows.
 
     Raises
     ------
     ValueError
-        If it differs by more than rounding; the message says by how much.
+        If the difference is larger than rounding. The message has the difference.
     """
     if isinstance(decoder, TransformersDecoder):
         shape = decoder.shape
@@ -138,7 +139,7 @@ def _walk(decoder: Decoder, expected: EagerOutputs, allowed: float | None) -> No
 
 
 def _texts(model: Any, max_length: int) -> tuple[int, list[list[int]]]:
-    """Tokens of the common beginning, and two texts: longer than a sliding window, where that is cheap."""
+    """The length of the common beginning, and two texts. The longer one leaves a sliding window if that is cheap."""
     config = model.config.get_text_config(decoder=True)
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_window")]
     lengths = [window + _PAST for window in windows if isinstance(window, int)]
@@ -154,7 +155,7 @@ def _texts(model: Any, max_length: int) -> tuple[int, list[list[int]]]:
 
 
 def _with_stranger(pool: KVPool, branches: list[int], tokens: Sequence[Sequence[int]]) -> Batch:
-    """A packed forward beside two tokens that stand at the end of the longest text that the model takes."""
+    """A packed forward that also has two tokens at the end of the longest text that the model takes."""
     batch = pool.pack([*branches, pool.forest.add_root()], [*tokens, [*tokens[0][:1], *tokens[1][:1]]])
     ends = torch.arange(pool.shape.max_length - 2, pool.shape.max_length, device=pool.device)
     positions = torch.cat([batch.positions[:-2], ends])

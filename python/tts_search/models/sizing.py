@@ -22,10 +22,10 @@ _UNITS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 def pool_for(
     decoder: Decoder, kv_memory: int | str | None, page_size: int = PAGE_SIZE, kv_dtype: KvDtype | None = None
 ) -> KVPool:
-    """A pool for a decoder: of ``kv_memory`` bytes, else sized from its configuration.
+    """A pool for a decoder: of ``kv_memory`` bytes, or of a size that is derived from its configuration.
 
-    By default it holds 64 sequences of full length, and takes at most a quarter of the memory that is free. Keys and
-    values are of the decoder's dtype, or of ``kv_dtype``.
+    By default it holds 64 sequences of full length, and takes at most a quarter of the free memory. Keys and values
+    have the decoder's dtype, or ``kv_dtype``.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def pool_for(
 
 
 def _memory(decoder: Decoder, kv_memory: int | str | None, token_bytes: float, page_size: int) -> int:
-    """Bytes of a pool: of so many pages at least one, unless they were given."""
+    """The size of a pool in bytes. If it is not given, it is at least one page."""
     if kv_memory is not None:
         return parse_bytes(kv_memory)
     page_bytes = math.ceil(page_size * token_bytes)

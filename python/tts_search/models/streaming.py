@@ -28,7 +28,7 @@ _TESTED_WORDS: Final = 4096
 
 
 def blank_model(config: Any, causal_lm: bool, dtype: torch.dtype, checkpoint: Checkpoint) -> Any:
-    """The model of a configuration without memory for its weights.
+    """The model of a configuration, without memory for its weights.
 
     Raises
     ------
@@ -45,12 +45,12 @@ def blank_model(config: Any, causal_lm: bool, dtype: torch.dtype, checkpoint: Ch
 
 
 def load_state(checkpoint: Checkpoint, model: Any, device: torch.device) -> dict[str, Tensor | Loader]:
-    """What loads each weight of a model from a checkpoint, by its name without the prefix ``"model."``.
+    """Functions that load each weight of a model from a checkpoint, by its name without the prefix ``"model."``.
 
     Raises
     ------
     ValueError
-        If a weight is missing, or of another shape than the model's.
+        If a weight is missing, or has another shape than the model's.
     """
     stored = {name.removeprefix("model."): name for name in checkpoint.names}
     state: dict[str, Tensor | Loader] = {}
@@ -81,14 +81,14 @@ def _load(checkpoint: Checkpoint, name: str, device: torch.device) -> Weight:
 def check_streamed(
     decoder: LlamaDecoder, state: dict[str, Tensor | Loader], config: Any, allowed: float | None
 ) -> None:
-    """Compare the first layers of a decoder with transformers' own on the same weights in float.
+    """Compare the first layers of a decoder with those of transformers, on the same weights as floats.
 
-    ``state`` loads the weights once more; ``allowed`` is that of `check_decoder`.
+    ``state`` loads the weights again. ``allowed`` is that of `check_decoder`.
 
     Raises
     ------
     ValueError
-        If they differ by more than rounding, or than is allowed.
+        If they differ by more than rounding, or by more than ``allowed``.
     """
     first = decoder.first_layers(_TESTED_LAYERS)
     config = copy.deepcopy(config)

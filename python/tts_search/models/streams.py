@@ -30,7 +30,7 @@ _MANY = 1 << 30
 
 @dataclass(slots=True)
 class Lane:
-    """A model: its decoder, the pool of what it has read, and the ages of the streams on it."""
+    """A model: its decoder, the pool of its KV, and a counter for the ages of its streams."""
 
     decoder: Decoder
     pool: BranchPool
@@ -44,13 +44,13 @@ class Stream:
     Attributes
     ----------
     branch : TokenBranch
-        What is read or grown.
+        The branch that is read or grown.
     streams : Streams
-        Where it runs.
+        The group that it runs in.
     age : int
-        Its place in the order in which streams get on.
+        Its place in the order of streams, oldest first.
     error : Exception or None
-        Why it ended without being done.
+        The reason why it ended before it was done.
     """
 
     branch: TokenBranch
@@ -60,20 +60,20 @@ class Stream:
 
     @property
     def num_rows(self) -> int:
-        """Rows that it has, or will have."""
+        """How many rows it has, or will have."""
         return 1
 
     def give_up(self) -> None:
-        """Let go of the branch's KV and wait until there is room again."""
+        """Free the branch's KV and wait until there is room again."""
         self.streams.give_up(self)
 
     def fail(self, error: Exception) -> None:
-        """End, for this reason."""
+        """End with this error."""
         self.error = error
         self.streams.fail(self)
 
     def without(self, gone: Collection[Stream]) -> bool:
-        """Whether anything is left of it when these are gone."""
+        """Whether anything is left of it without the streams in ``gone``."""
         return self not in gone
 
 
@@ -88,16 +88,16 @@ class Streams(Generic[S]):
     lane : Lane
         The model.
     most : int or None
-        The most streams that run at a time.
+        The largest number of streams that run at a time.
     """
 
     def __init__(self, lane: Lane, most: int | None = None) -> None:
         self.lane = lane
         self.most = most or _MANY
         self._waiting: list[tuple[int, S]] = []
-        self._reading: dict[S, None] = {}  # those with tokens that the model has not read
+        self._reading: dict[S, None] = {}  # streams with unread tokens
         self._ended: list[S] = []
-        self._quota = _MANY  # how many may join now: after a shortage 1, then 2, 4, ...
+        self._quota = _MANY  # how many may start now: after a shortage 1, then 2, 4, ...
 
     @property
     def busy(self) -> bool:
@@ -123,7 +123,7 @@ class Streams(Generic[S]):
         heapq.heappush(self._waiting, (stream.age, stream))
 
     def give_up(self, stream: S) -> None:
-        """A stream's KV goes; it waits."""
+        """Free a stream's KV, and let the stream wait."""
         del self._reading[stream]
         self._put_off(stream)
 
@@ -134,13 +134,13 @@ class Streams(Generic[S]):
         self._quota = 1
 
     def fail(self, stream: S) -> None:
-        """A stream that has an error now is over."""
+        """End a stream that has an error."""
         del self._reading[stream]
         self.lane.pool.leave(stream)
         self._ended.append(stream)
 
     def cancel(self, gone: Collection[S]) -> None:
-        """Streams are not wanted any more, whether they wait or run. Their branches' KV is left to the caller."""
+        """Drop streams, whether they wait or run. The caller frees the KV of their branches."""
         self._waiting = [entry for entry in self._waiting if entry[1].without(gone)]
         heapq.heapify(self._waiting)
         self._ended = [stream for stream in self._ended if stream not in gone]
@@ -149,7 +149,7 @@ class Streams(Generic[S]):
             self.lane.pool.leave(stream)
 
     def _admit(self) -> None:
-        """Let streams in, the oldest first, unless the pool is full."""
+        """Start streams, the oldest first, unless the pool is full."""
         pool = self.lane.pool
         self._quota = min(2 * self._quota, _MANY)
         room = self.most - self.num_running
@@ -165,13 +165,13 @@ class Streams(Generic[S]):
         self._reading[stream] = None
 
     def _rows(self) -> Rows:
-        """The branches that grow by a token each."""
+        """The branches that grow by one token in each forward."""
         return NO_ROWS
 
     def _forward(
         self, model: Callable[[Batch, tk.KVCache, Tensor | None], Tensor], head: bool, most: int | None = None
     ) -> Forwarded | None:
-        """One forward of all streams that are in, as far as there is room; None if there are none."""
+        """One forward of all running streams, as far as there is room; None if no stream runs."""
         self._admit()
         while self.num_running:
             branches = [stream.branch for stream in sorted(self._reading, key=lambda stream: stream.age)]

@@ -11,27 +11,27 @@ from tts_search.models.generation import SampledStream
 
 __all__ = ["Detokenizer", "GrowingText", "Stops", "TextStream"]
 
-# Tokens before a text that are decoded with it: enough for any decoder that looks at the neighbours of a token.
+# Tokens before a text that are decoded with it. No decoder looks at more neighbours of a token than this.
 _CONTEXT: Final = 8
-_SETTLED: Final = 32  # tokens of a growing text that are decoded again with each new one, at most
-_PART: Final = "\ufffd"  # stands for bytes that are no character, or not yet
+_SETTLED: Final = 32  # the most tokens of a growing text that are decoded again with each new one
+_PART: Final = "\ufffd"  # replaces bytes that are no character, or not a complete one
 
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """What ends a text.
+    """The conditions that end a text.
 
     Attributes
     ----------
     texts : tuple of str
         Pieces of text, none of them empty.
     tokens : frozenset of int
-        Tokens that end it and are no part of it.
+        Tokens that end it and are not part of it.
     eos : frozenset of int
-        Those of them that say so: the answer is complete.
+        Those of them that mean that the answer is complete.
     keeps : {"nothing", "stop", "token"}
-        Whether a text that ends at a piece is cut before the piece or behind it, or keeps all of the last token. In the
-        last case a blank piece counts only behind something other than white space (`closes`).
+        How a text that ends at a piece is cut: before the piece, after the piece, or after the whole last token. In the
+        last case a blank piece counts only after other text than white space (`closes`).
     """
 
     texts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Stops:
     keeps: Literal["nothing", "stop", "token"]
 
     def find(self, text: str) -> tuple[str, str] | None:
-        """The text up to where it ends, and the piece that ends it: the first one in it."""
+        """The text up to where it ends, and the first piece in it that ends it."""
         if self.keeps == "token":
             return next(((text, piece) for piece in self.texts if closes(text, piece)), None)
         places = [(at, piece) for piece in self.texts if (at := text.find(piece)) >= 0]
@@ -50,7 +50,7 @@ class Stops:
         return text[: at + len(piece) * (self.keeps == "stop")], piece
 
     def safe(self, text: str) -> int:
-        """How much of a text is no part of a character, nor of a piece that may end it, whatever comes behind it."""
+        """Length of the final part of a text: without an incomplete character or the beginning of a stop."""
         whole = len(text.rstrip(_PART))
         longest = max(map(len, self.texts), default=1) - 1
         for begin in range(max(0, whole - longest), whole):
@@ -60,14 +60,14 @@ class Stops:
 
 
 class Detokenizer:
-    """Texts of tokens, as they read behind others.
+    """The texts of tokens, as they read after other tokens.
 
     Parameters
     ----------
     decode : callable
         The text of tokens.
     before : callable
-        The tokens before; asked once, on use.
+        Returns the tokens before; called once, when they are needed.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Callable[[], list[int]]) -> None:
@@ -96,7 +96,7 @@ class Detokenizer:
 
 
 class GrowingText(Detokenizer):
-    """The text of one stream, which is asked for at each of its tokens: not all of it is decoded each time."""
+    """The text of a stream, needed at each of its tokens. Each time only its end is decoded again."""
 
     _fixed: int = 0  # tokens that are not decoded again
     _fixed_text: str = ""
@@ -112,24 +112,24 @@ class GrowingText(Detokenizer):
 
 @dataclass(slots=True, eq=False)
 class TextStream(SampledStream):
-    """A branch that grows by text.
+    """A branch that grows by text until a condition ends it.
 
     Attributes
     ----------
     text : Detokenizer
-        How it reads.
+        Decodes its tokens.
     stops : Stops
-        What ends it.
+        The conditions that end it.
     said : str
-        Its text, as of the last time that it was looked at.
+        Its text at the last check.
     kept : int or None
-        Tokens of whole characters, if the limit ended it.
+        If the limit ended it: the number of tokens that form whole characters.
     reason : str or None
-        Why it has ended: "eos", "stop" or "length".
+        The reason why it ended: "eos", "stop" or "length".
     stop : int or str or None
         The token or the piece of text that ended it.
     unstopped : int
-        Characters in which no piece ends it.
+        Number of leading characters in which no stop was found.
     """
 
     text: Detokenizer = field(repr=False)
@@ -156,7 +156,7 @@ class TextStream(SampledStream):
         return self.reason is not None
 
     def _stop(self, text: str) -> tuple[str, str] | None:
-        """The text up to where it ends, and the piece that ends it. Pieces count from where it may end on."""
+        """The text up to where it ends, and the piece that ends it. Only the unchecked part is searched."""
         if self.num_tokens < self.free_after:
             self.unstopped = len(text)
             return None

@@ -38,7 +38,7 @@ except ImportError as error:
     ) from error
 
 ATTENTION: Final = "tts_kernels"
-_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # how configurations call their number
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # as configurations name their number
 NOT_PLUGGABLE: Final = "its attention does not go through transformers' AttentionInterface"
 # TRL's wrapper of a model with a value head may have been saved with its own name in front of the model's.
 _RENAMED: Final = {r"^pretrained_model\.": ""}
@@ -125,12 +125,12 @@ class ForestCache(Cache):  # type: ignore[misc]
         return k_pages, v_pages
 
     def check_layers(self, model_name: str) -> None:
-        """Raise if the last forward left the keys or the attention of some layer to something else.
+        """Raise an error if some layer did not use this cache or its attention in the last forward.
 
         Raises
         ------
         RuntimeError
-            Naming the model and the counts.
+            With the model's name and the counts.
         """
         expected = len(self.kv.k)
         if (self.appended, self.attended) != (expected, expected):
@@ -140,17 +140,17 @@ class ForestCache(Cache):  # type: ignore[misc]
             )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Nothing that a model may use: branches differ in length, so position_ids are given."""
+        """0 or another number that the model must not use: branches differ in length, so position_ids are given."""
         return self.pretended
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
-        """Of a mask that nobody builds."""
+        """Sizes of a mask that is never built."""
         return query_length, 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Mask:
-    """What a mask would have been: causal, and with a window only over the last ``window`` keys; or another one."""
+    """A description of the mask that the model asked for: causal, with a window of ``window`` keys, or another mask."""
 
     window: int | None = None
     known: bool = True
@@ -163,9 +163,10 @@ def _mask(
     local_size: int | None = None,
     **_: Any,
 ) -> _Mask:
-    """Builds no mask, but notes what the model asks for, which comes as a function of indices.
+    """Build no mask, but record which mask the model asks for. It is given as a function of indices.
 
-    A window is recognised by its edges. Another mask (chunks, a bidirectional prefix) is an error where it is used.
+    A sliding window is recognised by its edges. Any other mask (chunks, a bidirectional prefix) is an error when it is
+    used.
     """
     if attention_mask is not None:
         raise ValueError(f'attn_implementation="{ATTENTION}" takes no attention_mask: there is no padding in a forest')
@@ -198,7 +199,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """tree_attention of query [1, Hq, T, D] over the pages that `ForestCache.update` returned -> [1, T, Hq, D].
 
-    ``s_aux`` [Hq] are the attention sinks of GPT-OSS and its like.
+    ``s_aux`` [Hq] are attention sinks, as in GPT-OSS.
     """
     if plan is None or forest_cache is None:
         raise RuntimeError(
@@ -207,7 +208,8 @@ def _attention(
         )
     if dropout or isinstance(attention_mask, Tensor):
         raise ValueError(f'attn_implementation="{ATTENTION}" takes no attention_mask and no dropout')
-    # Some models pass a window that they do not mask, or the other way round; their eager attention obeys the mask.
+    # Some models pass a window but do not mask it, or the other way round. As in their eager attention, the mask
+    # decides.
     mask = _Mask(sliding_window) if attention_mask is None else attention_mask
     if not mask.known:
         raise ValueError(f"{type(module).__name__}: expected a causal mask or a sliding window, got another one")
@@ -239,16 +241,16 @@ class TransformersDecoder:
 
     Attributes
     ----------
-    pretended : int
+    The cache's answer when the model asks for its length. No output may depend on it.
         What the cache says when the model asks for its length, which nothing may depend on.
 
     Raises
     ------
     ValueError
-        If the model has attention that this implementation cannot stand for; the message says which.
+        If the model has an attention that cannot be replaced by this one; the message names it.
     """
 
-    records = False  # some models look at values on the way
+    records = False  # some models read values back to the host
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -261,7 +263,7 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
-        """Final hidden states [R, H] of the batch's rows, behind the last norm."""
+        """Final hidden states [R, H] of the batch's rows, after the last norm."""
         cache = self._cache_of(kv)
         states: Tensor = body_of(self.model)(**cache.inputs(batch)).last_hidden_state[0]
         cache.check_layers(type(self.model).__name__)
@@ -302,9 +304,9 @@ def load_transformers(
     config = load_config(path_or_id)
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()  # a search shows its own
+    transformers.logging.disable_progress_bar()  # a search has its own progress bar
     if not causal_lm:
-        transformers.logging.set_verbosity_error()  # it would warn of the head, which is read by itself
+        transformers.logging.set_verbosity_error()  # it would warn that the head is missing, which is loaded separately
     try:
         with following(config):
             model, loading = auto.from_pretrained(
@@ -327,12 +329,12 @@ def load_transformers(
 
 @contextmanager
 def following(config: Any) -> Iterator[None]:
-    """What goes wrong in here with a model of this configuration says that it cannot run over a forest, and why.
+    """Turn errors in this context into an error that the model cannot run over a forest, and why.
 
     Raises
     ------
     ValueError
-        With the model's type and the reason. Errors of files, of memory and of Ctrl-C are none of the model's.
+        With the model's type and the reason. File errors, lack of memory and Ctrl-C are not changed.
     """
     try:
         yield
@@ -348,7 +350,7 @@ def following(config: Any) -> Iterator[None]:
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that gives hidden states, whatever its causal language model calls it."""
+    """The part of a model that gives hidden states. Causal language models name it differently."""
     base = model.base_model
     if base is not model or model.get_output_embeddings() is None:
         return base
@@ -379,7 +381,7 @@ def model_shape(model: PreTrainedModel) -> DecoderShape:
 
 
 def _active_parameters(model: PreTrainedModel, config: Any) -> int:
-    """Weights that a token meets: of a mixture's experts, those that it is sent to."""
+    """Number of weights used for a token; in a mixture of experts, only those of the chosen experts."""
     chosen = getattr(config, "num_experts_per_tok", None)
     experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), None)
     share = chosen / experts if chosen and experts else 1.0
@@ -436,7 +438,7 @@ def load_config(path_or_id: str) -> Any:
 
 
 def _check_exists(path_or_id: str) -> None:
-    """A path that is not there is not looked for on the hub."""
+    """Raise an error for a path that does not exist, so that it is not looked up on the hub."""
     if is_gguf(path_or_id):
         if not Path(path_or_id).is_file():
             raise FileNotFoundError(f"path_or_id: expected a GGUF file, got {path_or_id!r}")
@@ -445,7 +447,7 @@ def _check_exists(path_or_id: str) -> None:
 
 
 def eos_tokens(path_or_id: str, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer: of the generation config (else the model's) and of the tokenizer."""
+    """The ids that end an answer, from the generation config (or else the model's config) and the tokenizer."""
     if is_gguf(path_or_id):
         return frozenset(end_tokens(read_header(path_or_id)))
     try:

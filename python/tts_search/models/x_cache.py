@@ -28,25 +28,25 @@ from tts_search.models.x_layers import BLOCK, KeptLayer, Latents, formats_of
 
 __all__ = ["Kept", "XCache", "XForest", "XPool", "block_token_bytes", "window_token_bytes"]
 
-_PAGES: Final = BLOCK // PAGE_SIZE  # of a window, at most
+_PAGES: Final = BLOCK // PAGE_SIZE  # the largest number of pages in a window
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a forward has to do with blocks.
+    """The work of a forward on blocks.
 
     Attributes
     ----------
     blocks : Tensor
         [n]: the blocks that are read.
     positions, slots : Tensor
-        [n BLOCK]: where their tokens stand in their branches, and where their keys and values are made.
+        [n BLOCK]: the positions of their tokens in their branches, and the slots for their keys and values.
     own : Tensor
-        Of each page of the plan, 1 if it is a window's.
+        For each page of the plan: 1 if it is a window's.
     full : Tensor
-        [m]: the blocks that are full with this forward.
+        [m]: the blocks that become full in this forward.
     full_slots, full_positions : Tensor
-        [m BLOCK]: the slots of their windows, and where their tokens stand.
+        [m BLOCK]: the slots of their windows, and the positions of their tokens.
     """
 
     blocks: Tensor
@@ -59,10 +59,10 @@ class Kept:
 
 
 class XForest:
-    """Two forests in step: a branch has full blocks in one, and in the other its newest block's window.
+    """Two forests in step. For each branch, one holds the full blocks, the other the window of its newest block.
 
-    It does what a `tts_kernels.KVForest` does, under the same names. A window of 128 tokens belongs to a block that is
-    full; it stays until the branch goes on, so that its last tokens can be taken back.
+    It has the methods of a `tts_kernels.KVForest`, under the same names. A window of 128 tokens belongs to a block that
+    is full. It stays until the branch grows, so that its last tokens can be removed again.
     """
 
     page_size = PAGE_SIZE
@@ -76,25 +76,25 @@ class XForest:
         return self._same([self.blocks.add_root()], [self.windows.add_root()])[0]
 
     def fork(self, parents: Sequence[int] | Tensor) -> list[int]:
-        """A child of each."""
+        """Add a child of each of these branches."""
         return self._same(self.blocks.fork(parents), self.windows.fork(parents))
 
     def free(self, branches: Sequence[int] | Tensor) -> None:
-        """Branches that nobody needs."""
+        """Free branches that are no longer needed."""
         self.blocks.free(branches)
         self.windows.free(branches)
 
     def length(self, branch: int) -> int:
-        """Tokens of a branch."""
+        """Number of tokens of a branch."""
         return self.blocks.length(branch) + self.windows.length(branch) % BLOCK
 
     def append(self, branches: Sequence[int] | Tensor, counts: Sequence[int] | Tensor) -> tk.Append:
-        """Room for new tokens in windows, and for the blocks that are full with them.
+        """Reserve room for new tokens in windows, and for the blocks that become full with them.
 
         Raises
         ------
         ValueError
-            For tokens of more than one block.
+            If the tokens belong to more than one block.
         tts_kernels.OutOfPages
             If there is no room; no length has changed then.
         """
@@ -116,12 +116,12 @@ class XForest:
             raise
 
     def kept(self, branch: int, length: int) -> int:
-        """How many of so many first tokens a branch would have after `truncate`."""
+        """How many of its first ``length`` tokens a branch would keep after `truncate`."""
         window, held = self._window(branch)
         return length if length % BLOCK == 0 or (held and window <= length) else length - length % BLOCK
 
     def truncate(self, branch: int, length: int) -> None:
-        """Forget tokens behind a length: all of a block that was gone back into."""
+        """Remove the tokens after a length. If this cuts into a full block, the whole block is removed."""
         if length >= self.length(branch):
             return
         kept, (window, _) = self.kept(branch, length), self._window(branch)
@@ -129,7 +129,7 @@ class XForest:
         self.windows.truncate(branch, max(0, kept - window) if kept >= window else 0)
 
     def stats(self) -> tk.ForestStats:
-        """What is left of the scarcer of the two, in pages of so many blocks."""
+        """Stats of whichever forest has less room left, in pages of windows."""
         blocks, windows = self.blocks.stats(), self.windows.stats()
         total = _PAGES * blocks.pages_total
         free = min(blocks.pages_free / blocks.pages_total, windows.pages_free / windows.pages_total)
@@ -137,7 +137,7 @@ class XForest:
         return tk.ForestStats(blocks.branches, total, int(total * free), *(sum(pair) for pair in tokens))
 
     def _window(self, branch: int) -> tuple[int, int]:
-        """Where a branch's window begins, and its tokens."""
+        """The position where a branch's window begins, and the number of its tokens."""
         held = self.windows.length(branch)
         return self.blocks.length(branch) - (BLOCK if held == BLOCK else 0), held
 
@@ -148,7 +148,7 @@ class XForest:
 
 
 class XCache(tk.KVCache):
-    """The memory of an `XPool`: windows with keys and values, blocks with what is kept, and room to make those of it.
+    """The memory of an `XPool`: windows with keys and values, blocks of stored inputs, and room to restore blocks.
 
     Parameters
     ----------
@@ -160,9 +160,9 @@ class XCache(tk.KVCache):
     dtype : torch.dtype
         Of keys and values.
     name : str
-        Of the kind.
+        Name of the kind of storage.
     device : torch.device or str
-        Of the layers.
+        The device of the layers.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class XCache(tk.KVCache):
     ) -> None:
         self.layers, self.shape, self.num_windows = layers, shape, num_windows
         self.page_size, self.dtype = PAGE_SIZE, name
-        self.first = len(layers) * num_windows  # of the pages that all layers share
+        self.first = len(layers) * num_windows  # the first of the pages that all layers share
         pages = self.first + num_blocks * _PAGES
         heads = (pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
         self.pages = [torch.empty(heads, dtype=dtype, device=device) for _ in range(2)]
@@ -194,19 +194,19 @@ class XCache(tk.KVCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Number of bytes of all tensors."""
         return sum(t.nbytes for t in (*self.pages, *self.window_rows, *self.block_rows, *self.block_keys))
 
     def tensors(self) -> list[Tensor]:
-        """What a page of a window has in it."""
+        """The tensors of a window's pages."""
         rows = (rows.view(self.num_windows, PAGE_SIZE, 1, -1) for rows in self.window_rows)
         return [*self.k, *self.v, *rows]
 
     def run(self, x: Tensor, batch: Batch, cos_sin: Tensor, eps: float, rows: Tensor | None) -> Tensor:
-        """`tts_kernels.decoder_layers_` of one layer after another, over what is made of the blocks."""
+        """Run `tts_kernels.decoder_layers_`, one layer after another, over keys and values restored from the blocks."""
         kept = batch.kept
         assert isinstance(kept, Kept), "a batch of another pool"
-        restored: Tensor | None = None  # what x is taken for, of the tokens of blocks and of new ones
+        restored: Tensor | None = None  # x as decoded from its stored form, for tokens of blocks and new ones
         taken: Tensor | None = None
         for number, keeps in enumerate(self.layers):
             own = number * self.num_windows
@@ -234,7 +234,7 @@ class XCache(tk.KVCache):
     def restore(
         self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor, eps: float, before: Tensor | None
     ) -> Tensor | None:
-        """Make keys and values of the blocks that are read, in the pages that all layers share."""
+        """Restore keys and values of the blocks that are read, in the pages that all layers share."""
         form = keeps.format
         tokens = self.block_rows[number][kept.blocks].view(-1, form.row.nbytes)
         keys = self.block_keys[number][kept.blocks].view(-1, form.key.nbytes) if form.key else None
@@ -246,7 +246,7 @@ class XCache(tk.KVCache):
         return x
 
     def _keep(self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor) -> None:
-        """Write what is kept of the blocks that are full now."""
+        """Store the blocks that are full now."""
         rows = self.window_rows[number][kept.full_slots]
         self.block_rows[number][kept.full] = rows.view(len(kept.full), -1)
         if isinstance(keeps, Latents):
@@ -257,7 +257,7 @@ class XCache(tk.KVCache):
 
 
 class XPool(KVPool):
-    """A pool that keeps what `x_layers` says, instead of keys and values.
+    """A pool that stores the inputs of layers as in `x_layers`, instead of keys and values.
 
     Parameters
     ----------
@@ -270,15 +270,15 @@ class XPool(KVPool):
     dtype : torch.dtype
         Of keys and values.
     name : str
-        Of the kind.
+        Name of the kind of storage.
     device : torch.device or str
-        Of the layers. Branches, blocks and plans are the host's.
+        The device of the layers. Branches, blocks and plans are on the host.
     """
 
     forest: XForest  # type: ignore[assignment]
     kv: XCache
     block = BLOCK
-    records = False  # how many blocks are read differs from step to step
+    records = False  # the number of blocks that are read differs from step to step
 
     def __init__(
         self,
@@ -296,16 +296,16 @@ class XPool(KVPool):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token of a full block, without the room where its keys and values are made."""
+        """Bytes for a token of a full block, without the room in which its keys and values are restored."""
         return round(sum(layer.format.token_bytes for layer in self.kv.layers))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that blocks have room for."""
+        """How many tokens the blocks have room for."""
         return self.forest.blocks.stats().pages_total * BLOCK
 
     def kept(self, branch: int, length: int) -> int:
-        """How many of so many first tokens a branch would have after it is cut there."""
+        """How many of its first ``length`` tokens a branch would keep if it is cut there."""
         return self.forest.kept(branch, length)
 
     def batch(
@@ -318,7 +318,7 @@ class XPool(KVPool):
         out: Batch | None = None,
         far: Tensor | None = None,
     ) -> Batch:
-        """As of a `KVPool`, and what the forward has to do with blocks."""
+        """As for a `KVPool`, with the work on blocks in addition."""
         assert out is None
         assert far is None
         blocks, ends = (each.long() for each in self.forest.blocks.page_table(branches))
@@ -329,7 +329,7 @@ class XPool(KVPool):
         read = column < reads[:, None]
         unique, which = torch.unique(blocks[read], return_inverse=True)
         place = torch.zeros_like(unique)
-        place[which] = column.expand_as(blocks)[read]  # a block stands at one place in all branches that have it
+        place[which] = column.expand_as(blocks)[read]  # a block is at the same place in all branches that have it
 
         most = int(reads.max()) if len(reads) else 0
         ranks = torch.full_like(blocks, -1)
@@ -364,7 +364,7 @@ class XPool(KVPool):
 
 
 def block_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.dtype) -> float:
-    """Bytes of a token of a block: what is kept of it, and the room where the keys and values of a layer are made."""
+    """Bytes for a token of a block: its stored form, and the room for a layer's restored keys and values."""
     width = shape.num_kv_heads * shape.head_dim
     made = shape.kv_bytes(dtype) / shape.num_layers
     carried = hidden * dtype.itemsize if kind.startswith("xquant-cl-") else 0
@@ -372,14 +372,14 @@ def block_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.
 
 
 def window_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.dtype) -> int:
-    """Bytes of a token of a window: keys and values as they are, and what is to be kept of it."""
+    """Bytes for a token of a window: its keys and values, and what will be stored of it."""
     width = shape.num_kv_heads * shape.head_dim
     rows = sum(form.row.nbytes for form in formats_of(kind, shape.num_layers, hidden, width))
     return shape.kv_bytes(dtype) + rows
 
 
 def _turned_back(k: Tensor, cos_sin: Tensor) -> Tensor:
-    """Keys [N, Hkv, D] in front of their rotation by ``cos_sin`` [N, D]."""
+    """Keys [N, Hkv, D] before their rotation by ``cos_sin`` [N, D]."""
     cos, sin = cos_sin[:, None].chunk(2, -1)
     a, b = k.chunk(2, -1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1) / (cos * cos + sin * sin).repeat(1, 1, 2)

@@ -31,24 +31,24 @@ __all__ = ["BLOCK", "KINDS", "Format", "KeptLayer", "Latents", "Quantiser", "for
 
 BLOCK: Final = 128  # tokens
 KINDS: Final = ("xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2")
-_BASE: Final = 2  # the layer that the first change is one from; it and those before it have 4 bits
+_BASE: Final = 2  # the first change is relative to this layer; it and those before it have 4 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiser:
-    """Rows of ``width`` numbers as bytes: `tts_kernels.quantize_rows`."""
+    """Stores rows of ``width`` numbers as bytes: `tts_kernels.quantize_rows`."""
 
     width: int
     bits: int
 
     @property
     def group(self) -> int:
-        """Columns that share a scale: as many as divide the width, up to 128."""
+        """Number of columns that share a scale: the largest divisor of the width, up to 128."""
         return max(size for size in range(1, 129) if self.width % size == 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a row."""
+        """Number of bytes of a row."""
         return tk.row_bytes(self.width, self.bits, self.group)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -62,17 +62,17 @@ class Quantiser:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What is kept of a layer.
+    """The stored form of a layer.
 
     Attributes
     ----------
     kind : {"whole", "latents", "change"}
     row : Quantiser
-        Of each token.
+        How each token is stored.
     key : Quantiser or None
-        Of each column of a block's keys.
+        How each column of a block's keys is stored.
     columns : int
-        How many of these.
+        The number of these columns.
     """
 
     kind: str
@@ -82,12 +82,12 @@ class Format:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of a token, with its share of the block's."""
+        """Bytes for a token, including its share of the block's."""
         return self.row.nbytes + (self.columns * self.key.nbytes / BLOCK if self.key else 0)
 
 
 def formats_of(kind: str, num_layers: int, hidden: int, kv_width: int) -> list[Format]:
-    """Of each layer, for a name of `KINDS`, hidden states and keys of so many elements."""
+    """The format of each layer, for a name of `KINDS`, and numbers of elements of hidden states and keys."""
     bits = int(kind.rpartition("-")[2])
 
     def plain(bits: int) -> Format:
@@ -103,34 +103,34 @@ def formats_of(kind: str, num_layers: int, hidden: int, kv_width: int) -> list[F
 
 
 class KeptLayer(Protocol):
-    """Makes what is kept of a layer, and keys and values of it. ``one`` is the layer by itself."""
+    """Encodes the input of a layer, and restores its keys and values. ``one`` has only this layer."""
 
     format: Format
     one: tk.DecoderLayers
 
     def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bytes of tokens x [T, H], and what x is taken for; ``before`` is what that was in the layer before."""
+        """Bytes of tokens x [T, H], and x as decoded from them; ``before`` is the decoded x of the layer before."""
         ...
 
     def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What `tts_kernels.rope_append_` takes [N, (1 + 2 Hkv) D] for bytes of tokens and of their blocks; x too."""
+        """Decode tokens and their blocks: rows [N, (1 + 2 Hkv) D] for `tts_kernels.rope_append_`, and x."""
         ...
 
     @property
     def k_norm(self) -> Tensor | None:
-        """Of the keys that `restore` gives, before their rotation."""
+        """The norm of the keys from `restore`, before their rotation."""
         ...
 
 
 def kept_layers(
     kind: str, layers: tk.DecoderLayers, num_kv_heads: int, head_dim: int, quantiser: type[Quantiser] = Quantiser
 ) -> list[KeptLayer]:
-    """Of a decoder's layers. ``quantiser`` is what makes bytes of numbers.
+    """The stored form of each layer of a decoder. ``quantiser`` makes the objects that encode rows.
 
     Raises
     ------
     ValueError
-        For sizes that do not fit.
+        If sizes do not fit together.
     """
     hidden, width = layers.layers[0].qkv.in_features, num_kv_heads * head_dim
     for name, size in (("hidden states", hidden), ("keys", width), ("heads", head_dim)):
@@ -145,12 +145,12 @@ def kept_layers(
 
 
 class _Whole:
-    """x itself."""
+    """Stores x itself."""
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
         self.format, self.k_norm, self.dtype = form, layer.k_norm, layer.input_norm.dtype
         self.one = tk.DecoderLayers([layer])
-        # The rows of keys and values, and those of a query head before them, as `rope_append_` has one at least.
+        # The rows of keys and values, and those of a query head before them, because `rope_append_` needs at least one.
         heads = head_dim + 2 * width
         first = layer.qkv.out_features - heads
         if layer.qkv.weight.dim() > 2:  # panels of 16 rows
@@ -167,12 +167,12 @@ class _Whole:
         return self.heads_of(self.format.row.decode(rows, self.dtype))
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A query head, keys and values of x; x too."""
+        """A query head, keys and values of x; and x."""
         return tk.linear(x, self._heads, self._bias), x
 
 
 class _Change(_Whole):
-    """What x differs by from what the layer before took it for."""
+    """Stores the difference of x from the decoded x of the layer before."""
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
         super().__init__(form, layer, width, head_dim)
@@ -197,9 +197,9 @@ class _Change(_Whole):
 
 
 class Latents:
-    """Keys and values in the bases of their singular vectors."""
+    """Stores keys and values in the bases of their singular vectors."""
 
-    k_norm = None  # what is kept of the keys is normed already
+    k_norm = None  # the stored keys are already normalised
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
         self.format, self._head_dim, self.dtype = form, head_dim, layer.input_norm.dtype
@@ -213,16 +213,16 @@ class Latents:
         self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-width:]
 
     def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bytes of values, token by token."""
+        """Bytes of the values, token by token."""
         return self.format.row.encode(tk.linear(x, self._to_values)), before
 
     def encode_keys(self, k: Tensor) -> Tensor:
-        """Bytes [columns, n] of a block's keys [BLOCK, Hkv D] in front of their rotation."""
+        """Bytes [columns, n] of a block's keys [BLOCK, Hkv D] before their rotation."""
         assert self.format.key is not None
         return self.format.key.encode(tk.linear(k, self._to_keys).T.contiguous())
 
     def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A query head that nobody reads, keys, values."""
+        """A query head that is not used, keys, values."""
         assert self.format.key is not None
         assert keys is not None
         columns = self.format.key.decode(keys, self.dtype).view(-1, self.format.columns, BLOCK)
@@ -246,7 +246,7 @@ def _rows(packed: tk.PackedLinear, begin: int, end: int | None = None) -> Tensor
 def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [K, r], S [r], B^T [r, N] of the transpose of a weight [N, K].
 
-    On one thread: LAPACK's last bits depend on how many there are, and what a search finds must not.
+    On one thread: LAPACK's last bits depend on the number of threads, and the result of a search must not.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

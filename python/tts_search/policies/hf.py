@@ -227,7 +227,6 @@ class HFPolicy:
 
         For an `Expand` the news are its steps, or an exception, as from `expand`. For a `Generate` they are parts of
         samples.
-
         """
         for prompt in self._prompts.step():
             self._go_on(self._told.pop(prompt), prompt)

@@ -64,7 +64,6 @@ def continuation_ids(
     after a short text with which it shares no token, and the tokens of this other text are cut off. The first result
     that decodes to the text, at its place, is returned.
 
-
     Parameters
     ----------
     path

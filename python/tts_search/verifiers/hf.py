@@ -151,7 +151,6 @@ class HFVerifier:
         """Whether released KV is kept until its room is needed, for other texts that begin with the same tokens.
 
         Scores are kept, too. A text that extends one that was read costs only its new steps.
-
         """
         return self._pool.prefix_cache
 

@@ -25,7 +25,6 @@ class Normalization:
     A score becomes the share of past scores below it; past scores that are equal count half. This works for any scale:
     even if a verifier often says 0.99, half of its scores lie above 0.5. Between past scores the map is linear.
 
-
     Attributes
     ----------
     points : tuple of (float, float)

@@ -87,7 +87,6 @@ class Reader:
 
         Step ``number`` counts from 1. The tokens end with the step's boundary.
 
-
         Raises
         ------
         ValueError

@@ -36,11 +36,11 @@ class FewBitsCheckpoint(Checkpoint, abc.ABC):
     Raises
     ------
     ValueError
-        If the configuration asks for something that is not read; naming it.
+        If the configuration has an option that is not supported; the message names it.
     """
 
-    sign: ClassVar[str]  # the part that tells a projection of few bits
-    parts: ClassVar[frozenset[str]]  # all parts that may be there
+    sign: ClassVar[str]  # the part that marks a quantised projection
+    parts: ClassVar[frozenset[str]]  # all parts that may exist
 
     def __init__(self, path_or_id: str, config: Mapping[str, Any]) -> None:
         super().__init__(path_or_id)
@@ -52,11 +52,11 @@ class FewBitsCheckpoint(Checkpoint, abc.ABC):
 
     @abc.abstractmethod
     def _size(self, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """[N, K] of a projection by the shapes of its parts."""
+        """[N, K] of a projection, from the shapes of its parts."""
 
     @abc.abstractmethod
     def _quantised(self, where: str, parts: Mapping[str, Tensor]) -> Quantised:
-        """The weight of a projection from its parts; ``where`` says in an error which one it is."""
+        """The weight of a projection from its parts; ``where`` names it in errors."""
 
     @property
     def few_bits(self) -> bool:
@@ -81,7 +81,7 @@ class FewBitsCheckpoint(Checkpoint, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not quantised."""
+        """The dtype of everything that is not quantised."""
         whole = sorted(name for name in self.names if self._stem(name) is None)
         return super().tensor(whole[0]).dtype if whole else torch.bfloat16
 
@@ -117,7 +117,7 @@ class FewBitsCheckpoint(Checkpoint, abc.ABC):
         return (weight if rows is None else weight[torch.tensor(rows)]).dequantised(torch.float32)
 
     def _stem(self, name: str) -> str | None:
-        """The projection whose weight has this name; None for a tensor that is whole."""
+        """The projection whose weight has this name; None for a tensor that is not quantised."""
         stem = name.removesuffix(".weight")
         return stem if stem != name and stem in self._projections else None
 
@@ -126,12 +126,12 @@ class FewBitsCheckpoint(Checkpoint, abc.ABC):
 
 
 def refuse(where: str, method: str, what: str) -> ValueError:
-    """The error for something of a method that is not read."""
+    """The error for an unsupported option of a method."""
     return ValueError(f"{where}: weights of {method} with {what} are not read")
 
 
 def group_size_of(where: str, method: str, size: Any) -> int | None:
-    """Columns that share a scale, None for -1: all of them; ValueError for a size that the kernels do not have."""
+    """Number of columns that share a scale; None for -1 (all columns); ValueError if the kernels lack this size."""
     if size in (None, -1):
         return None
     if type(size) is not int or size not in _GROUP_SIZES:
@@ -140,12 +140,12 @@ def group_size_of(where: str, method: str, size: Any) -> int | None:
 
 
 def expect(where: str, parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """A part of a projection, of one of the dtypes (by default any float).
+    """A part of a projection, of one of the dtypes (by default any float dtype).
 
     Raises
     ------
     ValueError
-        If it is not there, or has another shape or type.
+        If it is missing, or has another shape or dtype.
     """
     found = parts.get(name)
     if found is None:
@@ -156,7 +156,7 @@ def expect(where: str, parts: Mapping[str, Tensor], name: str, shape: tuple[int,
 
 
 def check_order(where: str, method: str, order: Tensor | None, group_size: int | None) -> None:
-    """Refuse columns that were sorted before they were grouped: the group of each must be that of its place."""
+    """Refuse columns that were sorted before they were grouped: the place of a column must give its group."""
     if order is not None:
         expected = torch.arange(len(order)) // (group_size or max(len(order), 1))
         if not torch.equal(order.to(torch.int64).cpu(), expected):

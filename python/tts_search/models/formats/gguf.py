@@ -38,7 +38,7 @@ _PARTS: Final = {
     "ffn_down": "mlp.down_proj",
 }
 _FREQUENCIES: Final = "rope_freqs.weight"  # Llama 3's rotation, as divisors of its frequencies
-_LONGEST: Final = 2**21  # context in tokens: the rotary table is made for all of it
+_LONGEST: Final = 2**21  # context in tokens: the rotary table has this length
 _ROWS: Final = 2048
 
 
@@ -55,7 +55,7 @@ class GGUFCheckpoint(Checkpoint):
     OSError
         If the file cannot be read.
     ValueError
-        If the file is broken, or holds another model or type of weights than is read; naming it.
+        If the file is broken, or has an unsupported model or type of weights; the message names it.
     """
 
     def __init__(self, path: str) -> None:
@@ -79,7 +79,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the largest part of the weights; what is quantised is computed with in bfloat16."""
+        """The dtype of the largest part of the weights; bfloat16 for quantised weights."""
         kind = self.header.tensors["token_embd.weight"].kind_name
         if self.few_bits:
             return torch.bfloat16
@@ -90,7 +90,7 @@ class GGUFCheckpoint(Checkpoint):
         return self.header.tensors[self._places[name]].shape
 
     def weight(self, name: str) -> Weight:
-        """A tensor; with few bits as the file has it, but for Q6_K, which has too many scales for that."""
+        """A tensor. Quantised ones stay as in the file, except Q6_K, which has too many scales for that."""
         stored = self._places[name]
         info = self.header.tensors[stored]
         data = self._rows_in_order(self.header.bytes_of(stored), name)
@@ -110,7 +110,7 @@ class GGUFCheckpoint(Checkpoint):
         return whole.reshape(self.shape(name))
 
     def tensors_of(self, file_name: str) -> dict[str, Tensor]:
-        """Nothing lies beside a GGUF file."""
+        """Empty: there are no other files beside a GGUF file."""
         raise FileNotFoundError(
             f"{self.path_or_id}: a GGUF file has no {file_name}, which holds the head of this format"
         )
@@ -138,7 +138,7 @@ def gguf_config(header: GGUFHeader) -> Any:
     Raises
     ------
     ValueError
-        If it describes none of the Llama family; naming the file and what it has instead.
+        If this is no model of the Llama family; the message names the file and its model.
     """
     import transformers
 
@@ -191,7 +191,7 @@ def _rope(says: _Metadata, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3(says: _Metadata, rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Options of Llama 3's scaling, of which a file has what each frequency is divided by."""
+    """Options of Llama 3's scaling. A file has the divisor of each frequency."""
     header = says.header
     kind = header.tensors[_FREQUENCIES].kind_name
     if kind != "F32" or header.tensors[_FREQUENCIES].shape != (head_dim // 2,):
@@ -210,7 +210,7 @@ def _llama3(says: _Metadata, rope: dict[str, Any], head_dim: int) -> dict[str, A
 
 
 class _Metadata:
-    """What a file says of its model, with types and ranges checked."""
+    """The metadata of a file about its model, with types and ranges checked."""
 
     def __init__(self, header: GGUFHeader) -> None:
         self.header = header

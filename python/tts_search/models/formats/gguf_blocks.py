@@ -38,7 +38,7 @@ def _float(part: Tensor) -> Tensor:
 
 
 def _halves(part: Tensor) -> Tensor:
-    """Low halves of some bytes, then their high ones [..., 2 * size]."""
+    """The low halves of some bytes, then the high halves [..., 2 * size]."""
     return torch.cat([part & 15, part >> 4], -1)
 
 
@@ -89,7 +89,7 @@ def _q5_k(data: Tensor) -> Quantised:
 
 
 def _of_groups(scale: Tensor, minimum: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima [N, groups] of the 8 groups of each block: 6 bits each, in 12 bytes, times the block's own."""
+    """Scales and minima [N, groups] of the 8 groups of each block: 6 bits each, packed in 12 bytes, times a float."""
     first, second, third = torch.split(packed, 4, 2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], 2)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], 2)
@@ -98,7 +98,8 @@ def _of_groups(scale: Tensor, minimum: Tensor, packed: Tensor) -> tuple[Tensor, 
 
 def _q6_k(data: Tensor) -> Tensor:
     low, high, scales, scale = _split(data, 128, 64, 16, 2)
-    # Each half block of 128 has 64 bytes of low bits and 32 of high ones: two bits for one weight of each quarter.
+    # Each half block of 128 weights has 64 bytes of low bits and 32 of high bits. A byte of high bits has two bits for
+    # one weight of each quarter.
     quarters = torch.unflatten(_halves(torch.unflatten(low, 2, (2, 64))), 3, (4, 32))
     top = torch.unflatten(high, 2, (2, 1, 32)) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3
     numbers = (quarters | top << 4).to(torch.int8) - 32

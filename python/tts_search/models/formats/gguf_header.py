@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["BLOCKS", "GGUFHeader", "TensorInfo", "read_header"]
 
-# Of each type that is read: its name, how many weights a block holds, and in how many bytes.
+# The supported types: name, number of weights in a block, number of bytes of a block.
 BLOCKS: Final[dict[int, tuple[str, int, int]]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -34,7 +34,7 @@ BLOCKS: Final[dict[int, tuple[str, int, int]]] = {
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
-# Of those that are not.
+# Names of unsupported types.
 _OTHERS: Final = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
@@ -49,7 +49,7 @@ _LARGEST_DIMENSION: Final = 2**31
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of a file: the number of its type in `BLOCKS`, its shape as torch has it, where its bytes begin."""
+    """A tensor of a file: its type as a number in `BLOCKS`, its shape in torch's order, and where its bytes begin."""
 
     kind: int
     shape: tuple[int, ...]
@@ -62,19 +62,19 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row."""
+        """Number of bytes of one row."""
         _, width, size = BLOCKS[self.kind]
         return self.shape[-1] // width * size
 
     @property
     def num_bytes(self) -> int:
-        """Of all of it."""
+        """Number of bytes of the tensor."""
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """Metadata, and tensors by name."""
+    """The metadata, and the tensors by name."""
 
     path: str
     metadata: dict[str, Any]
@@ -98,7 +98,7 @@ class GGUFHeader:
 
 
 def read_header(path: str) -> GGUFHeader:
-    """Read what stands before the tensors.
+    """Read the part before the tensors.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def read_header(path: str) -> GGUFHeader:
     return _read_header(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-@functools.lru_cache(maxsize=2)  # configuration, tokenizer and weights are asked for one after another
+@functools.lru_cache(maxsize=2)  # the configuration, the tokenizer and the weights read it one after another
 def _read_header(path: str, *_: int) -> GGUFHeader:
     try:
         with Path(path).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -165,7 +165,7 @@ class _Reader:
         return struct.unpack(f"<{form}", self._take(struct.calcsize(f"<{form}")))[0]
 
     def _count(self, count: int, least: int) -> int:
-        """A number of things of at least so many bytes each."""
+        """The number of things, of at least `least` bytes each."""
         if count > (len(self.data) - self.at) // least:
             raise ValueError(f"{count} items do not fit into what is left at byte {self.at}")
         return count
@@ -189,7 +189,7 @@ class _Reader:
         return self._texts(self._count(count, least=8))
 
     def _texts(self, count: int) -> list[str]:
-        """Many texts, of which a vocabulary has a hundred thousand."""
+        """Many texts. A vocabulary has a hundred thousand of them."""
         data, at, end, texts = self.data, self.at, len(self.data), []
         for _ in range(count):
             if at + 8 > end or at + 8 + (size := _SIZE.unpack_from(data, at)[0]) > end:

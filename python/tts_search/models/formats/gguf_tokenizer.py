@@ -30,7 +30,7 @@ def _split(pattern: str) -> Any:
 
 
 def _words(numbers: str) -> str:
-    """The split of Llama 3 and its followers, which differ in how they group digits."""
+    """The split into words of Llama 3 and its followers, which group digits in different ways."""
     return (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,7 +52,7 @@ def gguf_tokenizer(header: GGUFHeader) -> Any:
     Raises
     ------
     ValueError
-        If the file has none, or one that is not known or does not fit together; naming the file.
+        If the file has no tokenizer, or one that is unknown or inconsistent; the message names the file.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -130,7 +130,7 @@ def _byte_level(says: _Says) -> Tokenizer:
     merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in says.texts("merges"))]
     if not all(second for _, second in merges):
         raise ValueError(f"{says.header.path}: expected two parts in each of tokenizer.ggml.merges")
-    # Llama 3 takes a word that is a token as it is; Qwen composes characters first.
+    # Llama 3 keeps a word that is a token. Qwen first composes characters.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_PRE[pre] is _LLAMA3))
     if _PRE[pre] is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
@@ -140,7 +140,7 @@ def _byte_level(says: _Says) -> Tokenizer:
 
 
 def _sentence_piece(says: _Says) -> Tokenizer:
-    """SentencePiece's BPE, as Llama 2 and Mistral have it: a token's score ranks the merges that make it."""
+    """SentencePiece's BPE, as in Llama 2 and Mistral: the score of a token ranks the merges that make it."""
     vocab = {token: number for number, token in enumerate(says.tokens)}
     scores = says.numbers("scores", float)
     pairs = [
@@ -170,12 +170,12 @@ def _sentence_piece(says: _Says) -> Tokenizer:
     return tokenizer
 
 
-_LONGEST_TOKEN: Final = 64  # characters of a token that is looked for pairs
+_LONGEST_TOKEN: Final = 64  # longest token, in characters, that is searched for pairs
 _KINDS: Final[dict[str, Callable[[_Says], Tokenizer]]] = {"gpt2": _byte_level, "llama": _sentence_piece}
 
 
 def _add_special(tokenizer: Tokenizer, says: _Says) -> None:
-    """Tokens that are found in a text as they stand: the control tokens, and those that users defined."""
+    """Add the tokens that a text may contain as they are: control tokens, and tokens defined by users."""
     kinds = says.numbers("token_type", int, [1] * len(says.tokens))
     named = [(token, kind) for token, kind in zip(says.tokens, kinds, strict=True) if token]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in named if k == _CONTROL])
@@ -183,7 +183,7 @@ def _add_special(tokenizer: Tokenizer, says: _Says) -> None:
 
 
 def _with_beginning(token: str, says: _Says) -> Any:
-    """Puts the token in front of a text. Under another name in the template, where some signs mean something."""
+    """Adds the token before a text. The template has another name for it, as some signs have a meaning there."""
     return processors.TemplateProcessing(
         single=["<bos>", "$A"],
         pair=["<bos>", "$A", "$B"],

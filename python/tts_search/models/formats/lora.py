@@ -24,7 +24,7 @@ _CONFIG: Final = "adapter_config.json"
 _WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 _PART: Final = re.compile(r"(.+)\.lora_([AB])\.weight")
-# Options that change what is added to a weight; each with the values that do not.
+# Options that change what is added to a weight, each with the values that have no effect.
 _REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_dora": (None, False),
     "fan_in_fan_out": (None, False),
@@ -37,7 +37,7 @@ _REFUSED: Final[Mapping[str, tuple[Any, ...]]] = {
 
 
 def adapter_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What a folder says of itself if it is an adapter: it has peft's configuration, and no model's."""
+    """The configuration of a peft adapter in a folder; None if the folder is a model's, or has no adapter."""
     path = None if checkpoint.file("config.json") else checkpoint.file(_CONFIG)
     if path is None:
         return None
@@ -48,15 +48,15 @@ def adapter_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def base_of(path_or_id: str) -> str:
-    """The folder or hub id of the model that an adapter is for; any other one as it is."""
+    """The folder or hub id of the model that an adapter is for; if it is no adapter, the given one."""
     config = adapter_config(Checkpoint(path_or_id))
     return path_or_id if config is None else str(config["base_model_name_or_path"])
 
 
 class LoRACheckpoint(Checkpoint):
-    """An adapter and its base model as one checkpoint, whose weights are merged as they are read.
+    """An adapter and its base model as one checkpoint. Weights are merged when they are read.
 
-    Sums are made in float32 and rounded once, to the base weight's type.
+    Sums are computed in float32 and rounded once, to the base weight's dtype.
 
     Parameters
     ----------
@@ -65,12 +65,13 @@ class LoRACheckpoint(Checkpoint):
     config : dict
         Its configuration.
     base : Checkpoint
-        The model's; its weights in float.
+        The checkpoint of the base model, with weights as floats.
 
     Raises
     ------
     ValueError
-        If the adapter is of another kind, the base model has few bits, or a tensor has no place in it; naming it.
+        If the adapter is of another kind, the base model is quantised, or a tensor does not belong to it; the message
+        names it.
     """
 
     def __init__(self, path_or_id: str, config: Mapping[str, Any], base: Checkpoint) -> None:
@@ -97,7 +98,7 @@ class LoRACheckpoint(Checkpoint):
 
     @cached_property
     def _modules(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of each projection, by the name of its weight."""
+        """The matrices A and B of each projection, by the name of its weight."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self._adapter.items():
             if found := _PART.fullmatch(name):
@@ -106,12 +107,12 @@ class LoRACheckpoint(Checkpoint):
 
     @cached_property
     def _saved(self) -> dict[str, Tensor]:
-        """Tensors that were saved whole."""
+        """Tensors that the adapter replaces as a whole."""
         return {name: tensor for name, tensor in self._adapter.items() if "lora_" not in name}
 
     @cached_property
     def _stored_at(self) -> dict[str, str]:
-        """Names of the base model's tensors, by what adapters call them."""
+        """Names of the base model's tensors, by their names in adapters."""
         return {name.removeprefix("model."): name for name in self._base.names}
 
     def _check(self) -> None:
@@ -143,7 +144,7 @@ class LoRACheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base model."""
+        """The dtype of the base model."""
         return self._base.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -169,7 +170,7 @@ class LoRACheckpoint(Checkpoint):
         return (weight.float() + self._scale(plain, len(a)) * (b.float() @ a.float())).to(weight.dtype)
 
     def _scale(self, name: str, rank: int) -> float:
-        """Alpha by the pattern that names the module, if one does: a regular expression that it ends in, as in peft."""
+        """Alpha for a module. As in peft, a pattern is a regular expression that matches the end of its name."""
         module = name.removesuffix(".weight")
         patterns = self._config.get("alpha_pattern") or {}
         alpha = next(
@@ -180,5 +181,5 @@ class LoRACheckpoint(Checkpoint):
 
 
 def _plain(name: str) -> str:
-    """A name as the base model has it, without what peft and a causal model put before it."""
+    """A name as in the base model, without the prefixes of peft and of a causal model."""
     return name.removeprefix(_PREFIX).removeprefix("model.").replace(".modules_to_save.", ".").replace(".default.", ".")

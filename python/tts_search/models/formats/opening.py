@@ -27,7 +27,7 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     Raises
     ------
     ValueError
-        If its file is broken, or of a kind that is not read; naming it.
+        If its file is broken, or of an unsupported kind; the message names it.
     """
     if is_gguf(path_or_id):
         return GGUFCheckpoint(path_or_id)
@@ -47,7 +47,7 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the configuration says of quantised weights, if anything."""
+    """The part of the configuration about quantised weights; None if there is none."""
     path = checkpoint.file("config.json")
     if path is None:
         return None
