@@ -137,6 +137,14 @@ def hidden(argument: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, ``-dirty`` behind it where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
-    return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit of the code that ran: the last one that changed more than measurements, ``-dirty`` where files differ.
+
+    So it is one that others have, too, when several measurements were written one after the other.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments, "--", ".", ":(exclude)benchmarks/results"]
+        return subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("log", "-1", "--format=%h", "--abbrev=7") + ("-dirty" if changed else "")
