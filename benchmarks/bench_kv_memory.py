@@ -44,7 +44,9 @@ TREES = {
 }
 FORMATS = ("bfloat16", "int8", "int4")
 SHARED = 2048  # tokens
-WIDE: tuple[tuple[KvDtype | None, int], ...] = ((None, 41), (None, 84), ("int8", 84), ("int4", 84))
+WIDE: tuple[tuple[KvDtype | None, int], ...] = (
+    (None, 41), (None, 84), ("int8", 84), (None, 157), ("int4", 157), ("xquant-4", 71)
+)  # fmt: skip
 
 
 def filled(layers: int, pages: int, kv_heads: int, head_dim: int, kind: str) -> tk.KVCache:

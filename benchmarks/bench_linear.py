@@ -3,16 +3,23 @@
 A call runs every layer's weights in turn, so that they come from memory as in a model. Few rows are bound by reading
 them once, from about 10 bfloat16 rows on arithmetic binds. The packed baseline is what inductor's freezing calls:
 oneDNN on weights that were reordered for that very number of rows.
+
+    python benchmarks/bench_linear.py [--write NAME]
+
+prints the table of RESULTS.md: weights of few bits beside our bfloat16, in turn.
 """
 
 from __future__ import annotations
 
+import argparse
+from functools import partial
 from typing import Any, Literal
 
 import costs
 import pytest
+import record
 import torch
-from measure import compare
+from measure import compare, medians
 from torch import Tensor
 from torch.nn import functional
 
@@ -112,3 +119,71 @@ def test_quantised_decode_step(
 
 def test_prefill(benchmark: Any) -> None:
     run(benchmark, "prefill", [*BODY], 2048, torch.bfloat16, rounds=3)
+
+
+# ---- the table of RESULTS.md -----------------------------------------------------------------------------------------
+
+Bits = Literal["int8", "int4"]
+GROUPS: dict[Bits, int | None] = {"int8": None, "int4": 32}
+ROWS = (1, 4, 16, 64, 256, 2048)
+
+
+def run_all(packed: list[tk.PackedLinear], inputs: dict[int, Tensor]) -> None:
+    """Multiply by each weight once."""
+    for weight in packed:
+        tk.linear(inputs[weight.in_features], weight)
+
+
+def table(runs: int) -> dict[str, dict[str, record.Cell]]:
+    """A row for each number of rows and of bits; a prefill's last row alone needs the LM head, which is left out."""
+    found: dict[str, dict[str, record.Cell]] = {}
+    for rows in ROWS:
+        dense = weights([*BODY] if rows == max(ROWS) else [*BODY, "lm_head"], torch.bfloat16)
+        inputs = {depth: torch.randn(rows, depth).to(torch.bfloat16) for depth in (HIDDEN, INNER)}
+        packed = {"bfloat16": [tk.pack_linear(weight) for weight in dense]}
+        for bits, group in GROUPS.items():
+            packed[bits] = [tk.pack_linear(weight, quantize=bits, group_size=group) for weight in dense]
+        elements = sum(weight.numel() for weight in dense)
+        bounds = {"bfloat16": costs.linear(rows, elements, torch.bfloat16)}
+        bounds |= {
+            bits: costs.linear_quantized(elements, int(bits[3:]), GROUPS[bits], HIDDEN) for bits in get_args(Bits)
+        }
+        rates = bounds["bfloat16"].rates()
+        calls = {name: call for name, (call, _) in rates.items()}
+        times = medians(calls | {name: partial(run_all, own, inputs) for name, own in packed.items()}, runs)
+        rate = {name: amount / times[name] for name, (_, amount) in rates.items()}
+        for name in packed:
+            of_memory = bounds[name].bytes / rate["memory"] / times[name]
+            found[f"{rows} rows, {name}"] = {
+                "rows": rows,
+                "weights": name,
+                "ms": round(1000 * times[name], 2),
+                "times faster than bfloat16": round(times["bfloat16"] / times[name], 2),
+                "of memory": round(of_memory, 2),
+                "of bfloat16 gemm": round(bounds["bfloat16"].operations / rate["gemm"] / times[name], 2),
+            }
+            print(found[f"{rows} rows, {name}"], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--beside", default="nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = table(options.runs)
+    if options.write:
+        record.write(
+            options.write,
+            what="Linear layers of SmolLM2-135M on so many rows, weights from memory; int4 in groups of 32; medians",
+            command="python benchmarks/bench_linear.py",
+            beside=options.beside,
+            tables={"linear": found},
+        )
+
+
+if __name__ == "__main__":
+    main()
