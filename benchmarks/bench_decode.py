@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import shlex
 import statistics
 import sys
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 import record
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each branch in a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each case, in turn with the others")
     parser.add_argument("--baseline", action="store_true", help="time transformers' own attention as well")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, for another program")
     parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
     parser.add_argument("--beside", default="nothing")
     options = parser.parse_args()
@@ -244,6 +247,8 @@ def report(rows: list[dict[str, record.Cell]], options: argparse.Namespace, read
         f"gemm {options.dtype}, GFLOP a second": round(gemm_rate / 1e9),
     }
     print(rates)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows))
     if options.write is not None:
         model = "SmolLM2-135M" if options.checkpoint else "random weights of SmolLM2-135M's shape"
         record.write(

@@ -145,9 +145,8 @@ def table(runs: int) -> dict[str, dict[str, record.Cell]]:
             packed[bits] = [tk.pack_linear(weight, quantize=bits, group_size=group) for weight in dense]
         elements = sum(weight.numel() for weight in dense)
         bounds = {"bfloat16": costs.linear(rows, elements, torch.bfloat16)}
-        bounds |= {
-            bits: costs.linear_quantized(elements, int(bits[3:]), GROUPS[bits], HIDDEN) for bits in get_args(Bits)
-        }
+        for bits, group in GROUPS.items():
+            bounds[bits] = costs.linear_quantized(elements, int(bits[3:]), group, HIDDEN)
         rates = bounds["bfloat16"].rates()
         calls = {name: call for name, (call, _) in rates.items()}
         times = medians(calls | {name: partial(run_all, own, inputs) for name, own in packed.items()}, runs)

@@ -50,7 +50,7 @@ def steps(options: argparse.Namespace, level: str, weights: str) -> dict[str, fl
         command += ["--prefix", str(options.prefix), "--branches", *map(str, options.branches), "--quantize", weights]
         command += ["--checkpoint", options.checkpoint] if options.checkpoint else []
         subprocess.run(command, env={**os.environ, "TTS_KERNELS_CPU_ISA": level}, check=True, capture_output=True)
-        return {str(row["branches"]): row["step_ms"] for row in json.loads(out.read_text())["rows"]}
+        return {str(row["N"]): row["step, ms"] for row in json.loads(out.read_text())}
 
 
 def main() -> None:
