@@ -12,10 +12,10 @@ GRADERS: Final = ("mathematics", "code", "choice", "numeric")
 
 
 class Grader(Protocol):
-    """Takes answers out of completions and judges them."""
+    """Extracts answers from completions, and judges them."""
 
     def extract(self, text: str) -> str | None:
-        """Return the answer of a completion's text, empty if it has none; None: as the search took it out."""
+        """Return the answer in a completion's text, empty if it has none; None: keep the search's own answer."""
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two answers count as one in a vote."""
@@ -34,12 +34,12 @@ def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
     gold : str
         The right answer.
     details : mapping
-        What else the task says: of a program as in its file, of a question of science what its grader takes.
+        More data of the task: for a program the fields of its file, for a question of science the grader's arguments.
 
     Raises
     ------
     ValueError
-        If there is no such grader, or a detail is not what it should be.
+        If there is no such grader, or a detail is invalid.
     """
     if name == "mathematics":
         return _Mathematics(gold)
@@ -57,7 +57,7 @@ def grader_of(name: str, gold: str, details: Mapping[str, Any]) -> Grader:
 
 @functools.cache
 def _judge() -> Any:
-    """One for the process: programs of a task come again, in votes and for other budgets."""
+    """One judge for the process: programs of a task come again, in votes and with other budgets."""
     from tts_search.domains.code import ProgramJudge
 
     return ProgramJudge()

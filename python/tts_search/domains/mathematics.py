@@ -32,10 +32,11 @@ _CHANCES = 2
 
 
 class MathVerify:
-    """math-verify: asks a worker, which is started on use, and again after it ran out of time.
+    """Compares answers by math-verify, in a worker process. The worker starts on use, and again after a timeout.
 
-    An answer is looked at by itself first. One that takes too long then is equal to nothing, and is not asked about
-    again; so are two that take too long only when they are compared, and whoever is among those twice.
+    An answer is first parsed alone. If this takes too long, the answer is equal to nothing, and the worker is not asked
+    about it again. If a comparison takes too long, the two answers are not equal. After a second such comparison an
+    answer is not asked about again.
 
     Parameters
     ----------
@@ -48,10 +49,10 @@ class MathVerify:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._chances: dict[str, int] = {}  # of each answer, how often it may still take too long
+        self._chances: dict[str, int] = {}  # for each answer: how many more timeouts are allowed
 
     def equal(self, gold: str, answer: str) -> bool | None:
-        """Whether two LaTeX texts mean the same; None without math-verify, or if it could not tell within the limit."""
+        """Whether two LaTeX texts mean the same; None without math-verify, or after a timeout."""
         if importlib.util.find_spec("math_verify") is None or not self._may_ask(gold, answer):
             return None
         with self._lock:
@@ -70,14 +71,14 @@ class MathVerify:
         return all(self._chances.get(answer, 1) for answer in answers)
 
     def _reply(self, question: list[str]) -> bool | None:
-        """The worker's reply to one or two answers; None if it ran out of time."""
+        """The worker's reply to one or two answers; None after a timeout."""
         reply, status = self._ask(question)
-        if not reply and status != -signal.SIGPROF:  # not out of time: it was killed, perhaps before it was asked
+        if not reply and status != -signal.SIGPROF:  # no timeout: it was killed, perhaps before it got the question
             reply, _ = self._ask(question)
         return bool(json.loads(reply)) if reply else None
 
     def _ask(self, question: list[str]) -> tuple[bytes, int | None]:
-        """The worker's reply; if it ended instead, no reply and its exit status."""
+        """The worker's reply. If the worker ended instead: no reply, and its exit status."""
         worker = self._started()
         assert worker.stdin is not None
         assert worker.stdout is not None
@@ -87,7 +88,7 @@ class MathVerify:
             reply = worker.stdout.readline()
         except BrokenPipeError:
             reply = b""
-        except BaseException:  # Ctrl-C: a reply that is still to come would be taken for that to the next question
+        except BaseException:  # Ctrl-C: a late reply would be read as the answer to the next question
             worker.kill()
             self._end(worker)
             raise
@@ -101,7 +102,7 @@ class MathVerify:
             worker.communicate()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._worker is None or self._owner != os.getpid():  # a fork starts one of its own
+        if self._worker is None or self._owner != os.getpid():  # after a fork, the child starts its own worker
             self._owner = os.getpid()
             self._worker = subprocess.Popen(
                 [sys.executable, "-c", f"from tts_search.domains.mathematics import work; work({self.limit_s})"],
@@ -113,7 +114,7 @@ class MathVerify:
         return self._worker
 
 
-_MATH_VERIFY = MathVerify(limit_s=5)  # for one answer: sympy can take for ever over a hostile one
+_MATH_VERIFY = MathVerify(limit_s=5)  # for one answer: sympy can run forever on a hostile one
 
 
 def equivalent(gold: str, answer: str) -> bool:
@@ -124,13 +125,13 @@ def equivalent(gold: str, answer: str) -> bool:
     gold : str
         The right answer, as LaTeX without ``\boxed`` or dollars.
     answer : str
-        The answer to judge, likewise. An empty one is never right.
+        The answer to judge, in the same form. An empty one is never right.
 
     Notes
     -----
-    math-verify works in a process of its own, under a limit of 5 seconds of CPU time for an answer; what takes longer
-    is equivalent to nothing. It is asked only where texts and numbers do not tell. A percentage is what it stands for,
-    and its number as well, as math-verify has it: 75% is 0.75 and 75.
+    math-verify works in a separate process, with a limit of 5 seconds of CPU time for an answer. An answer that takes
+    longer is equivalent to nothing. It is used only if comparing texts and numbers does not decide. A percentage equals
+    both its value and its number, as in math-verify: 75% is 0.75 and 75.
     """
     return bool(answer.strip()) and _equivalent(gold, answer)
 
@@ -148,11 +149,11 @@ def _equivalent(gold: str, answer: str) -> bool:
 
 
 def work(limit_s: float) -> None:
-    """Judge until standard input ends: lines of JSON [right answer, answer] in, lines of JSON true or false out.
+    """Judge until standard input ends. Each input line is JSON [right answer, answer], each output line true or false.
 
-    A line of one answer asks for nothing but that it can be compared at all: with 1, which takes its value.
+    A line with one answer only tests whether it can be compared: it is compared with 1, which evaluates it.
 
-    An answer is parsed once, however many others it is compared with: that is most of the work.
+    An answer is parsed only once, however often it is compared, because parsing is most of the work.
     """
     from math_verify import parse, verify
 
@@ -160,9 +161,9 @@ def work(limit_s: float) -> None:
     def parsed(answer: str) -> Any:
         return parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in C code too
-    replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may get among the replies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main program
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, even in C code
+    replies, sys.stdout = sys.stdout, sys.stderr  # output of libraries must not mix with replies
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         equal = _equal(parsed, verify, *["1", *json.loads(line)][-2:])
@@ -173,5 +174,5 @@ def work(limit_s: float) -> None:
 def _equal(parsed: Callable[[str], Any], verify: Callable[..., bool], gold: str, answer: str) -> bool:
     try:
         return bool(verify(parsed(gold), parsed(answer), timeout_seconds=None))
-    except Exception:  # sympy raises whatever it likes on hostile input
+    except Exception:  # sympy raises any kind of error on hostile input
         return False

@@ -34,13 +34,13 @@ class ScienceTask:
     Attributes
     ----------
     id, problem, answer : str
-        Its name, what a policy is told, the right answer: letters such as ``"A"`` or ``"A,C"``, or a number.
+        Its name, the text for the policy, and the right answer: letters such as ``"A"`` or ``"A,C"``, or a number.
     grader : str
         ``"choice"`` or ``"numeric"``.
     details : mapping
-        Of a choice the ``options``, texts; of a number its ``unit`` and the relative ``tolerance``.
+        For a choice the texts of the ``options``; for a number its ``unit`` and the relative ``tolerance``.
     level : str
-        What the data set calls its field or difficulty.
+        The field or difficulty, as the data set names it.
     """
 
     id: str
@@ -66,19 +66,19 @@ def answer_in(text: str) -> str:
 
 
 class ChoiceGrader:
-    """Multiple choice: the set of letters decides.
+    """Multiple choice: an answer is a set of letters.
 
     Parameters
     ----------
     gold : str
         The right letters, ``"A"`` or ``"A,C"``.
     options : sequence of str
-        Texts of the options, A first; one of them, said word for word, counts as its letter.
+        Texts of the options, A first. The exact text of an option counts as its letter.
 
     Raises
     ------
     ValueError
-        If `gold` is no such text, or names an option that is not there.
+        If `gold` is not of this form, or names an option that does not exist.
     """
 
     def __init__(self, gold: str, options: Sequence[str]) -> None:
@@ -111,21 +111,22 @@ class ChoiceGrader:
         return ",".join(letters) if set(letters) <= set(self._known) else ""
 
 
-# Letters, followed by nothing or by what ends a label: "A force acts" chooses nothing.
+# Letters, followed by nothing or by the end of a label: "A force acts" chooses nothing.
 _CHOSEN: Final = re.compile(r"\W*([A-Z]\)?(?:\s*(?:[,;&]|and)\s*\(?[A-Z]\)?)*)(?:[.:)]|\W*$)")
 
 
 class NumericGrader:
-    """A number, right within a relative tolerance; in another unit it is converted.
+    """A number that is right within a relative tolerance. Numbers in other units are converted.
 
     Parameters
     ----------
     gold : str
         The right number, perhaps with its unit.
     unit : str
-        Its unit, if `gold` has none. An answer without a unit is taken to be in it.
+        The unit, if `gold` has none. An answer without a unit is assumed to have this unit.
     tolerance : float
-        Relative to the larger of two numbers (``math.isclose``). In a vote numbers within a tenth of it are one answer.
+        Relative to the larger of two numbers (``math.isclose``). In a vote, numbers within a tenth of it count as
+        equal.
 
     Raises
     ------
@@ -134,7 +135,7 @@ class NumericGrader:
 
     Notes
     -----
-    Units other than the expected one need pint (extra ``science``); without it an answer in such a unit is wrong.
+    Other units than the expected one need pint (extra ``science``). Without pint, an answer in such a unit is wrong.
     """
 
     def __init__(self, gold: str, unit: str = "", tolerance: float = 0.01) -> None:
@@ -152,7 +153,7 @@ class NumericGrader:
         return answer if quantity(answer) is not None else ""
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two answers are about the same number."""
+        """Whether two answers are equal numbers."""
         return self._close(quantity(one), quantity(other), self._tolerance / 10)
 
     def correct(self, answer: str) -> bool:
@@ -168,13 +169,13 @@ class NumericGrader:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number with a unit as pint writes it, or without one."""
+    """A number with a unit in pint's spelling, or without a unit."""
 
     value: float
     unit: str = ""
 
     def in_unit(self, unit: str) -> float | None:
-        """Return the number in another unit; None if it is of another kind, or pint is not there to tell."""
+        """Return the number in another unit; None if the units do not match, or pint is missing."""
         if not self.unit or not unit or self.unit == unit:
             return self.value
         return _converted(self.value, self.unit, unit)
@@ -190,7 +191,7 @@ def _converted(value: float, unit: str, wanted: str) -> float | None:
         return float(_units().Quantity(value, unit).to(wanted).magnitude)
     except pint.DimensionalityError:
         return None
-    except Exception:  # no unit: words that went on behind the number
+    except Exception:  # not a unit: words after the number
         return value
 
 
@@ -216,7 +217,7 @@ _LEAD: Final = re.compile(
 
 
 def quantity(text: str) -> Quantity | None:
-    r"""Return the number at the beginning of a text and the unit behind it; None if there is no number.
+    r"""Return the number at the beginning of a text and the unit after it; None if there is no number.
 
     Examples
     --------
@@ -269,9 +270,9 @@ _UNIT: Final = re.compile(
 
 
 def unit_of(text: str) -> str:
-    r"""Return a unit as pint writes it; empty if the text is none.
+    r"""Return a unit in pint's spelling; empty if the text is no unit.
 
-    Only words, products, quotients and small powers are taken: nothing that would take long to evaluate.
+    Only words, products, quotients and small powers are allowed, so that evaluation is fast.
 
     Examples
     --------
@@ -299,7 +300,7 @@ def _own(entry: Mapping[str, Any], number: str) -> ScienceTask:
 
 
 def _gpqa(entry: Mapping[str, Any], number: str) -> ScienceTask:
-    """The order of the options is a hash of their texts: they have none of their own."""
+    """A hash of their texts orders the options, because the data set has no order."""
     wrong = [entry[f"Incorrect Answer {place}"] for place in (1, 2, 3)]
     options = sorted((str(option).strip() for option in (entry["Correct Answer"], *wrong)), key=_hash)
     gold = _LETTERS[options.index(str(entry["Correct Answer"]).strip())]
@@ -323,7 +324,7 @@ def _scibench(entry: Mapping[str, Any], number: str) -> ScienceTask:
 
 
 def _chembench(entry: Mapping[str, Any], number: str) -> ScienceTask:
-    """One example of a task: its target, or scores of options, of which those of 1 are right."""
+    """One example of a task: its target, or scores of options. The options with score 1 are right."""
     example, name = entry["examples"][0], str(entry.get("uuid") or entry.get("name") or number)
     scores = example.get("target_scores")
     if scores is None:

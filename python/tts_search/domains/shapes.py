@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Shapes(Generic[T]):
-    """Readers of entries, each with the fields by which it knows an entry.
+    """Readers of entries. Each has the fields by which it recognises an entry.
 
     Attributes
     ----------
@@ -22,8 +22,8 @@ class Shapes(Generic[T]):
     names : str
         The shapes, for errors.
     readers : tuple of (fields, reader)
-        ``reader(entry, number)`` returns the task of an entry that has all the fields; the first one that fits does.
-        Of a field with a colon, ``"grader:choice"``, the value is fixed.
+        ``reader(entry, number)`` returns the task of an entry that has all the fields; the first reader that fits is
+        used. A field with a colon, ``"grader:choice"``, must have this value.
     """
 
     what: str
@@ -40,7 +40,7 @@ class Shapes(Generic[T]):
         Raises
         ------
         ValueError
-            If it is of none of the shapes, or a field is not what it should be; the message names it.
+            If it has none of the shapes, or an invalid field; the message names the field.
         """
         reader = self._reader(entry)
         if reader is None:

@@ -11,46 +11,47 @@ __all__ = ["Driver", "Lifted", "lift"]
 
 
 class Driver(Protocol):
-    """A policy or a verifier that takes requests in at any time and answers each when it is done.
+    """A policy or a verifier that takes requests at any time, and answers each when it is done.
 
     `problem` is a number: the same from `begin` to `end`, unique among the problems in flight.
     """
 
     def begin(self, problem: int, text: Any) -> None:
-        """Announce a problem, a text or, to a policy, messages; its root is node 0."""
+        """Announce a problem: a text or, for a policy, messages. Its root is node 0."""
 
     def submit(self, requests: Sequence[Any]) -> None:
         """Take requests in."""
 
     def step(self) -> Sequence[tuple[Any, Any]]:
-        """Get on with what was submitted; pairs of a request, the very object, and its answer or an exception."""
+        """Advance the work; return pairs of a request (the same object) and its answer or an exception."""
 
     def cancel(self, problem: int) -> None:
-        """Forget the requests of a problem that are not answered yet."""
+        """Forget the unanswered requests of a problem."""
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Forget these branches."""
 
     def end(self, problem: int) -> Usage:
-        """Forget what is left of the problem and say what it cost."""
+        """Forget what is left of the problem, and return its cost."""
 
 
 def lift(driver: Any) -> Driver:
-    """A driver as it is if it answers request by request; else `Lifted`."""
+    """A driver unchanged, if it answers request by request; else `Lifted`."""
     whole = all(hasattr(driver, name) for name in ("submit", "step", "cancel"))
     return driver if whole else Lifted(driver)
 
 
 class Lifted:
-    """Makes a driver of one that answers batches.
+    """Makes a driver from a policy or verifier that answers batches.
 
-    A step is one call with all requests that wait then: those of one kind, in the order in which they came, so a
-    problem's are in candidate order. It is called in the caller's thread and never entered twice at once.
+    A step is one call with all requests of one kind that wait at that time, in the order in which they came. So a
+    problem's requests are in candidate order. The call is made in the caller's thread, and never twice at once.
 
     Parameters
     ----------
     driver : Policy or Verifier
-        If it raises, or gives another number of answers than it was asked for, that is the answer to all of the call.
+        If it raises an error, or returns a wrong number of answers, the error is the answer to all requests of the
+        call.
     """
 
     def __init__(self, driver: Policy | Verifier) -> None:
@@ -70,7 +71,7 @@ class Lifted:
         Raises
         ------
         TypeError
-            If the driver has no answer to such requests.
+            If the driver cannot answer such requests.
         """
         for request in requests:
             if type(request) not in self._calls:
@@ -80,7 +81,7 @@ class Lifted:
         self._waiting += requests
 
     def step(self) -> list[tuple[Any, Any]]:
-        """Call the driver, once for each kind of request that waits."""
+        """Call the driver, once for each kind of waiting request."""
         waiting, self._waiting = self._waiting, []
         answered: list[tuple[Any, Any]] = []
         for kind, call in self._calls.items():
@@ -89,7 +90,7 @@ class Lifted:
         return answered
 
     def cancel(self, problem: int) -> None:
-        """Forget the requests of a problem that are not answered yet."""
+        """Forget the unanswered requests of a problem."""
         self._waiting = [request for request in self._waiting if request.problem != problem]
 
 

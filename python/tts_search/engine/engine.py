@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as WaitingTooLong  # before Python 3.11 not the builtin one
+from concurrent.futures import TimeoutError as WaitingTooLong  # not the builtin one before Python 3.11
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
@@ -31,12 +31,12 @@ from tts_search.search.types import Messages
 
 __all__ = ["Engine", "Generation", "Handle", "Search", "default_equality", "together"]
 
-_PERIOD: Final = 1.0  # seconds between two looks at how busy the policy is
+_PERIOD: Final = 1.0  # seconds between two measurements of the policy's load
 
 Result = TypeVar("Result")
 News = TypeVar("News")
 NewsReader = Callable[[], Iterable[News]]
-Listener = Callable[["list[Any] | None"], None]  # gets what is new, and None at the end
+Listener = Callable[["list[Any] | None"], None]  # gets a list of news, and None at the end
 
 
 class Engine:
@@ -108,10 +108,10 @@ class Engine:
             speculate=speculate,
         )
         self._numbers = itertools.count()
-        self._waiting: deque[Handle[Any, Any]] = deque()  # not begun; with `_begun` and the scheduler the thread's own
+        self._waiting: deque[Handle[Any, Any]] = deque()  # not begun; like `_begun`, used only by the thread
         self._begun: dict[int, Handle[Any, Any]] = {}
-        self._calls: deque[Callable[[], None]] = deque()  # what other threads want done
-        self._news: dict[Handle[Any, Any], None] = {}  # those of whom there is something new to tell after this step
+        self._calls: deque[Callable[[], None]] = deque()  # actions that other threads ask for
+        self._news: dict[Handle[Any, Any], None] = {}  # those with something new to report after this step
         self._posts: dict[asyncio.AbstractEventLoop, Post] = {}
         self._wake = threading.Condition()
         self._closed = False
@@ -162,7 +162,7 @@ class Engine:
 
     @property
     def is_open(self) -> bool:
-        """Whether problems can be handed in: nobody has closed it, and no driver has made its thread end."""
+        """Whether problems can be submitted: it was not closed, and no driver error has ended its thread."""
         return not self._closed
 
     @property
@@ -172,7 +172,7 @@ class Engine:
 
     @property
     def num_in_flight(self) -> int:
-        """Problems that have."""
+        """Problems that have begun and not ended."""
         return self._scheduler.num_problems
 
     @property
@@ -182,11 +182,11 @@ class Engine:
 
     @property
     def load(self) -> Load | None:
-        """How busy the policy is, as it was at most a second ago; None unless it is a local model."""
+        """The policy's load, at most a second old; None unless the policy is a local model."""
         return self._load[1]
 
     def close(self) -> None:
-        """Cancel all searches that are not done and end the thread; returns when everything is freed."""
+        """Cancel all unfinished searches and end the thread. Return when all memory is freed."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -199,7 +199,7 @@ class Engine:
         self.close()
 
     def _call(self, action: Callable[[], None]) -> None:
-        """Have the thread do something before its next step."""
+        """Let the thread do something before its next step."""
         with self._wake:
             if self._closed:
                 raise SearchError("engine: expected one that is open, got a closed one")
@@ -207,7 +207,7 @@ class Engine:
             self._wake.notify()
 
     def _work(self) -> None:
-        """What the thread does until the engine is closed."""
+        """Run in the thread, until the engine is closed."""
         error = SearchError("engine: it was closed")
         try:
             while self._obey():
@@ -218,7 +218,7 @@ class Engine:
                 self._spread()
                 if time.monotonic() - self._load[0] > _PERIOD or not self._begun:
                     self._load = (time.monotonic(), self._scheduler.load)
-        except BaseException as failure:  # of a driver: whoever waits is to know it
+        except BaseException as failure:  # a driver's; all who wait get it
             error = SearchError(f"engine: {type(failure).__name__}: {failure}")
             error.__cause__ = failure
         finally:
@@ -232,7 +232,7 @@ class Engine:
             self._begun, self._waiting = {}, deque()
 
     def _obey(self) -> bool:
-        """Wait for something to do, and do what other threads want done; False if the engine is to end."""
+        """Wait for work, and run the actions of other threads; False if the engine is to end."""
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or self._calls or self._waiting or self._begun)
@@ -244,13 +244,13 @@ class Engine:
             action()
 
     def _spread(self) -> None:
-        """Tell what the step has brought: once for all parts of a text."""
+        """Report the news of a step, with one call for all parts of a text."""
         news, self._news = self._news, {}
         for handle in news:
             handle._notify()
 
     def _post(self, loop: asyncio.AbstractEventLoop) -> Post:
-        """What carries news to an event loop, the same for all who listen there."""
+        """The object that carries news to an event loop. All listeners in the loop share it."""
         with self._wake:
             self._posts = {other: post for other, post in self._posts.items() if not other.is_closed()}
             return self._posts.setdefault(loop, Post(loop))
@@ -263,7 +263,7 @@ class Engine:
         self._begun.pop(number)._settle(outcome)
 
     def _end(self, handle: Handle[Any, Any]) -> None:
-        """Forget what was cancelled."""
+        """Remove a cancelled handle."""
         if handle in self._waiting:
             self._waiting.remove(handle)
         if self._begun.pop(handle.number, None) is not None:
@@ -283,7 +283,7 @@ class Handle(ABC, Generic[Result, News]):
         self._engine = engine
         self._future: Future[Result] = Future()
         self._future.add_done_callback(self._on_done)
-        self._listeners: dict[Listener, NewsReader[News]] = {}  # these belong to the engine's thread
+        self._listeners: dict[Listener, NewsReader[News]] = {}  # used only in the engine's thread
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the result.
@@ -334,11 +334,11 @@ class Handle(ABC, Generic[Result, News]):
 
     @abstractmethod
     def _begin(self, scheduler: Scheduler) -> None:
-        """Get it on its way, in the engine's thread."""
+        """Start the work, in the engine's thread."""
 
     @abstractmethod
     def _reader(self) -> NewsReader[News]:
-        """A function that yields what has happened since it was called the last time."""
+        """A function that yields the news since its last call."""
 
     def _listen(self, listener: Listener) -> None:
         def begin() -> None:
@@ -349,7 +349,7 @@ class Handle(ABC, Generic[Result, News]):
 
         try:
             self._engine._call(begin)
-        except SearchError:  # closed: nothing happens any more
+        except SearchError:  # closed: there are no more news
             self._engine._thread.join()
             begin()
 
@@ -361,7 +361,7 @@ class Handle(ABC, Generic[Result, News]):
         self._listeners.pop(listener, None)
 
     def _notify(self) -> None:
-        """Tell the listeners what is new to them."""
+        """Give the listeners their news."""
         for listener, fresh in list(self._listeners.items()):
             if news := list(fresh()):
                 self._tell(listener, news)
@@ -373,9 +373,9 @@ class Handle(ABC, Generic[Result, News]):
             self._drop(listener)
 
     def _settle(self, outcome: Result | SearchError | None) -> None:
-        """It is done; None: it was cancelled."""
+        """Set the result or the error; None: the work was cancelled."""
         self._notify()
-        with suppress(InvalidStateError):  # it was cancelled just now
+        with suppress(InvalidStateError):  # it was cancelled at this moment
             if isinstance(outcome, SearchError):
                 self._future.set_exception(outcome)
             elif outcome is not None:
@@ -386,12 +386,12 @@ class Handle(ABC, Generic[Result, News]):
 
     def _on_done(self, future: Future[Result]) -> None:
         if future.cancelled():
-            with suppress(SearchError):  # of a closed engine, which has freed it
+            with suppress(SearchError):  # a closed engine has freed it
                 self._engine._call(partial(self._engine._end, self))
 
 
 class Search(Handle[SearchResult, SearchEvent]):
-    """The search of a problem. Its events are :class:`SearchEvent`, the first ones the tree as it is by then."""
+    """The search of a problem. Its events are :class:`SearchEvent`. The first events describe the tree at that time."""
 
     def __init__(
         self, engine: Engine, number: int, problem: str | Messages, config: SearchConfig, seed_text: str | None
@@ -414,13 +414,13 @@ class Search(Handle[SearchResult, SearchEvent]):
         return lambda: () if self._run is None else watch.look(self._run)
 
     def _look(self, run: Run) -> None:
-        """The search has got on."""
+        """Called when the search has advanced."""
         self._run = run
         self._notify()
 
 
 class Generation(Handle["list[Generated]", Generated]):
-    """Text on its way. Its events are the parts of its samples, its result is each sample as a whole, in order."""
+    """Generated text. The events are parts of samples; the result is the list of whole samples, in order."""
 
     def __init__(self, engine: Engine, number: int, request: Generate) -> None:
         super().__init__(engine, number)
@@ -442,7 +442,7 @@ class Generation(Handle["list[Generated]", Generated]):
         return fresh
 
     def _take(self, news: Generated | Exception) -> None:
-        """A part has come."""
+        """Called when a part has come."""
         if isinstance(news, Exception):
             error = SearchError(f"{type(news).__name__}: {news}", self.number)
             error.__cause__ = news
@@ -458,14 +458,14 @@ class Generation(Handle["list[Generated]", Generated]):
 
 
 async def together(handles: Sequence[Handle[Any, News]]) -> AsyncGenerator[list[tuple[int, News]], None]:
-    """Yield what happens to any of some handles, each event with the place of its handle, to the end of all of them.
+    """Yield the events of several handles, each with the index of its handle, until all have ended.
 
-    What has come since one asked the last time comes at once.
+    Events that came since the last request are yielded as one list.
     """
     loop = asyncio.get_running_loop()
     told = asyncio.Queue[list[tuple[int, list[News] | None]]]()
 
-    fresh = set(range(len(handles)))  # of whom nothing has been told yet
+    fresh = set(range(len(handles)))  # handles without any news so far
 
     def listener(place: int, post: Post, news: list[News] | None) -> None:
         post.put(told, (place, news), at_once=news is None or place in fresh)
@@ -489,7 +489,7 @@ async def together(handles: Sequence[Handle[Any, News]]) -> AsyncGenerator[list[
 
 
 def default_equality() -> Equality:
-    """Mathematics' equality of answers; imported on use, so that the package imports with nothing of a domain."""
+    """Mathematics' equality of answers, imported on use: importing the package imports nothing of a domain."""
     from tts_search.domains.mathematics import equivalent
 
     return equivalent

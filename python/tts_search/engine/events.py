@@ -22,12 +22,13 @@ class SearchEvent:
     Attributes
     ----------
     kind : str
-        ``"expanded"``: these nodes are new. ``"scored"``: they have scores now, or others than before. ``"pruned"``:
-        they will not be continued. ``"finished"``: their answers are complete. ``"round"``: a round begins.
+        ``"expanded"``: these nodes are new. ``"scored"``: they have scores for the first time, or changed scores.
+        ``"pruned"``: they will not be continued. ``"finished"``: their answers are complete. ``"round"``: a round
+        begins.
     nodes : tuple of TreeNode
-        As they are after it, by their numbers; none for a round.
+        The nodes after the event, by their numbers; none for a round.
     round : int
-        The round of the search by then.
+        The round of the search at this time.
     """
 
     kind: EventKind
@@ -36,9 +37,9 @@ class SearchEvent:
 
 
 class Watch:
-    """Tells one listener what has become of a search's nodes since it was last asked; the first time, of all of them.
+    """Reports to one listener how a search's nodes changed since the last report. The first report has all nodes.
 
-    Whoever listens to the events from the first one on knows all nodes of the tree as they are.
+    A listener with all events knows all nodes of the tree in their current state.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Watch:
         self._round = 0
 
     def look(self, run: Run) -> Iterator[SearchEvent]:
-        """Yield what happened. O(nodes of the tree)."""
+        """Yield the changes. O(nodes of the tree)."""
         nodes = [node_of(branch) for branch in run.branches if branch.is_grown]
         before = {node.id: self._seen.get(node.id) for node in nodes}
         kinds: dict[EventKind, list[TreeNode]] = {"expanded": [], "scored": [], "pruned": [], "finished": []}

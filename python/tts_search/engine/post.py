@@ -9,30 +9,30 @@ from typing import Any, Final
 
 __all__ = ["Post"]
 
-# The loop rests so many times as long as it was busy with what came last, and so many seconds at most.
+# After a message, the loop is left alone for this many times as long as it was busy, but at most this many seconds.
 _REST: Final = 24
 _LONGEST_S: Final = 0.2
 
 
 class Post:
-    """Carries what a thread has to tell over to an event loop.
+    """Carries news from a thread to an event loop.
 
-    Python runs one thread at a time: while the loop writes to its clients the engine waits, at each of the dozens of
-    kernels that it calls in a step. So the loop is told everything that is new with one call, and again only when it
-    has rested. With few listeners that is before the next token; with many, each of them gets longer parts. How
-    something begins and ends is told at once.
+    Python runs one thread at a time. While the loop writes to its clients, the engine waits, at each of the dozens of
+    kernels that it calls in a step. So one call gives the loop all news, and the next call comes only after a rest.
+    With few listeners the rest ends before the next token; with many listeners each gets longer parts. The beginning
+    and the end of an answer are reported without delay.
 
     Parameters
     ----------
     loop : asyncio.AbstractEventLoop
-        Where the queues are read.
+        The loop in which the queues are read.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
         self._items: dict[asyncio.Queue[list[Any]], list[Any]] = {}
-        self._is_awake = True  # or else it rests
+        self._is_awake = True  # else it rests
         self._is_on_its_way = False
         self._alarm: asyncio.TimerHandle | None = None  # ends its rest
 
@@ -60,7 +60,7 @@ class Post:
         begun = time.thread_time()
         for queue, news in items.items():
             queue.put_nowait(news)
-        self._loop.call_soon(self._rest, begun)  # behind those who were woken
+        self._loop.call_soon(self._rest, begun)  # runs after the listeners that were woken
 
     def _rest(self, begun: float) -> None:
         spent = time.thread_time() - begun

@@ -47,15 +47,15 @@ Speculate = Literal["auto"] | bool
 
 @dataclass(eq=False)
 class _Flight:
-    """A problem in flight: its algorithm, and what that waits for."""
+    """A problem in flight: its algorithm, and the requests that it waits for."""
 
     run: Run
     text: str
-    prompt: str | Messages  # what the policy is told
+    prompt: str | Messages  # the problem for the policy
     moves: Moves[list[Branch]]
     started: float
     on_change: Callable[[Run], None]
-    begun: list[Driver] = field(default_factory=list)  # the drivers that know of it
+    begun: list[Driver] = field(default_factory=list)  # the drivers that were told of it
     requests: Sequence[Request] = ()
     answers: dict[int, Any] = field(default_factory=dict)  # by the identity of the request
 
@@ -67,21 +67,22 @@ class _Flight:
 
 @dataclass(eq=False)
 class _Generation:
-    """A request for text on its way."""
+    """A request for text in progress."""
 
     request: Generate
     on_news: Callable[[Generated | Exception], None]
-    num_left: int  # samples that go on
+    num_left: int  # samples that have not ended
 
 
 class Scheduler:
-    """Searches problems side by side; none waits for another.
+    """Searches many problems at the same time. No problem waits for another.
 
-    A problem gets on as soon as its own requests are answered. Which model goes next: each in turn takes a step, which
-    is a forward of a local model. A policy that answers batches is called until no problem waits for it before the
-    verifier is, so that calls are as large as they can be; equal texts of a problem are shown to a verifier once.
+    A problem advances when its own requests are answered. The models take steps in turn; a step is a forward of a local
+    model. A policy that answers batches is called until no problem waits for it, and only then the verifier, so that
+    batches are as large as possible. A verifier gets equal texts of a problem only once.
 
-    A failure that belongs to one problem ends that one. If a driver raises, all problems that wait for it fail.
+    If a failure belongs to one problem, only that problem ends. If a driver raises an error, all problems that wait for
+    it fail.
 
     Parameters
     ----------
@@ -94,15 +95,15 @@ class Scheduler:
     equal : callable
         Whether two answers mean the same.
     max_rows : int or None
-        There is room for a problem while fewer steps than that run or wait at the policy, and fewer candidates at the
-        verifier; 1024 by default. A step that has ended takes up no room, if the policy says how many run.
+        There is room for a problem while fewer than this many steps run or wait at the policy, and fewer than this many
+        candidates at the verifier; by default 1024. Ended steps take no room if the policy reports its running rows.
     max_in_flight : int or None
-        And while fewer problems than that are in flight.
+        There is room only while fewer than this many problems are in flight.
     prefix_cache : bool
-        Whether models find what they read before. This and `max_rows` are set at drivers that have them.
+        Whether models reuse the KV of earlier texts. This and `max_rows` are set on drivers that have these attributes.
     speculate : {"auto"} or bool
-        Whether a local policy samples ahead (:class:`~tts_search.engine.speculation.Speculation`): with `max_rows` at
-        most, or where both models are local ("auto") while few rows run.
+        Whether a local policy samples ahead (:class:`~tts_search.engine.speculation.Speculation`). True: with at most
+        `max_rows` rows. "auto": if both models are local, while few rows run.
 
     Raises
     ------
@@ -154,26 +155,26 @@ class Scheduler:
 
     @property
     def num_problems(self) -> int:
-        """Problems in flight, and requests for text."""
+        """Number of problems in flight and requests for text."""
         return len(self._flights) + len(self._generations)
 
     @property
     def has_room(self) -> bool:
         """Whether another problem should be started."""
         load, streams = self.load, self.num_streams
-        if load is not None:  # of a request's samples only those that have not ended take up room
+        if load is not None:  # a request's ended samples take no room
             streams = min(streams, load.rows + load.waiting)
         waiting = max(streams, self.num_candidates)
         return waiting < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
 
     @property
     def load(self) -> Load | None:
-        """How busy the policy is, if it is a local model."""
+        """The policy's load, if it is a local model."""
         load: Load | None = getattr(self._driver, "load", None)
         return load
 
     def describe(self) -> str:
-        """Say that in a few words."""
+        """The load as a few words."""
         load = self.load
         if load is None:
             return f"{self.num_streams} steps on their way"
@@ -186,7 +187,7 @@ class Scheduler:
     def run(
         self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]
     ) -> Generator[SearchOutcome, None, None]:
-        """Search a series of problems, read as there is room; end those in flight when closed, or `stopped`."""
+        """Search problems, each read when there is room. At the end, or when `stopped`, end those in flight."""
         waiting = enumerate(problems)
         try:
             while not stopped():
@@ -207,9 +208,9 @@ class Scheduler:
         seed_text: str | None = None,
         on_change: Callable[[Run], None] = lambda _: None,
     ) -> Iterator[SearchOutcome]:
-        """Take a problem in, under a number that no other one in flight has; yield its outcome if that is there.
+        """Start a problem under a number that is unique among those in flight; yield its outcome if it is known.
 
-        `seed_text` takes the problem's place in the draws' hash; `on_change` is called whenever the search has got on.
+        `seed_text` replaces the problem in the hash of the draws. `on_change` is called each time the search advances.
         """
         try:
             text = _text_of(problem)
@@ -237,9 +238,9 @@ class Scheduler:
         yield from self._guarded(flight, partial(self._begin, flight))
 
     def generate(self, request: Generate, on_news: Callable[[Generated | Exception], None]) -> None:
-        """Have a local model generate text; `on_news` gets all parts of all samples, or what went wrong as the last.
+        """Let a local model generate text. `on_news` gets all parts of all samples, or an error as the last part.
 
-        The request's `problem` is a number that nothing else in flight has.
+        The request's `problem` is a number that is unique among those in flight.
         """
         self._generations[request.problem] = _Generation(request, on_news, request.num_samples)
         self.num_streams += request.num_samples
@@ -249,7 +250,7 @@ class Scheduler:
             self._tell(request, error)
 
     def step(self) -> Iterator[SearchOutcome]:
-        """Let each model take a step; yield the outcomes of problems that end by what it answers."""
+        """Let each model take a step; yield the outcomes of problems that its answers end."""
         yield from self._serve(self.policy)
         while isinstance(self.policy, Lifted) and self.num_streams:
             yield from self._serve(self.policy)
@@ -257,7 +258,7 @@ class Scheduler:
             yield from self._serve(self.verifier)
 
     def cancel(self, number: int) -> None:
-        """End what is in flight under a number, if anything is; what it holds is freed at once."""
+        """End the problem or request with this number, if it is in flight, and free its memory at once."""
         if number in self._flights:
             self._close(self._flights[number])
         elif number in self._generations:
@@ -266,12 +267,12 @@ class Scheduler:
                 self.policy.cancel(number)
 
     def close(self) -> None:
-        """End all that is in flight."""
+        """End everything that is in flight."""
         for number in [*self._flights, *self._generations]:
             self.cancel(number)
 
     def _serve(self, driver: Driver) -> Iterator[SearchOutcome]:
-        """Let a driver take a step, and algorithms that have all their answers go on."""
+        """Let a driver take a step, and continue the algorithms that have all their answers."""
         try:
             answered = driver.step()
         except Exception as error:
@@ -294,11 +295,11 @@ class Scheduler:
             if len(flight.answers) == len(flight.requests):
                 ripe.append(flight)
         for flight in ripe:
-            if self._flights.get(flight.run.problem) is flight:  # it was not cancelled meanwhile
+            if self._flights.get(flight.run.problem) is flight:  # it was not cancelled in the meantime
                 yield from self._guarded(flight, partial(self._answer, flight))
 
     def _tell(self, request: Generate, news: Generated | Exception) -> None:
-        """Pass on what there is of a request for text."""
+        """Pass on the news of a request for text."""
         generation = self._generations[request.problem]
         if isinstance(news, Exception) or news.reason is not None:
             ended = generation.num_left if isinstance(news, Exception) else 1
@@ -320,12 +321,12 @@ class Scheduler:
     def _answer(self, flight: _Flight) -> SearchResult | None:
         answers = [flight.answers[id(request)] for request in flight.requests]
         for request, answer in zip(flight.requests, answers, strict=True):
-            if isinstance(answer, Exception) and not isinstance(request, Score):  # a candidate's is the algorithm's
+            if isinstance(answer, Exception) and not isinstance(request, Score):  # algorithms handle a candidate's
                 raise answer
         return self._advance(flight, answers)
 
     def _advance(self, flight: _Flight, answers: Sequence[Any] | None) -> SearchResult | None:
-        """Send answers to an algorithm and carry out its releases, until it wants a model or returns."""
+        """Send answers to an algorithm, and carry out its releases, until it requests work of a model or returns."""
         try:
             flight.requests, flight.answers = flight.moves.send(answers), {}  # type: ignore[arg-type]  # None starts it
             while isinstance(flight.requests[0], Release):
@@ -361,7 +362,7 @@ class Scheduler:
         return build_result(flight.run, flight.text, branches, self.extract_answer, stats)
 
     def _guarded(self, flight: _Flight, action: Callable[[], SearchResult | None]) -> Iterator[SearchOutcome]:
-        """Do something for a problem; yield its result if that ended it, or the error if it failed."""
+        """Run an action of a problem. Yield its result if that ended it, or its error."""
         outcome: SearchResult | SearchError | None
         try:
             outcome = action()
@@ -377,7 +378,7 @@ class Scheduler:
             yield flight.run.problem, outcome
 
     def _count(self, requests: Sequence[Request], sign: int) -> None:
-        """Enter requests that are on their way (1) or are not any more (-1)."""
+        """Count requests that start (1) or end (-1)."""
         for request in requests:
             if isinstance(request, Expand):
                 self.num_streams += sign * len(request.children)
@@ -392,13 +393,13 @@ class Scheduler:
         self._count(flight.unanswered, -1)
         flight.moves.close()
         for driver in flight.begun:
-            with suppress(Exception):  # the problem has its result or its error already
+            with suppress(Exception):  # the problem already has its result or its error
                 driver.cancel(number)
                 driver.end(number)
 
 
 def _text_of(problem: str | Messages) -> str:
-    """What a problem is to a verifier: its text, or the last message of a conversation."""
+    """A problem's text for a verifier: its text, or the last message of a conversation."""
     text: object = problem
     if isinstance(problem, Sequence) and not isinstance(problem, str):
         whole = all(isinstance(each, Mapping) and isinstance(each.get("content"), str) for each in problem)

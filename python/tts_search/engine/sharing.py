@@ -15,23 +15,23 @@ from tts_search.search.voting import aggregate
 __all__ = ["SharedVerifier"]
 
 _UNREAD: Final = LookupError("the verifier has not read this text")
-_NOBODY: Final = -1  # a survivor that is not of its group: the search refuses the answer
+_NOBODY: Final = -1  # stands for a survivor outside its group: the search refuses the answer
 
 
 class SharedVerifier:
-    """Stands between searches and a verifier, to which it shows no text twice.
+    """Lies between searches and a verifier, and never gives the verifier a text twice.
 
-    Samples repeat each other: siblings, and then the children of siblings that did. Branches of equal steps (and equal
-    lookahead), whoever their parents are, share what the verifier keeps, under the number of the first of them, until
-    the last of them is released. Each has its scores, so a search decides as it would without sharing; scores of equal
-    texts are equal to the bit, and ties go to the earlier candidate as ever.
+    Samples often repeat each other: siblings, and then the children of equal siblings. Branches with equal steps (and
+    equal lookahead) share the verifier's data, even if their parents differ. The verifier knows them under the number
+    of the first of them, until the last is released. Each branch has its scores, so a search decides as it would
+    without sharing. Scores of equal texts are equal to the bit, and ties still go to the earlier candidate.
 
     A branch is scored once, as searches do.
 
     Parameters
     ----------
     verifier : Verifier
-        Scores steps. One that draws at random (a server that samples its judgements) does so once for a text.
+        Scores steps. A verifier with random scores (a server that samples its judgements) is asked once for each text.
     """
 
     def __init__(self, verifier: Verifier) -> None:
@@ -39,7 +39,7 @@ class SharedVerifier:
         self._prunes = isinstance(verifier, PruningVerifier)
         self._problems: dict[int, _Problem] = {}
         self._asked: list[_Asked] = []
-        self._on_the_way: dict[int, _Asked | _Reading] = {}  # by the identity of what the verifier was asked
+        self._on_the_way: dict[int, _Asked | _Reading] = {}  # by the identity of the verifier's request
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem."""
@@ -47,22 +47,22 @@ class SharedVerifier:
         self._problems[problem] = _Problem()
 
     def score(self, requests: Sequence[Score]) -> list[Sequence[float] | Exception]:
-        """Answer requests of any number of problems, without asking the verifier for a text that it knows."""
+        """Answer requests of any number of problems. The verifier is not asked for texts that it knows."""
         return answers_of(self, requests)
 
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
-        """Answer requests of any number of problems likewise; for a verifier that cannot prune by scores alone."""
+        """Answer rounds of any number of problems in the same way, for a verifier that cannot prune given scores."""
         return answers_of(self, requests)
 
     def submit(self, requests: Sequence[Score | ScoreAndPrune]) -> None:
-        """Take requests in. A text that is on its way for another is not asked for again."""
+        """Take requests in. A text that is already being scored for another request is not asked for again."""
         for request in requests:
             candidates = request.candidates if isinstance(request, ScoreAndPrune) else (request,)
             self._asked.append(_Asked(request, [self._entry(each) for each in candidates]))
         self._ask()
 
     def step(self) -> list[tuple[Score | ScoreAndPrune, Any]]:
-        """Let the verifier take a step; the requests that are answered now."""
+        """Let the verifier take a step; return the requests that are now answered."""
         for request, answer in self.verifier.step():
             self._on_the_way.pop(id(request)).take(answer)
         answered = [asked for asked in self._asked if asked.is_answered]
@@ -71,7 +71,7 @@ class SharedVerifier:
         return [(asked.request, asked.answer()) for asked in answered]
 
     def cancel(self, problem: int) -> None:
-        """Forget the requests of a problem that are not answered yet."""
+        """Forget the unanswered requests of a problem."""
         self.verifier.cancel(problem)
         self._asked = [asked for asked in self._asked if asked.request.problem != problem]
         on_the_way = self._on_the_way.items()
@@ -79,7 +79,7 @@ class SharedVerifier:
         self._problems[problem].forget_questions()
 
     def _ask(self) -> None:
-        """Ask the verifier for the texts that requests need and nobody has asked for."""
+        """Ask the verifier for the texts that requests need and that it was not asked for."""
         for asked in self._asked:
             if asked.is_sent:
                 continue
@@ -99,12 +99,12 @@ class SharedVerifier:
         self.verifier.submit([request])
 
     def release(self, problem: int, branches: Iterable[int]) -> None:
-        """Forget branches, as many of them as were scored; the verifier forgets a text with the last branch of it."""
+        """Forget branches that were scored. The verifier forgets a text with its last branch."""
         if done := list(self._problems[problem].drop(branches)):
             self.verifier.release(problem, done)
 
     def end(self, problem: int) -> Usage:
-        """Forget what is left of a problem and say what it cost."""
+        """Forget what is left of a problem, and return its cost."""
         del self._problems[problem]
         return self.verifier.end(problem)
 
@@ -114,20 +114,20 @@ class SharedVerifier:
 
 @dataclass(slots=True, eq=False)
 class _Reading:
-    """A text on behalf of all branches that have it.
+    """A text that is scored once for all branches that have it.
 
     Attributes
     ----------
     request : Score
-        As the verifier is asked.
+        The request to the verifier.
     answer : sequence of float or Exception
-        What it said.
+        The verifier's answer.
     branches : set of int
-        Who has the text and is not released.
+        The branches with this text that are not released.
     is_sent : bool
-        The verifier has been asked for it.
+        Whether the verifier has been asked for it.
     sent : Score or ScoreAndPrune or None
-        Kept, since requests are known by their identity.
+        The verifier's request. It is kept because requests are known by their identity.
     """
 
     request: Score
@@ -137,11 +137,11 @@ class _Reading:
     sent: Score | ScoreAndPrune | None = None
 
     def take(self, answer: Sequence[float] | Exception) -> None:
-        """The verifier has answered."""
+        """Store the verifier's answer."""
         self.answer = answer
 
     def candidate(self, how: str) -> Score | float:
-        """What stands for it in a round."""
+        """The candidate for this text in a round."""
         if self.answer is _UNREAD:
             return self.request
         return -math.inf if isinstance(self.answer, Exception) else aggregate(self.answer, how)
@@ -155,7 +155,7 @@ class _Problem:
     by_text: dict[Hashable, _Reading] = field(default_factory=dict)
 
     def reading(self, request: Score) -> _Reading:
-        """What a branch's text is read as, from now on."""
+        """The reading for a branch's text, from now on."""
         parent = self.by_branch.get(request.parent)
         asked = request if parent is None else replace(request, parent=parent.request.branch)
         reading = self.by_text.setdefault(_text(request), _Reading(asked))
@@ -164,12 +164,12 @@ class _Problem:
         return reading
 
     def forget_questions(self) -> None:
-        """What was asked and not answered was not asked."""
+        """Drop questions without an answer, as if they had not been asked."""
         for reading in self.by_text.values():
             reading.is_sent = reading.answer is not _UNREAD
 
     def drop(self, branches: Iterable[int]) -> Iterator[int]:
-        """Take branches out; yield what the verifier calls the texts that nobody has any more."""
+        """Remove branches; yield the verifier's numbers of texts that no branch has any more."""
         for branch in branches:
             reading = self.by_branch.pop(branch, None)
             if reading is None:
@@ -182,18 +182,18 @@ class _Problem:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A request on its way. In a round, equal candidates are one, which competes with copies of itself.
+    """A request in progress. In a round, equal candidates become one, which competes with copies of itself.
 
     Attributes
     ----------
     request : Score or ScoreAndPrune
-        What the search asks for.
+        The request of the search.
     entries : list of _Reading or float
-        Its candidates: what is read for them, or their scores.
+        Its candidates: their readings, or their scores.
     is_sent : bool
-        The verifier has been asked for what nobody had asked for.
+        Whether the verifier was asked for all texts that needed it.
     sent : Score or ScoreAndPrune or None
-        What it was asked for as one, if it was.
+        The single request to the verifier for all of it, if there was one.
     """
 
     request: Score | ScoreAndPrune
@@ -212,28 +212,28 @@ class _Asked:
 
     @property
     def readings(self) -> list[_Reading]:
-        """The texts among its candidates, one for each of these."""
+        """The different texts among its candidates."""
         return [entry for entry in self.entries if isinstance(entry, _Reading)]
 
     @property
     def fresh(self) -> list[_Reading]:
-        """The texts that the verifier has not been asked for, each once."""
+        """The different texts that the verifier has not been asked for."""
         return [each for each in self._distinct if isinstance(each, _Reading) and not each.is_sent]
 
     @property
     def waits(self) -> bool:
-        """Whether others have asked for one of its texts, and it is not there yet."""
+        """Whether it waits for a text that another request has asked for."""
         return any(reading.is_sent and reading.answer is _UNREAD for reading in self.readings)
 
     @property
     def is_answered(self) -> bool:
-        """Whether all that it needs is there."""
+        """Whether all answers that it needs are there."""
         if self.sent is not None:
             return self._taken is not None
         return self.is_sent and not self.waits
 
     def folded(self, request: ScoreAndPrune) -> ScoreAndPrune:
-        """What the verifier is asked for: each candidate once, and groups that name it as often as it competes."""
+        """The request to the verifier: each candidate once. Groups contain it as often as it competes."""
         self._fresh = [each for each in self._distinct if isinstance(each, _Reading) and each.answer is _UNREAD]
         how = request.how
         candidates = (entry.candidate(how) if isinstance(entry, _Reading) else entry for entry in self._distinct)
@@ -241,7 +241,7 @@ class _Asked:
         return replace(request, candidates=tuple(candidates), groups=tuple(groups))
 
     def take(self, answer: Scored | Exception) -> None:
-        """The verifier has answered what it was asked for as one."""
+        """Store the verifier's answer to the single request."""
         if not isinstance(answer, Exception) and len(answer.scores) != len(self._fresh):
             answer = ValueError(f"expected scores of {len(self._fresh)} candidates, got {len(answer.scores)}")
         each = [answer] * len(self._fresh) if isinstance(answer, Exception) else answer.scores
@@ -264,7 +264,7 @@ class _Asked:
         return Scored(answers, survivors)
 
     def _unfolded(self, best: Sequence[int], group: Sequence[int]) -> list[int]:
-        """The survivors of a group by their own numbers: of equal ones, those that it names first."""
+        """The survivors of a group by the search's numbers: among equal candidates, the first ones of the group."""
         turns: dict[int, list[int]] = {}
         for number in reversed(group):
             turns.setdefault(self._places[number], []).append(number)
@@ -272,5 +272,5 @@ class _Asked:
 
 
 def _text(request: Score) -> Hashable:
-    """What requests that get the same answer have in common."""
+    """The key that is equal for requests with the same answer."""
     return request.steps, request.lookahead

@@ -19,16 +19,16 @@ from tts_search.search.voting import aggregate
 
 __all__ = ["AUTO_ROWS", "Speculation", "can_speculate"]
 
-AUTO_ROWS: Final = 32  # up to here a row adds little to a step: `benchmarks/bench_engine.py rows` measures it
+AUTO_ROWS: Final = 32  # fewer rows add little to a step's time: `benchmarks/bench_engine.py rows` measures it
 
-_AUTO_FLOPS: Final = 1e8  # a token's; of a model of 0.1M parameters the verifier's smaller forwards cost more
-_SHARES: Final = 4  # in which a round is read ahead: a forward for each candidate would cost more than it saves
-_FORESEEN: Final = ("beam_search", "dvts")  # whose next requests follow from ranks
-_FIRST: Final = 1 << 31  # the policy's branches that have no number in a search yet are numbered from here
+_AUTO_FLOPS: Final = 1e8  # of a token; with a model of 0.1M parameters, the verifier's smaller forwards cost more
+_SHARES: Final = 4  # parts in which a round is read ahead: a forward for each candidate would cost more than it saves
+_FORESEEN: Final = ("beam_search", "dvts")  # methods whose next requests follow from ranks
+_FIRST: Final = 1 << 31  # first number for those branches of the policy that have no number in a search yet
 
 
 def can_speculate(policy: Any, verifier: Any, wanted: object) -> bool:
-    """Whether a policy can take requests back; for "auto", whether its tokens cost much and the verifier is local."""
+    """Whether a policy can take requests back. For "auto": whether its tokens cost much and the verifier is local."""
     if not wanted or verifier is None or not hasattr(policy, "withdraw"):
         return False
     pays = lift(verifier) is verifier and getattr(policy, "token_flops", math.inf) >= _AUTO_FLOPS
@@ -36,33 +36,33 @@ def can_speculate(policy: Any, verifier: Any, wanted: object) -> bool:
 
 
 class Speculation:
-    """Stands between searches and a local policy, for which it asks ahead.
+    """Lies between searches and a local policy, and asks the policy ahead of time.
 
-    While a round waits for its slowest candidate, those that have ended are read by the verifier, and steps below the
-    best `keep` of their group so far are sampled in idle rows. A step's draws are fixed by its path, so one that is
-    asked for later is what it would have been; others are withdrawn as soon as their candidate cannot survive. Nothing
-    is foreseen of searches that look ahead, and of others than beam search and DVTS.
+    While a round waits for its slowest candidate, the verifier reads the candidates that have ended. Idle rows sample
+    steps below the best `keep` candidates of each group so far. The path of a step fixes its draws, so a step that is
+    needed later is exactly the one that was sampled. Other steps are withdrawn as soon as their candidate cannot
+    survive. Only beam search and DVTS are predicted, and only without lookahead.
 
     Parameters
     ----------
     policy : Driver
-        One that has `load`, and `withdraw`, which takes requests back.
+        A driver with `load` and with `withdraw`, which takes requests back.
     verifier : Driver
-        Is asked ahead for scores that will be asked for in any case.
+        Is asked ahead only for scores that are needed in any case.
     rows : int
-        The most streams of the policy beside which one is sampled ahead. None is while others wait for room.
+        Sample ahead while at most this many streams run at the policy. Never while others wait for room.
     """
 
     def __init__(self, policy: Any, verifier: Driver, rows: int) -> None:
         self._policy, self._verifier, self._rows = policy, verifier, rows
         self._searches: dict[int, _Search] = {}
-        self._steps: dict[int, _Step] = {}  # on their way, by the identity of the request
-        self._reads: dict[int, tuple[Score, _Candidate]] = {}  # likewise
+        self._steps: dict[int, _Step] = {}  # in progress, by the identity of the request
+        self._reads: dict[int, tuple[Score, _Candidate]] = {}  # the same
         self._answered: list[_Job] = []
         self._numbers = itertools.count(_FIRST)
 
     def follow(self, run: Run) -> None:
-        """Foresee what a search will ask for, if that can be."""
+        """Start to predict the requests of a search, if that is possible."""
         if run.config.method in _FORESEEN and not run.config.lookahead:
             self._searches[run.problem] = _Search(run)
 
@@ -71,7 +71,7 @@ class Speculation:
         self._policy.begin(problem, text)
 
     def submit(self, requests: Sequence[Any]) -> None:
-        """Take requests in, all of a search's round at once; what is there or on its way is not sampled again."""
+        """Take requests in, all of a search's round at once. Steps that were asked ahead are not sampled again."""
         search = self._searches.get(requests[0].problem)
         if search is None:
             self._policy.submit(requests)
@@ -82,7 +82,7 @@ class Speculation:
         self._policy.submit(fresh)
 
     def step(self) -> list[tuple[Any, Any]]:
-        """Let the policy take a step, and ask ahead; the requests that are answered now."""
+        """Let the policy take a step, and ask ahead; return the requests that are now answered."""
         told = []
         found = [(request, answer, self._steps.pop(id(request), None)) for request, answer in self._policy.step()]
         for request, answer, step in found:
@@ -98,14 +98,14 @@ class Speculation:
         return told
 
     def heard(self, request: Any, answer: Any) -> bool:
-        """Take an answer of the verifier; False if it is not to a question from here."""
+        """Take an answer of the verifier; False if this object did not ask for it."""
         _, candidate = self._reads.pop(id(request), (None, None))
         if candidate is not None:
             candidate.score = _value(answer, candidate.search.run.config.aggregate)
         return candidate is not None
 
     def cancel(self, problem: int) -> None:
-        """Forget the requests of a problem that are not answered yet."""
+        """Forget the unanswered requests of a problem."""
         self._policy.cancel(problem)
         if (search := self._searches.get(problem)) is not None:
             search.guesses = {key: step for key, step in search.guesses.items() if step.answer is not None}
@@ -122,7 +122,7 @@ class Speculation:
         self._policy.release(problem, branches)
 
     def end(self, problem: int) -> Usage:
-        """Forget what is left of a problem; what it cost."""
+        """Forget what is left of a problem, and return its cost."""
         search = self._searches.pop(problem, None)
         if search is None:
             return self._policy.end(problem)  # type: ignore[no-any-return]
@@ -134,7 +134,7 @@ class Speculation:
         return replace(usage, tokens=usage.tokens - search.in_vain, speculated_tokens=search.in_vain)
 
     def _taken_in(self, search: _Search, requests: Iterable[Expand]) -> Iterator[Expand]:
-        """Take the requests of a round in, child by child; yield what the policy is to be asked for."""
+        """Take the requests of a round in, child by child; yield the requests that the policy needs."""
         for request in requests:
             job = _Job(search, request)
             search.num_waiting += 1
@@ -152,10 +152,10 @@ class Speculation:
                     self._take(step, [step.answer])
 
     def _take(self, step: _Step, answer: Any) -> None:
-        """A step has come, or why it does not. The first failure is the answer to its request."""
+        """Store a step, or its error. The first error is the answer to its request."""
         job, failed = step.job, isinstance(answer, Exception)
         if job is None:
-            if failed:  # whoever asks for it will be told
+            if failed:  # the request for this step will get the error
                 del self._searches[step.request.problem].guesses[_key(step.request)]
             else:
                 (step.answer,) = answer
@@ -171,7 +171,7 @@ class Speculation:
                 self._answered.append(job)
 
     def _ask_ahead(self) -> None:
-        """Use the rows that are idle; give those back that are not any more."""
+        """Use idle rows, and withdraw steps if rows are no longer idle."""
         load = self._policy.load
         room = self._rows - load.rows
         if load.waiting or room < 0:
@@ -189,7 +189,7 @@ class Speculation:
                     self._policy.submit(guesses)
 
     def _read_ahead(self, search: _Search) -> None:
-        """Have candidates read that have ended before the last one of their round, a share of it at a time."""
+        """Let the verifier read candidates that ended before the last one of their round, in a few parts."""
         unread = [candidate for candidate in search.ended.values() if not candidate.is_asked]
         if not search.num_waiting or len(unread) < max(1, search.run.config.n // _SHARES):
             return
@@ -203,9 +203,10 @@ class Speculation:
             candidate.is_asked = True
 
     def _foreseen(self, search: _Search) -> Iterator[Expand]:
-        """Yield requests for steps below those who are likely to survive, the best first; those who cannot lose theirs.
+        """Yield requests for steps below likely survivors, the best first.
 
-        A candidate's are asked for once, even if they were withdrawn.
+        Steps below candidates that cannot survive are withdrawn. The steps of a candidate are requested only once, even
+        if they were withdrawn.
         """
         best, lost = search.ranked()
         out = {search.names.get(candidate.branch.id, candidate.branch.id) for candidate in lost}
@@ -218,7 +219,7 @@ class Speculation:
                 yield replace(request, branch=search.names.get(branch.id, branch.id))
 
     def _withdraw(self, search: _Search, keys: Iterable[Expand]) -> None:
-        """Nobody will ask for these steps."""
+        """Withdraw steps that will not be needed."""
         steps = [search.guesses.pop(key) for key in keys]
         running = [step.request for step in steps if step.answer is None]
         for request in running:
@@ -233,17 +234,17 @@ class Speculation:
 
 @dataclass(eq=False, slots=True)
 class _Step:
-    """A step of one child, asked of the policy: for a request, or ahead of it."""
+    """A step of one child that the policy is asked for, on request or ahead of time."""
 
     request: Expand
     job: _Job | None = None
-    place: int = 0  # in the request
-    answer: Step | None = None  # while nobody has asked for it
+    place: int = 0  # its index in the request
+    answer: Step | None = None  # until it is requested
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A request of a search on its way."""
+    """A request of a search in progress."""
 
     search: _Search
     request: Expand
@@ -256,18 +257,18 @@ class _Job:
 
 @dataclass(eq=False, slots=True)
 class _Candidate:
-    """A candidate that has ended, as the search will find it.
+    """A candidate that has ended, as the search will see it.
 
     Attributes
     ----------
     branch : Branch
-        A copy of the search's, which has grown.
+        A copy of the search's branch, with the new step.
     is_asked : bool
-        The verifier was asked for it.
+        Whether the verifier was asked for it.
     score : float or None
-        What it said.
+        The verifier's answer.
     num_children : int
-        Steps that were sampled ahead below it.
+        Number of steps that were sampled ahead below it.
     """
 
     search: _Search
@@ -279,22 +280,22 @@ class _Candidate:
 
 @dataclass(eq=False, slots=True)
 class _Search:
-    """A search that is followed.
+    """A search whose requests are predicted.
 
     Attributes
     ----------
     run : Run
         The search.
     names : dict
-        What the policy calls a branch, if that is not the search's number.
+        The policy's number of a branch, if it differs from the search's.
     ended : dict
-        By number, the candidates of the round that have ended.
+        The candidates of the round that have ended, by number.
     guesses : dict
-        Steps that nobody has asked for yet.
+        Steps that were sampled ahead and not requested yet.
     num_waiting : int
-        Requests that are not answered.
+        Number of unanswered requests.
     in_vain : int
-        Tokens of steps that were withdrawn.
+        Number of tokens in withdrawn steps.
     """
 
     run: Run
@@ -306,17 +307,17 @@ class _Search:
 
     @property
     def family(self) -> int:
-        """How many children a survivor will have, unless fewer survive than can."""
+        """The number of children of a survivor, unless fewer candidates survive than allowed."""
         return -(-self.run.config.width // self.run.config.places)
 
     def end(self, request: Expand, place: int, step: Step) -> None:
-        """A candidate has ended."""
+        """Record that a candidate has ended."""
         branch = self.run.branches[request.children[place]]
-        with suppress(SearchError):  # the search will see to it
+        with suppress(SearchError):  # the search will handle it
             self.ended[branch.id] = _Candidate(self, self.run.foreseen(branch, step, request.params.delimiter))
 
     def ranked(self) -> tuple[list[_Candidate], list[_Candidate]]:
-        """Who would survive if the round were over, the best first, and who cannot survive any more."""
+        """The candidates that would survive now, the best first, and those that cannot survive any more."""
         config, groups = self.run.config, dict[int, list[_Candidate]]()
         for candidate in self.ended.values():
             leaves = candidate.branch.ended and config.completed == "leave"
@@ -334,12 +335,12 @@ def _rank(candidate: _Candidate) -> tuple[float, int]:
 
 
 def _key(request: Expand) -> Expand:
-    """What requests that get the same answer have in common."""
+    """The key that is equal for requests with the same answer."""
     return replace(request, children=())
 
 
 def _value(scores: Any, how: str) -> float:
-    """What a candidate's scores come to; the lowest if they are none, which is for the search to find."""
+    """The aggregate of a candidate's scores. Invalid scores give the lowest value; the search will find them."""
     value = -math.inf
     if not isinstance(scores, Exception):
         with suppress(TypeError, ValueError):

@@ -37,7 +37,7 @@ _CLONE_THREAD: Final = 0x10000
 
 
 def confine(limits: Mapping[str, int], *, threads: bool) -> None:
-    """Give up rights, as many of them as the kernel takes; what it does not take, `held` will find.
+    """Give up as many rights as the kernel supports; `held` then finds those that are left.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def confine(limits: Mapping[str, int], *, threads: bool) -> None:
     """
     parent = os.getppid()
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the kernel was told to tell
+    if os.getppid() != parent:  # the parent died before prctl took effect
         os._exit(1)
     readable = [(path, _open(path)) for path in _readable()]
     folder = _namespaces(limits["folder_size"], readable)
@@ -65,7 +65,7 @@ def confine(limits: Mapping[str, int], *, threads: bool) -> None:
 
 
 def held(secret: str) -> dict[str, bool]:
-    """Try what should not be possible: of ``files``, ``network``, ``signals``, ``processes``, whether it was not.
+    """Try forbidden actions: for ``files``, ``network``, ``signals``, ``processes``, return whether they failed.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def _can_read(path: str) -> bool:
 
 
 def _can_write() -> bool:
-    """Whether a file can be written where anybody may, outside the folder of its own."""
+    """Whether a file can be written outside the process's own folder, where any user may write."""
     for folder in ("/tmp", "/var/tmp", "/dev/shm"):
         path = f"{folder}/tts-search-{os.getpid()}"
         if os.path.realpath(folder) == os.getcwd():
@@ -105,7 +105,7 @@ def _can_write() -> bool:
 
 
 def _can_connect() -> bool:
-    """Whether a datagram socket can be had that is bound to the loopback device: a network of its own has none up."""
+    """Whether a datagram socket can be bound to the loopback device. In a new network namespace this device is down."""
     file = _LIBC.socket(2, 2, 0)
     if file < 0:
         return False
@@ -134,7 +134,7 @@ def _open(path: str) -> int:
 
 
 def _readable() -> list[str]:
-    """What Python reads after it has started: its library, and the libraries of its extension modules."""
+    """Files that Python reads after its start: its library, and the libraries of its extension modules."""
     library = os.path.dirname(os.__file__)
     return [library, os.path.join(library, "lib-dynload"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", *_devices()]
 
@@ -144,7 +144,7 @@ def _devices() -> tuple[str, ...]:
 
 
 def _namespaces(folder_size: int, readable: Iterable[tuple[str, int]]) -> str | None:
-    """Enter namespaces of its own; the folder on whose tmpfs may be written, if one could be had."""
+    """Enter new namespaces. Return the folder with a writable tmpfs, or None if there is none."""
     uid, gid = os.getuid(), os.getgid()
     if _LIBC.unshare(_NEWUSER | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS) != 0:
         return None
@@ -165,7 +165,7 @@ def _namespaces(folder_size: int, readable: Iterable[tuple[str, int]]) -> str | 
 
 
 def _limit(limits: Mapping[str, int]) -> None:
-    # A soft limit below the hard one would be a signal that candidate code can catch.
+    # With a soft limit below the hard one, the kernel would send a signal that candidate code can catch.
     for kind, value in (
         (resource.RLIMIT_CPU, limits["cpu_s"]),
         (resource.RLIMIT_AS, limits["memory"]),
@@ -217,7 +217,7 @@ def _landlock(readable: Iterable[int], folder: str | None) -> None:
     os.close(ruleset)
 
 
-# Allowed system calls by number: on x86-64, on aarch64 (None: it has no such call).
+# Allowed system calls by number on x86-64 and on aarch64 (None: aarch64 does not have it).
 _CALLS: Final[Mapping[str, tuple[int, int | None]]] = {
     "read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "poll": (7, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -247,10 +247,10 @@ _CALLS: Final[Mapping[str, tuple[int, int | None]]] = {
     "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291), "rseq": (334, 293),
     "close_range": (436, 436), "faccessat2": (439, 439),
 }  # fmt: skip
-# Those whose first or second argument has to be one of a few values.
+# System calls whose first or second argument must be one of a few values.
 _IOCTL, _FCNTL, _TGKILL, _PRLIMIT, _CLONE, _CLONE3 = (16, 29), (72, 25), (234, 131), (302, 261), (56, 220), (435, 435)
-_IOCTLS: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, how much to read, blocking, close-on-exec
-_FCNTLS: Final = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # duplicate, flags, locks; not: whom a file's signals go to
+_IOCTLS: Final = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, bytes to read, blocking, close-on-exec
+_FCNTLS: Final = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # duplicate, flags, locks; not the owner of a file's signals
 _AUDIT: Final = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -268,7 +268,7 @@ def _seccomp(threads: bool) -> None:
 
 
 def _program(machine: str, threads: bool, pid: int) -> bytes:
-    """The filter, in BPF: an instruction is a code, how far to jump if so and if not, a number."""
+    """The filter as BPF. An instruction is a code, two jump distances (condition true, false), and a number."""
     column = 0 if machine == "x86_64" else 1
     lines = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     if machine == "x86_64":  # the calls of x32 have numbers of their own
@@ -279,13 +279,13 @@ def _program(machine: str, threads: bool, pid: int) -> bytes:
     for numbers, argument, values in (
         (_IOCTL, 1, _IOCTLS),
         (_FCNTL, 1, _FCNTLS),
-        (_TGKILL, 0, (pid,)),  # abort() is a signal to itself
+        (_TGKILL, 0, (pid,)),  # abort() sends a signal to itself
         (_PRLIMIT, 0, (0, pid)),
     ):
         lines += _if_call(numbers[column], _if_argument(argument, values))
     if threads:
         lines += _if_call(_CLONE[column], [(_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, _CLONE_THREAD), (_RETURN, 0, 0, _ALLOW)])
-    # What glibc does without when there is no such call, and not when it is denied.
+    # glibc can do without these calls if they do not exist, but not if they are denied.
     lines += _if_call(_CLONE3[column], [(_RETURN, 0, 0, _NO_SUCH_CALL)])
     lines.append((_RETURN, 0, 0, _DENY))
     return b"".join(struct.pack("=HBBI", *line) for line in lines)
@@ -295,13 +295,13 @@ _Line = tuple[int, int, int, int]
 
 
 def _if_call(number: int, lines: list[_Line]) -> list[_Line]:
-    """Lines for one call, then what denies it."""
+    """Instructions for one call, followed by the denial of it."""
     lines = [*lines, (_RETURN, 0, 0, _DENY)]
     return [(_EQUAL, 0, len(lines), number), *lines]
 
 
 def _if_argument(argument: int, values: Iterable[int]) -> list[_Line]:
-    """Allow if an argument, as a 32-bit number, is one of some values; commands and process ids have 32 bits."""
+    """Allow if an argument has one of some 32-bit values: commands and process ids have 32 bits."""
     lines: list[_Line] = [(_LOAD, 0, 0, 16 + 8 * argument)]
     for value in values:
         lines += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]

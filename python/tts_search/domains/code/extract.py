@@ -53,8 +53,8 @@ def code_of(text: str, entry: str = "") -> str:
     Returns
     -------
     str
-        Of fenced blocks the last one that defines `entry`, with the blocks before it that it may need; else the longest
-        one. Without a fence, from the first line that begins as code does to the first one that does not go on so.
+        The last fenced block that defines `entry`, with the blocks before it that it may need; without such a block the
+        longest one. Without a fence: from the first line that looks like code to the first later line that does not.
     """
     blocks = code_blocks(text)
     if not blocks:

@@ -15,22 +15,22 @@ from tts_search.domains.code.tasks import Asserts, Call, CodeTask, Program, Test
 __all__ = ["CodeGrader", "ProgramJudge", "Verdict"]
 
 _REMEMBERED: Final = 65536
-# Of a processor, and of waiting, for a written test: there are many of them, and some cannot be passed.
+# Seconds of CPU and of waiting for a written test. There are many such tests, and some cannot be passed.
 _WRITTEN_CPU_S, _WRITTEN_WALL_S = 1, 2.0
-_ENDINGS: Final = ("timeout", "output", "died")  # after which a process says nothing more
-_DECIMAL_BITS: Final = 4096  # Python refuses to write the digits of integers of more than some 14,000 bits
+_ENDINGS: Final = ("timeout", "output", "died")  # the process answers nothing after these
+_DECIMAL_BITS: Final = 4096  # Python refuses to convert integers with more than about 14,000 bits to decimal
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a program on tests.
+    """The outcome of a program on tests.
 
     Attributes
     ----------
     passed : tuple of bool
-        Test by test.
+        Whether each test passed.
     outcomes : tuple of str
-        What each came to, in words that are equal where behaviour is: a value, or the kind of a failure.
+        The outcome of each test as text: a value, or the kind of a failure. Equal behaviour gives equal text.
     """
 
     passed: tuple[bool, ...]
@@ -38,12 +38,12 @@ class Verdict:
 
     @property
     def share(self) -> float:
-        """Share of the tests that passed."""
+        """The share of the tests that passed."""
         return sum(self.passed) / len(self.passed)
 
 
 class ProgramJudge:
-    """Runs programs in a sandbox; what it has found out it does not find out again.
+    """Runs programs in a sandbox, and remembers the results.
 
     Parameters
     ----------
@@ -60,18 +60,18 @@ class ProgramJudge:
         self._known: OrderedDict[Hashable, Verdict] = OrderedDict()
 
     def public(self, task: CodeTask, program: str) -> Verdict:
-        """Run the tests that a search may see; without any, whether the program can be loaded is the one test."""
+        """Run the tests that a search may use. Without any, the only test is whether the program can be loaded."""
         return self._remembered(task, program, task.public)
 
     def hidden(self, task: CodeTask, program: str) -> Verdict:
-        """Run the tests that decide."""
+        """Run the hidden tests, which decide."""
         return self._remembered(task, program, task.hidden)
 
     def written(self, task: CodeTask, program: str) -> Verdict:
-        """Run the tests that a policy wrote; each counts as often as it was drawn.
+        """Run the tests that a policy wrote. Each counts as often as it was drawn.
 
-        One that ends a process or takes long costs the others nothing: it is run in a process of its own, for a second
-        of CPU time at most. Without any, as :meth:`public`.
+        If a test ends its process or takes long, the others are not affected: it runs in a process of its own, with at
+        most a second of CPU time. Without any written tests, this is :meth:`public`.
         """
         verdict = self._remembered(task, program, task.suite, written=True)
         if not task.written:
@@ -80,7 +80,7 @@ class ProgramJudge:
         return Verdict(*zip(*(found[test] for test in task.written), strict=True))
 
     def visible(self, task: CodeTask, program: str) -> Verdict:
-        """Run what a search goes by: the written tests if the task has any of them, else the public ones."""
+        """Run the tests that guide a search: the written tests if the task has any, else the public ones."""
         return self.public(task, program) if task.written is None else self.written(task, program)
 
     def passes(self, task: CodeTask, program: str) -> bool:
@@ -88,7 +88,7 @@ class ProgramJudge:
         return bool(program) and all(self.hidden(task, program).passed)
 
     def behaviour(self, task: CodeTask, program: str) -> tuple[str, ...]:
-        """Return what a program does on the public inputs; with written tests, which of them it passes."""
+        """Return a program's outcomes on the public inputs. With written tests: which of them it passes."""
         if not program:
             return ()
         if task.written is None:
@@ -125,7 +125,7 @@ def _judged(call: Call, outcome: Outcome) -> tuple[bool, str]:
 
 
 def _calls(sandbox: Sandbox, task: CodeTask, program: str, calls: Sequence[Call], *, apart: bool) -> list[Outcome]:
-    """What each call came to, in one process; `apart`, one that ends it is made again as the first of another one."""
+    """The outcomes of calls in one process. `apart`: a call that ends the process is tried again in a new one."""
     found: list[Outcome] = []
     while len(found) < len(calls):
         with sandbox.open() as session:
@@ -165,7 +165,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _words(outcome: Outcome) -> str:
-    """An outcome in words: a value as `repr` has it, sets sorted; of an exception its type."""
+    """An outcome as text: a value in the form of `repr`, with sorted sets; for an exception its type."""
     if outcome.is_value:
         return _stable(outcome.value)
     return f"raised {outcome.text.partition(':')[0]}" if outcome.kind == "raised" else outcome.kind
@@ -186,14 +186,14 @@ def _stable(value: Any) -> str:
 
 
 class CodeGrader:
-    """What an answer to a task of programming is worth.
+    """Extracts, compares and judges answers to a task of programming.
 
-    Its methods are what a search takes: ``extract_answer=grader.extract, equal=grader.equal``.
+    A search can use its methods: ``extract_answer=grader.extract, equal=grader.equal``.
 
     Parameters
     ----------
     task : CodeTask
-        Of one problem.
+        The task of one problem.
     judge : ProgramJudge
         Runs programs.
     """
@@ -207,9 +207,9 @@ class CodeGrader:
         return self.task.program_of(text)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two programs behave alike on the public inputs, without failing on all of them.
+        """Whether two programs behave alike on the public inputs, and do not fail on all of them.
 
-        With written tests, whether they pass the same ones, and any: they are one consensus set.
+        With written tests: whether they pass the same tests, and at least one. They are then one consensus set.
         """
         mine, yours = (self.judge.behaviour(self.task, program) for program in (one, other))
         return mine == yours and not all(map(_is_failure, mine))

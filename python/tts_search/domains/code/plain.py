@@ -14,21 +14,21 @@ __all__ = ["NotPlainError", "from_json", "same_value", "to_json"]
 
 MAX_DEPTH: Final = 100
 MAX_ITEMS: Final = 1_000_000
-_EXACT: Final = 2**53  # integers below it are numbers of JSON for everybody
-_TOLERANCE: Final = 1e-9  # of floats: the last digits of a sum depend on its order
+_EXACT: Final = 2**53  # all JSON readers keep integers below it exact
+_TOLERANCE: Final = 1e-9  # for floats: the last digits of a sum depend on its order
 
 
 class NotPlainError(ValueError):
-    """A value is no plain data, or too large."""
+    """A value is not plain data, or is too large."""
 
 
 def to_json(value: Any, depth: int = 0) -> Any:
-    """Return a plain value as JSON has it: what JSON lacks is an object of its type's name and its parts.
+    """Return a plain value as JSON. Types that JSON lacks become an object with the type's name and the parts.
 
     Raises
     ------
     NotPlainError
-        If it is something else, nested deeper than 100 levels, or longer than a million items.
+        If it is of another type, nested deeper than 100 levels, or longer than a million items.
     """
     if depth > MAX_DEPTH:
         raise NotPlainError(f"expected a value of at most {MAX_DEPTH} levels")
@@ -56,12 +56,12 @@ def to_json(value: Any, depth: int = 0) -> Any:
 
 
 def from_json(data: Any) -> Any:
-    """Return the value that `to_json` was given.
+    """Return the value from the output of `to_json`.
 
     Raises
     ------
     NotPlainError
-        If it gave no such thing: the other side of the pipe may send anything.
+        If the data is not such output: the other side of the pipe may send anything.
     """
     if isinstance(data, list):
         return [from_json(item) for item in data]
@@ -92,7 +92,7 @@ def _made(kind: str, parts: Any) -> Any:
 
 
 def same_value(expected: Any, got: Any) -> bool:
-    """Whether two plain values are equal as Python has it; floats, to 1e-9 of the larger one, or of 1.
+    """Whether two plain values are equal in Python's sense. Floats: within 1e-9 of the larger one, or of 1.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def same_value(expected: Any, got: Any) -> bool:
             return math.isnan(got)
         try:
             return math.isclose(expected, got, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-        except OverflowError:  # an int beyond all floats
+        except OverflowError:  # an int that is larger than all floats
             return False
     if type(expected) is type(got) and isinstance(expected, (list, tuple)):
         return len(expected) == len(got) and all(map(same_value, expected, got))

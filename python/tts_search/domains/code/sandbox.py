@@ -29,30 +29,31 @@ __all__ = ["Level", "Limits", "Outcome", "Sandbox", "SandboxError", "Session"]
 
 
 class SandboxError(SearchError):
-    """No sandbox of the level that is required can be had here."""
+    """No sandbox of the required level is possible on this machine."""
 
 
 class Level(IntEnum):
-    """What holds of a sandbox, found out by trying, the least first."""
+    """The protection of a sandbox, found by trying, lowest first. Each level includes those before it."""
 
     LIMITS = 1
-    """Limits of time, memory and output, an environment and a session of its own, no more."""
+    """Limits of time, memory and output; an own environment and session."""
     FILES = 2
-    """Files outside it can be neither read nor written, too."""
+    """Files outside the sandbox can be neither read nor written."""
     FULL = 3
-    """No network, no signal to another process, no new process, too."""
+    """No network, no signals to other processes, no new processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a process in a sandbox may use.
+    """The resources that a process in a sandbox may use.
 
     Attributes
     ----------
     cpu_s : int
-        Seconds of CPU time, of all that is asked of it together.
+        Seconds of CPU time for all requests together.
     wall_s : float
-        Seconds that it may wait for anything but a processor, likewise: a busy machine is to change no verdict.
+        Seconds of waiting for anything except a processor, for all requests together. So a busy machine changes no
+        verdict.
     memory : int
         Bytes of address space.
     output : int
@@ -60,11 +61,11 @@ class Limits:
     answer : int
         Bytes of a returned value.
     file_size, folder_size : int
-        Bytes of a file, and of all files together; they are in memory.
+        Bytes of a file, and of all files together. Files are in memory.
     files : int
         Files open at once.
     threads : int
-        Threads, where they are allowed, for a user who is not root.
+        Number of threads, where threads are allowed, for a user who is not root.
     """
 
     cpu_s: int = 5
@@ -80,7 +81,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of something that a sandbox was asked for.
+    """The outcome of a request to a sandbox.
 
     Attributes
     ----------
@@ -88,9 +89,9 @@ class Outcome:
         ``"value"``; ``"raised"``: an exception, whose type is `text`; ``"syntax"``: the code does not compile;
         ``"timeout"``; ``"output"``: it printed, or returned, too much; ``"died"``: its process ended.
     value : object
-        What was returned: plain data.
+        The returned value, as plain data.
     text : str
-        More about a failure.
+        More information about a failure.
     """
 
     kind: str
@@ -99,11 +100,11 @@ class Outcome:
 
     @property
     def is_value(self) -> bool:
-        """Whether it came to a value."""
+        """Whether the outcome is a value."""
         return self.kind == "value"
 
 
-# The packages' own __init__ are not run: the process has the standard library alone.
+# The packages' own __init__ are not run: the process has only the standard library.
 _START: Final = """
 import sys, types
 sys.path.pop(0)
@@ -119,30 +120,30 @@ _PACKAGES: Final = [
     for name, up in (("tts_search", 2), ("tts_search.domains", 1), ("tts_search.domains.code", 0))
 ]
 _PART: Final = 1 << 16
-_LOOK_S: Final = 0.25  # how often a process that says nothing is looked at
-_STARVED: Final = 60  # times the seconds that it may wait: nobody gets a processor as rarely as that
+_LOOK_S: Final = 0.25  # seconds between two checks of a process that sends nothing
+_STARVED: Final = 60  # factor of the time that it may wait, for any machine load
 
 
 class Sandbox:
-    r"""Starts processes in which code is run.
+    r"""Starts processes that run code.
 
     Parameters
     ----------
     limits : Limits
-        Of each process.
+        The limits of each process.
     require : Level
-        Where less than this holds, nothing is run.
+        Code is not run if the level is lower than this.
     threads : bool
-        Whether code may start threads. Where the user is root, their number is limited by memory alone.
+        Whether code may start threads. If the user is root, only memory limits their number.
 
     Raises
     ------
     SandboxError
-        By :meth:`open`, if less than `require` holds; the message says what does not.
+        From :meth:`open`, if `require` is not reached. The message names what is missing.
 
     Notes
     -----
-    Linux only. What each layer does, and what is left open, is in ``docs/code.md``.
+    Linux only. ``docs/code.md`` describes each layer, and what is not protected.
 
     Examples
     --------
@@ -159,11 +160,11 @@ class Sandbox:
         self.threads = threads
 
     def open(self) -> Session:
-        """Start a process; a context manager, at whose end it is gone."""
+        """Start a process. As a context manager it ends the process at the end."""
         return Session(self)
 
     def level(self) -> Level:
-        """Find out what holds here."""
+        """Find the level that is possible on this machine."""
         with Session(Sandbox(self.limits, require=Level.LIMITS, threads=self.threads)) as session:
             return session.level
 
@@ -174,9 +175,9 @@ class Session:
     Attributes
     ----------
     level : Level
-        What holds.
+        The level that was reached.
     held : dict of str to bool
-        Of ``files``, ``network``, ``signals``, ``processes``, whether they are out of reach.
+        For ``files``, ``network``, ``signals``, ``processes``: whether they are out of reach.
     """
 
     def __init__(self, sandbox: Sandbox) -> None:
@@ -218,38 +219,38 @@ class Session:
         return self._printed.decode(errors="replace")
 
     def load(self, source: str) -> Outcome:
-        """Execute definitions."""
+        """Execute code that defines functions and classes."""
         return self._asked({"do": "load", "source": source})
 
     def call(self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Outcome:
-        """Call a function that was loaded, or a method ``Class.method``; arguments are plain data."""
+        """Call a loaded function, or a method ``Class.method``. The arguments are plain data."""
         given = {"args": to_json(list(args)), "kwargs": to_json(dict(kwargs or {}))}
         return self._asked({"do": "call", "name": name, **given})
 
     def run(self, source: str, stdin: str) -> Outcome:
-        """Run a program; `printed` is its output."""
+        """Run a program. Its output is in `printed`."""
         return self._asked({"do": "run", "source": source, "stdin": stdin})
 
     def check(self, source: str, tests: str, name: str, under_test: Session) -> Outcome:
-        """Run tests here, in which each call of a function is one of the function of that name in another session.
+        """Run tests in this session. Each call of the function under test runs in another session.
 
-        So tests and what they test never share a process.
+        So tests and the tested code never share a process.
 
         Parameters
         ----------
         source : str
-            Executed before: what the tests use.
+            Code that the tests use; it is executed first.
         tests : str
-            They raise if something is wrong.
+            Code that raises an error if a test fails.
         name : str
-            Of the function; ``candidate`` is another name of it.
+            Name of the function; tests may also call it ``candidate``.
         under_test : Session
-            Where it was loaded.
+            The session with the function.
 
         Returns
         -------
         Outcome
-            A value if the tests raise nothing. If a call ends its process or takes too long, what became of it.
+            A value if the tests raise no error. If a call ends its process or takes too long, the outcome of that call.
         """
         reply = self._exchange({"do": "check", "source": source, "tests": tests, "name": name})
         while isinstance(reply, dict) and "ask" in reply:
@@ -266,7 +267,7 @@ class Session:
         return self._outcome(reply)
 
     def close(self) -> None:
-        """End the process and whatever is left of its group."""
+        """End the process and all processes of its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -304,7 +305,7 @@ class Session:
         return Outcome("raised", text=f"{reply.get('raised')}: {reply.get('text')}"[:300])
 
     def _exchange(self, question: dict[str, Any]) -> dict[str, Any] | Outcome:
-        """Ask, and wait for a frame; an outcome if none comes any more, now and for good."""
+        """Send a request, and wait for a frame. Return an outcome if there will be none, now or later."""
         if self._over is not None:
             return self._over
         data = json.dumps(question).encode()
@@ -346,10 +347,10 @@ class Session:
                     return self._parsed(bytes(answer[4 : 4 + size]))
 
     def _is_over(self, begin: float) -> bool:
-        """Count the time since `begin`, in which nothing came, as waited; whether that was too long.
+        """Count the time since `begin`, in which nothing came, as waiting; return whether the limit is exceeded.
 
-        A process that could run, or was stopped, is one that the machine has no time for. If it was this process that
-        stood still, a look counts no more than it should have taken.
+        If the process could run, or was stopped, the machine had no time for it, and the time is not counted. If this
+        process itself stood still, a check counts no longer than it should have taken.
         """
         now = time.monotonic()
         if _state(self._process.pid) not in ("R", "T", "t"):
@@ -365,7 +366,7 @@ class Session:
         return reply if isinstance(reply, dict) else self._end("died", "an answer that is no object of JSON")
 
     def _drain(self) -> None:
-        """Take what was printed before the answer."""
+        """Read the output that was printed before the answer."""
         assert self._process.stdout is not None
         file = self._process.stdout.fileno()
         with contextlib.suppress(BlockingIOError):
@@ -377,7 +378,7 @@ class Session:
             status = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return self._end("died", "it closed its pipes")
-        # The kernel ends a process beyond its CPU time by SIGKILL; nobody else does.
+        # The kernel ends a process that exceeds its CPU time by SIGKILL. No other process sends this signal.
         kind = "timeout" if status in (-signal.SIGKILL, -signal.SIGXCPU) else "died"
         return self._end(kind, f"its process ended with status {status}")
 
@@ -392,7 +393,7 @@ def _started() -> tuple[subprocess.Popen[bytes], int, int]:
     questions, mine = os.pipe()
     theirs, answers = os.pipe()[::-1]
     code = _START.format(packages=_PACKAGES, questions=questions, answers=theirs)
-    # -I would leave hashes random, and with them the order of sets: these flags and this environment isolate as well.
+    # -I would leave hashes random, and so the order of sets. These flags and this environment isolate the process, too.
     command = [getattr(sys, "_base_executable", sys.executable), "-s", "-S", "-B", "-X", "utf8", "-c", code]
     try:
         process = subprocess.Popen(
@@ -418,7 +419,7 @@ def _started() -> tuple[subprocess.Popen[bytes], int, int]:
 
 
 def _state(process: int) -> str:
-    """The letter of a process's state, as ps shows it."""
+    """The letter of a process's state, as in ps."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0].decode()

@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call, and what it is to return."""
+    """A call, and the value that it must return."""
 
     args: tuple[Any, ...]
     expected: Any
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a whole program reads, and what it is to print; white space at the ends of lines and text does not count."""
+    """The input of a whole program, and its expected output. White space at the ends of lines and text is ignored."""
 
     stdin: str
     stdout: str
@@ -52,9 +52,9 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Asserts:
-    """Statements that call the function and raise if something is wrong; they run in a process without it.
+    """Statements that call the function and raise an error if a test fails. They run in a process without the function.
 
-    `setup` is executed before; what it defines under the function's name does not count.
+    `setup` is executed before. If it defines the function's name, this definition is not used.
     """
 
     source: str
@@ -73,20 +73,20 @@ class CodeTask:
     id : str
         Its name in its data set.
     problem : str
-        What a policy is told.
+        The text for the policy.
     entry : str
-        The function, or the method ``Class.method``, that is to be written; empty for a whole program.
+        The function, or the method ``Class.method``, that has to be written; empty for a whole program.
     public, hidden : tuple of Call, Program or Asserts
-        Tests: what a search may use, what decides.
+        Tests that a search may use, and tests that decide.
     preamble : str
-        Code that the answer may rely on, such as imports.
+        Code that the answer may use, such as imports.
     prompt : str
-        Code that a model may have gone on with instead of answering; empty if the problem has none.
+        Code that a model may have continued instead of answering; empty if the problem has none.
     level : str
-        Its difficulty, if the data set says one.
+        The difficulty, if the data set has one.
     written : tuple of str or None
-        Assertions that a policy wrote, each as often as it was drawn: what a search goes by instead of `public`. None:
-        nobody asked for any.
+        Assertions that a policy wrote, each as often as it was drawn. They guide a search instead of `public`. None: no
+        policy was asked.
     """
 
     id: str
@@ -100,7 +100,7 @@ class CodeTask:
     written: tuple[str, ...] | None = None
 
     def program_of(self, text: str) -> str:
-        """Return the program that a completion amounts to; empty if it has no code that defines the entry."""
+        """Return the program in a completion; empty if it has no code that defines the entry."""
         name = self.entry.partition(".")[0]
         code = code_of(text, name)
         if self.prompt and not (code and defines(code, name)) and text[:1] in (" ", "\t", "\n"):
@@ -111,12 +111,12 @@ class CodeTask:
 
     @property
     def suite(self) -> tuple[Test, ...]:
-        """The written tests that differ, in the order in which they were drawn."""
+        """The different written tests, in the order in which they were drawn."""
         return tuple(_written(test, self) for test in dict.fromkeys(self.written or ()))
 
     @property
     def fingerprint(self) -> str:
-        """Return the entry and a hash of the hidden tests, what an answer is right by, and of written ones, if any."""
+        """Return the entry, a hash of the hidden tests (which decide), and a hash of written tests, if any."""
         decisive = self.hidden if self.written is None else (self.hidden, self.written)
         tests = repr(decisive).encode(errors="surrogatepass")
         return f"{self.entry or 'program'} #{hashlib.blake2b(tests, digest_size=6).hexdigest()}"
@@ -139,7 +139,7 @@ _Reader = Callable[[Mapping[str, Any], str], CodeTask]
 
 
 def _with_written(read: _Reader) -> _Reader:
-    """The reader of a shape that may have ``written_tests`` besides, assertions that a policy wrote."""
+    """A reader for a shape that may also have ``written_tests``: assertions that a policy wrote."""
 
     def reading(entry: Mapping[str, Any], number: str) -> CodeTask:
         task, tests = read(entry, number), entry.get("written_tests")
@@ -185,7 +185,7 @@ def _mbpp_task(entry: Mapping[str, Any], number: str) -> CodeTask:
 
 
 def _called(test: str) -> str:
-    """The function that an assertion is about: the first one that it calls and that is no built-in function."""
+    """The function that an assertion tests: the first one that it calls and that is not a built-in function."""
     calls = (node.func for node in ast.walk(ast.parse(test.strip())) if isinstance(node, ast.Call))
     names = [call.id for call in calls if isinstance(call, ast.Name) and call.id not in _BUILT_IN]
     if not names:
@@ -214,7 +214,7 @@ _BUILT_IN: Final = frozenset(
 
 
 def _asserted(test: str, name: str, setup: str = "") -> Test:
-    """An assertion: of the form ``assert f(literals) == literal`` as a call, else as the code that it is."""
+    """An assertion. One of the form ``assert f(literals) == literal`` becomes a call; any other stays code."""
     return _as_call(test, name) or Asserts(test, setup)
 
 
@@ -235,7 +235,7 @@ def _as_call(test: str, name: str) -> Call | None:
 
 
 def asserts_about(line: str, name: str) -> bool:
-    """Whether a line is one assertion, of code that calls the function, or the method ``Class.method``."""
+    """Whether a line is one assertion in code that calls the function, or the method ``Class.method``."""
     try:
         body = ast.parse(line).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -246,7 +246,7 @@ def asserts_about(line: str, name: str) -> bool:
 
 
 def _is_call_of(call: ast.Call, name: str) -> bool:
-    """Whether the function of a call is this one; of ``Class.method``, whether it is ``Class().method``."""
+    """Whether a call is one of this function; for ``Class.method``, whether it is ``Class().method``."""
     owner, _, method = name.rpartition(".")
     function = call.func
     if owner and isinstance(function, ast.Attribute) and function.attr == method:
@@ -290,9 +290,9 @@ def _livecodebench_task(entry: Mapping[str, Any], number: str) -> CodeTask:
 
 
 def _cases(cases: Any, name: str) -> list[Mapping[str, str]]:
-    """Test cases, as JSON in a text.
+    """Test cases, from JSON in a text.
 
-    In the published files the private ones are a compressed pickle, which is refused: to read a pickle is to run it.
+    In the published files the private cases are a compressed pickle. It is refused, because reading a pickle runs code.
     """
     if isinstance(cases, str):
         try:
@@ -305,7 +305,7 @@ def _cases(cases: Any, name: str) -> list[Mapping[str, str]]:
 
 
 def _unpacked(text: str, name: str) -> Any:
-    """Cases as JSON that was compressed and encoded in base64."""
+    """Cases from JSON that was compressed and encoded in base64."""
     try:
         return json.loads(zlib.decompress(base64.b64decode(text, validate=True)))
     except (ValueError, zlib.error, binascii.Error):
@@ -329,9 +329,9 @@ _WORDS: Final = {"true": "True", "false": "False", "null": "None"}
 
 
 def examples_in(text: str, name: str) -> list[Call]:
-    r"""Return the examples that a text gives of a function: ``f(...) == ...``, ``>>> f(...)`` and the like.
+    r"""Return the examples of a function in a text: ``f(...) == ...``, ``>>> f(...)`` and the like.
 
-    Only literals count. What is said twice counts once.
+    Only literals count. Repeated examples count once.
 
     Examples
     --------
@@ -354,7 +354,7 @@ def examples_in(text: str, name: str) -> list[Call]:
 
 
 def _closed(text: str, start: int) -> int | None:
-    """Where the bracket that opens at `start` has closed; brackets in quotes do not count."""
+    """The place where the bracket that opens at `start` closes. Brackets in quotes are ignored."""
     depth, quote, position = 0, "", start
     while position < len(text):
         letter = text[position]
@@ -376,14 +376,14 @@ def _closed(text: str, start: int) -> int | None:
 
 
 def _example(call: str, rest: str, name: str) -> Call | None:
-    """The example whose result is the longest literal at the beginning of `rest`, within a line or its brackets."""
+    """The example whose result is the longest literal at the beginning of `rest`, within a line or brackets."""
     line = rest.split("\n", 1)[0]
     if rest[:1] and rest[0] in "([{" and (end := _closed(rest, 0)) is not None:
         line = rest[:end]
     words, cut = line.strip(), ""
     while words and not re.match(r"\s*[-+*/%=<>]", cut):  # 1 + 2 = 3 is no 1
         try:
-            if words.rstrip().endswith(","):  # which would make a tuple of what is before it
+            if words.rstrip().endswith(","):  # which would make a tuple with the value before it
                 raise SyntaxError
             left, right = (ast.parse(part, mode="eval").body for part in (call, _WORDS.get(words, words)))
         except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -396,10 +396,10 @@ def _example(call: str, rest: str, name: str) -> Call | None:
 
 
 def repeated(task: CodeTask) -> tuple[int, int]:
-    """Return how many hidden assertions are about a call that the problem's text shows, and how many there are.
+    """Return how many hidden assertions repeat a call in the problem's text, and the number of hidden assertions.
 
-    An assertion counts once, whatever its form: as repeated if it calls the function with literal arguments that a
-    public example has.
+    An assertion counts once, whatever its form. It is a repetition if it calls the function with the literal arguments
+    of a public example.
     """
     shown = {repr(test.args) for test in task.public if isinstance(test, Call)}
     again = total = 0
@@ -414,7 +414,7 @@ def repeated(task: CodeTask) -> tuple[int, int]:
 
 
 def _argument_lists(node: ast.AST, name: str) -> Iterator[str]:
-    """The literal arguments of each call of a function (HumanEval's tests call it ``candidate``)."""
+    """The literal arguments of each call of a function, which HumanEval's tests call ``candidate``."""
     for call in ast.walk(node):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in (name, "candidate"):
             try:
@@ -432,4 +432,4 @@ PROGRAMS: Final = Shapes(
         (("question_content", "public_test_cases"), _with_written(_livecodebench_task)),
     ),
 )
-"""Tasks of programming in files. In each of the shapes ``written_tests`` may be a list of assertions, of a policy's."""
+"""Tasks of programming in files. Each shape may have ``written_tests``: a list of assertions that a policy wrote."""

@@ -42,14 +42,14 @@ class _Pipe:
         data = b""
         while len(data) < size:
             part = os.read(self._questions, size - len(data))
-            if not part:  # nobody will ask again
+            if not part:  # there will be no more questions
                 os._exit(0)
             data += part
         return data
 
 
 def main(questions: int, answers: int) -> None:
-    """Serve until the questions end."""
+    """Answer questions until they end."""
     pipe = _Pipe(questions, answers)
     setup = pipe.receive()
     os.environ.clear()
@@ -65,7 +65,7 @@ def main(questions: int, answers: int) -> None:
 
 
 def _guarded(serve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a question comes to; whatever candidate code raises, its end of the process included, is an answer."""
+    """The answer to a question. Whatever candidate code raises becomes an answer, even if it tries to exit."""
     try:
         return serve()
     except SyntaxError as error:
@@ -90,7 +90,7 @@ def _call(question: dict[str, Any], space: dict[str, Any], _pipe: _Pipe) -> dict
 
 
 def _found(name: str, space: dict[str, Any]) -> Callable[..., Any]:
-    """A function by its name, or a method ``Class.method`` of an object made without arguments."""
+    """A function by its name, or a method ``Class.method`` of an object that is made without arguments."""
     owner, _, method = name.rpartition(".")
     if name not in space and owner not in space:
         raise NameError(f"name {name!r} is not defined")
@@ -99,7 +99,7 @@ def _found(name: str, space: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _check(question: dict[str, Any], space: dict[str, Any], pipe: _Pipe) -> dict[str, Any]:
-    """Run tests whose function under test is somebody else's: each of its calls is a question to whoever asked."""
+    """Run tests of a function in another process. Each of its calls is sent as a question to the parent."""
 
     def under_test(*args: Any, **kwargs: Any) -> Any:
         pipe.send({"ask": to_json(args), "kwargs": to_json(kwargs)})
@@ -118,7 +118,7 @@ def _check(question: dict[str, Any], space: dict[str, Any], pipe: _Pipe) -> dict
 
 
 def _run(question: dict[str, Any], space: dict[str, Any], _pipe: _Pipe) -> dict[str, Any]:
-    """Run a whole program, its standard input from a text; what it prints is on standard output."""
+    """Run a whole program with a text as its standard input. Its output goes to standard output."""
     import io
 
     sys.stdin = io.TextIOWrapper(io.BytesIO(question["stdin"].encode(errors="surrogatepass")), encoding="utf-8")

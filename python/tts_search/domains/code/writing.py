@@ -10,13 +10,13 @@ from tts_search.domains.code.tasks import CodeTask, asserts_about
 __all__ = ["PER_TEXT", "ask_for_tests", "written_tests"]
 
 PER_TEXT: Final = 5
-"""Tests that count of a text, the first ones."""
+"""How many tests of a text are used, from the beginning."""
 
 _ASSERT: Final = re.compile(r"^\s*(assert\b.+)$", re.MULTILINE)
 
 
 def ask_for_tests(task: CodeTask) -> str:
-    """Return what a policy is asked for tests of a task.
+    """Return the question by which a policy is asked for tests of a task.
 
     Raises
     ------
@@ -34,16 +34,16 @@ def ask_for_tests(task: CodeTask) -> str:
 
 
 def written_tests(text: str, entry: str, limit: int = PER_TEXT) -> list[str]:
-    r"""Return the assertions about a function that a policy wrote, a line each: the first different ones.
+    r"""Return the first different assertions about a function in a policy's text, one line each.
 
     Parameters
     ----------
     text : str
-        What it wrote.
+        The policy's text.
     entry : str
         The function, or a method ``Class.method``, which is called as ``Class().method``.
     limit : int
-        At most so many.
+        The largest number of assertions.
 
     Examples
     --------
