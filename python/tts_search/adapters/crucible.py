@@ -18,7 +18,7 @@ from tts_search.search.types import StepParams
 
 __all__ = ["PolicyModel", "ProcessVerifier"]
 
-_DELIMITER = "\n\n"  # crucible joins the steps of a trace by it
+_DELIMITER = "\n\n"  # crucible joins the steps of a trace with it
 
 
 def _prompt_of(problem: Any) -> str:
@@ -36,9 +36,9 @@ class PolicyModel:
     seed : int
         Fixes every draw.
     max_step_tokens : int
-        Tokens of a step at most, whatever crucible's `max_tokens` allows.
+        The largest number of tokens of a step, even if crucible's `max_tokens` is larger.
     prompt : callable
-        What the policy is given as its problem; by default crucible's problem as it is, without an instruction.
+        Makes the policy's problem. By default it is crucible's problem unchanged, without an instruction.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class PolicyModel:
         self._sampler = StepSampler(policy, seed=seed)
 
     def sample_full(self, problem: Any, *, n: int, temperature: float, max_tokens: int) -> list[Any]:
-        """Sample `n` whole traces in one batch. A trace's tokens are entered in its compute, and with its last step.
+        """Sample `n` whole traces in one batch. The tokens of a trace count in its compute, and in its last step.
 
         Raises
         ------
@@ -90,7 +90,7 @@ class PolicyModel:
     def sample_step(
         self, problem: Any, prefix: Sequence[Any], *, n: int, temperature: float, max_tokens: int
     ) -> list[Any]:
-        """Sample `n` next steps behind a trace's steps, in one batch.
+        """Sample `n` next steps after a trace's steps, in one batch.
 
         Raises
         ------
@@ -108,7 +108,7 @@ class PolicyModel:
         ]
 
     def close(self) -> Usage:
-        """Forget all problems; what they have cost since the last time."""
+        """Forget all problems, and return the cost since the last call."""
         return self._sampler.close()
 
 
@@ -127,7 +127,7 @@ class ProcessVerifier:
         self._scorer = StepScorer(verifier)
 
     def score_steps(self, problem: Any, prefix: Sequence[Any]) -> list[float]:
-        """Score each step; a blank one has the score of the step before it, and 0.0 if it is the first.
+        """Score each step. A blank step has the score of the step before it; if it is the first, 0.0.
 
         Raises
         ------
@@ -137,5 +137,5 @@ class ProcessVerifier:
         return self._scorer.score([(problem.prompt, [step.text for step in prefix])])[0]
 
     def close(self) -> Usage:
-        """Forget all problems; what they have cost since the last time."""
+        """Forget all problems, and return the cost since the last call."""
         return self._scorer.close()

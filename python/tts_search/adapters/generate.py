@@ -37,38 +37,38 @@ __all__ = ["GenerationCache", "generate_over_forest"]
 
 _HOOKED: Final = "_tts_kernels_hooks"
 _TESTED: Final = "_tts_kernels_tested"
-# What a packed forward cannot follow.
+# Arguments that a packed forward does not support.
 _UNSUPPORTED: Final = ("inputs_embeds", "token_type_ids", "labels", "output_attentions", "output_hidden_states")
 
 
 class GenerationCache(ForestCache):
-    """A ``past_key_values`` for ``model.generate()`` whose rows share what they have in common.
+    """A ``past_key_values`` for ``model.generate()`` whose rows share the KV of equal beginnings.
 
     Greedy and sampling, ``num_return_sequences``, beam search, batches of padded prompts, assisted decoding, chunked
-    prefill and several turns on one cache all run as they do with transformers' own caches. The model gets a pair of
-    forward hooks that pack and unpack; they do nothing for other caches.
+    prefill and several turns on one cache work as with transformers' own caches. The model gets a pair of forward hooks
+    that pack and unpack a forward. With other caches the hooks do nothing.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A decoder loaded with ``attn_implementation="tts_kernels"``, after :func:`~.transformers.register`.
     kv_memory : int or str or None
-        Size of the pool: bytes or text such as ``"2GiB"``. By default a quarter of the free memory at most. Pages that
-        no token was written to take no memory.
+        Size of the pool: bytes or text such as ``"2GiB"``. By default at most a quarter of the free memory. Pages take
+        memory only when a token is written to them.
     page_size : int
-        Token slots of a page.
+        Number of token slots in a page.
     self_test : bool
-        Whether a few tokens go through the model over a forest and with its own eager attention, once for each model
-        that is not in training: what differs is refused.
+        Whether a few tokens are computed over a forest and with the model's own eager attention, once for each model
+        that is not in training. If the results differ, the model is refused.
 
     Attributes
     ----------
     pool : tts_search.models.decoder.KVPool
         The forest and its pages.
     peak_bytes : int
-        The most memory that pages with tokens took since the cache was made or reset.
+        The largest memory of pages with tokens since the cache was made or reset.
     forwarded_tokens : int
-        Tokens that went through the model.
+        Number of tokens that the model has processed.
 
     Raises
     ------
@@ -96,8 +96,8 @@ class GenerationCache(ForestCache):
         self._bound = rotary_bound(model)
         super().__init__(self.pool.kv)
         self._rows: list[int] = []  # the branch of each row of the batch
-        self._columns = 0  # of input_ids so far, padding included
-        self._wanted: tuple[Tensor, Tensor] | None = None  # how to unpack the forward in progress
+        self._columns = 0  # number of columns of input_ids so far, padding included
+        self._wanted: tuple[Tensor, Tensor] | None = None  # how to unpack the current forward
         self.peak_bytes = self.forwarded_tokens = 0
         if not hasattr(model, _HOOKED):
             model.register_forward_pre_hook(_pack, with_kwargs=True)
@@ -106,20 +106,20 @@ class GenerationCache(ForestCache):
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The forest branch of each row of the batch; rows that do not differ yet have the same one."""
+        """The forest branch of each row of the batch. Rows that are equal so far have the same branch."""
         return tuple(self._rows)
 
     @property
     def batch_size(self) -> int:
-        """Rows of the batch; -1 before the first forward, as in transformers."""
+        """Number of rows of the batch; -1 before the first forward, as in transformers."""
         return len(self._rows) or -1
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Columns of ``input_ids`` that are in the cache, padding included."""
+        """Number of columns of ``input_ids`` in the cache, including padding."""
         return self._columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
-        """-1: a row may have as many tokens as the pool holds."""
+        """-1: a row may have as many tokens as the pool can hold."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -127,7 +127,7 @@ class GenerationCache(ForestCache):
         self._keep([self._rows[index] for index in beam_idx.tolist()])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        """Keep only these rows."""
         self._keep([self._rows[index] for index in torch.arange(len(self._rows))[indices.cpu()].tolist()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -135,7 +135,7 @@ class GenerationCache(ForestCache):
         self._keep([branch for branch in self._rows for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens off every row: ``-tokens_to_remove`` of them.
+        """Remove the last ``-tokens_to_remove`` tokens of every row.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class GenerationCache(ForestCache):
         position_ids: Tensor | None = None,
         logits_to_keep: int | None = None,
     ) -> dict[str, Any]:
-        """Turn a forward's arguments into a packed one's: each distinct (branch, new tokens) once, no padding.
+        """Turn a forward's arguments into those of a packed one: each (branch, new tokens) once, without padding.
 
         Parameters
         ----------
@@ -177,7 +177,7 @@ class GenerationCache(ForestCache):
         position_ids
             [B, L] or [1, L]: checked, not used.
         logits_to_keep
-            Logits of so many of the last columns are wanted; 0 or None: of all.
+            How many of the last columns need logits; 0 or None: all.
 
         Returns
         -------
@@ -187,7 +187,8 @@ class GenerationCache(ForestCache):
         Raises
         ------
         ValueError
-            For another number of rows than before, right padding, or positions that do not follow from the mask.
+            If the number of rows differs from before, for right padding, or for positions that do not follow from the
+            mask.
         RuntimeError
             If the pool is full, or the last forward failed.
         """
@@ -200,7 +201,7 @@ class GenerationCache(ForestCache):
                 "batch_repeat_interleave() repeats the cache's rows"
             )
         real = torch.ones(count, width, dtype=torch.bool) if attention_mask is None else _real(attention_mask, width)
-        place = real.cumsum(1) - 1  # [B, L]: a token's place among its row's new ones
+        place = real.cumsum(1) - 1  # [B, L]: the index of a token among its row's new tokens
         self._check_columns(real, place, position_ids)
         tokens = [tuple(row[keep].tolist()) for row, keep in zip(input_ids.cpu(), real, strict=True)]
         batch, offsets = self._append(tokens)
@@ -212,7 +213,7 @@ class GenerationCache(ForestCache):
         return {**self.inputs(batch), **({} if logits_to_keep is None else {"logits_to_keep": rows})}
 
     def unpack(self, logits: Tensor) -> Tensor:
-        """Logits [B, K, V] of every row from those of the packed forward [1, R, V]; zeros for padding."""
+        """Logits [B, K, V] of every row from the packed logits [1, R, V]; zeros for padding."""
         assert self._wanted is not None
         (index, real), self._wanted = self._wanted, None
         own = logits[0].index_select(0, index)
@@ -230,7 +231,7 @@ class GenerationCache(ForestCache):
             raise ValueError("position_ids: expected each row to count from 0 over its unmasked tokens, got others")
 
     def _append(self, tokens: Sequence[tuple[int, ...]]) -> tuple[Batch, Tensor]:
-        """Give each row its new tokens; the forward, and the packed row [B] of each row's first one."""
+        """Append new tokens to rows. Return the forward, and the packed row [B] of each row's first new token."""
         forest = self.pool.forest
         if self._bound is not None:
             lengths = map(forest.length, self._rows) if self._rows else itertools.repeat(0)
@@ -256,7 +257,7 @@ class GenerationCache(ForestCache):
         return batch, torch.tensor([offsets.get(branch, 0) for branch in self._rows])
 
     def _diverge(self, parents: Sequence[int]) -> list[int]:
-        """A branch for each group of rows: the last group of a parent takes the parent itself, the others fork it."""
+        """A branch for each group of rows: the last group of a parent keeps the parent, the others get forks of it."""
         last = {parent: index for index, parent in enumerate(parents)}
         branches = list(parents)
         forked = [index for index, parent in enumerate(parents) if last[parent] != index]
@@ -280,16 +281,17 @@ def generate_over_forest(
     self_test: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """The decoding loop that ``generate`` would have run, over a forest: a ``custom_generate``.
+    """The decoding loop of ``generate``, over a forest: a ``custom_generate``.
 
-    For a model loaded with any attention implementation, which it gets back at the end.
+    The model may have any attention implementation, which is restored at the end.
 
     Parameters
     ----------
     model, input_ids, generation_config, **kwargs
-        What ``generate`` gives to a custom decoding loop. A :class:`GenerationCache` among them is continued.
+        The arguments that ``generate`` passes to a custom decoding loop. If there is a :class:`GenerationCache`, it is
+        continued.
     kv_memory, self_test
-        As in :class:`GenerationCache`; keywords of ``generate`` then.
+        As in :class:`GenerationCache`; given as keywords of ``generate``.
 
     Returns
     -------
@@ -299,7 +301,7 @@ def generate_over_forest(
     Raises
     ------
     ValueError
-        If the model cannot run over a forest, or another cache with tokens in it is to be continued.
+        If the model cannot run over a forest, or another kind of cache with tokens in it is to be continued.
 
     Examples
     --------
@@ -337,7 +339,7 @@ def _pack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     options = {**dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)), **kwargs}
     if not isinstance(cache, GenerationCache):
         if model.config._attn_implementation == ATTENTION and (bound := rotary_bound(model)) is not None:
-            _check_bound(options["input_ids"].shape[1], bound)  # where some models drop their cache
+            _check_bound(options["input_ids"].shape[1], bound)  # some models drop their cache beyond it
         return None
     _check_attention(model)
     if unsupported := [name for name in _UNSUPPORTED if options.get(name) is not None and options[name] is not False]:
@@ -348,7 +350,7 @@ def _pack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _unpack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
-    """Behind the model's forward."""
+    """After the model's forward."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, GenerationCache):
         cache.check_layers(type(model).__name__)
@@ -357,7 +359,7 @@ def _unpack(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
 
 
 def _real(attention_mask: Tensor, width: int) -> Tensor:
-    """Which of the last ``width`` columns are no padding: bool [B, width] on the CPU."""
+    """Which of the last ``width`` columns are not padding: bool [B, width] on the CPU."""
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask: expected two dimensions, got {list(attention_mask.shape)}")
     return attention_mask[:, -width:].cpu().bool()

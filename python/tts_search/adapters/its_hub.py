@@ -19,32 +19,33 @@ from tts_search.search.voting import AGGREGATES
 
 try:
     from its_hub.api import AbstractLanguageModel, AbstractOutcomeRewardModel, AbstractProcessRewardModel
-except ImportError:  # these classes are used by what they have, not by what they are
+except ImportError:  # these classes are used by their methods, not by their type
     AbstractLanguageModel = AbstractOutcomeRewardModel = AbstractProcessRewardModel = object
 
 __all__ = ["LanguageModel", "OutcomeRewardModel", "ProcessRewardModel"]
 
-_WINDOW: Final = 0.005  # seconds that a single request waits for others to share its batch
+_WINDOW: Final = 0.005  # seconds that a single request waits for others to join its batch
 _ASKED_ELSEWHERE: Final = ("tools", "tool_choice", "response_format")
 
 
 class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
     r"""Generates steps and answers for its_hub.
 
-    A list of conversations is one batch. Single requests that come at the same time (its orchestrator sends one for
-    each sample) become one, too.
+    A list of conversations is one batch. Single requests that come at the same time become one batch, too: its
+    orchestrator sends a request for each sample.
 
     Parameters
     ----------
     policy : Policy
-        With one that takes problems, a conversation is a user's message, and an assistant's to continue. With an
-        ``HFPolicy(..., chat=False)``, any conversation: it is rendered by the tokenizer's template.
+        If the policy takes problems, a conversation must be a user's message, followed by an assistant's message to
+        continue. With an ``HFPolicy(..., chat=False)`` any conversation is possible: the tokenizer's template renders
+        it.
     seed : int
         Fixes every draw.
     max_tokens : int
-        Tokens of a step or an answer, if the caller does not say.
+        Tokens of a step or an answer, if the caller sets no number.
     temperature : float
-        The same of the temperature.
+        The temperature, if the caller sets none.
 
     Raises
     ------
@@ -76,7 +77,7 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If it asks for tools or a response format, or a conversation is not one that the policy can continue.
+            If tools or a response format are requested, or the policy cannot continue a conversation.
         SearchError
             If a conversation does not fit the model's context.
         """
@@ -97,7 +98,7 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
         return [self._response(steps[0], stop, options) for steps in samples]
 
     async def agenerate_single(self, messages: Any, stop: str | None = None, **options: Any) -> dict[str, Any]:
-        """Continue one conversation, in a batch with those that are asked for at the same time."""
+        """Continue one conversation, in a batch with others of the same time."""
         continuation = self._continuation(messages, stop, options.pop("temperature", None), options)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Step] = loop.create_future()
@@ -107,14 +108,14 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
         return self._response(await future, stop, options)
 
     def close(self) -> Usage:
-        """Forget all conversations; what they have cost since the last time."""
+        """Forget all conversations, and return the cost since the last call."""
         return self._sampler.close()
 
     async def _serve(self) -> None:
-        """Answer what waits, batch after batch; what comes during one is the next."""
+        """Answer waiting requests, batch after batch. Requests that come during a batch form the next one."""
         while True:
             count = -1
-            while count != len(self._waiting):  # more are on their way
+            while count != len(self._waiting):  # more are coming
                 count = len(self._waiting)
                 await asyncio.sleep(_WINDOW)
             batch, self._waiting = self._waiting, []
@@ -147,7 +148,7 @@ class LanguageModel(AbstractLanguageModel):  # type: ignore[misc]
         return Continuation(*self._conversation(messages), params)
 
     def _conversation(self, messages: Any) -> tuple[str, str]:
-        """The problem of a conversation, and the text that the assistant's answer begins with."""
+        """The problem of a conversation, and the beginning of the assistant's answer."""
         told = [(_of(message, "role"), _text(message)) for message in messages]
         text = told.pop()[1] if told and told[-1][0] == "assistant" else ""
         if not told:
@@ -179,14 +180,14 @@ class ProcessRewardModel(AbstractProcessRewardModel):  # type: ignore[misc]
     verifier : Verifier
         Scores steps.
     delimiter : str
-        Where a candidate's text is cut into steps.
+        The text between the steps of a candidate.
     aggregate : str
-        How the scores of its steps become one: ``"last"``, ``"min"``, ``"prod"``, ``"mean"``, ...
+        How the scores of its steps become one score: ``"last"``, ``"min"``, ``"prod"``, ``"mean"``, ...
 
     Raises
     ------
     ValueError
-        If `aggregate` is none of ours, or the delimiter is empty.
+        If `aggregate` is unknown, or the delimiter is empty.
     """
 
     def __init__(self, verifier: Verifier, *, delimiter: str = "\n\n", aggregate: str = "last") -> None:
@@ -197,7 +198,7 @@ class ProcessRewardModel(AbstractProcessRewardModel):  # type: ignore[misc]
         self._scorer = StepScorer(verifier, delimiter=delimiter)
 
     def score(self, prompt_or_messages: Any, steps: str | Sequence[str]) -> float | list[float]:
-        """Score whole candidate texts, one number each (a single text: one number); 0.0 for a blank one.
+        """Score whole candidate texts, with one number each (a single text: one number). A blank text has 0.0.
 
         Raises
         ------
@@ -217,7 +218,7 @@ class ProcessRewardModel(AbstractProcessRewardModel):  # type: ignore[misc]
         return await asyncio.to_thread(self.score, prompt_or_messages, steps)
 
     def close(self) -> Usage:
-        """Forget all prompts; what they have cost since the last time."""
+        """Forget all prompts, and return the cost since the last call."""
         return self._scorer.close()
 
 
@@ -254,7 +255,7 @@ def _of(message: Any, name: str) -> Any:
 
 
 def _text(message: Any) -> str:
-    """A message's text; its parts, if it has several, joined as its_hub joins them."""
+    """The text of a message. If it has several parts, they are joined as in its_hub."""
     content = _of(message, "content")
     if content is None or isinstance(content, str):
         return content or ""

@@ -68,14 +68,14 @@ def flashinfer_page_table(
     paged_kv_indices
         [>= paged_kv_indptr[-1]] int.
     paged_kv_last_page_len
-        [B] int: tokens in each request's last page; not read for a request without pages.
+        [B] int: number of tokens in each request's last page; ignored for a request without pages.
     page_size
-        Token slots of a page.
+        Number of token slots in a page.
 
     Raises
     ------
     ValueError
-        If the tensors do not go together.
+        If the tensors do not fit together.
 
     Examples
     --------
@@ -109,8 +109,8 @@ def vllm_caches(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
     ----------
     kv_cache
         [2, num_blocks, block_size, Hkv, D], as vLLM's attention for GPUs had it, or [num_blocks, Hkv, block_size, 2 D]
-        with arbitrary strides, as it has it now (0.32). vLLM's CPU kernels rearrange keys within a block; their cache
-        is not for others to read.
+        with arbitrary strides, as it has it now (0.32). vLLM's CPU kernels rearrange keys within a block, so their
+        cache cannot be read.
 
     Raises
     ------

@@ -42,7 +42,7 @@ _OPTIONS: Final = (
     "n", "beam_width", "num_iterations", "lookahead", "agg_strategy", "filter_duplicates", "sort_completed",
     "temperature", "top_p", "max_tokens", "seed",
 )  # fmt: skip
-# What vLLM's SamplingParams may ask for besides, and the values that ask for nothing.
+# Further options of vLLM's SamplingParams, with the values that have no effect.
 _NOT_ASKED: Final[dict[str, tuple[Any, ...]]] = {
     "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "repetition_penalty": (1.0,), "min_p": (0.0,),
     "stop_token_ids": (None, []), "bad_words": (None, []), "logit_bias": (None,), "logprobs": (None,),
@@ -53,7 +53,7 @@ _NOT_ASKED: Final[dict[str, tuple[Any, ...]]] = {
 
 @dataclass
 class SamplingParams:
-    """What search-and-learn says of sampling, named as in vLLM; vLLM's own class serves as well."""
+    """The sampling parameters of search-and-learn, named as in vLLM. vLLM's own class works, too."""
 
     n: int = 1
     temperature: float = 1.0
@@ -66,9 +66,9 @@ class SamplingParams:
 
 @dataclass
 class CompletionOutput:
-    """One sample; `stop_reason` is the stop string that ended it, or None at the end of the answer and of its tokens.
+    """One sample. `stop_reason` is the stop string that ended it; None at the end of the answer, or at the token limit.
 
-    `token_ids` are those of the text, encoded anew.
+    `token_ids` are the tokens of the text, encoded again.
     """
 
     index: int
@@ -89,23 +89,23 @@ class RequestOutput:
 
 
 class LLM:
-    """Stands where search-and-learn has a ``vllm.LLM``.
+    """Replaces the ``vllm.LLM`` of search-and-learn.
 
     Parameters
     ----------
     model : str or HFPolicy
-        A checkpoint, or a policy made with ``chat=False``: prompts come with their template applied.
+        A checkpoint, or a policy made with ``chat=False``, because prompts already have their template applied.
     seed : int
-        Fixes every draw; a sample depends on its prompt and on how often that was sampled before, not on the batch.
+        Fixes every draw. A sample depends on its prompt and on how often this was sampled before, not on the batch.
     gpu_memory_utilization, enable_prefix_caching, tensor_parallel_size
-        Taken and not used, so that its script runs as it is.
+        Accepted but ignored, so that the script runs unchanged.
     options
-        Those of :class:`~tts_search.HFPolicy`.
+        Options of :class:`~tts_search.HFPolicy`.
 
     Raises
     ------
     TypeError
-        For options beside a policy that is loaded.
+        If options are given with a loaded policy.
     ValueError
         If the policy renders prompts itself.
 
@@ -141,12 +141,12 @@ class LLM:
     def generate(
         self, prompts: str | Sequence[str], sampling_params: Any = None, *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
-        """Continue prompts, all in one batch. A step's last token is not cut: its text may go beyond the stop string.
+        """Continue prompts in one batch. A step's last token is not cut, so its text may extend beyond the stop string.
 
         Raises
         ------
         ValueError
-            If the parameters ask for something that a policy does not do.
+            If the parameters ask for something that a policy cannot do.
         SearchError
             If a prompt does not fit the model's context.
         """
@@ -163,7 +163,7 @@ class LLM:
         ]
 
     def close(self) -> Usage:
-        """Forget all prompts; what they have cost since the last time."""
+        """Forget all prompts, and return the cost since the last call."""
         return self._sampler.close()
 
     def _output(self, index: int, step: Step, params: StepParams, cut: bool) -> CompletionOutput:
@@ -177,19 +177,19 @@ class LLM:
 
 
 class PRM:
-    """Stands where search-and-learn has a PRM of its own; one score for each step of a completion, none for blank ones.
+    """Replaces a PRM of search-and-learn. Returns one score for each step of a completion, except blank steps.
 
     Parameters
     ----------
     model : str or HFVerifier or Verifier
         A checkpoint, or a verifier.
     options
-        Those of :class:`~tts_search.HFVerifier`.
+        Options of :class:`~tts_search.HFVerifier`.
 
     Raises
     ------
     TypeError
-        For options beside a verifier that is loaded.
+        If options are given with a loaded verifier.
     """
 
     def __init__(self, model: str | Verifier, **options: Any) -> None:
@@ -217,7 +217,7 @@ class PRM:
         return [[next(scores) or [0.0] for _ in texts] for texts in outputs]
 
     def close(self) -> Usage:
-        """Forget all questions; what they have cost since the last time."""
+        """Forget all questions, and return the cost since the last call."""
         return self._scorer.close()
 
 
@@ -238,12 +238,12 @@ def dvts(examples: Mapping[str, Any], config: Any, llm: LLM, prm: PRM) -> dict[s
 
 
 def stand_in_for_vllm() -> None:
-    """Let ``from vllm import LLM, SamplingParams`` find ours, if vLLM is not installed.
+    """Make ``from vllm import LLM, SamplingParams`` import these classes, if vLLM is not installed.
 
     Raises
     ------
     RuntimeError
-        If vLLM is installed: it would be hidden from the rest of the program.
+        If vLLM is installed, because the rest of the program could not use it any more.
     """
     if "vllm" not in sys.modules and importlib.util.find_spec("vllm") is not None:
         raise RuntimeError("vllm is installed: search-and-learn needs no stand-in for it")
@@ -252,7 +252,7 @@ def stand_in_for_vllm() -> None:
 
 
 class _Questions:
-    """A verifier that reads a question where the policy reads the prompt that was made of it."""
+    """A verifier that reads the question if the policy reads the prompt made from it."""
 
     def __init__(self, verifier: Verifier, questions: Mapping[str, str]) -> None:
         self._verifier = verifier
@@ -288,7 +288,7 @@ def _run(approach: str, examples: Mapping[str, Any], config: Any, llm: LLM, prm:
 
 
 def _columns(results: Sequence[SearchResult]) -> dict[str, list[Any]]:
-    """The columns that search-and-learn adds to a data set; its beam search and DVTS leave `completion_tokens` out."""
+    """The columns that search-and-learn adds to a data set. Its beam search and DVTS do not add `completion_tokens`."""
     return {
         "completions": [[one.text for one in result.completions] for result in results],
         "scores": [[list(one.step_scores) or [0.0] for one in result.completions] for result in results],
@@ -298,7 +298,7 @@ def _columns(results: Sequence[SearchResult]) -> dict[str, list[Any]]:
 
 
 def _step_params(asked: Any) -> StepParams:
-    """Sampling parameters of vLLM in our words."""
+    """Parameters of a step from vLLM's sampling parameters."""
     for name, nothing in _NOT_ASKED.items():
         if (value := getattr(asked, name, nothing[0])) not in nothing:
             raise ValueError(f"{name}: expected {nothing[0]!r}, which is all that a policy can do, got {value!r}")

@@ -23,10 +23,10 @@ from tts_search.search.types import Step, StepParams
 
 __all__ = ["Continuation", "StepSampler", "StepScorer", "before_delimiter"]
 
-# The problems of all samplers and scorers, apart from those of searches: they may share a policy or a verifier.
+# Numbers of the problems of all samplers and scorers. Searches that share the policy or the verifier have others.
 _NUMBERS: Final = itertools.count(1 << 40)
-_GREEDY: Final = -1  # the last number of the path of a child that took the most likely tokens
-_STRANGE: Final = -2  # the first number of a path that no sampling led to
+_GREEDY: Final = -1  # the last number of a greedy child's path
+_STRANGE: Final = -2  # the first number of a path for a text that was not sampled here
 
 Paths = list[tuple[int, ...]]
 Tree = TypeVar("Tree")
@@ -34,14 +34,14 @@ Tree = TypeVar("Tree")
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What is to be continued, and how.
+    """A text to continue, and how.
 
     Attributes
     ----------
     problem : str
-        What the policy takes for a problem.
+        The problem for the policy.
     text : str
-        What was generated so far.
+        The text generated so far.
     params : StepParams
         How to sample.
     num_samples : int
@@ -55,7 +55,7 @@ class Continuation:
 
 
 def before_delimiter(text: str, delimiter: str | None) -> str:
-    r"""Return a step's text without the delimiter that ended it, and what its last token has behind that.
+    r"""Return a step's text before the delimiter that ended it, and the text of its last token after the delimiter.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def before_delimiter(text: str, delimiter: str | None) -> str:
 
 
 class _Problems(Generic[Tree]):
-    """The problems in flight, the one used longest ago first; too many of them are ended in that order."""
+    """The problems in flight, least recently used first. If there are too many, they are ended in this order."""
 
     def __init__(self, driver: Policy | Verifier, max_problems: int) -> None:
         if isinstance(max_problems, bool) or not isinstance(max_problems, int) or max_problems < 1:
@@ -81,7 +81,7 @@ class _Problems(Generic[Tree]):
         self._ended = Usage()
 
     def open(self, text: str, tree: Tree) -> tuple[int, Tree]:
-        """The number and the tree of a problem; it begins with ``tree`` if it was not in flight."""
+        """The number and the tree of a problem. A new problem begins with ``tree``."""
         if text not in self.trees:
             if not isinstance(text, str) or not text.strip():
                 raise SearchError(f"expected a problem that is not empty, got {text!r:.200}")
@@ -92,7 +92,7 @@ class _Problems(Generic[Tree]):
         return self.trees[text]
 
     def make_room(self, in_use: Iterable[str]) -> None:
-        """End problems that are not in use until there are not too many."""
+        """End problems that are not in use, until there are not too many."""
         wanted = set(in_use)
         for text in [text for text in self.trees if text not in wanted]:
             if len(self.trees) <= self._max:
@@ -112,7 +112,7 @@ class _Problems(Generic[Tree]):
 
 @dataclass(slots=True)
 class _Sampled:
-    """The branch of a text, and how many children it has had.
+    """The branch of a text, and the number of its children so far.
 
     Callers name a branch by its text only. When a text is first seen, it gets a number for the policy, and the path
     that fixes its draws. (The policy itself looks for a branch by its number first, see `models.known`.)
@@ -132,7 +132,7 @@ class _SampleTree:
     num_strange: int = 0
 
     def sampled(self, text: str) -> _Sampled:
-        if text not in self.texts:  # not a text of ours, or one that was edited: the policy finds what it knows of it
+        if text not in self.texts:  # an unknown or edited text: the policy continues the longest part it knows
             self.texts[text] = _Sampled(self.num_branches, (_STRANGE, self.num_strange), (text,))
             self.num_branches += 1
             self.num_strange += 1
@@ -142,20 +142,20 @@ class _SampleTree:
 class StepSampler:
     """Samples continuations of texts.
 
-    A text that is what this sampler returned before, put behind what it was asked to continue, is a branch that the
-    policy has; a local policy then forwards no token of it again. Any other text is read from the longest part that is
-    known. The k-th sample of a text has the draws that the k-th child of that branch has in a search with the
-    same seed, whatever else is asked at the time.
+    If a text is one that this sampler returned earlier, appended to the text that it continued, the policy has its
+    branch. A local policy then processes no token of it again. Any other text is read from the end of its longest known
+    part. The k-th sample of a text has the same draws as the k-th child of this branch in a search with the same seed,
+    even if other texts are sampled at the same time.
 
     Parameters
     ----------
     policy : Policy
-        Generates steps. It may serve searches besides, but not at the same time.
+        Generates steps. Searches may use it, too, but not at the same time.
     seed : int
         Fixes every draw.
     max_problems : int
-        When so many problems are known, the one used longest ago is forgotten. (KV cache is the policy's own affair:
-        it drops what was used longest ago.)
+        If this many problems are known, the least recently used one is forgotten. (The policy itself decides what KV it
+        drops.)
 
     Raises
     ------
@@ -169,7 +169,7 @@ class StepSampler:
         self._problems: _Problems[_SampleTree] = _Problems(policy, max_problems)
 
     def split(self, prompt: str) -> tuple[str, str]:
-        """Cut a whole prompt into the problem it begins with and what was generated; a new one is all problem."""
+        """Split a whole prompt into problem and generated text. A new prompt is a problem and nothing else."""
         with self._problems.lock:
             known = [text for text in self._problems.trees if prompt.startswith(text)]
         problem = max(known, key=len, default=prompt)
@@ -215,15 +215,15 @@ class StepSampler:
             return results
 
     def close(self) -> Usage:
-        """Forget all problems; what they have cost since the last time."""
+        """Forget all problems, and return the cost since the last call."""
         with self._problems.lock:
             return self._problems.close()
 
     def _expand(self, problem: str, text: str, params: StepParams, count: int) -> tuple[Expand, Paths]:
-        """What the policy is asked for, and the paths of the children."""
+        """The request to the policy, and the paths of the children."""
         number, tree = self._problems.open(problem, _SampleTree(Seeds(self.seed, problem)))
         parent = tree.sampled(text)
-        if params.temperature == 0:  # no draw, so the branch's next samples are what they would have been
+        if params.temperature == 0:  # without draws, the next samples of the branch are not affected
             paths = [(*parent.path, _GREEDY)] * count
         else:
             paths = [(*parent.path, parent.num_children + offset) for offset in range(count)]
@@ -234,7 +234,7 @@ class StepSampler:
         return Expand(number, parent.branch, children, parent.steps, seeds, params), paths
 
     def _remember(self, problem: str, text: str, expand: Expand, steps: Sequence[Step], paths: Paths) -> None:
-        """Note which text each new branch has; of equal texts the first is kept."""
+        """Record the text of each new branch. Among equal texts the first branch is kept."""
         number, tree = self._problems.trees[problem]
         parent = tree.texts[text]
         again: list[int] = []
@@ -264,15 +264,15 @@ class _ScoreTree:
 class StepScorer:
     """Scores the steps of texts.
 
-    Steps are compared without the white space around them. Those whose scores are known are not read again: a text
-    costs the steps that it has beyond the longest beginning that was a text itself.
+    Steps are compared without surrounding white space. Steps with known scores are not read again: a text costs only
+    the steps after its longest prefix that was scored before.
 
     Parameters
     ----------
     verifier : Verifier
-        Scores steps. It may serve searches besides, but not at the same time.
+        Scores steps. Searches may use it, too, but not at the same time.
     delimiter : str
-        Where a text is cut into steps.
+        The text between steps.
     max_problems : int
         As in :class:`StepSampler`.
 
@@ -295,8 +295,8 @@ class StepScorer:
         Returns
         -------
         list of list of float
-            For a text, one score for each of its steps, none of which is blank. For steps, one for each: a blank one
-            has the score of the step before it, and 0.0 if it is the first.
+            For a text, one score for each of its steps, without blank ones. For steps, one for each: a blank step has
+            the score of the step before it; if it is the first, 0.0.
 
         Raises
         ------
@@ -318,7 +318,7 @@ class StepScorer:
             return results
 
     def close(self) -> Usage:
-        """Forget all problems; what they have cost since the last time."""
+        """Forget all problems, and return the cost since the last call."""
         with self._problems.lock:
             return self._problems.close()
 
@@ -341,7 +341,7 @@ class StepScorer:
 
 
 def _spread(pieces: tuple[str, ...], known: dict[tuple[str, ...], list[float]]) -> list[float]:
-    """The scores of steps, blank ones among them."""
+    """The scores of all steps, including blank ones."""
     scores = iter(known[tuple(piece for piece in pieces if piece)])
     spread: list[float] = []
     for piece in pieces:

@@ -36,12 +36,12 @@ def refined(problem: str, answer: str) -> str:
 
 
 class Generator:
-    """Generates answers to one problem and scores them: a ``generate_fn`` of TreeQuest, and the same for a batch.
+    """Generates answers to one problem and scores them: a ``generate_fn`` of TreeQuest, also for batches.
 
     Parameters
     ----------
     problem : str
-        What is to be solved.
+        The problem.
     policy : Policy
         Samples answers.
     verifier : Verifier
@@ -51,9 +51,9 @@ class Generator:
     seed : int
         Fixes every draw of the policy.
     how : str
-        The aggregate of the steps' scores that is an answer's.
+        The aggregate of the steps' scores that gives the score of an answer.
     refine : callable
-        Of the problem and an answer, what the policy is told below that answer.
+        Makes the text for the policy below an answer, from the problem and this answer.
     """
 
     def __init__(
@@ -90,27 +90,27 @@ class Generator:
         samples = self._sampler.sample([Continuation(prompt, "", self.params) for prompt in prompts])
         answers = [Answer(step.text, step.finished) for (step,) in samples]
         scored = self._scorer.score([(self.problem, answer.text) for answer in answers])
-        scores = [aggregate(steps, self.how) if steps else 0.0 for steps in scored]  # an empty answer is worth nothing
+        scores = [aggregate(steps, self.how) if steps else 0.0 for steps in scored]  # an empty answer has score 0
         if bad := [score for score in scores if not 0 <= score <= 1]:
             raise SearchError(f"verifier: expected scores in [0, 1], got {bad[0]!r}")
         return list(zip(answers, scores, strict=True))
 
     def close(self) -> Usage:
-        """Forget the problem; what policy and verifier cost together."""
+        """Forget the problem; return the cost of policy and verifier together."""
         return self._sampler.close() + self._scorer.close()
 
 
 def ab_mcts(generator: Generator, *, budget: int, batch: int = 5, algorithm: Any = None) -> list[tuple[Answer, float]]:
-    """Search with TreeQuest: ask for a batch of trials, answer them together, tell it the results, until the budget.
+    """Search with TreeQuest until the budget is used: get a batch of trials, generate the answers, report the scores.
 
     Parameters
     ----------
     generator : Generator
-        Of the problem.
+        The generator of the problem.
     budget : int
-        Answers in all.
+        The total number of answers.
     batch : int
-        Trials at a time; TreeQuest advises at most 5, since it learns nothing within a batch.
+        Number of trials in a batch. TreeQuest advises at most 5, because it learns nothing within a batch.
     algorithm : treequest.Algorithm or None
         By default ``ABMCTSA()``: adaptive branching with node aggregation (arXiv 2503.04412). Its draws are those of
         numpy's global generator.
@@ -118,7 +118,7 @@ def ab_mcts(generator: Generator, *, budget: int, batch: int = 5, algorithm: Any
     Returns
     -------
     list of (Answer, float)
-        All answers and their scores, best first, the earlier one of equals.
+        All answers and their scores, best first. Equal ones are in the order of generation.
 
     Raises
     ------

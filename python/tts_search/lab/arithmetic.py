@@ -55,7 +55,7 @@ _SIZES = {
     5: _Level(8, 10, max_addend=40, max_factor=9),
 }
 _TEST_SHARE = 10  # one problem in ten is a test problem
-_GIVE_UP = 1000  # this many known problems in a row: a level has no more
+_GIVE_UP = 1000  # after this many known problems in a row, a level has no more
 
 _VERBS = {"add": "+", "subtract": "-", "multiply by": "*"}
 _PROBLEM = re.compile(
@@ -75,7 +75,7 @@ class Problem:
     solution : tuple of str
         The reference steps. All but the last end with a blank line; joined, they are the solution's text.
     answer : str
-        What the last step holds in ``\boxed{}``.
+        The content of ``\boxed{}`` in the last step.
     level : int
         1 (easiest) to 5.
     """
@@ -117,7 +117,7 @@ def solve(problem: str) -> tuple[str, ...]:
 def check_steps(problem: str, steps: Sequence[str]) -> list[bool]:
     """Label the steps of an attempt exactly: a step is right if it and all steps before it are.
 
-    White space at the end of a step does not count, so the last step may or may not end with a delimiter.
+    White space at the end of a step is ignored, so the last step may or may not end with a delimiter.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def check_steps(problem: str, steps: Sequence[str]) -> list[bool]:
 
 
 def endless(split: Split, level: int, seed: int) -> Iterator[Problem]:
-    """Yield problems of a split and level without end; a text may come up more than once.
+    """Yield problems of a split and level without end. A text may be repeated.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def generate(split: Split, level: int, count: int, seed: int = 0) -> list[Proble
     Raises
     ------
     ValueError
-        If `split` or `level` does not exist, or the level does not hold `count` different problems.
+        If `split` or `level` does not exist, or the level does not have `count` different problems.
     """
     if count < 0:
         raise ValueError(f"count: expected a number >= 0, got {count}")

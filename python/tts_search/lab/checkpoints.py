@@ -28,7 +28,7 @@ class Models:
 
 
 class _OnUse(Mapping[str, Model]):
-    """Models by name, each loaded when it is asked for and then kept."""
+    """Models by name. Each is loaded when it is first needed, and then kept."""
 
     def __init__(self, names: tuple[str, ...], load: Callable[[str], Model]) -> None:
         self._names = names
@@ -55,7 +55,7 @@ def load_models(folder: Path = MODELS_DIR) -> Models:
     Raises
     ------
     SearchError
-        If one is not there.
+        If one is missing.
     """
     missing = [name for name in (*POLICIES, *VERIFIERS) if not (folder / name / "config.json").exists()]
     if missing:

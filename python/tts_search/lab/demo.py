@@ -28,7 +28,7 @@ __all__ = ["CONFIG", "POLICIES", "VERIFIERS", "Models", "load_models", "make_tas
 METHODS: dict[Method, str] = {"best_of_n": "best-of-N", "beam_search": "beam search", "dvts": "DVTS"}
 BUDGETS = (1, 4, 16, 64)
 
-_TREE_BUDGET = 16  # the tree that is shown is one of a beam search of this size
+_TREE_BUDGET = 16  # the search whose tree is shown is a beam search of this size
 CONFIG = SearchConfig(max_steps=16, max_step_tokens=64, max_tokens=400)  # a level-5 solution has 9 to 11 steps
 
 
@@ -57,9 +57,9 @@ def run_demo(
     Parameters
     ----------
     models : Models
-        What is compared.
+        The models to compare.
     out : str or Path
-        A folder for the full results; those of an earlier run are overwritten.
+        A folder for the full results. Results of an earlier run are overwritten.
     levels : sequence of int
         Levels of the task.
     count : int
@@ -87,7 +87,7 @@ def run_demo(
     plan = make_plan(models, budgets, seed)
     out = Path(out)
     for name in ("results.jsonl", "manifest.json"):
-        (out / name).unlink(missing_ok=True)  # times are only true of searches that run now
+        (out / name).unlink(missing_ok=True)  # reported times must be of this run
     emit(f"{len(tasks)} problems of levels {levels[0]} to {levels[-1]}; {len(plan)} searches of each\n")
     found = run_experiments(
         tasks,
@@ -100,7 +100,7 @@ def run_demo(
         count=count,
         seed=seed,
     )
-    found = [replace(row, records=list(row.records)) for row in found]  # gone through again and again below
+    found = [replace(row, records=list(row.records)) for row in found]  # these are read several times below
     rows = {row.label: row for row in found}
     for section in (
         accuracy_table(_with_majority(rows)),
@@ -117,7 +117,7 @@ def run_demo(
 
 
 def make_plan(models: Models, budgets: Sequence[int], seed: int) -> list[Experiment]:
-    """Return the searches: every policy alone; the smallest with every method and budget, once with each verifier."""
+    """Return the searches: every policy alone; the smallest with every method and budget and with each verifier."""
     base = replace(CONFIG, seed=seed)
     alone = base.with_method("best_of_n", n=1)
     greedy = replace(alone, temperature=0.0)
@@ -164,7 +164,7 @@ def _with_majority(rows: Mapping[str, Row]) -> list[Row]:
 
 
 def _verdict(models: Models, rows: Mapping[str, Row]) -> str:
-    """Say where the smallest policy with search beats the largest one's greedy answer, and where it does not."""
+    """Report where the smallest policy with search beats the largest policy's greedy answer, and where it does not."""
     smallest, *_, largest = models.policies
     rival = rows[label(largest, "greedy")]
     searches = {name: row for name, row in rows.items() if row.vote == "prm_max"}
@@ -195,7 +195,7 @@ def _levels(levels: Sequence[str]) -> str:
 
 
 def _one_tree(models: Models, rows: Mapping[str, Row]) -> str:
-    """Show the tree of a problem that the smallest policy fails alone and solves by beam search, if there is one."""
+    """Show the tree of a problem that the smallest policy fails alone and solves by beam search; empty if none."""
     smallest = next(iter(models.policies))
     row = rows.get(label(smallest, METHODS["beam_search"], _TREE_BUDGET))
     if row is None:

@@ -26,5 +26,5 @@ def inference_flops(parameters: float, tokens: float) -> float:
 
 
 def total_flops(parameters: float, training_tokens: float, inference_tokens: float) -> float:
-    """Return what a model costs, training and inference together, as table 4 of arXiv 2502.06703 adds it up."""
+    """Return the total cost of a model, training and inference, as in table 4 of arXiv 2502.06703."""
     return pretraining_flops(parameters, training_tokens) + inference_flops(parameters, inference_tokens)

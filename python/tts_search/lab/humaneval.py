@@ -30,7 +30,7 @@ PARAMS: Final = StepParams(temperature=0.8, top_p=0.95, max_tokens=512, delimite
 """Temperature and top_p of Chen et al. (arXiv 2107.03374) for many samples."""
 
 RULES: Final = ("random", "mean logprob", "majority of behaviour", "public tests", "any right (pass@n)")
-"""How a program is chosen; the last one is the ceiling of all."""
+"""The rules for choosing a program. The last one is an upper bound for all."""
 
 _SUBSETS: Final = 500
 _RESAMPLES: Final = 10_000
@@ -40,20 +40,20 @@ Table = dict[str, dict[str, TableCell]]
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of the completions of a line of samples.
+    """The judged completions of a line of samples.
 
     Attributes
     ----------
     id, first
-        As of the samples.
+        As in the samples.
     public : tuple of float
-        Share of the public tests passed; 0 without a program.
+        Share of the public tests that passed; 0 without a program.
     behaviour : tuple of str
-        Equal for programs that vote alike; empty for completions that do not vote.
+        Equal for programs that vote together; empty for completions that do not vote.
     right : tuple of bool
         Whether all hidden tests passed.
     public_seconds, hidden_seconds : float
-        Of running them; programs that were seen before take none.
+        Seconds of running the tests. Programs that were seen before take none.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Judged:
 def run_code_study(
     tasks: Sequence[CodeTask], policy: Policy, out: str | Path, *, n: int = 64, seed: int = 0, about: str = ""
 ) -> dict[str, Table]:
-    """Draw, judge, and return the tables; what the folder holds already is not done again.
+    """Draw, judge, and return the tables. Work whose results are in the folder is not repeated.
 
     Parameters
     ----------
@@ -83,12 +83,12 @@ def run_code_study(
     seed : int
         Fixes the draws.
     about : str
-        The checkpoint and its precision: samples of another one are refused.
+        The checkpoint and its precision. Samples of another one are refused.
 
     Raises
     ------
     ValueError
-        If `n` is no multiple of 16, or the folder holds samples that were drawn in another way.
+        If `n` is no multiple of 16, or the folder has samples that were drawn differently.
     SearchError
         If the policy fails.
     SandboxError
@@ -102,7 +102,7 @@ def run_code_study(
 def judge_samples(
     tasks: Sequence[CodeTask], samples: Sequence[Drawn], path: str | Path, judge: ProgramJudge | None = None
 ) -> list[Judged]:
-    """Run the programs of samples; a line of the file for each line of samples, none of which is run again."""
+    """Run the programs of samples; write a line for each line of samples. Existing lines are not run again."""
     path, judge = Path(path), judge or ProgramJudge()
     graders = {task.id: CodeGrader(task, judge) for task in tasks}
     entries: list[dict[str, Any]] = [
@@ -130,7 +130,7 @@ def _judged(drawn: Drawn, grader: CodeGrader, judge: ProgramJudge) -> Judged:
 
 
 def _behaviour(grader: CodeGrader, program: str) -> str:
-    """A name of what a program does on the public inputs; its own for one that equals no other, as the grader says."""
+    """A name for a program's behaviour on the public inputs. Programs that the grader holds for equal share it."""
     if not program:
         return ""
     alike = grader.equal(program, program)
@@ -148,11 +148,12 @@ def expected(judged: Sequence[Judged], steps: Sequence[Step], n: int) -> dict[st
     steps : sequence of Step
         Its completions, in the same order.
     n : int
-        At most as many as there are.
+        At most the number of completions.
 
     Notes
     -----
-    Ties are broken at random. All are exact but the majority, which is a mean over 500 subsets where there are more.
+    Ties are broken at random. All values are exact, except for the majority: if there are more than 500 subsets, it is
+    a mean over 500.
     """
     right = [one for line in judged for one in line.right]
     public = [one for line in judged for one in line.public]
@@ -185,7 +186,7 @@ def _by_score(scores: Sequence[float], right: Sequence[bool], n: int) -> float:
 
 
 def _by_majority(classes: Sequence[str], right: Sequence[bool], n: int) -> float:
-    """Any member of the largest class is taken; without a voter, nothing is right."""
+    """Share of right programs in the largest class. Without voters, the result is 0."""
     share = {one: sum(ok for c, ok in zip(classes, right, strict=True) if c == one) for one in set(classes)}
     sizes = Counter(classes)
     draws = random.Random(0)
@@ -204,7 +205,7 @@ def _by_majority(classes: Sequence[str], right: Sequence[bool], n: int) -> float
 def tables(tasks: Sequence[CodeTask], samples: Sequence[Drawn], judged: Sequence[Judged]) -> dict[str, Table]:
     """Return ``accuracy``, ``accuracy without repeats``, ``gain`` (in points, of the largest n), ``cost``, ``tests``.
 
-    Accuracies are percentages with 95% intervals, by the percentile bootstrap over tasks.
+    Accuracies are percentages. Their 95% intervals are by the percentile bootstrap over tasks.
     """
     lines = {task.id: [one for one in judged if one.id == task.id] for task in tasks}
     steps = {task.id: [step for one in samples if one.id == task.id for step in one.steps] for task in tasks}
@@ -239,7 +240,7 @@ def _accuracy(of_task: Mapping[int, Mapping[str, Mapping[str, float]]], ids: Seq
 
 
 def _gain(of_task: Mapping[str, Mapping[str, float]]) -> Table:
-    """What the public tests add to each other rule, task by task."""
+    """The gain of the public tests over each other rule, task by task."""
     rows: Table = {}
     for rule in RULES[:3]:
         differences = [values["public tests"] - values[rule] for values in of_task.values()]
@@ -257,7 +258,7 @@ def _with_interval(values: Sequence[float]) -> str:
 
 
 def _cost(samples: Sequence[Drawn], judged: Sequence[Judged], count: int, sizes: Sequence[int]) -> Table:
-    """What a task takes: FLOPs by tokens, of which the prompt's are read once; seconds as they were measured."""
+    """The cost of a task: FLOPs in proportion to tokens, with the prompt read once; seconds as measured."""
     drawn = sum(len(one.steps) for one in samples)
     prompt = sum(one.prefill_tokens for one in samples) / len(samples)
     sampled = sum(one.tokens for one in samples) / drawn

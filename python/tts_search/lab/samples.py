@@ -31,17 +31,17 @@ class Drawn:
     Attributes
     ----------
     id : str
-        Of the task.
+        The id of the task.
     first : int
-        Number of the first of them among all completions of the problem.
+        The number of the first completion here among all completions of the problem.
     steps : tuple of Step
-        The completions, a step each.
+        The completions, one step each.
     tokens, prefill_tokens : int
-        Sampled; of the prompt.
+        Numbers of tokens that were sampled, and of tokens in the prompt.
     flops : float
-        Of all forwards.
+        Floating-point operations of all forwards.
     seconds : float
-        Since the line before was done: problems are drawn side by side.
+        Time since the previous line was done. (Problems are drawn at the same time.)
     """
 
     id: str
@@ -65,16 +65,16 @@ def draw(
     each: int = 16,
     in_flight: int = 16,
 ) -> list[Drawn]:
-    """Draw n completions of each problem into a file; what the file holds already is not drawn again.
+    """Draw n completions of each problem into a file. Completions that are in the file are not drawn again.
 
     Parameters
     ----------
     policy : Policy
-        Samples.
+        The policy that samples.
     problems : mapping of str to str
         Texts by id.
     path : str or Path
-        JSONL; each line is on disk as soon as it is done.
+        JSONL. Each line is on disk as soon as it is done.
     n : int
         Completions of a problem; a multiple of `each`.
     seed : int
@@ -82,21 +82,21 @@ def draw(
     params : StepParams
         How to sample, without a delimiter.
     about : str
-        What else the samples depend on, such as the checkpoint and its precision.
+        Everything else that the samples depend on, such as the checkpoint and its precision.
     each : int
-        Completions of a line.
+        Number of completions in a line.
     in_flight : int
-        Lines drawn side by side.
+        Number of lines that are drawn at the same time.
 
     Returns
     -------
     list of Drawn
-        Those of a problem one after the other, problems in order.
+        The completions of a problem one after the other, in the order of the problems.
 
     Raises
     ------
     ValueError
-        If `each` does not divide `n`, or the file holds what was drawn in another way.
+        If `each` does not divide `n`, or the file has samples that were drawn differently.
     SearchError
         If the policy fails for a problem.
     """
@@ -153,12 +153,12 @@ def _drawn(
 
 
 def read_samples(path: str | Path, head: Mapping[str, Any] | None = None) -> list[Drawn]:
-    """Read a file of samples; no file has none.
+    """Read a file of samples. A file that does not exist has none.
 
     Raises
     ------
     ValueError
-        If it was not drawn as `head` says.
+        If it was drawn differently than `head` says.
     """
     first, *entries = read_lines(path) or [head]
     if head is not None and first != head:
@@ -174,7 +174,7 @@ def read_head(path: str | Path) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path) -> list[Any]:
-    """Return the values of the lines of a file; lines that a crash left half-written are passed over."""
+    """Return the values in the lines of a file. Lines that a crash left incomplete are skipped."""
     values = []
     for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else ():
         with suppress(ValueError):
@@ -184,9 +184,9 @@ def read_lines(path: str | Path) -> list[Any]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[Any], None]]:
-    """What appends a value to a file, a line each, on disk at once."""
+    """Yield a function that appends a value to a file as one line, which is on disk at once."""
     with open(path, "a", encoding="utf-8") as file:
-        if path.read_bytes()[-1:] not in (b"", b"\n"):  # half a line
+        if path.read_bytes()[-1:] not in (b"", b"\n"):  # an incomplete line
             file.write("\n")
 
         def write(value: Any) -> None:

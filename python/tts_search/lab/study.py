@@ -83,7 +83,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The run in words."""
+        """A description of the run."""
         return f"{self.label.replace('{n}', str(self.n))} {', '.join(self.verifiers)}".rstrip()
 
 
@@ -134,7 +134,7 @@ def _solution_tokens(level: int) -> int:
 
 
 def plan_as_text(grid: Grid) -> str:
-    """Return a table of the runs of a grid and the tokens that they take."""
+    """Return a table of the runs of a grid and their numbers of tokens."""
     rows = []
     total = [0, 0]
     for cell in cells(grid):
@@ -148,12 +148,12 @@ def plan_as_text(grid: Grid) -> str:
 
 
 def share_out(grid: Grid, part: str) -> list[Cell]:
-    """Return the runs of part "I/K": the largest first, each to the part that has least so far.
+    """Return the runs of part "I/K". Each run, largest first, goes to the part with the fewest tokens so far.
 
     Raises
     ------
     SearchError
-        If it is no such text.
+        If `part` is not of this form.
     """
     try:
         index, count = map(int, part.split("/"))
@@ -171,7 +171,7 @@ def share_out(grid: Grid, part: str) -> list[Cell]:
 
 
 def run_study(grid: Grid, out: str | Path, *, part: str = "1/1", progress: bool = True) -> list[Record]:
-    """Run a grid, or a part of it; what the folder's results already hold is not run again.
+    """Run a grid, or a part of it. Runs whose results are in the folder are not repeated.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def run_study(grid: Grid, out: str | Path, *, part: str = "1/1", progress: bool 
     Returns
     -------
     list of Record
-        Of this part.
+        The records of this part.
     """
     plan = share_out(grid, part)
     tasks = make_tasks(grid.levels, grid.problems, grid.seed)
@@ -233,28 +233,28 @@ def _experiments(grid: Grid, cell: Cell, models: Models) -> list[Experiment]:
 
 
 class Memo:
-    """A policy that gives a sample it has given before again: several verifiers can read one sampling.
+    """A policy that remembers its samples, so that several verifiers can score the same samples.
 
-    A sample is known by the problem's text, the steps before it, its seed and its parameters, which fix it. Usage is
-    that of the first time, or the part of it that the samples asked for now are of all.
+    The problem's text, the steps before it, its seed and its parameters identify a sample. Usage is that of the first
+    time; if only some of the samples are asked for now, it is their share.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._texts: dict[int, str] = {}
-        self._asked: set[int] = set()  # problems that the policy knows of
+        self._asked: set[int] = set()  # problems that the policy has begun
         self._steps: dict[tuple[object, ...], Step] = {}
         self._usage: dict[str, Usage] = {}
-        self._asked_for: dict[int, int] = {}  # samples of a problem in flight
+        self._asked_for: dict[int, int] = {}  # number of samples of a problem in flight
         self._sampled: dict[str, int] = {}
 
     def begin(self, problem: int, text: str) -> None:
-        """Announce a problem; the policy hears of it with the first request that is new."""
+        """Announce a problem. The policy begins it with the first request that is new."""
         self._texts[problem] = text
         self._asked_for[problem] = 0
 
     def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
-        """Answer requests, those that hold anything new by the policy."""
+        """Answer requests. The policy answers those with something new."""
         for request in requests:
             self._asked_for[request.problem] += len(request.children)
         new = [request for request in requests if any(key not in self._steps for key in self._keys(request))]
@@ -270,12 +270,12 @@ class Memo:
         return [errors.get(id(request)) or [self._steps[key] for key in self._keys(request)] for request in requests]
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget branches; samples are kept."""
+        """Forget branches. Samples are kept."""
         if problem in self._asked:
             self._policy.release(problem, branches)
 
     def end(self, problem: int) -> Usage:
-        """Forget the problem and say what it cost when it was answered first."""
+        """Forget the problem, and return its cost when it was first answered."""
         text, asked_for = self._texts.pop(problem), self._asked_for.pop(problem)
         if problem in self._asked:
             self._asked.remove(problem)

@@ -17,7 +17,7 @@ _LOG = logging.getLogger("tts_search.serve.access")
 
 
 class AccessLog:
-    """Writes what was asked for, by whom, how it ended and how long it took; never what anybody or a model wrote."""
+    """Logs for each request its client, path, status and duration, and never any text of a client or a model."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

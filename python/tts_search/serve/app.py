@@ -18,9 +18,9 @@ __all__ = ["create_app"]
 def create_app(service: Service) -> FastAPI:
     """Return the application of a service.
 
-    It has no pages of documentation of its own, which would load scripts from elsewhere, and no CORS: browsers let only
-    its own page talk to it. Where it is bound to this machine, requests under other names are refused, so that no page
-    of a foreign name that points here can either.
+    It has no documentation pages, because these would load scripts from elsewhere. It has no CORS, so browsers let only
+    its own page talk to it. If it is bound to this machine, requests under other host names are refused. So a page of a
+    foreign name that points to this machine cannot use it either.
     """
     app = FastAPI(title="tts-search", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service

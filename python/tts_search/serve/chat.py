@@ -67,7 +67,7 @@ async def chat(
 
 
 def _continues(body: Chat) -> bool:
-    """Whether the last message is to be continued: vLLM's clients say so in the request, others in the message."""
+    """Whether the last message is to be continued. vLLM's clients set this in the request, others in the message."""
     last = body.messages[-1]
     return body.continue_final_message or (last.role == "assistant" and (last.model_extra or {}).get("prefix") is True)
 
@@ -95,7 +95,7 @@ def _prompt(service: Service, body: Chat) -> list[int]:
 
 
 def _seed_text(body: Chat) -> str | None:
-    """A lone problem seeds draws as it would in a search, so that answers are those of best-of-N."""
+    """The seed text for a single problem is the problem, as in a search. So the answers are those of best-of-N."""
     return body.messages[0].content if len(body.messages) == 1 else None
 
 

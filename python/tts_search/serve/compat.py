@@ -25,11 +25,11 @@ from tts_search.serve.solutions import (
 __all__ = ["routes"]
 
 routes = APIRouter()
-_ANY = 4096  # entries of a list
+_ANY = 4096  # the largest number of entries in a list
 
 
 class WorkerGenerate(SamplingRequest):
-    """A prompt for a worker of FastChat's kind."""
+    """A prompt, in the format of FastChat's workers."""
 
     prompt: Text
     max_new_tokens: int = Field(default=256, ge=1, lt=1 << 31)
@@ -38,14 +38,14 @@ class WorkerGenerate(SamplingRequest):
 
 
 class Given(SamplingRequest):
-    """How SGLang's `/generate` is told to sample."""
+    """Sampling parameters of SGLang's `/generate`."""
 
     max_new_tokens: int = Field(default=128, ge=1, lt=1 << 31)
     no_stop_trim: bool = False
 
 
 class Generating(ApiRequest):
-    """A prompt, or several, for SGLang's `/generate`."""
+    """One or several prompts for SGLang's `/generate`."""
 
     text: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | None = None
     input_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
@@ -55,7 +55,7 @@ class Generating(ApiRequest):
 
 
 class WorkerReward(ApiRequest):
-    """Solutions for a worker that scores: texts, pairs of problem and solution, or conversations; one, or several."""
+    """One or several solutions to score: texts, pairs of problem and solution, or conversations."""
 
     input_str: (
         Text
@@ -68,7 +68,7 @@ class WorkerReward(ApiRequest):
 
 @routes.post("/worker_generate")
 async def worker_generate(body: WorkerGenerate, service: Served, request: HttpRequest) -> dict[str, Any]:
-    """Continue a prompt; each answer's text, length and log-probability in lists of their own."""
+    """Continue a prompt. Texts, lengths and log-probabilities of the answers are in separate lists."""
     tokens = service.texts.encode(body.prompt, special=True)
     answers = Answers(
         service, body.model_copy(update={"stream": False}), [Prompt(tokens, body.prompt)],
@@ -88,7 +88,7 @@ async def worker_generate(body: WorkerGenerate, service: Served, request: HttpRe
 
 @routes.post("/generate")
 async def generate(body: Generating, service: Served, request: HttpRequest) -> list[dict[str, Any]] | dict[str, Any]:
-    """Continue prompts as SGLang does; an answer alone is no list."""
+    """Continue prompts as SGLang does. A single answer is not in a list."""
     if (body.text is None) == (body.input_ids is None):
         raise ApiError(400, "text: expected either text or input_ids", "text")
     if body.stream or body.return_logprob:
@@ -145,5 +145,5 @@ def _solution(service: Service, given: Any) -> Solution:
 
 @routes.post("/get_worker_address")
 async def worker_address(request: HttpRequest) -> dict[str, str]:
-    """Who serves a model, which a controller of FastChat's would say: this server."""
+    """The address of a model's server, as FastChat's controller returns it: it is this server."""
     return {"address": str(request.base_url).rstrip("/")}

@@ -22,11 +22,11 @@ from tts_search.serve.streams import event, new_id, now, streamed
 __all__ = ["routes"]
 
 routes = APIRouter()
-_SHORT = 16  # tokens, unless a request says how many: OpenAI's number
+_SHORT = 16  # default number of tokens, as in OpenAI's API
 
 
 class CompletionRequest(SamplingRequest):
-    """A prompt that is to be continued, or several."""
+    """One or several prompts to continue."""
 
     prompt: (
         Text
@@ -42,7 +42,7 @@ class CompletionRequest(SamplingRequest):
 
 @routes.post("/v1/completions")
 async def complete(body: CompletionRequest, service: Served, request: HttpRequest) -> Response:
-    """Continue prompts; the answers to the first one come first."""
+    """Continue prompts. The answers to the first prompt come first."""
     service.check_model(body.model)
     tells_echo = body.echo and body.logprobs is not None
     if tells_echo and body.stream:
@@ -63,7 +63,7 @@ async def complete(body: CompletionRequest, service: Served, request: HttpReques
     if body.stream:
         return streamed(_chunks(service, body, answers), timeout_s)
     parts = await while_wanted(request, answers.whole(), timeout_s)
-    if only_prompt:  # a forward tells of it what there is to tell; what was drawn behind it is nobody's
+    if only_prompt:  # the forward needs one new token, which is dropped
         parts, answers.num_tokens = [_without_answer(part) for part in parts], 0
     return JSONResponse(
         {
@@ -79,7 +79,7 @@ def _without_answer(part: Generated) -> Generated:
 
 
 def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
-    """The prompts, which come as texts or as tokens."""
+    """The prompts, given as texts or as tokens."""
     prompt = body.prompt
     several: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     found = []
@@ -105,7 +105,7 @@ def _head(service: Service, body: CompletionRequest, answers: Answers) -> dict[s
 def _choice(
     service: Service, body: CompletionRequest, answers: Answers, part: Generated, *, first: bool, offset: int = 0
 ) -> dict[str, Any]:
-    """A part of an answer; the `first` one has the prompt before it, if that is to be echoed."""
+    """A part of an answer. If the prompt is echoed, the `first` part begins with it."""
     tokens = answers.prompt_of(part.sample).tokens
     echoed = service.texts.decode(tokens) if body.echo and first else ""
     told = None
@@ -126,7 +126,7 @@ def _choice(
 
 
 def _logprobs(service: Service, part: Generated, offset: int) -> dict[str, Any]:
-    """What is told of the tokens of a part that begins at this character."""
+    """The log-probabilities of the tokens of a part. Its text begins at this character."""
     names = [service.texts.decode([token], skip_special=False) for token in part.tokens]
     tops = part.top or ((),) * len(part.tokens)
     return {
@@ -146,7 +146,7 @@ def _logprobs(service: Service, part: Generated, offset: int) -> dict[str, Any]:
 def _echoed_logprobs(
     service: Service, prompt: Sequence[int], part: Generated, most: int, new: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is told of the tokens of an echoed prompt, of the first one nothing, and then of the new ones."""
+    """The log-probabilities of an echoed prompt's tokens (None for the first), then of the new tokens."""
     values, tops = tuple(value for value, _ in part.prompt), tuple(top[:most] for _, top in part.prompt)
     old = _logprobs(service, Generated(part.sample, "", tuple(prompt[1:]), values, tops), 0)
     first = service.texts.decode(prompt[:1], skip_special=False)
@@ -162,7 +162,7 @@ def _echoed_logprobs(
 async def _chunks(service: Service, body: CompletionRequest, answers: Answers) -> AsyncGenerator[bytes, None]:
     """Yield the events of a stream."""
     head = _head(service, body, answers)
-    told: dict[int, int] = {}  # characters of each answer
+    told: dict[int, int] = {}  # number of characters sent of each answer
     async for parts in answers.parts():
         events = []
         for part in parts:

@@ -16,22 +16,22 @@ from tts_search.terminal import sanitize
 __all__ = ["ApiError", "add_handlers", "error_body"]
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
-_MOST = 500  # characters of a message
+_MOST = 500  # the longest message in characters
 
 
 class ApiError(Exception):
-    """A request that is not served.
+    """An error with an HTTP status, as the answer to a request.
 
     Parameters
     ----------
     status : int
-        Of the answer.
+        The HTTP status of the answer.
     message : str
-        What was expected and what came.
+        What was expected and what was given.
     param : str or None
-        The field that is wrong.
+        The invalid field.
     headers : mapping or None
-        Of the answer.
+        HTTP headers of the answer.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class ApiError(Exception):
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """What is said of an error."""
+    """The body of the answer for an error."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": sanitize(message)[:_MOST], "type": kind, "param": param, "code": status}}
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let an application answer errors in this form."""
+    """Let an application answer errors in this format."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -70,7 +70,7 @@ async def _api_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(_request: Request, error: Exception) -> JSONResponse:
-    """A body that is no such request: the first thing that is wrong with it."""
+    """The answer to an invalid body. It names the first invalid field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][1:])[:80] or None
@@ -83,5 +83,5 @@ async def _http_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
-    """The server's own fault, which its log tells about."""
+    """The answer to an error in the server. Details are only in the log."""
     return _answer(500, HTTPStatus.INTERNAL_SERVER_ERROR.phrase)

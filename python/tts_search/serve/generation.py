@@ -20,41 +20,41 @@ from tts_search.serve.texts import Texts
 
 __all__ = ["LEAST", "Answers", "Prompt", "finish_reason", "stop_reason", "told", "told_of_prompt"]
 
-LEAST: Final = -9999.0  # what is told of a token that cannot be drawn: JSON has no infinity
+LEAST: Final = -9999.0  # the log-probability reported for impossible tokens: JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens to go on behind, and the text that seeds the draws with the request's seed."""
+    """Tokens to continue, and the text that gives the draws together with the request's seed."""
 
     tokens: list[int]
     seed_text: str | None = None
 
 
 class Answers:
-    """The answers to a request's prompts: `n` to the first one, then to the second, and so on.
+    """The answers to a request's prompts: `n` to the first prompt, then `n` to the second, and so on.
 
     Parameters
     ----------
     service : Service
-        Who answers.
+        The service that answers.
     sampling : SamplingRequest
-        How.
+        How answers are drawn.
     prompts : sequence of Prompt
-        To what.
+        The prompts.
     max_tokens : int or None
-        Tokens of an answer; None: as many as there is room for.
+        The largest number of tokens of an answer; None: as many as there is room for.
     logprobs : int or None
-        How many of the likeliest tokens to tell in the place of each; None: no log-probabilities at all.
+        How many of the likeliest tokens to report at the place of each token; None: no log-probabilities at all.
     prompt_logprobs : int or None
-        The same of the prompts' tokens; None: as `sampling` says.
+        The same for the tokens of the prompts; None: as in `sampling`.
 
     Attributes
     ----------
     seed : int
-        The request's, or one that was drawn for it.
+        The seed of the request, or a new one if it has none.
     num_tokens : int
-        Tokens of the answers so far.
+        Number of tokens of the answers so far.
 
     Raises
     ------
@@ -101,13 +101,13 @@ class Answers:
         )
 
     def prompt_of(self, index: int) -> Prompt:
-        """The prompt that an answer answers."""
+        """The prompt for this answer."""
         return self._prompts[index // self._sampling.n]
 
     async def parts(self) -> AsyncGenerator[list[Generated], None]:
-        """Yield what has come, one part of an answer, `sample` being its number. Closing it frees what is on its way.
+        """Yield new parts of answers; `sample` is the number of the answer. Closing it frees the unfinished ones.
 
-        Who reads slower than the model writes gets fewer and longer parts.
+        A client that reads slower than the model writes gets fewer and longer parts.
 
         Raises
         ------
@@ -141,17 +141,17 @@ class Answers:
                 generation.cancel()
 
     async def whole(self) -> list[Generated]:
-        """All answers, in order; raises as `parts` does."""
+        """Return all answers, in order. Raises the same errors as `parts`."""
         parts: list[list[Generated]] = [[] for _ in range(len(self._prompts) * self._sampling.n)]
         async for news in self.parts():
             for part in news:
                 parts[part.sample].append(part)
         answers = [Generated.joined(each) for each in parts]
-        n = self._sampling.n  # what is told of a prompt came with the first answer to it
+        n = self._sampling.n  # data about a prompt came with its first answer
         return [replace(one, prompt=answers[index // n * n].prompt) for index, one in enumerate(answers)]
 
     def usage(self) -> dict[str, Any]:
-        """What the request cost, as clients count it: a prompt counts once, however many answers it has."""
+        """The cost of the request, as clients count it: a prompt counts once, even if it has several answers."""
         prompt = sum(len(each.tokens) for each in self._prompts)
         return {
             "prompt_tokens": prompt,
@@ -161,7 +161,7 @@ class Answers:
         }
 
     def _part(self, number: int, parts: Sequence[Generated]) -> Generated:
-        """Parts of a sample of a prompt as one of an answer."""
+        """Join parts of a sample of a prompt into one part of an answer."""
         part = Generated.joined(parts)
         if part.reason is not None:
             self._service.metrics.finished(finish_reason(part) or "")
@@ -190,7 +190,7 @@ def _check_length(prompt: Prompt, room: int) -> None:
 
 
 def _by_sample(news: Iterable[tuple[int, Generated]]) -> dict[tuple[int, int], list[Generated]]:
-    """Parts by the number of their prompt and of their sample."""
+    """Parts by the numbers of their prompt and their sample."""
     found: dict[tuple[int, int], list[Generated]] = {}
     for number, part in news:
         found.setdefault((number, part.sample), []).append(part)
@@ -198,17 +198,17 @@ def _by_sample(news: Iterable[tuple[int, Generated]]) -> dict[tuple[int, int], l
 
 
 def finish_reason(part: Generated) -> str | None:
-    """Why an answer has ended, as OpenAI says it; None while it goes on."""
+    """The reason why an answer ended, in OpenAI's words; None while it goes on."""
     return "stop" if part.reason == "eos" else part.reason
 
 
 def stop_reason(part: Generated) -> str | int | None:
-    """The text or the token that ended an answer; None where it ended by itself or at its limit."""
+    """The text or the token that ended an answer; None if the model or the limit ended it."""
     return part.stop if part.reason == "stop" else None
 
 
 def told(texts: Texts, part: Generated) -> list[dict[str, Any]]:
-    """The tokens of a part and their log-probabilities as chats tell them."""
+    """The tokens of a part and their log-probabilities, in the format of chats."""
     tops = part.top or ((),) * len(part.tokens)
     return [
         {**_token(texts, token, logprob), "top_logprobs": [_token(texts, *other) for other in top]}
@@ -217,7 +217,7 @@ def told(texts: Texts, part: Generated) -> list[dict[str, Any]]:
 
 
 def told_of_prompt(texts: Texts, tokens: Sequence[int], part: Generated) -> list[dict[str, Any] | None] | None:
-    """The log-probabilities of a prompt's tokens as vLLM tells them, of the first one nothing; None without any."""
+    """The log-probabilities of a prompt's tokens in vLLM's format (None for the first); None if there are none."""
     if not part.prompt:
         return None
     places: list[dict[str, Any] | None] = [None]

@@ -20,15 +20,15 @@ __all__ = ["GONE", "Deadline", "admitted", "authorised", "refusal", "while_wante
 
 T = TypeVar("T")
 
-GONE = 499  # what a log says of a request whose client has gone away
+GONE = 499  # status in the log if the client closed the connection
 _GRACE_S = 5.0
 _bearer = HTTPBearer(auto_error=False)
 
 
 class Deadline:
-    """Ends requests that take too long, whatever they wait for: a client that does not send its body, or reads nothing.
+    """Ends requests that take too long for any reason: for example, a client may send no body, or read nothing.
 
-    What a request does itself has its own limit, a little before, and says so in its answer.
+    The work for a request has its own limit, slightly earlier, so that the answer can report it.
     """
 
     def __init__(self, app: ASGIApp, timeout_s: float) -> None:
@@ -58,7 +58,7 @@ class Deadline:
 async def authorised(
     service: Served, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None
 ) -> None:
-    """Let whoever has a key pass. Each key is compared in full, however early it differs."""
+    """Let clients with a valid key pass. Keys are compared in constant time."""
     keys = service.settings.keys
     shown = given.credentials.encode() if given else b""
     matches = sum(secrets.compare_digest(shown, key.encode()) for key in keys)
@@ -67,7 +67,7 @@ async def authorised(
 
 
 async def admitted(service: Served) -> AsyncIterator[None]:
-    """Let a request in until its answer has been sent, if there are not too many."""
+    """Admit a request until its answer has been sent, unless there are too many."""
     if service.num_requests >= service.settings.max_queue:
         raise ApiError(
             429, f"{service.num_requests} requests run or wait; try again later", headers={"Retry-After": "1"}
@@ -80,7 +80,7 @@ async def admitted(service: Served) -> AsyncIterator[None]:
 
 
 async def while_wanted(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-    """Do some work, as long as the client is there and there is time; else it is cancelled."""
+    """Run some work while the client is connected and there is time. Otherwise, the work is cancelled."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -94,13 +94,13 @@ async def while_wanted(request: Request, work: Coroutine[Any, Any, T], timeout_s
 
 
 async def _gone(request: Request) -> None:
-    """Wait until the client has gone away."""
+    """Wait until the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def refusal(error: SearchError) -> ApiError:
-    """An error of the engine as one of the API: what a request can mend is told."""
+    """An error of the engine as one of the API. Errors that the client can correct are reported to it."""
     if error.problem is None and not isinstance(error, ConfigError) and error.message.startswith("engine:"):
         return ApiError(503, "the engine does not run")
     if error.__cause__ is not None and not isinstance(error.__cause__, (ValueError, TypeError)):

@@ -16,7 +16,7 @@ from tts_search.serve.service import Served, Service
 
 __all__ = ["open_routes", "routes"]
 
-open_routes = APIRouter()  # for everybody
+open_routes = APIRouter()  # without a key
 routes = APIRouter()
 _STARTED = int(time.time())
 
@@ -30,19 +30,19 @@ async def health(service: Served) -> Response:
 
 @open_routes.get("/version")
 async def version_() -> dict[str, str]:
-    """Which version this is."""
+    """The version of the server."""
     return {"version": version("tts-kernels")}
 
 
 @routes.get("/metrics")
 async def metrics(service: Served) -> Response:
-    """What is counted, for Prometheus."""
+    """The counters, for Prometheus."""
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 @routes.get("/v1/models")
 async def models(service: Served) -> dict[str, Any]:
-    """The models, and the searches that go by the names of models."""
+    """The models, and searches that can be used like models, by name."""
     return {"object": "list", "data": [_entry(service, name) for name in service.model_names]}
 
 
@@ -69,7 +69,7 @@ def _entry(service: Service, name: str) -> dict[str, Any]:
 
 
 class Tokenize(ApiRequest):
-    """A text or a conversation whose tokens are wanted."""
+    """A text or a conversation to encode."""
 
     prompt: Text | None = None
     messages: Conversation | None = None
@@ -80,7 +80,7 @@ class Tokenize(ApiRequest):
 
 
 class Detokenize(ApiRequest):
-    """Tokens whose text is wanted."""
+    """Tokens to decode."""
 
     tokens: TokenIds = Field(max_length=1 << 20)
 

@@ -23,9 +23,9 @@ class Metrics:
     Parameters
     ----------
     name : str
-        Of the model.
+        The name of the model.
     look : callable
-        Looks up what the server is doing now: texts and values by the names of gauges.
+        Returns the current state of the server: texts and values by the names of gauges.
     """
 
     def __init__(self, name: str, look: Look) -> None:
@@ -54,11 +54,11 @@ class Metrics:
         self.width = self._histogram("vllm:request_params_n", "Answers asked for.", _COUNTS)
 
     def finished(self, reason: str) -> None:
-        """Count an answer by what ended it."""
+        """Count an answer by the reason why it ended."""
         self.succeeded.labels(**self._labels, finished_reason=reason).inc()
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all counters and gauges in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str) -> Any:
@@ -70,7 +70,7 @@ class Metrics:
 
 
 class _Gauges:
-    """What is looked up."""
+    """Gauges whose values are looked up when they are read."""
 
     def __init__(self, name: str, look: Look) -> None:
         self._name = name

@@ -39,7 +39,7 @@ async def index() -> FileResponse:
 
 @routes.get("/page/about.json")
 async def about(service: Served) -> dict[str, Any]:
-    """What the page has to know of the server."""
+    """Data about the server for the page."""
     scored = service.verifier is not None
     return {
         "policy": service.name,
@@ -54,7 +54,7 @@ _PREFERRED: Final = ("beam_search", *(name for name in METHODS if name != "beam_
 
 @routes.get("/page/{name}")
 async def file(name: str) -> FileResponse:
-    """What the page is made of."""
+    """A file of the page."""
     if name not in _FILES:
         raise ApiError(404, "there is no such file")
     return FileResponse(_FILES[name], headers=_HEADERS)

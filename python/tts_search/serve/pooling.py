@@ -34,9 +34,10 @@ OneOrMoreTexts = Text | Annotated[list[Text], Field(min_length=1, max_length=409
 
 
 class Pooling(ApiRequest):
-    """A solution, or several, whose steps are to be scored; of a server without a format of steps, any texts.
+    """One or several solutions whose steps are scored. Without a format of steps: any texts.
 
-    How a text becomes tokens (`add_special_tokens`, and of messages the other two) is the format's where there is one.
+    If there is a format, it decides how a text becomes tokens. Otherwise `add_special_tokens` does, and for messages
+    also the other two options.
     """
 
     messages: Conversation | Annotated[list[Conversation], Field(min_length=1, max_length=4096)] | None = None
@@ -63,7 +64,7 @@ class Pooling(ApiRequest):
 
 
 class Scoring(ApiRequest):
-    """Problems and solutions that are to be scored as a whole."""
+    """Problems and solutions to score as a whole."""
 
     queries: OneOrMoreTexts = Field(validation_alias=AliasChoices("queries", "query", "text_1", "data_1"))
     documents: OneOrMoreTexts = Field(validation_alias=AliasChoices("documents", "items", "text_2", "data_2"))
@@ -71,7 +72,7 @@ class Scoring(ApiRequest):
 
 
 class GenerativeScoring(ApiRequest):
-    """A query, items, and the tokens between which the policy decides about each."""
+    """A query, items, and the label tokens by which the policy scores each item."""
 
     query: Text | TokenIds
     items: OneOrMoreTexts | Annotated[list[TokenIds], Field(min_length=1, max_length=4096)]
@@ -83,7 +84,7 @@ class GenerativeScoring(ApiRequest):
 @routes.post("/pooling")
 @routes.post("/v1/pooling")
 async def pooling(body: Pooling, service: Served, request: HttpRequest) -> dict[str, Any]:
-    """Score the steps of solutions: for each step, or each token, what speaks against it and for it."""
+    """Score the steps of solutions. For each step or token: the scores of the bad class and of the good class."""
     service.check_model(body.model, service.settings.verifier_names)
     solutions = _solutions(service, body)
     reading = await while_wanted(request, read_all(service, solutions), service.settings.timeout_s)
@@ -139,7 +140,7 @@ async def score(body: Scoring, service: Served, request: HttpRequest) -> dict[st
 @routes.post("/generative_scoring")
 @routes.post("/v1/generative_scoring")
 async def generative_scoring(body: GenerativeScoring, service: Served, request: HttpRequest) -> dict[str, Any]:
-    """Score items by how likely the policy goes on with the first label, behind the query and the item."""
+    """Score each item by the probability that the policy continues the query and the item with the first label."""
     service.check_model(body.model)
     texts = service.texts
     items: Sequence[str | list[int]] = [body.items] if isinstance(body.items, str) else body.items
@@ -177,9 +178,9 @@ def _label_score(logprobs: Sequence[float], *, normalised: bool) -> float:
 
 
 def _both_classes(service: Service, score: float) -> list[float]:
-    """A probability as vLLM gives those of two classes, the good one last; another score alone.
+    """A probability as vLLM's scores of two classes, the good class last. Any other score stays a single number.
 
-    A token has as many numbers as the head has classes.
+    A token has one number for each class of the head.
     """
     entry = getattr(service.verifier, "format", None)
     if entry is not None and entry.score_at == "token" and entry.head == "scalar":
@@ -189,7 +190,7 @@ def _both_classes(service: Service, score: float) -> list[float]:
 
 
 def _pairs(queries: str | list[str], documents: str | list[str]) -> list[tuple[str, str]]:
-    """One query for each document, or one for all."""
+    """Pairs of a query and a document: one query for each document, or one for all."""
     first = [queries] if isinstance(queries, str) else queries
     second = [documents] if isinstance(documents, str) else documents
     if len(first) not in (1, len(second)):

@@ -43,7 +43,7 @@ def best_node(result: SearchResult) -> int | None:
 
 
 def _ends(tree: SearchTree) -> dict[tuple[str, tuple[float, ...]], int]:
-    """The first leaf of each text and scores. Texts are those of the whole path."""
+    """The first leaf for each pair of text and scores. Texts are those of the whole path."""
     texts = {0: ""}
     ends: dict[tuple[str, tuple[float, ...]], int] = {}
     for node in tree.nodes[1:]:
@@ -55,7 +55,7 @@ def _ends(tree: SearchTree) -> dict[tuple[str, tuple[float, ...]], int]:
 
 
 def finite(value: Any) -> Any:
-    """Return a JSON value with null in the place of numbers that are not finite."""
+    """Return a JSON value with null instead of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -25,7 +25,7 @@ TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StopTexts = Annotated[list[Stop], Field(max_length=16)]
 
-# Fields that change what is sampled in ways that this server does not know, and their values that change nothing.
+# Fields that would change the sampling in ways that this server does not support, with the values that have no effect.
 _UNKNOWN: Final[dict[str, tuple[Any, ...]]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -53,7 +53,7 @@ _UNKNOWN: Final[dict[str, tuple[Any, ...]]] = {
 
 
 class ApiRequest(BaseModel):
-    """A request to a model; a field that is null is one that is not there."""
+    """A request to a model. A field that is null counts as missing."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -66,7 +66,7 @@ class ApiRequest(BaseModel):
 
 
 class Message(BaseModel):
-    """What somebody says in a conversation. Its content may come in parts, which are texts."""
+    """A message in a conversation. Its content may be a list of parts with texts."""
 
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
@@ -92,14 +92,14 @@ Conversation = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides its text."""
+    """What a stream reports besides its text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class SamplingRequest(ApiRequest):
-    """How answers are drawn, what ends them and what is told of them."""
+    """How answers are drawn, what ends them, and what is reported about them."""
 
     n: int = Field(default=1, ge=1, le=1 << 16)
     max_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
@@ -145,7 +145,7 @@ class SamplingRequest(ApiRequest):
 
 
 class Chat(SamplingRequest):
-    """A conversation that is to be answered or continued."""
+    """A conversation to answer or continue."""
 
     messages: Conversation
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)

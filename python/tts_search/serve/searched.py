@@ -29,7 +29,7 @@ __all__ = ["chat_of_search", "search_asked_for"]
 def search_asked_for(
     search: Mapping[str, Any] | None, named: Mapping[str, Any], budget: int | None
 ) -> dict[str, Any] | None:
-    """The fields of the search that a chat wants; None if it wants none. A budget is one of best-of-N."""
+    """The fields of the search that a chat asks for; None if it asks for none. A budget is that of best-of-N."""
     if search is None and not named and budget is None:
         return None
     by_budget = {} if budget is None else {"method": "best_of_n", "n": budget}
@@ -37,7 +37,7 @@ def search_asked_for(
 
 
 async def chat_of_search(service: Service, request: HttpRequest, body: Chat, fields: Mapping[str, Any]) -> Response:
-    """Answer a conversation with what a search finds: the best completion, or with `n` the best of several."""
+    """Answer a conversation by a search: with the best completion, or with the `n` best ones."""
     if body.continue_final_message or body.stop or body.stop_token_ids or body.logprobs:
         raise ApiError(400, "search: expected no stop, no logprobs and no continue_final_message beside it", "search")
     own = {name: value for name, value in fields.items() if name not in ("vote", "tree")}
@@ -55,7 +55,7 @@ async def chat_of_search(service: Service, request: HttpRequest, body: Chat, fie
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A chat that wants a search, the vote that elects its answer, and whether it wants the tree."""
+    """A chat that asks for a search, the vote that elects its answer, and whether the tree is returned."""
 
     body: Chat
     vote: str
@@ -63,7 +63,7 @@ class _Asked:
 
 
 def _sampling(body: Chat) -> dict[str, Any]:
-    """What a chat says of sampling, where it says it."""
+    """The sampling parameters that a chat sets."""
     said: dict[str, Any] = {
         name: getattr(body, name) for name in ("temperature", "top_p", "top_k") if name in body.model_fields_set
     }
@@ -72,12 +72,12 @@ def _sampling(body: Chat) -> dict[str, Any]:
 
 
 def _problem(body: Chat) -> str | Messages:
-    """A lone message is the problem itself, so that the search is the one of the text."""
+    """The problem for the engine. A single message becomes a text, so that the search is that of the text."""
     return body.messages[0].content if len(body.messages) == 1 else problem_of(body.messages)
 
 
 def _elected(result: SearchResult, vote: str) -> tuple[list[Completion], str]:
-    """Completions, the elected one first and then the best, and the answer."""
+    """The completions, the elected one first and then the best ones, and the elected answer."""
     answer = result.answer(vote)
     first = result.best
     if vote != "prm_max":
@@ -130,7 +130,7 @@ def _told(result: SearchResult, asked: _Asked) -> dict[str, Any]:
 
 
 def _metadata(result: SearchResult, chosen: Completion) -> dict[str, Any]:
-    """What its_hub's gateway tells besides."""
+    """The additional data that its_hub's gateway returns."""
     scored = not math.isnan(result.best.score)
     return {
         "algorithm": "best-of-n" if scored else "self-consistency",
@@ -143,7 +143,7 @@ def _metadata(result: SearchResult, chosen: Completion) -> dict[str, Any]:
 async def _chunks(
     service: Service, asked: _Asked, work: Coroutine[Any, Any, SearchResult]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the answer as a stream, which has it all at once at its end."""
+    """Yield the answer as a stream. All of the text comes at the end."""
     reply = await asyncio.to_thread(_reply, service, asked, await work)
     head = {name: reply[name] for name in ("id", "created", "model", "seed")} | {"object": "chat.completion.chunk"}
     for choice in reply["choices"]:

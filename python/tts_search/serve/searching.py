@@ -36,13 +36,13 @@ __all__ = ["config_of_request", "found", "problem_of", "routes", "split_name", "
 
 routes = APIRouter()
 _FIELDS: Final = frozenset(one.name for one in fields(SearchConfig))
-_SIZES: Final = {"max_steps": 4096, "lookahead": 64, "expand": 4096}  # the most that a request may ask for
+_SIZES: Final = {"max_steps": 4096, "lookahead": 64, "expand": 4096}  # the largest values that a request may set
 _CONFIG: Final = TypeAdapter(SearchConfig)
 _DEFAULT: Final = SearchConfig()
 
 
 class Budget(BaseModel):
-    """What a search may cost: tokens that are sampled, or floating-point operations of both models."""
+    """A limit on the cost of a search: sampled tokens, or floating-point operations of both models."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -56,7 +56,7 @@ class Budget(BaseModel):
         return self
 
     def in_tokens(self, service: Service) -> int:
-        """How many tokens may be sampled."""
+        """The limit as a number of sampled tokens."""
         if self.tokens is not None:
             return self.tokens
         assert self.flops is not None
@@ -87,7 +87,7 @@ _BUDGET: Final = TypeAdapter(Budget)
 
 @routes.post("/v1/search")
 async def search(body: SearchRequest, service: Served, request: HttpRequest) -> Response:
-    """Search a problem: the whole result, or with `stream` what happens as it happens, and then the result."""
+    """Search a problem. Return the result; with `stream`, first send the events as they happen."""
     base, named = split_name(service, body.model)
     service.check_model(base)
     if (body.problem is None) == (body.messages is None):
@@ -103,12 +103,12 @@ async def search(body: SearchRequest, service: Served, request: HttpRequest) -> 
 
 
 def problem_of(messages: Sequence[Any] | None) -> Messages:
-    """A conversation as the engine takes it."""
+    """A conversation in the engine's form."""
     return [{"role": each.role, "content": each.content} for each in messages or ()]
 
 
 def split_name(service: Service, name: str | None) -> tuple[str | None, dict[str, Any]]:
-    """A model's own name, and the search that goes by the rest: ``policy@beam_search-16``."""
+    """Split a name such as ``policy@beam_search-16`` into the model's name and the fields of the search."""
     if name is None or "@" not in name or name in service.settings.names:
         return name, {}
     base, _, rest = name.rpartition("@")
@@ -119,12 +119,13 @@ def split_name(service: Service, name: str | None) -> tuple[str | None, dict[str
 
 
 def config_of_request(service: Service, values: Mapping[str, Any]) -> SearchConfig:
-    """A config of these fields.
+    """A config with these fields.
 
     Raises
     ------
     ApiError
-        For a field that there is not, or a value that it cannot have. A method is one of ours: no request names code.
+        If a field does not exist, or has an invalid value. Only built-in methods are allowed: a request cannot name
+        code.
     """
     values = _within_budget(service, values)
     if unknown := sorted(set(values) - _FIELDS):
@@ -146,10 +147,10 @@ def config_of_request(service: Service, values: Mapping[str, Any]) -> SearchConf
 
 
 def _within_budget(service: Service, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a search with its `budget` in their own terms.
+    """Replace the `budget` of a search by limits of its own fields.
 
-    Tokens are those that are sampled. FLOPs are as many tokens as both models can take for them with a full context, so
-    the search costs less. Best-of-N samples all at once: what it may cost bounds its n.
+    Tokens are sampled tokens. FLOPs are converted to tokens by the largest cost of a token in both models, with a full
+    context, so the search costs less than the limit. Best-of-N samples everything at once, so the limit bounds its n.
     """
     own = {name: value for name, value in values.items() if name != "budget"}
     if (budget := values.get("budget")) is None:
@@ -179,7 +180,7 @@ def vote_of(service: Service, vote: str | None) -> str:
 
 
 async def found(service: Service, problem: str | Messages, config: SearchConfig) -> SearchResult:
-    """What the engine finds. Whoever is cancelled while waiting cancels the search.
+    """Return the engine's result. If the caller is cancelled while it waits, the search is cancelled.
 
     Raises
     ------
@@ -208,7 +209,7 @@ def _count(service: Service, result: SearchResult) -> None:
 async def _told(
     service: Service, problem: str | Messages, config: SearchConfig, vote: str
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a search, and its result."""
+    """Yield the events of a search, then its result."""
     try:
         running = service.engine.submit(problem, config)
     except SearchError as error:
@@ -228,7 +229,7 @@ async def _told(
 
 
 async def _answer(service: Service, result: SearchResult, vote: str, *, tree: bool) -> dict[str, Any]:
-    """What is told of a result. Votes compare answers, which may take a while."""
+    """The answer for a result. Votes compare answers, which may take some time."""
     data = await asyncio.to_thread(result_as_dict, result, vote, tree=tree)
     return {
         "id": new_id("search"),
@@ -243,7 +244,7 @@ async def _answer(service: Service, result: SearchResult, vote: str, *, tree: bo
 
 
 def usage_of(result: SearchResult) -> dict[str, Any]:
-    """What a search cost both models, as clients count it."""
+    """The cost of a search in both models, as clients count it."""
     stats = result.stats
     return {
         "prompt_tokens": stats.policy_prefill_tokens,

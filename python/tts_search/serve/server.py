@@ -17,20 +17,20 @@ __all__ = ["LOOPBACK", "serve"]
 
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _MOST_CONNECTIONS: Final = 4096
-_KEEP_ALIVE_S: Final = 75  # a client that was busy finds its connection again
+_KEEP_ALIVE_S: Final = 75  # a busy client can use its connection again
 
 
 def serve(service: Service, *, host: str, port: int, drain_s: int = 600) -> None:
-    """Serve until a signal comes.
+    """Serve until a signal is received.
 
-    SIGTERM and SIGINT have it take no more connections and wait for the answers under way, `drain_s` seconds at most.
+    After SIGTERM or SIGINT it accepts no more connections, and waits at most `drain_s` seconds for unfinished answers.
 
     Parameters
     ----------
     service : Service
-        What is served.
+        The service.
     host, port : str, int
-        Where.
+        The address.
     drain_s : int
         How long to wait.
 
@@ -40,7 +40,7 @@ def serve(service: Service, *, host: str, port: int, drain_s: int = 600) -> None
         After a signal, with status 0.
     """
     _set_up_logs()
-    for number in (signal.SIGTERM, signal.SIGINT):  # what uvicorn raises again when it has ended
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises these again when it has ended
         signal.signal(number, _end)
     config = uvicorn.Config(
         create_app(service),
@@ -61,7 +61,7 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 
 def _set_up_logs() -> None:
-    """Accesses to standard output, one line of JSON each; the rest to standard error."""
+    """Log requests to standard output, one line of JSON each, and everything else to standard error."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     access = logging.getLogger("tts_search.serve.access")
     handler = logging.StreamHandler(sys.stdout)

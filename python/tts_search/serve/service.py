@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Served", "Service"]
 
-_SIZE = 16  # of the searches that are listed among the models
+_SIZE = 16  # the size in the names of searches in the list of models
 
 
 class Service:
-    """A policy, perhaps a verifier, and the engine that drives them.
+    """A policy, perhaps a verifier, and the engine that runs them.
 
     Parameters
     ----------
     engine : Engine
-        Over these two.
+        The engine over these models.
     policy, verifier : Policy, Verifier or None
         The models.
     settings : Settings
-        What is allowed.
+        What the server allows.
 
     Attributes
     ----------
     num_requests : int
-        Requests that run or wait.
+        Number of requests that run or wait.
     """
 
     def __init__(self, engine: Engine, policy: Policy, verifier: Verifier | None, settings: Settings) -> None:
@@ -49,12 +49,12 @@ class Service:
 
     @property
     def name(self) -> str:
-        """What answers call the policy."""
+        """The policy's name in answers."""
         return self.settings.names[0]
 
     @property
     def model_names(self) -> list[str]:
-        """What requests may call models: the policy, the searches over it, the verifier."""
+        """The names of models in requests: the policy, searches with it, the verifier."""
         scored = self.verifier is not None
         methods = ("beam_search", "best_of_n", "dvts") if scored else ("best_of_n",)
         searches = [f"{self.name}@{method}-{_SIZE}" for method in methods]
@@ -72,7 +72,7 @@ class Service:
         return self.texts_of(None)
 
     def texts_of(self, name: str | None) -> Texts:
-        """The tokenizer of the model of this name, the policy's for None; raises likewise."""
+        """The tokenizer of the model of this name, or the policy's for None. Raises the same error as `texts`."""
         model, kind = self._model(name)
         texts = self._texts[id(model)]
         if texts is None:
@@ -104,7 +104,7 @@ class Service:
         }
 
     def check_model(self, name: str | None, names: tuple[str, ...] | None = None) -> None:
-        """Raise the error of a model that is not served; none is the one that is."""
+        """Raise an error if a model is not served. None means the model that is."""
         names = names or self.settings.names
         if name is not None and name not in names:
             raise ApiError(404, f"model: expected one of {', '.join(names)}, got {name:.80}", "model")

@@ -11,28 +11,28 @@ __all__ = ["Settings", "default_name", "read_keys"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server presents itself and what it accepts.
+    """The names of a server's models, and the limits of its requests.
 
     Attributes
     ----------
     names : tuple of str
-        What requests call the policy; the first one is how answers call it.
+        Names of the policy in requests. The first one is used in answers.
     verifier_names : tuple of str
-        What requests call the verifier.
+        Names of the verifier in requests.
     keys : tuple of str
-        Whoever has one of these may use the models; none: everybody may.
+        Keys for access. If there are none, everyone has access.
     hosts : tuple of str
-        The names by which browsers may reach the server; ``"*"``: any.
+        The host names under which browsers may use the server; ``"*"``: any.
     max_queue : int
-        Requests that run or wait at a time; more are sent away with status 429.
+        The largest number of requests that run or wait. More requests get status 429.
     max_body : int
-        Bytes of a request's body.
+        The largest size of a request's body in bytes.
     max_n : int
-        Answers of one request, and candidates of a search.
+        The largest number of answers of a request, and of candidates of a search.
     timeout_s : float
         Seconds that a request may take.
     allow_chat_template : bool
-        Whether a request may bring a chat template of its own, which is a program in a sandbox.
+        Whether a request may include its own chat template, which is run as a program in a sandbox.
     """
 
     names: tuple[str, ...] = ("policy",)
@@ -47,17 +47,17 @@ class Settings:
 
 
 def default_name(path_or_id: str) -> str:
-    """A checkpoint's name for the world: a hub id as it is, of a folder or a file its own name alone."""
+    """A checkpoint's public name: a hub id unchanged; for a folder or file only its own name."""
     return Path(path_or_id).resolve().name if Path(path_or_id).exists() else path_or_id
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one per line; empty lines and those that begin with ``#`` say nothing.
+    """The keys in a file, one in each line. Empty lines and lines that begin with ``#`` are ignored.
 
     Raises
     ------
     ValueError
-        If there is none, or one has characters that cannot stand in a header.
+        If there is no key, or a key has characters that a header cannot contain.
     OSError
         If the file cannot be read.
     """

@@ -41,7 +41,7 @@ class ScoredSolutions:
     completions : list of Completion
         One for each solution, in order.
     tokens, cached_tokens : int
-        Tokens that were read for them, and that were known from earlier.
+        Number of tokens that were read for them, and that were in the cache.
     """
 
     completions: list[Completion]
@@ -53,7 +53,7 @@ _DELIMITER = "\n\n"
 
 
 def solution_of_pair(service: Service, problem: str, text: str) -> Solution:
-    """A problem, and a solution whose steps end in the verifier's tag, or else in a blank line.
+    """A problem and a solution. The verifier's tag ends a step; if there is no tag, a blank line does.
 
     Raises
     ------
@@ -73,13 +73,13 @@ def solution_of_pair(service: Service, problem: str, text: str) -> Solution:
 def solution_of_messages(service: Service, messages: Sequence[Any]) -> Solution:
     """A conversation: the user states the problem, the assistant solves it.
 
-    Or the user does both, a step per message, each followed by a mark of the assistant's, in whose place the verifier
-    scores; the first message is then the problem and the first step.
+    Or the user does both, with one step in each message. After each, the assistant has a mark, at whose place the
+    verifier scores. The first message then contains the problem and the first step.
 
     Raises
     ------
     ApiError
-        If it is neither, or says something to the verifier that its format does not.
+        If it is neither, or if it has texts for the verifier that are not in its format.
     """
     said = [(each.role, each.content) for each in messages]
     entry = getattr(service.verifier, "format", None)
@@ -99,18 +99,18 @@ def solution_of_messages(service: Service, messages: Sequence[Any]) -> Solution:
 
 
 def solution_of_text(service: Service, text: str) -> Solution:
-    """A text that holds both. Formats put a space between them: where it is cut does not change what is read."""
+    """A text with both. Formats put a space between them, so the place of the cut does not change the tokens."""
     problem, _, solution = text.partition(" ")
     return solution_of_pair(service, problem, solution)
 
 
 def solution_of_input(service: Service, given: str | Sequence[int]) -> Solution:
-    """A whole text as the verifier reads it, or its tokens: prompt, steps and marks, put together by the client.
+    """A whole text or its tokens in the verifier's format, with prompt, steps and marks, written by the client.
 
     Raises
     ------
     ApiError
-        If it is not in the verifier's format, or that has no mark behind each step.
+        If it is not in the verifier's format, or the format has no mark after each step.
     """
     parsed = getattr(service.verifier, "parsed", None)
     if parsed is None:
@@ -125,17 +125,17 @@ def solution_of_input(service: Service, given: str | Sequence[int]) -> Solution:
 
 
 def scores_tokens(service: Service) -> bool:
-    """Whether the verifier has no format of steps, so that every token of a text is scored."""
+    """Whether the verifier has no format of steps, so that each token of a text is scored."""
     return getattr(getattr(service.verifier, "format", None), "score_at", "") == "token"
 
 
 async def read_all(service: Service, solutions: Sequence[Solution], aggregate: str = "last") -> ScoredSolutions:
-    """Have solutions scored, all at once: those of one problem share what is read of it.
+    """Score solutions, all at once. Solutions of one problem share its KV.
 
     Raises
     ------
     ApiError
-        If there is no verifier, or one of them cannot be read.
+        If there is no verifier, or a solution cannot be read.
     """
     if service.verifier is None:
         raise ApiError(404, "this server has no verifier")
@@ -164,7 +164,7 @@ async def read_all(service: Service, solutions: Sequence[Solution], aggregate: s
 
 
 async def _read(service: Service, problem: str, solutions: Sequence[tuple[str, ...]], aggregate: str) -> SearchResult:
-    """Have solutions of one problem scored. It fails if one of them cannot be."""
+    """Score solutions of one problem. If one of them cannot be read, all fail."""
     result = await found(service, problem, SearchConfig(_reading(solutions), n=len(solutions), aggregate=aggregate))
     if why := next((node.why for node in result.tree.nodes if node.why), None):
         raise ApiError(400, why)
@@ -172,7 +172,7 @@ async def _read(service: Service, problem: str, solutions: Sequence[tuple[str, .
 
 
 def _reading(solutions: Sequence[tuple[str, ...]]) -> Algorithm:
-    """The search that has these steps scored and samples nothing."""
+    """A search that scores these steps, and samples nothing."""
 
     def reading(run: Run) -> Moves[list[Branch]]:
         run.round = 1
@@ -187,7 +187,7 @@ def _reading(solutions: Sequence[tuple[str, ...]]) -> Algorithm:
 
 
 def _tag(service: Service) -> str:
-    """What stands behind a step in the texts that are written for the verifier."""
+    """The mark after a step in texts for the verifier."""
     entry = getattr(service.verifier, "format", None)
     boundary: str = entry.boundary if entry is not None else ""
     return boundary.strip() or boundary or _DELIMITER

@@ -22,17 +22,17 @@ _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def new_id(kind: str) -> str:
-    """A name that no other answer has."""
+    """An id that no other answer has."""
     return f"{kind}-{uuid.uuid4().hex}"
 
 
 def now() -> int:
-    """The time, as OpenAI's clients read it."""
+    """The time as in OpenAI's answers."""
     return int(time.time())
 
 
 def event(data: Any, name: str | None = None) -> bytes:
-    """One event."""
+    """One server-sent event."""
     text = data if isinstance(data, str) else _encode(data)
     return format_sse_event(data_str=text, event=name)
 

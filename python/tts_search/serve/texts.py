@@ -10,18 +10,18 @@ from tts_search.serve.errors import ApiError
 
 __all__ = ["Texts"]
 
-_MARK: Final = "\ue0f0message\ue0f1"  # stands for a message that is to be continued: nobody writes it
+_MARK: Final = "\ue0f0message\ue0f1"  # stands for the message that is continued; no client writes it
 
 
 class Texts:
-    """What a tokenizer does for a server.
+    """The tokenizer of a model, as a server needs it.
 
     Parameters
     ----------
     tokenizer : tokenizer of transformers
-        A fast one.
+        A fast tokenizer.
     max_length : int
-        Tokens of the model's context.
+        The number of tokens in the model's context.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -29,7 +29,7 @@ class Texts:
         self.max_length = max_length
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """The tokens of a text; with `special`, the ones that the tokenizer puts in front, too."""
+        """The tokens of a text; with `special`, also those that the tokenizer adds at the beginning."""
         return text_ids(text, self.tokenizer, special=special)
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
@@ -38,20 +38,20 @@ class Texts:
         Raises
         ------
         ApiError
-            If there is no such token.
+            If a token does not exist.
         """
         self.check(tokens)
         text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=skip_special)
         return text
 
     def check(self, tokens: Sequence[int]) -> None:
-        """Raise the error of tokens that are none."""
+        """Raise an error for tokens that do not exist."""
         size = len(self.tokenizer)
         if wrong := next((token for token in tokens if not 0 <= token < size), None):
             raise ApiError(400, f"tokens: expected ids from 0 to {size - 1}, got {wrong}", "tokens")
 
     def names(self, tokens: Sequence[int]) -> list[str]:
-        """What the tokenizer calls tokens."""
+        """The names of tokens in the vocabulary."""
         self.check(tokens)
         names: list[str] = self.tokenizer.convert_ids_to_tokens(tokens)
         return names
@@ -68,8 +68,8 @@ class Texts:
     ) -> list[int]:
         """The tokens of a conversation.
 
-        With `continue_final` they end where the last message does, whose text is read as it is: what a template would
-        trim from its end belongs to what is to be continued.
+        With `continue_final` they end where the last message ends. The text of this message is not changed: white space
+        at its end, which a template might trim, is part of the text to continue.
 
         Raises
         ------
@@ -89,7 +89,7 @@ class Texts:
         return [*tokens, *self.continuation(tokens, str(last["content"]))]
 
     def continuation(self, tokens: Sequence[int], text: str) -> list[int]:
-        """The tokens of a text that stands behind others."""
+        """The tokens of a text that follows other tokens."""
         if not text:
             return []
         decode = self.tokenizer.backend_tokenizer.decode
@@ -117,6 +117,6 @@ class Texts:
                 chat_template=template,
                 **(options or {}),
             )
-        except Exception as error:  # a template is a program, and says in its own way what it does not like
+        except Exception as error:  # templates are programs, and raise any kind of error
             raise ApiError(400, f"messages: refused by the chat template: {error}", "messages") from error
         return text
