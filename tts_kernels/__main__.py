@@ -10,7 +10,7 @@ from . import __version__, backend_info
 
 
 def main() -> None:
-    """Print what this installation is and can do."""
+    """Print the version and the available backends of this installation."""
     info = backend_info()
     print(f"tts_kernels      {__version__}")
     print(f"torch            {torch.__version__}, {torch.get_num_threads()} threads")

@@ -16,8 +16,8 @@ def load() -> None:
     Raises
     ------
     ImportError
-        If the library was not built, needs a newer torch than the one that is installed, or was told by
-        ``TTS_KERNELS_CPU_ISA`` to use instructions that are not there.
+        If the library was not built or needs a newer torch, or if ``TTS_KERNELS_CPU_ISA`` asks for instructions that
+        this CPU does not have.
     """
     if not PATH.exists():
         raise ImportError(f"{PATH} is missing: build the package with `pip install .`")
@@ -28,13 +28,13 @@ def load() -> None:
             f"{PATH} does not load in torch {torch.__version__} (2.10 or newer is needed): {error}"
         ) from error
     try:
-        torch.ops.tts_kernels.cpu_isa()  # here, as torch keeps no message of an error in one of its threads
+        torch.ops.tts_kernels.cpu_isa()  # here, because torch loses the message of an error in one of its threads
     except RuntimeError as error:
         raise ImportError(str(error)) from error
 
 
 def load_cuda() -> str:
-    """Load ``_cuda.so`` where torch has CUDA; returns why not, or nothing."""
+    """Load ``_cuda.so`` if torch has CUDA. Returns the reason if it was not loaded, else an empty text."""
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     if not CUDA_PATH.exists():

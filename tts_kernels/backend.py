@@ -15,22 +15,22 @@ BACKENDS: Final = ("auto", "cpp", "triton", "reference")
 
 
 class use_backend:  # noqa: N801  (a setter that is also a context manager, like torch.inference_mode)
-    """Choose the implementation of every op, for the process.
+    """Choose the implementation of every op for the whole process.
 
-    Takes effect at once; as a context manager it puts the old choice back at the end.
+    Takes effect immediately. As a context manager it restores the old choice at the end.
 
     Parameters
     ----------
     name
-        ``"auto"``: the fastest that is there: C++, then Triton, then the reference.
-        ``"cpp"``, ``"triton"`` or ``"reference"``: that one alone.
+        ``"auto"``: the fastest available one: C++, then Triton, then the reference.
+        ``"cpp"``, ``"triton"`` or ``"reference"``: only this one.
 
     Raises
     ------
     ValueError
         For another name.
     RuntimeError
-        If the backend is not there; the message says why.
+        If the backend is not available; the message has the reason.
 
     Examples
     --------
@@ -58,7 +58,7 @@ class use_backend:  # noqa: N801  (a setter that is also a context manager, like
 
 
 class _Switch:
-    """An attribute of `state`, set at once; as a context manager it is put back at the end."""
+    """Sets an attribute of `state` immediately. As a context manager it restores the old value at the end."""
 
     _name: str
 
@@ -76,11 +76,11 @@ class _Switch:
 
 
 class debug_checks(_Switch):  # noqa: N801
-    """Check the values of index tensors on a GPU too (this synchronises the device at every call).
+    """Check the values of index tensors on a GPU, too. This synchronises the device at every call.
 
-    While a CUDA graph is captured they are not: nothing can be read then, nor when it is replayed.
+    While a CUDA graph is captured, and when it is replayed, nothing is checked, because values cannot be read then.
 
-    A setter and a context manager, like `use_backend`. On a CPU values are always checked.
+    A setter and a context manager, like `use_backend`. On a CPU, values are always checked.
 
     Examples
     --------
@@ -93,13 +93,13 @@ class debug_checks(_Switch):  # noqa: N801
 
 
 class deterministic(_Switch):  # noqa: N801
-    """Have `linear` on a GPU give a row the same bits in any company, as every other op does.
+    """Make the result of `linear` on a GPU independent of the other rows, to the bit, as for every other op.
 
-    Torch's library, which multiplies otherwise, chooses the order of its sums by the number of rows. Then our own
-    kernel does, whose order depends on the number of columns alone. On a CPU nothing changes: there it always does.
-    With ``use_backend("triton")`` the library goes on.
+    By default torch's library multiplies, and it chooses the order of its sums by the number of rows. With this option
+    our own kernel multiplies; its order depends only on the number of columns. On a CPU nothing changes: results are
+    always independent. With ``use_backend("triton")`` torch's library is still used.
 
-    A setter and a context manager, like `use_backend`. What it costs: docs/backends.md.
+    A setter and a context manager, like `use_backend`. docs/backends.md has the cost.
 
     Examples
     --------
@@ -112,5 +112,5 @@ class deterministic(_Switch):  # noqa: N801
 
 
 def missing(name: str) -> str:
-    """Say why a backend is not there; empty if it is."""
+    """Return why a backend is not available; empty if it is."""
     return triton.missing() if name == "triton" else ""

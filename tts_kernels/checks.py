@@ -22,7 +22,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def describe(value: Any) -> str:
-    """A short account of what came."""
+    """A short description of a value, for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
     return f"{value!r} of type {type(value).__name__}"
@@ -39,7 +39,7 @@ def tensor(
     shape: Sequence[int | str] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """A tensor of one of `dtypes`; in `shape` a string stands for any size. TypeError, ValueError."""
+    """A tensor of one of `dtypes`. In `shape` a string stands for any size. TypeError, ValueError."""
     if not isinstance(value, Tensor):
         _fail(TypeError, name, "a tensor", value)
     if value.dtype not in dtypes:
@@ -63,7 +63,7 @@ def cache(
     *,
     written: bool = False,
 ) -> None:
-    """One layer's pages: [P, page_size, Hkv, D], last dimension contiguous, no two slots one memory if `written`.
+    """One layer's pages: [P, page_size, Hkv, D], last dimension contiguous. If `written`, slots must not overlap.
 
     TypeError, ValueError.
     """
@@ -86,12 +86,11 @@ def caches(
     *,
     written: bool = False,
 ) -> list[int | str]:
-    """A layer's caches of heads of `shape`: of the tokens' dtype, fp8, or quantised with what is to be `beside` them.
+    """The caches of a layer for heads of `shape`: of the tokens' dtype, fp8, or quantised with the tensors `beside`.
 
-    `beside` are k_scale, v_scale, k_zero and v_zero under their names. Returns [Hkv, D] of the tokens. TypeError,
-    ValueError.
+    `beside` has k_scale, v_scale, k_zero and v_zero by name. Returns [Hkv, D] of the tokens. TypeError, ValueError.
     """
-    quantized = {torch.int8: 1, torch.uint8: 2}  # elements of a byte
+    quantized = {torch.int8: 1, torch.uint8: 2}  # elements in a byte
     tensor(k_name, k_cache, CACHE if tokens is None else (tokens, FP8, *quantized))
     dtype, each = k_cache.dtype, quantized.get(k_cache.dtype, 1)
     pages, page_size, heads, head_dim = shape
@@ -110,14 +109,14 @@ def caches(
 
 
 def no_cpp_for(*caches: Any) -> str:
-    """Why the C++ backend has no kernels for a layer's caches; empty if it has."""
+    """Why the C++ backend has no kernels for a layer's caches; empty if it has them."""
     if all(getattr(each, "dtype", None) != FP8 or each.device.type != "cpu" for each in caches):
         return ""
     return f"k_cache: expected no {FP8} on a CPU: kernels of GPUs and the reference read it (use_backend)"
 
 
 def _check_beside(name: str, value: Any, k_cache: Tensor, wanted: bool) -> None:
-    """Scales or zeros of quantised caches, or None if they are not wanted. TypeError, ValueError."""
+    """Scales or zeros of quantised caches, or None if they must be missing. TypeError, ValueError."""
     if (value is not None) != wanted:
         _fail(TypeError, name, f"{'a tensor' if wanted else 'None'} beside caches of {k_cache.dtype}", value)
     if value is None:
@@ -154,7 +153,7 @@ def choice(name: str, value: Any, options: Sequence[str]) -> None:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether values may be read: not while tracing; on a GPU under `debug_checks` only, and not into a graph."""
+    """Whether values may be read: not while tracing; on a GPU only under `debug_checks` and outside graph capture."""
     if torch.compiler.is_compiling():
         return False
     real = [t for t in tensors if t is not None]
@@ -164,13 +163,13 @@ def readable(*tensors: Tensor | None) -> bool:
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, which a read would end."""
+    """Whether a CUDA graph is being captured. Reading a value would break the capture."""
     built: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
     return built and torch.cuda.is_current_stream_capturing()
 
 
 def index_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Every value in [low, high), where it can be read. IndexError."""
+    """Every value must be in [low, high), if values can be read. IndexError."""
     if not readable(values) or values.numel() == 0:
         return
     bad = ((values < low) | (values >= high)).nonzero()
@@ -180,7 +179,7 @@ def index_range(name: str, values: Tensor, low: int, high: int) -> None:
 
 
 def distinct(name: str, values: Tensor) -> None:
-    """No value twice; under `debug_checks` only. ValueError."""
+    """No value may occur twice; checked only under `debug_checks`. ValueError."""
     if not state.debug_checks or not readable(values):
         return
     ordered = values.sort().values

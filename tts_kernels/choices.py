@@ -6,7 +6,7 @@ __all__ = ["state"]
 
 
 class _State:
-    """Plain attributes, so that torch.compile guards on them."""
+    """Choices as plain attributes, so that torch.compile guards on them."""
 
     backend: str = "auto"
     debug_checks: bool = False

@@ -23,7 +23,7 @@ class Append(NamedTuple):
     slots
         [sum(counts)]: ``page * page_size + offset`` of each new token, entry by entry; for `append_kv_`.
     copy_src, copy_dst
-        [copies]: pages to copy before anything is written to the slots; for `copy_pages_`.
+        [copies]: pages to copy before any slot is written; for `copy_pages_`.
     """
 
     slots: Tensor
@@ -32,16 +32,16 @@ class Append(NamedTuple):
 
 
 class ForestStats(NamedTuple):
-    """What a forest holds.
+    """The size of a forest.
 
     Attributes
     ----------
     branches
         Live branches.
     pages_total, pages_free
-        Pages in the pool, and those that no branch holds.
+        Pages in the pool, and pages that no branch uses.
     logical_tokens
-        Sum of the branches' lengths: the tokens that a cache without sharing would hold.
+        Sum of the branches' lengths: the number of tokens in a cache without sharing.
     unique_tokens
         Slots that some live branch reads.
     """
@@ -56,23 +56,22 @@ class ForestStats(NamedTuple):
 class KVForest:
     """All search trees in flight, as page tables over one pool of KV pages.
 
-    A branch is a sequence of tokens whose KV lies in pages of ``page_size`` token slots. Branches that were forked from
-    each other share the pages of their common prefix; a partly filled last page is copied only when a branch writes to
-    it while another still holds it. The forest knows page numbers alone; the cache itself is a `KVCache` or any other
-    tensors [num_pages, page_size, Hkv, D].
+    A branch is a sequence of tokens. Its KV lies in pages of ``page_size`` token slots. Branches that were forked from
+    each other share the pages of their common prefix. A partly filled last page is copied only when a branch writes to
+    it while another branch still uses it. The forest only knows page numbers. The cache itself is a `KVCache` or any
+    other tensors [num_pages, page_size, Hkv, D].
 
-    Branches are ints that count up from 0 and are never used again. An operation that raises has changed nothing; only
-    where memory runs out for one of the many short lists of an `append`, the forest may break, and then every later
-    operation raises a RuntimeError.
-    Arguments named ``branches``, ``counts`` and the like take a list, tuple, range, array or one-dimensional CPU tensor
-    of int. A forest is not thread-safe.
+    Branches are ints that count up from 0 and are never reused. An operation that raises an error has changed nothing.
+    There is one exception: if memory runs out for one of the many short lists of an `append`, the forest may break;
+    then every later operation raises a RuntimeError. Arguments named ``branches``, ``counts`` and the like take a list,
+    tuple, range, array or one-dimensional CPU tensor of int. A forest is not thread-safe.
 
     Parameters
     ----------
     num_pages
-        Pages in the pool.
+        Number of pages in the pool.
     page_size
-        Token slots of a page. The pool may hold fewer than 2**31 slots.
+        Number of token slots in a page. The pool must have fewer than 2**31 slots.
 
     Raises
     ------
@@ -83,8 +82,8 @@ class KVForest:
 
     Notes
     -----
-    Paged KV is from vLLM (arXiv 2309.06180). Here the pages are gathered into a tree of runs and references are counted
-    on the runs, so that a fork costs O(children) and never O(tokens).
+    Paged KV is from vLLM (arXiv 2309.06180). Here the pages form a tree of runs, and references are counted for runs,
+    so that a fork costs O(children) and never O(tokens).
 
     Examples
     --------
@@ -116,33 +115,33 @@ class KVForest:
         return self._forest.add_root()
 
     def append(self, branches: Ints, counts: Ints) -> Append:
-        """Give each branch room for more tokens.
+        """Reserve room for more tokens in branches.
 
-        Entries are served in order, so of the branches that share a partly filled last page all but the last of the
-        entries (if nobody else holds it) get a copy.
+        Entries are served in order. If several branches share a partly filled last page, each gets a copy, except for
+        the last entry if no other branch uses the page.
 
         Parameters
         ----------
         branches
             [B]: different live branches.
         counts
-            [B]: new tokens of each; 0 is fine.
+            [B]: number of new tokens of each; may be 0.
 
         Returns
         -------
         Append
-            The new tokens' slots, and the pages to copy first.
+            The slots of the new tokens, and the pages to copy first.
 
         Raises
         ------
         TypeError
             For anything but ints.
         ValueError
-            For a branch named twice, a negative count, or another number of counts than of branches.
+            If a branch is named twice, for a negative count, or if there are not as many counts as branches.
         IndexError
-            For a branch that does not live.
+            If a branch does not exist.
         OutOfPages
-            With ``needed`` and ``free``.
+            If there are too few pages; the error has ``needed`` and ``free``.
 
         Notes
         -----
@@ -152,33 +151,33 @@ class KVForest:
         return Append(_tensor(slots), _tensor(copy_src), _tensor(copy_dst))
 
     def fork(self, parents: Ints) -> list[int]:
-        """One child for each entry, equal to its parent. Parents live on, and no token is copied. O(children).
+        """Fork one child for each entry, equal to its parent. Parents stay, and no token is copied. O(children).
 
         Raises
         ------
         TypeError
             For anything but ints.
         IndexError
-            For a parent that does not live.
+            If a parent does not exist.
         """
         return self._forest.fork(_ints("parents", parents))
 
     def free(self, branches: Ints) -> None:
-        """End branches; pages that nobody else holds become free. O(branches + pages that become free).
+        """Remove branches. Pages that no other branch uses become free. O(branches + pages that become free).
 
         Raises
         ------
         TypeError
             For anything but ints.
         ValueError
-            For a branch named twice.
+            If a branch is named twice.
         IndexError
-            For a branch that does not live.
+            If a branch does not exist.
         """
         self._forest.free(_ints("branches", branches))
 
     def truncate(self, branch: int, length: int) -> None:
-        """Keep the first ``length`` tokens of a branch. O(pages behind the cut), however many branches share them.
+        """Keep only the first ``length`` tokens of a branch. O(pages after the cut), even if many branches share them.
 
         Raises
         ------
@@ -187,24 +186,24 @@ class KVForest:
         ValueError
             For a negative length, or more than the branch has.
         IndexError
-            For a branch that does not live.
+            If the branch does not exist.
         """
         self._forest.truncate(branch, length)
 
     def length(self, branch: int) -> int:
-        """How many tokens a branch has. O(1).
+        """The number of tokens of a branch. O(1).
 
         Raises
         ------
         TypeError
             For anything but an int.
         IndexError
-            For a branch that does not live.
+            If the branch does not exist.
         """
         return self._forest.length(branch)
 
     def page_table(self, branches: Ints) -> tuple[Tensor, Tensor]:
-        """The pages of branches, as other paged attention kernels take them.
+        """The pages of branches in the form that other paged attention kernels use.
 
         Parameters
         ----------
@@ -214,7 +213,7 @@ class KVForest:
         Returns
         -------
         page_table
-            [B, max] int32: row b holds the pages of branch b in order, then -1.
+            [B, max] int32: row b has the pages of branch b in order, then -1.
         kv_lens
             [B] int32: lengths.
 
@@ -223,7 +222,7 @@ class KVForest:
         TypeError
             For anything but ints.
         IndexError
-            For a branch that does not live.
+            If a branch does not exist.
 
         Notes
         -----
@@ -244,31 +243,31 @@ class KVForest:
         device: torch.device | str | None = None,
         out: AttentionPlan | None = None,
     ) -> AttentionPlan:
-        """Plan `tree_attention` of these branches: what is read once for all who share it, and in which pieces.
+        """Plan `tree_attention` of these branches: which keys are read once for several branches, and in which pieces.
 
         Parameters
         ----------
         branches
             [B]: live branches; branch b owns the next ``q_lens[b]`` rows of q.
         q_lens
-            [B]: query rows of each, the last of which is the branch's newest token; at most its length. None: one each
-            (an empty branch's row has no keys).
+            [B]: query rows of each branch. The last row is the branch's newest token, and the number is at most its
+            length. None: one row each (the row of an empty branch has no keys).
         num_q_heads, num_kv_heads, head_dim
             Hq, a multiple of Hkv; Hkv; D.
         window
-            w: a row at position i sees positions i - w + 1 to i; no other keys are planned. The plan serves attention
-            with that window or a narrower one.
+            w: a row at position i sees positions i - w + 1 to i, and no other keys are planned. The plan can be used
+            for attention with this window or a narrower one.
         device
-            Where the plan's tensors go, and for which the work is cut; by default torch's default
-            device, or that of ``out``.
+            The device for the plan's tensors, for which the work is cut; by default torch's default device, or that of
+            ``out``.
         out
-            An earlier plan for the same numbers and as many rows, whose tensors are filled again. It has room for some
-            hundreds of tokens more in each branch.
+            An earlier plan for the same numbers and the same number of rows, whose tensors are filled again. It has
+            room for a few hundred more tokens in each branch.
 
         Returns
         -------
         AttentionPlan
-            Serves every layer of a forward; ``out`` itself if it was given.
+            Can be used in every layer of a forward. If ``out`` was given, it is returned.
 
         Raises
         ------
@@ -278,11 +277,11 @@ class KVForest:
             For row counts outside [0, length], head numbers or a window that do not fit, or an ``out`` that does not
             fit (nothing is written then).
         IndexError
-            For a branch that does not live.
+            If a branch does not exist.
 
         Notes
         -----
-        O(B + rows + pages read), the last at the speed of a memory copy.
+        O(B + rows + pages read); the pages are read at the speed of a memory copy.
 
         Examples
         --------
@@ -309,7 +308,7 @@ class KVForest:
 
 
 def _ints(name: str, values: Ints) -> Any:
-    """What the host module takes: a tensor as a buffer, anything else as it is."""
+    """The argument for the host module: a tensor as a buffer, anything else unchanged."""
     if not isinstance(values, Tensor):
         return values
     if values.device.type != "cpu":

@@ -16,29 +16,28 @@ __all__ = ["BackendInfo", "backend_info"]
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What `backend_info` found.
+    """The result of `backend_info`.
 
     Attributes
     ----------
     in_use
         The choice made by `use_backend`.
     available
-        Backend name -> empty if it is there, else why not.
+        Backend name -> empty if it is available, else the reason why not.
     cpu_isa
         Instruction set that the CPU kernels use.
     cpu_isa_reason
-        Why that one: the measurement on this kind of processor, or that ``TTS_KERNELS_CPU_ISA`` asks for it.
+        The reason for it: a measurement on this kind of processor, or ``TTS_KERNELS_CPU_ISA``.
     cpu_isas
-        Those that this build has and this processor runs, from the shortest list of instructions to the longest.
+        The instruction sets that this build has and this processor can run, from the smallest to the largest.
     cuda
-        Empty if the C++ backend has its CUDA kernels, else why not.
+        Empty if the C++ backend has its CUDA kernels, else the reason why not.
     gpu
-        The GPU that torch sees, or why there is none.
+        The GPU that torch sees, or the reason why there is none.
     on_gpu
-        Operator -> what runs it for a CUDA tensor, as things stand: ``"cpp"`` if its CUDA kernel was built (`linear`
-        leaves products of floats to torch's library, unless `deterministic` is on); else
-        ``"triton"`` if it has one and triton is installed; else ``"torch"``, a composition of other operators, or the
-        slow ``"reference"``.
+        Operator -> what runs it for a CUDA tensor at present. ``"cpp"`` if its CUDA kernel was built. (`linear` leaves
+        products of floats to torch's library, unless `deterministic` is on.) Else ``"triton"`` if it has a Triton
+        kernel and triton is installed. Else ``"torch"``, a composition of other operators, or the slow ``"reference"``.
     """
 
     in_use: str
@@ -52,7 +51,7 @@ class BackendInfo:
 
 
 def backend_info() -> BackendInfo:
-    """Say which backends are there, why one is missing, and which is in use.
+    """Return which backends are available, why others are not, and which one is used.
 
     Examples
     --------

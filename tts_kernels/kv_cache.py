@@ -16,7 +16,7 @@ _STORED: Final = {**_CODES, "fp8": checks.FP8}
 
 
 class Beside(TypedDict, total=False):
-    """What lies beside the caches of a layer, as operators take it."""
+    """Scales and zeros of a layer's caches, as arguments of operators."""
 
     k_scale: Tensor
     v_scale: Tensor
@@ -25,25 +25,25 @@ class Beside(TypedDict, total=False):
 
 
 class KVCache:
-    """Pages of keys and values for every layer; `KVForest` says which page is whose.
+    """Pages of keys and values for every layer. `KVForest` knows which branches use a page.
 
     Parameters
     ----------
     num_layers, num_pages, num_kv_heads, head_dim, page_size
         Sizes, at least 1 each.
     dtype
-        float32, bfloat16 or float16; or "int8" or "int4", which store each head of a token as whole numbers with a
-        scale of its own (`append_kv_`): D + 2 and D / 2 + 4 bytes; or "fp8", for GPUs: float8_e4m3fn, no scale.
+        float32, bfloat16 or float16. Or "int8" or "int4": each head of a token is stored as whole numbers with its own
+        scale (`append_kv_`), in D + 2 and D / 2 + 4 bytes. Or "fp8", for GPUs: float8_e4m3fn, without a scale.
     device
-        Where; the default device if None.
+        The device; None: the default device.
 
     Attributes
     ----------
     k, v
-        Tuples over layers of tensors [num_pages, page_size, num_kv_heads, head_dim], not initialised: memory that no
-        token was written to is never touched. In int4 uint8 [..., head_dim / 2].
+        Tuples over layers of tensors [num_pages, page_size, num_kv_heads, head_dim], not initialised: memory is only
+        touched when a token is written to it. In int4 uint8 [..., head_dim / 2].
     k_scale, v_scale, k_zero, v_zero
-        Tuples over layers of float16 [num_pages, page_size, num_kv_heads] beside int8 and int4 (zeros: int4 only); else
+        Tuples over layers of float16 [num_pages, page_size, num_kv_heads] for int8 and int4 (zeros: int4 only); else
         empty.
 
     Raises
@@ -104,17 +104,17 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages of all layers, with what lies beside them."""
+        """Number of bytes of all pages of all layers, with scales and zeros."""
         return sum(t.nbytes for t in self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        """All of its memory as caches [P, page_size, Hkv, n]: what `copy_pages_` copies of a page."""
+        """All of its memory as caches [P, page_size, Hkv, n], for `copy_pages_`."""
         beside = (*self.k_scale, *self.v_scale, *self.k_zero, *self.v_zero)
         heads = (t.view(torch.uint8) if t.dtype == checks.FP8 else t for t in (*self.k, *self.v))
         return [*heads, *(t[..., None] for t in beside)]
 
     def beside(self, layer: int) -> Beside:
-        """The scales and zeros of a layer, under the names that operators take them by; none of a plain cache."""
+        """The scales and zeros of a layer, by the names of operators' arguments; empty for a plain cache."""
         beside = Beside()
         if self.k_scale:
             beside |= Beside(k_scale=self.k_scale[layer], v_scale=self.v_scale[layer])

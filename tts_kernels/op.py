@@ -14,30 +14,30 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """Calls ``torch.ops.tts_kernels.<name>``, or another implementation where the backend asks for it.
+    """Calls ``torch.ops.tts_kernels.<name>``, or the implementation that the backend asks for.
 
     Parameters
     ----------
     name
         The operator's name.
     reference
-        Plain torch, of the operator's own signature: it defines the result.
+        A function of plain torch with the same signature. It defines the result.
     check
-        Raises the error that names a wrong argument; same signature, returns nothing. It must skip the checks of
-        values for tensors whose values cannot be read (`checks.readable`), as it serves the fake too.
+        Raises the error that names a wrong argument; same signature, returns nothing. The fake uses it, too, so it must
+        skip checks of values that cannot be read (`checks.readable`).
     fake
-        Empty outputs of the right shapes, of the same signature.
+        Returns empty outputs of the right shapes; same signature.
     composed
-        The operator by other operators and torch, fast enough for a GPU without a kernel of its own; None if it is not
-        made of such.
+        The operator as a composition of other operators and torch, fast enough for a GPU without its own kernel; None
+        if there is none.
     rather_composed
-        Whether that is the better choice for these arguments on a GPU, although there is a kernel.
+        Whether the composition is faster than the kernel on a GPU for these arguments.
     no_cpp_for
-        Why C++ has no kernel for these arguments on their device, where "auto" goes on to Triton; empty if it has.
+        Why C++ has no kernel for these arguments on their device, so that "auto" uses Triton; empty if it has one.
 
-    A call to the C++ kernels runs no Python check: they check all that they read and fail bare, and only then does
-    `check` look for the culprit. Where they have no kernel for the tensors' device, "auto" goes on to Triton, where
-    that has none either, to what the operator is composed of, and else to the reference.
+    Before a call to C++ kernels, no Python check runs. The kernels check everything that they read, and fail with a
+    bare message. Only then `check` finds the wrong argument. If C++ has no kernel for the tensors' device, "auto" tries
+    Triton, then the composition, then the reference.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Op:
         self._devices = ("cpu", "meta", "cuda") if has_cuda else ("cpu", "meta")
 
     def __call__(self, *args: Any) -> Any:
-        """Run the op by what the backend asks for."""
+        """Run the op with the chosen backend."""
         device = self._device(args)
         runs = self.runs(device)
         if device == "cuda" and state.backend == "auto" and self.rather_composed(*args):
@@ -82,7 +82,7 @@ class Op:
         return run(*args)
 
     def runs(self, device: str | None) -> str:
-        """What runs for tensors on a kind of device: cpp, triton, torch (it is composed of other ops) or reference."""
+        """What runs for tensors on a kind of device: cpp, triton, torch (composed of other ops) or reference."""
         if state.backend in ("auto", "cpp") and (device is None or device in self._devices):
             return "cpp"
         if state.backend in ("auto", "triton") and self.triton is not None and device in triton.DEVICES:
@@ -102,7 +102,7 @@ class Op:
 
     @staticmethod
     def _device(args: tuple[Any, ...]) -> str | None:
-        """The kind of device that the tensors are on, by the first; None without one."""
+        """The kind of device of the first tensor; None without tensors."""
         first = next(iter(args[0]), None) if isinstance(args[0], (list, tuple)) else args[0]
         return first.device.type if isinstance(first, torch.Tensor) else None
 

@@ -14,15 +14,15 @@ from . import _host, checks
 
 Ints: TypeAlias = "Sequence[int] | Tensor"
 
-# Ints of a segment and of a task (csrc/include/plan.h).
+# Numbers of ints in a segment and in a task (csrc/include/plan.h).
 SEGMENT_INTS, TASK_INTS = _host.SEGMENT_INTS, _host.TASK_INTS
 
 
 class _Source(NamedTuple):
-    """The memory behind a plan's tensors."""
+    """The memory of a plan's tensors."""
 
-    buffer: _host.PlanBuffer  # where the planner writes
-    host: Tensor  # over the same memory
+    buffer: _host.PlanBuffer  # the planner writes here
+    host: Tensor  # a tensor over the same memory
     flat: Tensor  # on the plan's device; `host` itself on a CPU
 
 
@@ -30,40 +30,41 @@ class _Source(NamedTuple):
 class AttentionPlan:
     """How `tree_attention` reads the KV cache; made by `KVForest.plan` and `plan_attention`.
 
-    A plan serves every layer of a forward that has the same window or a narrower one. It is a pytree: its tensors are
-    the leaves, so it passes into a compiled function. All tensors are int32 and lie in one allocation; a tensor may be
-    longer than what is used of it.
+    A plan can be used in every layer of a forward that has the same window or a narrower one. It is a pytree with its
+    tensors as the leaves, so it can be passed into a compiled function. All tensors are int32 and lie in one
+    allocation. A tensor may be longer than its used part.
 
-    "Row" below means a position in ``rows``: query rows in depth-first order of the tree, in which the rows that read
-    any one page are next to each other.
+    "Row" below means a position in ``rows``. These are the query rows in depth-first order of the tree. In this order,
+    rows that read the same page are next to each other.
 
     Attributes
     ----------
     rows
-        [T]: row of q and out that each row stands for; a permutation.
+        [T]: the row of q and out at each position; a permutation.
     positions
-        [T]: the row's position in its branch; it sees the keys at positions up to its own. -1: it sees none.
+        [T]: the row's position in its branch. It sees the keys up to this position; -1: it sees none.
     pages
         [>= used]: page numbers.
     segments
-        [>= used, 7]: page_begin (in ``pages``: the page of the first token), start (position of the first token, which
-        is token ``start % page_size`` of that page), length (tokens), row_begin, row_end: these keys are read by these
-        rows, each up to its position; slot (of row_begin), fresh: row r's state over these keys is in slot + r -
-        row_begin, begun here (1) or continued (0); slot -1: it stays in the task and joins the state of the task's own.
+        [>= used, 7]: a range of keys, and the rows that read it, each up to its position. page_begin (index in
+        ``pages`` of the first token's page), start (position of the first token, which is token ``start % page_size``
+        of that page), length (tokens), row_begin, row_end. slot (of row_begin), fresh: the state of row r over these
+        keys is in slot + r - row_begin, and it begins here (1) or is continued (0). slot -1: the state stays in the
+        task and is merged into the task's own state.
     tasks
-        [>= used, 5]: seg_begin, seg_end, row_begin, row_end (hull of its segments' rows), slot (of row_begin). The unit
-        of work, for one KV head, dearest first. The task's own state of a row is its result if ``merge_slots`` has
-        nothing for the row, else it goes to slot + row - row_begin.
+        [>= used, 5]: seg_begin, seg_end, row_begin, row_end (hull of its segments' rows), slot (of row_begin). A task
+        is the unit of work for one KV head; the most expensive tasks come first. If ``merge_slots`` has nothing for a
+        row, the task's own state of the row is its result. Otherwise it goes to slot + row - row_begin.
     merge_indptr, merge_slots
-        [T + 1], [>= used]: row r's partial states are ``merge_slots[merge_indptr[r]:merge_indptr[r + 1]]``, in
-        ascending order of position: ``2 * slot + c``; c = 1: it continues the chunk of the state before it. A row with
-        position -1 has no keys: its output is 0 and its lse -inf.
+        [T + 1], [>= used]: the partial states of row r are ``merge_slots[merge_indptr[r]:merge_indptr[r + 1]]``, in
+        ascending order of position. An entry is ``2 * slot + c``; c = 1: it continues the chunk of the state before it.
+        A row with position -1 has no keys: its output is 0 and its lse -inf.
     sizes
-        [4]: segments, tasks, slots and pages in use.
+        [4]: the used numbers of segments, tasks, slots and pages.
     page_size, num_q_heads, num_kv_heads, head_dim, window
-        What the plan was made for; window 0: none. It serves that window and narrower ones.
+        The numbers that the plan was made for; window 0: none. It can be used with this window and narrower ones.
     max_slots
-        Room for partial states: at least the slots in use, a power of two.
+        Room for partial states: at least the used slots, a power of two.
     """
 
     rows: Tensor
@@ -87,7 +88,7 @@ class AttentionPlan:
         return f"AttentionPlan(num_rows={self.num_rows}, {numbers}, device={self.rows.device})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle has the same tensors and numbers, but no planner's memory behind them."""
+        """A copy or a pickle has the same tensors and numbers, but not the planner's memory."""
         tensors, numbers = _flatten(self)
         return AttentionPlan, (*tensors, *numbers)
 
@@ -136,45 +137,44 @@ def plan_attention(
     device: torch.device | str | None = None,
     out: AttentionPlan | None = None,
 ) -> AttentionPlan:
-    """Plan `tree_attention` over another framework's page table; the sharing of pages is found in it.
+    """Plan `tree_attention` over another framework's page table. Shared pages are found in the table.
 
-    Two branches share a page if both have it in the same column and agree in all columns before.
+    Two branches share a page if both have it in the same column, and all columns before are equal.
 
     Parameters
     ----------
     page_table
-        [B, max] int32 or int64: pages of each branch in order. Entries behind a branch's length may be anything. A
-        table that is not on the CPU is copied there, which waits for its device.
+        [B, max] int32 or int64: pages of each branch in order. Entries after a branch's length are ignored. A table on
+        another device is copied to the CPU, which waits for its device.
     kv_lens
-        [B]: tokens of each branch.
+        [B]: number of tokens of each branch.
     q_lens
-        [B]: query rows of each, the last of which is the branch's newest token; at most its length. None: one each (an
-        empty branch's row has no keys).
+        [B]: query rows of each branch. The last row is the branch's newest token, and the number is at most its length.
+        None: one row each (the row of an empty branch has no keys).
     page_size
-        Token slots of a page.
+        Number of token slots in a page.
     num_q_heads, num_kv_heads, head_dim
         Hq, a multiple of Hkv; Hkv; D.
     window
-        w: a row at position i sees positions i - w + 1 to i; no other keys are planned. The plan serves attention with
-        that window or a narrower one.
+        w: a row at position i sees positions i - w + 1 to i, and no other keys are planned. The plan can be used for
+        attention with this window or a narrower one.
     device
-        Where the plan's tensors go, and for which the work is cut; by default torch's default
-        device, or that of ``out``.
+        The device for the plan's tensors, for which the work is cut; by default torch's default device, or that of
+        ``out``.
     out
-        An earlier plan for the same numbers and as many rows, whose tensors are filled again.
+        An earlier plan for the same numbers and the same number of rows, whose tensors are filled again.
 
     Returns
     -------
     AttentionPlan
-        Serves every layer of a forward; ``out`` itself if it was given.
+        Can be used in every layer of a forward. If ``out`` was given, it is returned.
 
     Raises
     ------
     TypeError
         For anything but ints.
     ValueError
-        For shapes, lengths or row counts that do not fit each other, or an ``out`` that does not fit (nothing is
-        written then).
+        If shapes, lengths or row counts do not fit together, or ``out`` does not fit (then nothing is written).
     IndexError
         For a negative page within a branch's length.
 
@@ -216,7 +216,7 @@ def plan_attention(
 
 
 class PlanShape(NamedTuple):
-    """The numbers that a plan is made for."""
+    """The sizes that a plan is made for."""
 
     page_size: int
     num_q_heads: int
@@ -243,10 +243,10 @@ def make_plan(
     device: torch.device | str | None,
     out: AttentionPlan | None,
 ) -> AttentionPlan:
-    """The plan that ``fill`` makes.
+    """Make a plan with ``fill``.
 
-    ``fill(None, gpu)`` returns a new buffer, ``fill(buffer, gpu)`` writes an old one again; gpu says whose kernels the
-    work is cut for.
+    ``fill(None, gpu)`` returns a new buffer, ``fill(buffer, gpu)`` fills an old one again. gpu: whether the work is cut
+    for the kernels of a GPU.
     """
     if out is None:
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -263,7 +263,7 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 def _staged(host: Tensor, device: torch.device) -> Tensor:
-    """What to copy to a device: for a GPU pinned memory, so that the host goes on and may refill its own meanwhile."""
+    """The tensor to copy to a device. For a GPU it is in pinned memory, so that the host can refill its own at once."""
     return host.pin_memory() if _is_gpu(device) else host
 
 
@@ -289,7 +289,7 @@ def _wrap(buffer: _host.PlanBuffer, shape: PlanShape, device: torch.device) -> A
 
 
 def _reusable(out: AttentionPlan, shape: PlanShape, device: torch.device | str | None) -> _Source:
-    """The memory of ``out``, if a plan of this shape may be written to it. TypeError, ValueError."""
+    """The memory of ``out``, if a plan with these sizes may be written to it. TypeError, ValueError."""
     if not isinstance(out, AttentionPlan):
         raise TypeError(f"out: expected an AttentionPlan, got {type(out).__name__}")
     for name, value in shape._asdict().items():
@@ -306,7 +306,7 @@ def _reusable(out: AttentionPlan, shape: PlanShape, device: torch.device | str |
 
 
 def host_ints(name: str, values: Tensor) -> Any:
-    """A CPU tensor of ints [n] as the host module takes it, a buffer. TypeError, ValueError."""
+    """A CPU tensor of ints [n] as a buffer for the host module. TypeError, ValueError."""
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise TypeError(f"{name}: expected ints, got {checks.describe(values)}")
     if values.dim() != 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def _wide(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is, else float32: the dtype to compute in."""
+    """The dtype to compute in: float64 if any input is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -44,7 +44,7 @@ def step_scores(
 
 
 def aggregate_steps(scores: Tensor, indptr: Tensor, how: str) -> Tensor:
-    """One reduction a segment, in float64; [C]."""
+    """One reduction for each segment, in float64; [C]."""
     return _aggregate([scores[a:b].double() for a, b in _segments(indptr)], how, scores.device).to(_wide(scores))
 
 
@@ -72,7 +72,7 @@ def linear_logprob_quantized(
 
 
 def prune(scores: Tensor, indptr: Tensor, width: int, k: Tensor | None, keep_order: bool) -> tuple[Tensor, Tensor]:
-    """The first of each group in the order: higher score, lower index, NaN last; [G, K] and [G]."""
+    """The first k of each group in this order: higher score, lower index, NaN last; [G, K] and [G]."""
     segments = _segments(indptr)
     indices = torch.full((len(segments), width), -1, dtype=torch.int64, device=scores.device)
     counts = torch.zeros(len(segments), dtype=torch.int32, device=scores.device)
@@ -106,12 +106,12 @@ def score_and_prune(
     prior_counts: Tensor | None,
     keep_order: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`step_scores`, then each chain's aggregate from its prior on, then `prune`; [G, K], [G], [C], [S]."""
+    """`step_scores`, then the aggregate of each chain continued from its prior, then `prune`; [G, K], [G], [C], [S]."""
     scores = step_scores(hidden, positions, weight, bias, w1, b1, norm_weight, eps, sigmoid)
     chains = [scores[a:b].double() for a, b in _segments(step_indptr)]
     if prior is not None and prior_counts is not None:
         counts = prior_counts.tolist()
-        # An aggregate over n steps weighs as n times its value in a mean, as one value in the others.
+        # In a mean, an aggregate over n steps has the weight of n values; in the others, that of one value.
         chains = [
             torch.cat([prior[c : c + 1].double().expand(n if how == "mean" else min(n, 1)), chain])
             for c, (n, chain) in enumerate(zip(counts, chains, strict=True))
@@ -126,7 +126,7 @@ def _segments(indptr: Tensor) -> list[tuple[int, int]]:
 
 
 def _aggregate(chains: list[Tensor], how: str, device: torch.device) -> Tensor:
-    """One float64 number a chain of float64 scores; -inf for an empty one."""
+    """One float64 number for each chain of float64 scores; -inf for an empty chain."""
     reductions: dict[str, Callable[[Tensor], Tensor]] = {
         "last": lambda chain: chain[-1],
         "min": torch.amin,
@@ -161,10 +161,10 @@ def sample(
     min_ps: Tensor | None,
     top_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One token for each row and its log-probability, [B] int64 and [B]; the same of the likeliest ones, [B, k].
+    """One token for each row and its log-probability, [B] int64 and [B]; for the likeliest tokens [B, k] of both.
 
-    float32 inputs (and narrower ones) weigh by `_fixed_exp`, the arithmetic that every backend repeats bit for bit;
-    float64 inputs by ``torch.exp``.
+    Weights of float32 (and narrower) inputs are computed by `_fixed_exp`, which every backend repeats bit for bit.
+    Those of float64 inputs are computed by ``torch.exp``.
     """
     wide = _wide(logits)
     tokens = torch.full((logits.shape[0],), -1, dtype=torch.int64, device=logits.device)
@@ -178,7 +178,7 @@ def sample(
         numbers = (temperature, top_k, top_p, min_p)
         tensors = (temperatures, top_ks, top_ps, min_ps)
         t, k, p, m = (n if o is None else o[row].item() for n, o in zip(numbers, tensors, strict=True))
-        if (x == torch.inf).any():  # certain, and shared if there are several
+        if (x == torch.inf).any():  # the token is certain; if there are several, they share the probability
             x = torch.where(x == torch.inf, 0.0, -torch.inf)
         t = _float32(t)
         w = _ONE * (x == x.max()).double() if t == 0 else _weights(x, t)
@@ -194,7 +194,7 @@ def sample(
 
 
 def _kept(x: Tensor, w: Tensor, k: int, p: float, min_p: float) -> Tensor:
-    """Which tokens top-k, then top-p, then min-p leave."""
+    """The tokens that are left after top-k, then top-p, then min-p."""
     keep = torch.ones_like(x, dtype=torch.bool)
     if 0 < k < len(x):
         keep = x >= x.topk(k).values[-1]
@@ -207,7 +207,7 @@ def _kept(x: Tensor, w: Tensor, k: int, p: float, min_p: float) -> Tensor:
 
 
 def _weights(x: Tensor, temperature: float) -> Tensor:
-    """``2**39 exp((x - max) / temperature)``, to be rounded to whole numbers; float64."""
+    """``2**39 exp((x - max) / temperature)`` in float64, not yet rounded to whole numbers."""
     d = x - x.max()
     if x.dtype == torch.float64:
         return _ONE * torch.exp(d / temperature)
@@ -312,7 +312,7 @@ def _attend(
     scores = torch.einsum("hgd,nhd->hgn", grouped, keys) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if sinks is not None:  # a key whose value is 0
+    if sinks is not None:  # like a key whose value is 0
         scores = torch.cat([scores, sinks.to(scores).view(num_kv_heads, -1, 1)], -1)
         values = torch.cat([values, torch.zeros_like(values[:1])])
     out = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values)
@@ -320,7 +320,7 @@ def _attend(
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted by the exponentials of the log-sum-exps; (out [T, H, D], lse [T, H])."""
+    """The mean weighted by the exponentials of the log-sum-exps; (out [T, H, D], lse [T, H])."""
     wide = _wide(out_a)
     lse = torch.logaddexp(lse_a.to(wide), lse_b.to(wide))
     weighted = out_a.to(wide) * (lse_a - lse).exp()[..., None] + out_b.to(wide) * (lse_b - lse).exp()[..., None]
@@ -339,7 +339,7 @@ def append_kv_(
     k_zero: Tensor | None = None,
     v_zero: Tensor | None = None,
 ) -> None:
-    """One row for each token, as `quantize_kv` makes it where the caches are quantised; fp8 ends at 448."""
+    """Write one row for each token, quantised by `quantize_kv` if the caches are; fp8 is limited to 448."""
     page, offset = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
     for tokens, cache, scale, zero in ((k, k_cache, k_scale, k_zero), (v, v_cache, v_scale, v_zero)):
         if scale is None:
@@ -352,11 +352,12 @@ def append_kv_(
 
 
 def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zeros [..., Hkv] float16 of heads [..., Hkv, D], each head by itself.
+    """Codes, scales and zeros [..., Hkv] float16 of heads [..., Hkv, D]. Each head is quantised separately.
 
-    8 bits: int8 [..., D], ``max |x| / 127`` and no zero. 4 bits: uint8 [..., D / 2], ``(max x - min x) / 15`` and
-    ``min x``; a byte has in its high half the code of the element that is D / 2 on. Codes are ``(x - zero) / scale`` of
-    the rounded two, rounded to the nearest even. The scale is NaN where an element or a scale or zero is not finite.
+    8 bits: codes int8 [..., D], scale ``max |x| / 127``, no zero. 4 bits: codes uint8 [..., D / 2], scale ``(max x -
+    min x) / 15``, zero ``min x``; the high half of a byte has the code of the element D / 2 further on. Codes are ``(x
+    - zero) / scale`` with the rounded scale and zero, rounded to the nearest even number. The scale is NaN if an
+    element, the scale or the zero is not finite.
     """
     x = x.float()
     if bits == 4:
@@ -371,7 +372,7 @@ def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_kv(codes: Tensor, scale: Tensor | None, zero: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-    """Heads [..., D] of codes as `quantize_kv` makes them: ``code * scale + zero``; plain ones as they are."""
+    """Heads [..., D] from codes of `quantize_kv`: ``code * scale + zero``. Plain heads stay unchanged."""
     if scale is None:
         return codes.to(dtype)
     if zero is None:
@@ -401,7 +402,7 @@ def dequantize_rows(rows: Tensor, width: int, bits: int, group_size: int, dtype:
 
 
 def _affine(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes from 0 to ``most`` of the last dimension between its least and greatest element, scales, zeros."""
+    """Codes from 0 to ``most`` between the smallest and largest element of the last dimension, scales, zeros."""
     low, high = x.amin(-1), x.amax(-1)
     zero, scale = low.half() + 0.0, (high - low).div(torch.full_like(low, most)).half()
     finite = x.isfinite().all(-1)
@@ -412,7 +413,7 @@ def _affine(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _plane(codes: Tensor, bits: int) -> Tensor:
-    """Codes [N, W] of so many bits: byte i has columns i, i + w, i + 2 w, ... of w = W bits / 8."""
+    """Codes [N, W] of ``bits`` bits: byte i has columns i, i + w, i + 2 w, ... with w = W bits / 8."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     parts = codes.view(len(codes), 8 // bits, codes.shape[1] * bits // 8) << shifts[:, None]
     return parts.sum(1, dtype=torch.uint8)
@@ -460,7 +461,7 @@ def linear(
     scale: Tensor | None = None,
     zero: Tensor | None = None,
 ) -> Tensor:
-    """``x @ unpacked.T + bias + residual`` in the dtype of x; with a scale by whole numbers."""
+    """``x @ unpacked.T + bias + residual`` in the dtype of x; with a scale, the weight is of whole numbers."""
     wide = _wide(x, weight)
     if scale is None:
         y = x.to(wide) @ unpack_linear(weight, in_features, out_features).to(wide).T
@@ -473,15 +474,15 @@ def linear(
 
 # ---- quantised weights ------------------------------------------------------------------------------------------
 
-INT_BLOCK = 64  # to which the depth of quantised weights is padded
+INT_BLOCK = 64  # the depth of quantised weights is padded to multiples of it
 _SMALLEST = 2.0**-100
 
 
 def quantize_linear(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Whole numbers [N, K] uint8, 2**(bits - 1) above their values, and the scales [N, groups] float32.
+    """Whole numbers [N, K] uint8, stored with 2**(bits - 1) added, and the scales [N, groups] float32.
 
-    A scale is the largest magnitude of its group over 127, in 4 bits the value of that magnitude over -8, so that it is
-    met and the 16th value is of use. A group with NaN or an infinity is NaN.
+    8 bits: a scale is the largest magnitude of its group over 127. 4 bits: it is the value with this magnitude over -8,
+    so that the value is exact and all 16 numbers are used. A group with NaN or an infinity is NaN.
     """
     groups = _grouped(weight.float(), group_size)  # [N, groups, group]
     if bits == 8:
@@ -495,7 +496,7 @@ def quantize_linear(weight: Tensor, bits: int, group_size: int | None) -> tuple[
 
 
 def _grouped(x: Tensor, group_size: int | None) -> Tensor:
-    """[..., groups, group], zero beyond the end; at least one group."""
+    """[..., groups, group], padded with zeros; at least one group."""
     size = group_size or max(x.shape[-1], 1)
     groups = max(-(-x.shape[-1] // size), 1)
     return torch.nn.functional.pad(x, (0, groups * size - x.shape[-1])).reshape(*x.shape[:-1], groups, size)
@@ -504,7 +505,7 @@ def _grouped(x: Tensor, group_size: int | None) -> Tensor:
 def pack_whole(whole: Tensor, bits: int) -> Tensor:
     """Panels of 16 rows of [N, K] uint8, padded to 64 columns: [ceil(N / 16), K / 4, 16, 4], in 4 bits K / 8.
 
-    In 4 bits a byte holds a number and, in its high half, the one that is four columns on.
+    In 4 bits, the high half of a byte has the number four columns further on.
     """
     rows, depth = whole.shape
     padded = torch.nn.functional.pad(whole, (0, -depth % INT_BLOCK, 0, -rows % 16), value=1 << (bits - 1))
@@ -513,7 +514,7 @@ def pack_whole(whole: Tensor, bits: int) -> Tensor:
 
 
 def unpack_whole(weight: Tensor, in_features: int, out_features: int) -> Tensor:
-    """The inverse of `pack_whole`, less what the numbers are above their values; [N, K] int16."""
+    """The inverse of `pack_whole`, without the number that was added; [N, K] int16."""
     bits = quantized_bits(weight, in_features)
     if bits == 4:
         weight = torch.stack([weight & 15, weight >> 4], 2).flatten(1, 2)
@@ -522,12 +523,12 @@ def unpack_whole(weight: Tensor, in_features: int, out_features: int) -> Tensor:
 
 
 def quantized_bits(weight: Tensor, in_features: int) -> int:
-    """8 or 4, by the shape of a packed weight."""
+    """8 or 4, from the shape of a packed weight."""
     return 8 if weight.shape[1] * 4 == -(-in_features // INT_BLOCK) * INT_BLOCK else 4
 
 
 def quantized_group(scale: Tensor, in_features: int) -> int | None:
-    """32, 64 or 128 columns with one scale, or None for all of them, by the number of groups."""
+    """The columns that share a scale, from the number of groups: 32, 64 or 128, or None for all."""
     groups, depth = scale.shape[-2], -(-in_features // INT_BLOCK) * INT_BLOCK
     return None if groups == 1 else next(size for size in (32, 64, 128) if groups == -(-depth // size))
 
@@ -560,8 +561,8 @@ def dequantize_linear(
 def quantize_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers [T, K] and their scales [T].
 
-    127 is 8 mean magnitudes of the row, or its largest one if that is less; no number is more than 127 * 128. A row
-    with NaN or an infinity has the scale NaN.
+    The bound of a row is 8 times its mean magnitude, or its largest magnitude if that is smaller; it becomes 127. No
+    number is above 127 * 128. A row with NaN or an infinity has the scale NaN.
     """
     finite = x.isfinite().all(-1)
     x = torch.where(finite[:, None], x, 0)
@@ -572,7 +573,7 @@ def quantize_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _usual(x: Tensor) -> Tensor:
-    """8 mean magnitudes of each row, summed in 16 lanes."""
+    """8 times the mean magnitude of each row, summed in 16 lanes."""
     lanes = x.new_zeros(x.shape[0], 16)
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 16)).abs() * 2.0**-17
     for k in range(0, padded.shape[1], 16):
@@ -586,7 +587,7 @@ def _usual(x: Tensor) -> Tensor:
 def _linear_quantized(
     x: Tensor, weight: Tensor, in_features: int, out_features: int, scale: Tensor, zero: Tensor | None
 ) -> Tensor:
-    """Exact sums of whole numbers in each group, added in ascending order: multiply, then add, each rounded."""
+    """Exact sums of whole numbers in each group. Groups are added in ascending order; products and sums are rounded."""
     rows, row_scale = quantize_inputs(x)
     size = quantized_group(scale, in_features)
     rows, whole = (_grouped(t.double(), size) for t in (rows, unpack_whole(weight, in_features, out_features)))
@@ -649,7 +650,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-# The order of a layer's tensors in `decoder_layers_`; an empty one stands for None.
+# The order of a layer's tensors in `decoder_layers_`. An empty tensor means None.
 LAYER_PARTS = (
     "input_norm", "qkv", "qkv_scale", "qkv_zero", "qkv_bias", "q_norm", "k_norm", "o", "o_scale", "o_zero", "o_bias",
     "post_norm", "gate_up", "gate_up_scale", "gate_up_zero", "gate_up_bias", "down", "down_scale", "down_zero",
@@ -680,9 +681,9 @@ def decoder_layers_(
     v_zeros: Sequence[Tensor] = (),
     ops: Any = None,
 ) -> Tensor:
-    """The operators of each layer one after another; their weights are those of `LAYER_PARTS`, empty where not there.
+    """The operators of each layer, one after another. The weights are `LAYER_PARTS`; a missing one is empty.
 
-    ``ops`` has the operators, which are otherwise those of this module.
+    ``ops`` provides the operators; by default they are those of this module.
     """
     ops = ops or sys.modules[__name__]
     hidden, head_dim = x.shape[1], cos_sin.shape[1]

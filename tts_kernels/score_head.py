@@ -15,11 +15,11 @@ _Bias = float | Tensor | None
 
 @dataclass(frozen=True, eq=False)
 class ScoreHead:
-    """How a hidden state becomes a step's score; made by one of the class methods.
+    """Computes a step's score from a hidden state. The class methods make one.
 
-    Every published discriminative PRM is ``act(w . mlp(norm(h)) + b)``: an optional RMSNorm, an optional
-    Linear + ReLU, one dot product, a sigmoid or nothing. A softmax over two logits is the sigmoid of their difference,
-    so two rows become one, ``w = good - bad``, in float32.
+    Every published discriminative PRM is ``act(w . mlp(norm(h)) + b)``: an optional RMSNorm, an optional Linear + ReLU,
+    one dot product, and a sigmoid or no activation. A softmax over two logits is the sigmoid of their difference. So
+    two rows become one, ``w = good - bad``, in float32.
 
     Attributes
     ----------
@@ -28,11 +28,11 @@ class ScoreHead:
     bias
         [1] float32, or None.
     w1, b1
-        Hidden layer [H1, H] and [H1] in the dtype that they came in, or None.
+        Hidden layer [H1, H] and [H1] in their original dtype, or None.
     norm_weight, eps
         RMSNorm [H] over the gathered rows, or None.
     sigmoid
-        Whether a sigmoid ends it.
+        Whether the last step is a sigmoid.
     """
 
     weight: Tensor

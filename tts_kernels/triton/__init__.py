@@ -17,7 +17,7 @@ import torch
 
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Where Triton kernels run: GPUs, and with TRITON_INTERPRET=1 the CPU (to be right there, not fast).
+# Where Triton kernels can run: on GPUs, and with TRITON_INTERPRET=1 on the CPU (for tests, slowly).
 DEVICES: Final = frozenset({"cuda", "xpu"} | ({"cpu"} if INTERPRETED else set()))
 
 _LIBRARY = torch.library.Library("tts_kernels_triton", "DEF")
@@ -34,14 +34,14 @@ def missing() -> str:
 
 
 def define(overload: torch._ops.OpOverload, fake: Callable[..., Any]) -> torch._ops.OpOverload | None:
-    """The Triton twin of an operator; None if there is no file for it, or no triton."""
+    """The Triton kernel of an operator; None if there is no file for it, or no triton."""
     namespace, name = overload._schema.name.split("::")
     module = f"{__name__}.{name.removesuffix('_')}"
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
         return None
 
     def run(*args: Any) -> Any:
-        first = next(t for t in args if isinstance(t, torch.Tensor))  # all are on one device
+        first = next(t for t in args if isinstance(t, torch.Tensor))  # all are on the same device
         with (torch.xpu if first.is_xpu else torch.cuda).device_of(first):
             return getattr(importlib.import_module(module), name)(*args)
 

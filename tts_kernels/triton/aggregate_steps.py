@@ -14,7 +14,7 @@ from torch import Tensor
 
 @triton.jit
 def aggregate(scores, begin, end, prior, prior_count, HOW: tl.constexpr):
-    """The aggregate of ``scores[begin:end]`` behind `prior` over `prior_count` steps; a lane for each candidate."""
+    """The aggregate of `prior` over `prior_count` steps and ``scores[begin:end]``; a lane for each candidate."""
     count = prior_count
     value = tl.where(count > 0, prior, 0.0).to(tl.float64)
     if HOW == "mean":

@@ -46,7 +46,7 @@ def append_kernel(
 
 @triton.jit
 def quantized(low, high, in_low, in_high, FOUR: tl.constexpr):
-    """Codes of two halves [R, BLOCK] float32 of heads; bits of the scales and zeros [R] in float16."""
+    """Codes of the two halves [R, BLOCK] float32 of heads; bits of the scales and zeros [R] in float16."""
     infinity = float("inf")
     least = tl.minimum(tl.min(tl.where(in_low, low, infinity), 1), tl.min(tl.where(in_high, high, infinity), 1))
     most = tl.maximum(tl.max(tl.where(in_low, low, -infinity), 1), tl.max(tl.where(in_high, high, -infinity), 1))
@@ -55,7 +55,7 @@ def quantized(low, high, in_low, in_high, FOUR: tl.constexpr):
     finite = (odd_low + odd_high) == 0
     top: tl.constexpr = 15.0 if FOUR else 127.0
     bottom: tl.constexpr = 0.0 if FOUR else -127.0
-    span = most - least if FOUR else tl.abs(tl.maximum(most, -least))  # which can be -0.0
+    span = most - least if FOUR else tl.abs(tl.maximum(most, -least))  # the maximum can be -0.0
     scale_bits, zero_bits = scale_and_zero(span, least if FOUR else tl.zeros_like(least), finite, top)
     scale = of_half(scale_bits)[:, None]
     zero = of_half(zero_bits)[:, None]
@@ -107,7 +107,7 @@ def append_quantized_kernel(
 
 
 def as_bits(*beside: Tensor | None) -> list[Tensor | None]:
-    """Scales and zeros as integers: a kernel of floats might store another NaN."""
+    """Scales and zeros as integers: with floats, a kernel might store a NaN with other bits."""
     return [None if t is None else t.view(torch.int16) for t in beside]
 
 

@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, _Config]] = {
         "sample": {"BLOCK": 4096, "num_warps": 16},
         "tree_attention": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "tree_attention_wide": {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1},  # float32, or a head above 128
-        "tree_attention_codes": {},  # what is other for caches of fp8, int8 or int4
+        "tree_attention_codes": {},  # changes for caches of fp8, int8 or int4
     },
     "ampere": {},
     "ada": {"linear_logprob": {"BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}},
@@ -49,7 +49,7 @@ _CAPABILITIES = {(8, 0): "ampere", (8, 6): "ada", (8, 9): "ada", (9, 0): "hopper
 
 @functools.cache
 def device_class(device: torch.device) -> str:
-    """The name in `CONFIGS` of a device."""
+    """The name of a device in `CONFIGS`."""
     if INTERPRETED or device.type == "cpu":
         return "interpreter"
     if device.type != "cuda":

@@ -26,7 +26,7 @@ from .configs import config
 def copy_kernel(
     like, table, num_caches, src, dst, page_size, heads, dim, page_stride, slot_stride, head_stride, BLOCK: tl.constexpr
 ):
-    """``table`` [caches]: addresses of caches of the element type of ``like``."""
+    """``table`` [caches]: addresses of caches. ``like`` has their element type."""
     i = tl.program_id(0) // num_caches
     address = tl.load(table + tl.program_id(0) % num_caches)
     cache = address.to(like.dtype)

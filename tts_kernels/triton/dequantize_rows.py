@@ -19,7 +19,7 @@ from .quantize_rows import BLOCK, half_at
 
 @triton.jit
 def bits_of(plane, column, count, mask, BITS: tl.constexpr):
-    """Of columns, what a plane of ``count`` bytes has."""
+    """The bits of columns that are in a plane of ``count`` bytes."""
     byte = tl.load(plane + column % count, mask=mask, other=0).to(tl.int32)
     return (byte >> (column // count * BITS)) & ((1 << BITS) - 1)
 

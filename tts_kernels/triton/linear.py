@@ -16,7 +16,7 @@ from .configs import config
 from .numerics import dense_rows, dot, narrow
 
 GROUPS = (32, 64, 128)
-BLOCK_K = 64  # to which the depth of the weight is padded
+BLOCK_K = 64  # the depth of the weight is padded to multiples of it
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -52,7 +52,7 @@ def part_kernel(
         found = tl.sum(tl.where(hit, x, 0.0), 1)
         tl.store(logits + n, found, mask=there & (tl.max(hit.to(tl.int32), 1) > 0))
         higher = tl.maximum(top, tl.max(x, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less itself would be NaN
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf minus itself would be NaN
         total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
         top = higher
     tl.store(part_max + part * rows + n, top, mask=there)

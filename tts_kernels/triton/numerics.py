@@ -19,7 +19,7 @@ LN2 = tl.constexpr(0.693147180559945309)
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """[T, H] with neighbouring elements in a row; rows may be apart."""
+    """[T, H] with contiguous elements in a row. There may be gaps between rows."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -36,10 +36,10 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, total):
-    """``total + a @ b``: on tensor cores if both have the same 16 bits, else in float32."""
+    """``total + a @ b``: on tensor cores if both have the same 16-bit dtype, else in float32."""
     if INTERPRETED or (a.dtype != b.dtype or a.dtype == tl.float32):
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:  # a return above would leave this one to be compiled too, for types that it does not take
+    else:  # after a return, this branch would be compiled too, for types that it does not support
         total = tl.dot(a, b, total)
     return total
 
@@ -47,7 +47,7 @@ def dot(a, b, total):
 @triton.jit
 def fused(a, b, c):
     """``a * b + c`` of float32, rounded once."""
-    if INTERPRETED:  # exact product and sum rounded to odd in float64, so that the second rounding does no harm
+    if INTERPRETED:  # exact product and sum rounded to odd in float64, so that the second rounding is harmless
         product = a.to(tl.float64) * b.to(tl.float64)
         wide = c.to(tl.float64)
         total = product + wide
@@ -55,7 +55,7 @@ def fused(a, b, c):
         error = (product - (total - part)) + (wide - part)
         bits = total.to(tl.int64, bitcast=True)
         odd = bits + tl.where((error > 0) == (total > 0), 1, -1)
-        inexact = (error < 0) | (error > 0)  # not where it is NaN: of infinities, which stay as they are
+        inexact = (error < 0) | (error > 0)  # not if it is NaN: infinities stay as they are
         bits = tl.where(inexact & ((bits & 1) == 0), odd, bits)
         return bits.to(tl.float64, bitcast=True).to(tl.float32)
     return tl.fma(a, b, c)
@@ -68,7 +68,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Within a few units in the last place; a polynomial near 0, where the quotient cancels."""
+    """Within a few units in the last place. Near 0 it is a polynomial, because the quotient would cancel."""
     y = x * x
     near = x + x * y * (-0.333333333 + y * (0.133333333 + y * (-0.0539682540 + y * 0.0218694885)))
     e = tl.exp(-2.0 * tl.abs(x))
@@ -86,9 +86,9 @@ def is_finite(x):
 
 @triton.jit
 def scale_and_zero(span, least, finite, STEPS: tl.constexpr):
-    """Bits in float16 of ``span / STEPS`` and of ``least``, of groups whose elements are ``finite`` or not.
+    """Bits in float16 of ``span / STEPS`` and of ``least``. ``finite`` says whether a group's elements are finite.
 
-    As integers, since a kernel of floats might store another NaN than 0x7E00.
+    As integers, because a kernel of floats might store another NaN than 0x7E00.
     """
     scale = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32)).to(tl.float16)
     zero = least.to(tl.float16)
@@ -110,7 +110,7 @@ def codes(x, scale, zero, bottom, top):
     some = scale > 0.0
     code = tl.div_rn(x - tl.where(some, zero, 0.0), tl.where(some, scale, tl.full(x.shape, 1.0, tl.float32)))
     code = tl.minimum(tl.maximum(code, bottom), top)
-    code = (code + 12582912.0) - 12582912.0  # to the nearest even: from 2**23 on, a float's step is 1
+    code = (code + 12582912.0) - 12582912.0  # to the nearest even: above 2**23 the step of a float is 1
     return tl.where(some, code, 0.0).to(tl.int32)
 
 
@@ -119,7 +119,7 @@ def codes(x, scale, zero, bottom, top):
 
 @triton.jit
 def to_e4m3(x):
-    """The byte nearest to a float32, an even one on ties; beyond 448 that of 448."""
+    """The byte nearest to a float32; ties go to the even one. Above 448 it is that of 448."""
     bits = x.to(tl.int32, bitcast=True)
     size = tl.minimum(tl.abs(x), 448.0)
     whole = size.to(tl.int32, bitcast=True)
@@ -131,7 +131,7 @@ def to_e4m3(x):
 
 @triton.jit
 def of_e4m3(byte):
-    """float32 of a byte, by way of float16: 4 more bits of mantissa, a bias of 15 for 7."""
+    """float32 of a byte, through float16: 4 more bits of mantissa, and a bias of 15 instead of 7."""
     code = byte.to(tl.int32)
     x = of_half(((code & 0x80) << 8) | ((code & 0x7F) << 7)) * 256.0
     return tl.where((code & 0x7F) == 0x7F, float("nan"), x)
@@ -155,5 +155,5 @@ def key_score(key):
 
 @triton.jit
 def ranked(key, index):
-    """A key and an index below 2**32 as one number: greater is better, no two are equal."""
+    """A key and an index below 2**32 as one number. A better pair is greater, and no two are equal."""
     return key.to(tl.int64) * 4294967296 + (4294967295 - index.to(tl.int64))

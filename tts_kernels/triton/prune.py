@@ -21,9 +21,9 @@ from .numerics import order_key, ranked
 
 @triton.jit
 def load_keys(scores, i, n):
-    """Keys of candidates i, the lowest where there is none."""
+    """Keys of candidates i. Missing candidates have the lowest key."""
     key = order_key(tl.load(scores + i, mask=i < n, other=0.0).to(tl.float32))
-    return tl.where(i < n, key, -2147483648).to(tl.int64)  # as NaN; ties go to the lower index
+    return tl.where(i < n, key, -2147483648).to(tl.int64)  # equal to NaN's; ties go to the lower index
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def kth_key(scores, n, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def place_many(scores, n, k, first, out, ranks, KEEP_ORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """A group of any size; `ranks` [k] is scratch, not used with KEEP_ORDER."""
+    """A group of any size. `ranks` [k] is scratch; KEEP_ORDER does not use it."""
     cut, greater = kth_key(scores, n, k, BLOCK)
     ties_left = k - greater
     kept = tl.full((), 0, tl.int64)
@@ -77,7 +77,7 @@ def place_many(scores, n, k, first, out, ranks, KEEP_ORDER: tl.constexpr, BLOCK:
         ties_left -= tl.sum(tie, 0)
         kept += tl.sum(stays.to(tl.int64), 0)
     if not KEEP_ORDER:
-        tl.debug_barrier()  # every thread's ranks are there
+        tl.debug_barrier()  # all threads have written their ranks
         for start in range(0, k, BLOCK):
             i = start + tl.arange(0, BLOCK).to(tl.int64)
             mine = tl.load(ranks + i, mask=i < k, other=0)
@@ -93,7 +93,7 @@ def place_many(scores, n, k, first, out, ranks, KEEP_ORDER: tl.constexpr, BLOCK:
 def prune_group(
     g, scores, indptr, wanted, width, indices, counts, ranks, KEEP_ORDER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Prunes group g: `wanted` [G] or None for `width` each."""
+    """Prunes group g. `wanted` is [G], or None: keep `width` of each."""
     first = tl.load(indptr + g).to(tl.int64)
     n = tl.load(indptr + g + 1).to(tl.int64) - first
     k = tl.minimum(n, width)
@@ -125,7 +125,7 @@ def outputs(like: Tensor, groups: int, width: int, keep_order: bool) -> tuple[Te
 
 
 def options(like: Tensor) -> dict[str, Any]:
-    """The configuration of `prune_group`."""
+    """The configuration for `prune_group`."""
     return config("prune", like.device)
 
 

@@ -20,14 +20,14 @@ BLOCK = 256
 
 @triton.jit
 def put_half(at, bits, mask):
-    """A float16 to bytes, which may stand at an odd address."""
+    """Stores a float16 as bytes; its address may be odd."""
     tl.store(at, (bits & 255).to(tl.uint8), mask=mask)
     tl.store(at + 1, ((bits >> 8) & 255).to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def half_at(at, mask):
-    """The float32 of a float16 that may stand at an odd address."""
+    """The float32 of a float16 whose address may be odd."""
     low = tl.load(at, mask=mask, other=0).to(tl.int32)
     return of_half(low | tl.load(at + 1, mask=mask, other=0).to(tl.int32) << 8)
 
@@ -37,7 +37,7 @@ def group_kernel(
     x, out, x_stride, row_bytes, groups, size, numbers,
     TOP: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zeros of a row's groups of ``size`` columns, at byte ``numbers`` of it."""
+    """Scales and zeros of a row's groups of ``size`` columns, from byte ``numbers`` of the row on."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = tl.arange(0, SIZE)[None, :]
@@ -74,7 +74,7 @@ def plane_kernel(
 
 
 def planes_of(bits: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Of each plane of a row: its bits, the first bit of a code that it has, its first byte, its bytes."""
+    """For each plane of a row: its bits, the first bit of a code in it, its first byte, its number of bytes."""
     sizes = [(2, 0), (1, 2)] if bits == 3 else [(bits, 0)]
     return [(of_plane, shift, width * shift // 8, width * of_plane // 8) for of_plane, shift in sizes]
 

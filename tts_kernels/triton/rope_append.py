@@ -64,7 +64,7 @@ def rope_kernel(
     slot = tl.load(slots + t).to(tl.int64)
     page = slot // page_size
     offset = slot % page_size
-    of_k = (heads - num_q_heads).to(tl.int64)  # which of the KV heads a row is
+    of_k = (heads - num_q_heads).to(tl.int64)  # index of the KV head
     of_v = of_k - num_kv_heads
     k_at = page * k_page + offset * k_slot + of_k * k_head
     v_at = page * v_page + offset * v_slot + of_v * v_head

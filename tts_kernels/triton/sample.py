@@ -38,7 +38,7 @@ def weight_scale(temperature):
 
 @triton.jit
 def float_weights(d, scale):
-    """2**39 exp(d / T) of d = logit - max, yet to be rounded to whole numbers."""
+    """2**39 exp(d / T) of d = logit - max, not yet rounded to whole numbers."""
     lowest = (tl.full((), -42.0, tl.float64) / scale.to(tl.float64)).to(tl.float32)
     d = tl.maximum(d, lowest)
     s = tl.zeros_like(d) + scale
@@ -113,7 +113,7 @@ def part_of(p, total):
 
 @triton.jit
 def load_logits(row, start, vocab, infinite, BLOCK: tl.constexpr):
-    """Logits and their ids; -inf behind the end. In a row with +inf those weigh 0 and all others -inf."""
+    """Logits and their ids; -inf after the end. In a row with +inf, these become 0 and all others -inf."""
     i = start + tl.arange(0, BLOCK)
     x = tl.load(row + i, mask=i < vocab, other=float("-inf")).to(tl.float32)
     return tl.where(infinite, tl.where(x == float("inf"), 0.0, float("-inf")), x), i
@@ -121,7 +121,7 @@ def load_logits(row, start, vocab, infinite, BLOCK: tl.constexpr):
 
 @triton.jit
 def measure(row, vocab, infinite, top, scale, least_key, key, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """How many logits have at least `key` (COUNT), or what they and `least_key` and above weigh."""
+    """How many logits have at least `key` (COUNT); else the weight of those with at least `key` and `least_key`."""
     total = tl.full((), 0, tl.uint64)
     for start in range(0, vocab, BLOCK):
         x, i = load_logits(row, start, vocab, infinite, BLOCK)
@@ -137,7 +137,7 @@ def measure(row, vocab, infinite, top, scale, least_key, key, COUNT: tl.constexp
 
 @triton.jit
 def find_cut(row, vocab, infinite, top, scale, least_key, wanted, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest key whose measure, with that of all above it, reaches `wanted`."""
+    """The greatest key for which the measure of all keys from it upwards reaches `wanted`."""
     low = tl.full((), -2147483648, tl.int64)
     high = order_key(top).to(tl.int64)
     while low < high:
@@ -152,7 +152,7 @@ def find_cut(row, vocab, infinite, top, scale, least_key, wanted, COUNT: tl.cons
 
 @triton.jit
 def kept_weights(x, top, scale, cut, ties, seen, least):
-    """Weights of the tokens that may be drawn, 0 for the others, and how many equal the cut up to here."""
+    """Weights of the tokens that may be drawn, 0 for others, and the number so far that equal the cut."""
     keys = order_key(x)
     tie = keys == cut
     count = seen + tl.cumsum(tie.to(tl.int32), 0)
@@ -198,7 +198,7 @@ def sample_kernel(
             x, i = load_logits(row, start, vocab, infinite, BLOCK)
             untempered += tl.sum(whole(float_weights(x - top, plain_scale)), 0)
             total += tl.sum(whole(float_weights(x - top, scale)), 0)
-            token = tl.minimum(token, tl.min(tl.where(x == top, i, vocab), 0))  # the lowest id of the maximum
+            token = tl.minimum(token, tl.min(tl.where(x == top, i, vocab), 0))  # the lowest id with the maximum
 
         if not greedy:
             cut = tl.full((), -2147483647, tl.int32)

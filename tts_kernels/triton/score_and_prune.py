@@ -21,7 +21,7 @@ from .step_scores import head_arguments, step_score
 
 @triton.jit
 def group_of(indptr, groups, c):
-    """The group of candidate c: the last that does not begin behind it."""
+    """The group of candidate c: the last group that begins at or before it."""
     low = tl.full((), 0, tl.int64)
     high = groups.to(tl.int64)
     while high - low > 1:
@@ -51,7 +51,7 @@ def round_kernel(
                 SIGMOID, BLOCK,
             )  # fmt: skip
             tl.store(step_out + s, score)
-        tl.debug_barrier()  # whichever thread wrote them, all read the scores
+        tl.debug_barrier()  # scores may come from any thread, and all threads read them
         lane = tl.zeros([1], tl.int64)
         earlier = tl.zeros([1], tl.float32)
         count = lane

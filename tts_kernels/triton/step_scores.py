@@ -51,7 +51,7 @@ def score_row(x, weight, norm_weight, eps, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def score_partials(partials, step, steps, blocks, BLOCK: tl.constexpr):
-    """The sum of what the blocks of hidden units left for a step, a scalar."""
+    """The sum of a step's partials over the blocks of hidden units, a scalar."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, blocks, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -117,7 +117,7 @@ def hidden_kernel(
     if b1 is not None:
         z += tl.load(b1 + unit, mask=unit < hidden_width, other=0.0).to(tl.float32)[None, :]
     w = tl.load(weight + unit, mask=unit < hidden_width, other=0.0)
-    active = tl.where(z < 0, 0.0, z) * w[None, :]  # a NaN stays one
+    active = tl.where(z < 0, 0.0, z) * w[None, :]  # keeps NaN
     active = tl.where((unit < hidden_width)[None, :], active, 0.0)
     tl.store(partials + block * steps + s, tl.sum(active, 1), mask=s < steps)
 
@@ -150,7 +150,7 @@ def head_arguments(
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `step_score` takes, from `hidden` to `blocks`, and its configuration; launches the hidden layer, if any."""
+    """The arguments of `step_score` from `hidden` to `blocks`, and its configuration. Launches a hidden layer."""
     hidden, positions, options = dense_rows(hidden), positions.contiguous(), dict(config("step_scores", hidden.device))
     partials, blocks, width = None, 0, hidden.shape[1]
     if w1 is not None:

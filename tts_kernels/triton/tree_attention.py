@@ -34,23 +34,23 @@ from .numerics import LN2, LOG2E, dot, fused, narrow, of_e4m3, tanh
 SEGMENT = tl.constexpr(SEGMENT_INTS)
 TASK = tl.constexpr(TASK_INTS)
 KEY_BLOCK = tl.constexpr(64)  # kKeyBlock of csrc/include/plan.h
-# Where the state of a row's chunk goes; else a slot.
+# Targets for the state of a row's chunk that are not slots.
 NOWHERE = tl.constexpr(-2)
 OWN = tl.constexpr(-1)
 
-# How caches have their elements.
+# How the elements of caches are stored.
 PLAIN, E4M3, INT8, INT4 = (tl.constexpr(i) for i in range(4))
 
-# Pieces of one buffer (a plan's tables, the partial states), which begin at any multiple of 4 bytes: a kernel compiled
-# for each alignment of each piece would be compiled anew for nearly every plan.
+# Several tensors may be pieces of one buffer (a plan's tables, the partial states), and begin at any multiple of 4
+# bytes. A kernel that is specialised on each piece's alignment would be compiled again for nearly every plan.
 PIECES = ("rows", "positions", "pages", "segments", "tasks", "merge_indptr", "merge_slots", "sizes", "part_sum")
 
 
 @triton.jit
 def merged(top_a, total_a, acc_a, top_b, total_b, acc_b):
-    """Two states of each row, a before b, as one; merging with the empty state changes no bit."""
+    """Merge two states of each row, a before b. Merging with the empty state changes no bit."""
     top = tl.maximum(top_a, top_b)
-    base = tl.where(top == float("-inf"), 0.0, top)  # -inf less itself would be NaN
+    base = tl.where(top == float("-inf"), 0.0, top)  # -inf minus itself would be NaN
     a = tl.exp2(top_a - base)
     b = tl.exp2(top_b - base)
     empty_a = (top_a == float("-inf")) & (total_a == 0.0)
@@ -63,7 +63,7 @@ def merged(top_a, total_a, acc_a, top_b, total_b, acc_b):
 
 @triton.jit
 def finish(row, head, top, total, acc, mask, d, out, lse, sinks, num_q_heads, DIM: tl.constexpr, SINKS: tl.constexpr):
-    """Results of rows whose states are whole; the sink of a head is a weight without a value."""
+    """Write the results of complete rows. The sink of a head is a weight without a value."""
     kept = tl.full(top.shape, 1.0, tl.float32)
     if SINKS:
         sink = tl.load(sinks + head, mask=mask, other=0.0) * LOG2E
@@ -72,7 +72,7 @@ def finish(row, head, top, total, acc, mask, d, out, lse, sinks, num_q_heads, DI
         kept = tl.where(top == float("-inf"), 0.0, tl.exp2(top - higher))
         total = weights
         top = higher
-    # A zero is +0: the sign of one in acc, which only signs of zeros come from, may be that of hidden keys' values.
+    # A zero is stored as +0: in acc its sign, which comes only from signs of zeros, may be that of hidden keys' values.
     result = acc * kept[:, None] / tl.where(total == 0.0, 1.0, total)[:, None] + 0.0
     final = (row * num_q_heads + head)[:, None] * DIM + d[None, :]
     tl.store(out + final, narrow(result, out.dtype.element_ty), mask=mask[:, None] & (d < DIM)[None, :])
@@ -81,7 +81,7 @@ def finish(row, head, top, total, acc, mask, d, out, lse, sinks, num_q_heads, DI
 
 @triton.jit
 def put(slot, head, top, total, acc, mask, d, part_out, part_max, part_sum, num_q_heads, DIM: tl.constexpr):
-    """States to their slots."""
+    """Write states to their slots."""
     state = slot.to(tl.int64) * num_q_heads + head
     tl.store(part_out + state[:, None] * DIM + d[None, :], acc, mask=mask[:, None] & (d < DIM)[None, :])
     tl.store(part_max + state, top, mask=mask)
@@ -91,7 +91,7 @@ def put(slot, head, top, total, acc, mask, d, part_out, part_max, part_sum, num_
 @triton.jit
 def elements(cache, at, d, mask, number, inside, scale, zero, dtype: tl.constexpr, FORMAT: tl.constexpr,
              HALF: tl.constexpr):  # fmt: skip
-    """Elements d of heads that begin at ``cache + at``; their scales and zeros stand at ``number``."""
+    """Elements d of heads that begin at ``cache + at``. Their scales and zeros are at ``number``."""
     if FORMAT == PLAIN:
         x = tl.load(cache + at + d, mask=mask, other=0.0)
     elif FORMAT == E4M3:
@@ -141,7 +141,7 @@ def task_kernel(
                 mask=there[:, None] & (d < DIM)[None, :],
                 other=0.0,
             )
-            first = row_begin + start // group  # rows of this tile: first to last
+            first = row_begin + start // group  # first and last row of this tile
             last = row_begin + (tl.minimum(start + BLOCK_M, states) - 1) // group
             least = tl.min(tl.where(there, position, 2147483647), 0)
             most = tl.max(position, 0)
@@ -207,7 +207,7 @@ def task_kernel(
                             x = softcap * tanh(raw * scale / softcap) * LOG2E if SOFTCAP else raw * factor
                             part_top = tl.max(tl.where(sees, x, float("-inf")), 1)
                             base = tl.where(part_top == float("-inf"), 0.0, part_top)
-                            # A large score rounded before the maximum is taken off would cost its weight that error.
+                            # Fused: rounding a large score before the maximum is subtracted would change its weight.
                             below = x - base[:, None] if SOFTCAP else fused(raw, factor, -base[:, None])
                             weights = tl.where(sees, tl.exp2(below), 0.0)
                             part_total = tl.sum(weights, 1)
@@ -263,7 +263,7 @@ def merge_kernel(
     r = tl.program_id(0)
     begin = tl.load(merge_indptr + r)
     end = tl.load(merge_indptr + r + 1)
-    if (end > begin) | (tl.load(positions + r) < 0):  # else its task has finished it
+    if (end > begin) | (tl.load(positions + r) < 0):  # otherwise its task has finished it
         row = tl.load(rows + r).to(tl.int64)
         head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         d = tl.arange(0, BLOCK_D)
@@ -328,7 +328,7 @@ def tree_attention(
     group, block_d = num_q_heads // num_kv_heads, max(16, triton.next_power_of_2(dim))
     wide = block_d > 128 or q.dtype == torch.float32
     options = config("tree_attention_wide" if wide else "tree_attention", q.device)
-    block_m = 16 if wide else 32  # whatever the plan: another tile might sum up in another order
+    block_m = 16 if wide else 32  # for every plan: other tile sizes might sum in another order
     logits = lse if sinks is None else sinks
     form = PLAIN
     if k_cache.dtype == FP8:

@@ -186,7 +186,7 @@ def _by_score(scores: Sequence[float], right: Sequence[bool], n: int) -> float:
 
 
 def _by_majority(classes: Sequence[str], right: Sequence[bool], n: int) -> float:
-    """Share of right programs in the largest class. Without voters, the result is 0."""
+    """Mean over subsets of n: the share of right programs in the largest class; 0 without voters."""
     share = {one: sum(ok for c, ok in zip(classes, right, strict=True) if c == one) for one in set(classes)}
     sizes = Counter(classes)
     draws = random.Random(0)
