@@ -1,4 +1,4 @@
-// The aggregate of one candidate, as csrc/cpu/aggregate_steps.cpp takes it.
+// The aggregate of one candidate, by the same arithmetic as csrc/cpu/aggregate_steps.cpp.
 #pragma once
 
 #include "args/aggregate_steps.h"
@@ -6,7 +6,7 @@
 
 namespace tts::cuda {
 
-// In the order of the steps, so that float64 rounds as it does on the CPU.
+// In the order of the steps, so that rounding in float64 is the same as on the CPU.
 __device__ inline float aggregate(const AggregateStepsArgs& args, int64_t candidate) {
     AggregateState state(args.how, args.prior.data ? load(args.prior, candidate) : 0.0f,
                          args.prior.data ? at(args.prior_counts, candidate) : 0);

@@ -2,7 +2,7 @@
 //
 //   scores [S], candidate c owns scores[indptr[c] : indptr[c + 1]]  ->  out [C]
 //
-// A thread for each candidate: chains are about ten steps long, and their sums must be taken in order.
+// One thread for each candidate: chains have about ten steps, and their sums must be computed in order.
 #include "aggregate.cuh"
 #include "aggregate_steps.h"
 #include "block_size.cuh"

@@ -1,12 +1,12 @@
-// append_kv_: new tokens into their slots of one layer's caches.
+// append_kv_: writes new tokens into their slots of one layer's caches.
 //
-//   k, v [T, Hkv, D], slots [T]  ->  cache[slot / page_size, slot % page_size] = k[t], and v alike
+//   k, v [T, Hkv, D], slots [T]  ->  cache[slot / page_size, slot % page_size] = k[t], and the same for v
 //
-// One launch, a block of 128 threads for each token: at 8 heads of 128 bfloat16 a thread moves 16 bytes of k
-// and 16 of v. Heads that lie next to each other on both sides are one row; a head's row is contiguous in any
-// case. Into quantised caches (csrc/include/quantized_kv.h says how, to the bit) a warp takes a head at a
-// time: it reads the head once for its range, and once more, from L1, for its codes. Caches of e4m3 get the
-// nearest bytes the same way, and have no range.
+// One launch with a block of 128 threads for each token: at 8 heads of 128 bfloat16 a thread moves 16 bytes
+// of k and 16 of v. Heads that are contiguous on both sides are copied as one row; one head's row is always
+// contiguous. For quantised caches (format and rounding: csrc/include/quantized_kv.h) a warp handles one head
+// at a time. It reads the head once for the range, and again, from L1, for the codes. For e4m3 caches it
+// writes the nearest bytes, without a range.
 #include "append_kv.h"
 #include "block_size.cuh"
 #include "copy_rows.cuh"
@@ -65,7 +65,7 @@ __device__ HeadRange range_of(const T* x, int dim) {
     return {reduce_lanes(low, Least()), reduce_lanes(high, Greatest()), __all_sync(kAllLanes, finite) != 0};
 }
 
-// The code of an element, rounded to the nearest even; 0 for a scale of 0 or NaN.
+// The code of an element, rounded to nearest even; 0 if the scale is 0 or NaN.
 struct Encode {
     float scale, zero, low, high;
 
@@ -77,7 +77,7 @@ struct Encode {
     }
 };
 
-// A head of a token, by a warp.
+// Quantises a head of a token, with one warp.
 template <class T>
 __device__ void quantize_head(const AppendKvArgs& args, int64_t token, int64_t slot, int head) {
     const int dim = static_cast<int>(args.head_dim);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches --------------------------------------------------------------------------------------------
 
-// A token's heads as one row, where they are.
+// A token's heads as one row, if they are contiguous.
 AppendKvArgs join_heads(AppendKvArgs args) {
     PagedBytes& to = args.to;
     if (args.from_head != to.row_bytes || to.head_stride != to.row_bytes) return args;

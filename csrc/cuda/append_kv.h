@@ -5,7 +5,7 @@
 
 namespace tts::cuda {
 
-// `tokens` new tokens into both caches of a layer, which have one shape and one list of slots.
+// Writes `tokens` new tokens into both caches of a layer. The caches have the same shape and the same slots.
 void append_kv(const AppendKvArgs& k, const AppendKvArgs& v, int64_t tokens, cudaStream_t stream);
 
 }  // namespace tts::cuda

@@ -1,12 +1,12 @@
-// copy_pages_: whole pages within each cache, the copies that a fork's first write needs.
+// copy_pages_: copies whole pages within each cache, which is needed before a fork's first write.
 //
-//   caches [P, page_size, Hkv, D]:  cache[dst[i]] = cache[src[i]] for all of them
+//   caches [P, page_size, Hkv, D]:  cache[dst[i]] = cache[src[i]] for all i
 //
-// Elements of any type, codes and scales of quantised caches too, are bytes here.
-// One launch for up to 448 caches of one layout (keys and values of 224 layers): their addresses travel as a
-// kernel parameter, of which there are 4 KB, so nothing is copied to the device first and a captured graph
-// has them. A block of 256 threads copies a page of a cache, 16 bytes per thread at a time: at 16 tokens of 8
-// heads of 128 bfloat16 that is 32 KB and 8 turns. The pages may be copied in any order: none is both read
+// Elements of any type, also codes and scales of quantised caches, are handled as bytes. One launch copies up
+// to 448 caches with the same layout (keys and values of 224 layers). Their addresses are a kernel parameter,
+// which may have 4 KB: so nothing is copied to the device first, and a captured graph contains them. A block
+// of 256 threads copies a page of one cache, 16 bytes per thread at a time: at 16 tokens of 8 heads of 128
+// bfloat16 that is 32 KB and 8 iterations. The pages may be copied in any order, because no page is both read
 // and written.
 #include <algorithm>
 
@@ -22,7 +22,7 @@ namespace {
 constexpr int kThreads = block_size(256), kMaxCaches = 448;
 
 struct PageCopyLaunch {
-    PagedBytes layout;  // of all caches
+    PagedBytes layout;  // the same for all caches
     IndexArray src, dst;
     unsigned num_caches;
     char* caches[kMaxCaches];
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(const __grid_const
     }
 }
 
-// A token's heads as one row, and a page's tokens, where they are.
+// A token's heads as one row, and a page's tokens as one row, if they are contiguous.
 PagedBytes join(PagedBytes cache) {
     if (cache.head_stride == cache.row_bytes) {
         cache.row_bytes *= cache.heads, cache.head_stride = cache.row_bytes, cache.heads = 1;
@@ -55,7 +55,7 @@ PagedBytes join(PagedBytes cache) {
     if (cache.token_stride == cache.row_bytes) {
         cache.row_bytes *= cache.page_size;
         cache.head_stride = cache.token_stride = cache.row_bytes, cache.page_size = 1;
-    } else {  // tokens as the rows of a copy
+    } else {  // each token is a row of the copy
         cache.heads = cache.page_size, cache.head_stride = cache.token_stride, cache.page_size = 1;
     }
     return cache;
@@ -67,7 +67,7 @@ bool same_layout(const PagedBytes& a, const PagedBytes& b) {
            a.row_bytes == b.row_bytes;
 }
 
-// Bytes that all of a cache's rows can be copied by at a time.
+// The largest number of bytes that is possible for every copy in the cache.
 int unit(const PagedBytes& cache) {
     const int64_t strides = cache.page_stride | cache.token_stride | cache.head_stride | cache.row_bytes;
     return aligned<16>(cache.data, strides) ? 16 : aligned<2>(cache.data, strides) ? 2 : 1;

@@ -8,7 +8,7 @@
 
 namespace tts::cuda {
 
-// Pages src[i] to dst[i], i < count, within each of the caches.
+// Copies page src[i] to dst[i], i < count, within each cache.
 void copy_pages(std::span<const PagedBytes> caches, IndexArray src, IndexArray dst, int64_t count,
                 cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// Copies of rows of bytes, in the widest units that all addresses allow.
+// Copies rows of bytes, in the widest units that all addresses allow.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,10 @@ struct RowCopy {
     int rows, units;
 };
 
-// By all threads of a block.
+// Copies with all threads of a block.
 template <class Unit>
 __device__ void copy_rows(const RowCopy& copy) {
-    constexpr int kTurns = sizeof(Unit) == 1 ? 1 : 4;  // at a time; with four of bytes nvcc spills for sm_80
+    constexpr int kTurns = sizeof(Unit) == 1 ? 1 : 4;  // at once; with four of 1 byte nvcc spills for sm_80
 #pragma unroll kTurns
     for (int i = static_cast<int>(threadIdx.x); i < copy.rows * copy.units;
          i += static_cast<int>(blockDim.x)) {

@@ -1,4 +1,4 @@
-// The formula of csrc/include/fixed_exp.h for one float: the CPU's weights, to the bit.
+// The formula of csrc/include/fixed_exp.h for one float. It gives the same weights as on the CPU, to the bit.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace tts::cuda {
 struct FixedExp : FixedExpConstants {
     using FixedExpConstants::FixedExpConstants;
 
-    // The weight of x <= 0, yet to be rounded to a whole number.
+    // The weight of x <= 0, not yet rounded to a whole number.
     __device__ float operator()(float x) const {
         x = x > lowest ? x : lowest;
         const float shifted = __fmaf_rn(x, scale, magic);

@@ -1,4 +1,4 @@
-// Launching kernels. A call that CUDA refuses throws its name; nothing here waits for the device.
+// Launches kernels. If CUDA refuses a call, an exception names it. Nothing here waits for the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,11 +23,12 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
-// kernel<<<blocks, threads, shared>>>(args...); an empty grid is no launch.
+// kernel<<<blocks, threads, shared>>>(args...). An empty grid launches nothing.
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, cudaStream_t stream,
             Args&&... args) {
-    // Bytes of dynamic shared memory: with the kernel's static ones 48 KB may be had without asking.
+    // Dynamic shared memory, in bytes, that needs no request: with the kernel's static memory it stays below
+    // 48 KB.
     constexpr int kWithoutAsking = 40 << 10;
     if (blocks == 0) return;
     if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2**31 - 1 blocks");
@@ -38,7 +39,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
     check(cudaGetLastError());
 }
 
-// The same for blocks that wait for each other: CUDA refuses a grid that the device does not run at once.
+// The same for blocks that wait for each other. CUDA refuses a grid that cannot run on the device all at
+// once.
 template <class... Parameters>
 void launch_together(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
                      Parameters... args) {

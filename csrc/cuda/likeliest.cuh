@@ -1,8 +1,8 @@
 // The k likeliest tokens of a row of logits, for `sample`: best first, the lower id first on ties.
 //
-// A block for each row, after the draw. In each of k rounds the block finds the best logit below the last one
-// it found: a logit and its id are one number (`ranked`), so a round is one maximum. The row is in L2 by
-// then; k is about 20, a small part of what a forward costs.
+// One block for each row, after the draw. Each of k rounds finds the best logit below the previous one. A
+// logit and its id are combined into one number (`ranked`), so a round is one maximum. By then the row is in
+// L2. k is about 20, which costs little compared with a forward.
 #pragma once
 
 #include "args/sample.h"
@@ -40,7 +40,7 @@ __global__ __launch_bounds__(kLikeliestThreads) void likeliest_kernel(SampleArgs
         const double value = key_score(ranked_key(last));
         if (j == 0) drawn = value == INFINITY ? value : static_cast<double>(to_float(x[token]));
         args.top_ids[at] =
-            ranked_index(last);  // +inf minus itself is NaN: what equals the drawn one is as likely
+            ranked_index(last);  // +inf minus itself is NaN: an equal logit is as likely
         args.top_logprobs[at] = static_cast<float>(value == drawn ? own : value - drawn + own);
     }
 }

@@ -1,11 +1,12 @@
-// linear: out = x W^T + bias + residual, a row's bits the same in any company.
+// linear: out = x W^T + bias + residual. The bits of a row do not depend on the other rows.
 //
 //   x [T, K], W [N, K] or whole numbers in panels (int_tile.h), bias [N], residual [T, N]  ->  out [T, N]
 //
-// The depth is cut into chunks (linear_chunk). Each is summed in order by matmul_nt.cuh, whose sums are
-// those of a row alone; chunks are added in ascending order, from 0. So nothing depends on whether a block
-// takes all chunks of its tile or, for few rows, one, whose sums a second launch adds up: then more blocks
-// read the weight. Bytes: W once for each 64 rows, from L2 but for the first time; operations: 2 T N K.
+// The depth is cut into chunks (linear_chunk). Each chunk is summed in order by matmul_nt.cuh, whose sums do
+// not depend on other rows; chunks are added in ascending order, starting from 0. A block takes all chunks of
+// its tile. With few rows it takes only one chunk, so that more blocks read the weight, and a second launch
+// adds up the sums. Both give the same result. Bytes: W once for each 64 rows, from L2 except for the first
+// time; operations: 2 T N K.
 #include "block_size.cuh"
 #include "launch.cuh"
 #include "linear.h"
@@ -22,7 +23,7 @@ __device__ void put(void* out, DType dtype, int64_t i, float x) {
     if (dtype == DType::f16) static_cast<f16*>(out)[i] = from_float<f16>(x);
 }
 
-// What is added to a sum over the depth, and where it goes.
+// Adds bias and residual to a sum over the depth, and stores the result.
 template <class Args>
 __device__ void finish(const Args& args, int64_t row, int64_t column, float sum) {
     if (args.bias.data) sum = __fadd_rn(sum, load(args.bias, column));
@@ -33,12 +34,12 @@ __device__ void finish(const Args& args, int64_t row, int64_t column, float sum)
     put(args.out, args.x.dtype, row * args.columns + column, sum);
 }
 
-// Where a tile lies: its first row, column and element of the depth, and how far the depth goes.
+// The place of a tile: its first row, column and element of the depth, and the end of the depth.
 struct Corner {
     int64_t row, column, k, width;
 };
 
-// Pointers to rows of x, from the corner's depth on; null behind the last one.
+// Pointers to rows of x, from the corner's depth on; null for rows that do not exist.
 template <class T, class Args>
 __device__ auto rows_of_x(const Args& args, Corner at) {
     const T* x = static_cast<const T*>(args.x.data) + at.k;
@@ -65,7 +66,7 @@ __device__ float weight_at(const LinearArgs& args, int64_t column, int64_t k) {
     return load({args.weight, args.x.dtype}, column * args.depth + k);
 }
 
-// Rounded to x's type, as on tensor cores.
+// Rounded to x's type, as for tensor cores.
 __device__ float weight_at(const LinearQuantizedArgs& args, int64_t column, int64_t k) {
     const float w = dequantized(args.weight, column, k);
     if (args.x.dtype == DType::bf16) return to_float(from_float<bf16>(w));
@@ -115,7 +116,7 @@ __global__ __launch_bounds__(kTileThreads, 2) void linear_kernel(const __grid_co
     });
 }
 
-// Adds up the chunks of an element each.
+// Adds up the chunks, one element for each thread.
 template <class Args>
 __global__ __launch_bounds__(kAddThreads) void add_kernel(const __grid_constant__ Args args,
                                                           const float* parts, int64_t splits) {
@@ -137,7 +138,7 @@ void run(const Args& args, float* parts, cudaStream_t stream) {
            parts, splits);
 }
 
-// Calls f with the number of rows of a tile, which changes no result.
+// Calls f with the number of rows in a tile. This number does not change the result.
 template <int kMany, class F>
 void by_rows(int64_t rows, F f) {
     rows <= 16 ? f.template operator()<16>() : f.template operator()<kMany>();
@@ -160,7 +161,7 @@ void linear(const LinearArgs& args, float* parts, cudaStream_t stream) {
 }
 
 void linear(const LinearQuantizedArgs& args, float* parts, cudaStream_t stream) {
-    // 32 rows: a slice of 8 bits on its way takes the registers that 64 would need.
+    // 32 rows: the 8-bit slice that is being loaded needs the registers that 64 rows would take.
     by_rows<32>(args.rows, [&]<int kRows>() {
         if (!in_units_of_16(args)) return run<ScalarTile<kRows>, kRows>(args, parts, stream);
         if (args.weight.bits == 8 && args.x.dtype == DType::bf16)

@@ -1,12 +1,12 @@
-// linear_logprob: log softmax(hidden W^T / temperature)[target] without a row of logits.
+// linear_logprob: log softmax(hidden W^T / temperature)[target], without storing a row of logits.
 //
 //   hidden [N, H], W [V, H], targets [N]  ->  out [N];  workspace: max, sum [V / 256, N]
 //
-// A block multiplies a tile of rows with 256 rows of W, 128 at a time, and folds the logits that its threads
-// hold into a log-sum-exp of each row (Milakov and Gimelshein, arXiv 1805.02867); a second kernel merges the
-// chunks in order. Blocks of one chunk are neighbours, so W comes from memory once. Up to 16 rows a tile has
-// 16, else 64: neither changes a result, as what might be fused in one and not in the other says how it
-// rounds. Bytes: W once; operations: 2 N H V.
+// A block multiplies a tile of rows with 256 rows of W, 128 at a time. It folds the logits in its threads'
+// registers into a log-sum-exp of each row (Milakov and Gimelshein, arXiv 1805.02867). A second kernel merges
+// the chunks in order. Blocks of one chunk are neighbours, so W is read from memory once. A tile has 16 rows
+// if there are at most 16, else 64. This does not change the result, because every operation that a compiler
+// might fuse in only one of the two has its rounding fixed in the code. Bytes: W once; operations: 2 N H V.
 #include "block_size.cuh"
 #include "launch.cuh"
 #include "linear_logprob.h"
@@ -18,7 +18,7 @@ namespace {
 constexpr int kTilesPerChunk = kLogprobChunk / kTileCols, kWarps = kTileThreads / kWarp,
               kMergeThreads = block_size(128);
 
-// sum = sum of exp(x - max). A row of -inf alone leaves (-inf, 0); NaN and +inf end as NaN.
+// sum = sum of exp(x - max). A row with only -inf gives (-inf, 0); NaN and +inf give NaN.
 struct LogSum {
     float max = -INFINITY, sum = 0.0f;
 
@@ -31,8 +31,8 @@ struct LogSum {
     }
 };
 
-// Folds one tile's logits, of which columns [0, cols) are there, into the state of each of the thread's rows;
-// the thread that holds a row's target writes it.
+// Folds columns [0, cols) of one tile's logits into the state of each of the thread's rows. The thread with a
+// row's target stores the target's logit.
 template <int kRows>
 __device__ void fold(ProductTile<kRows>& tile, int cols, float scale,
                      const int (&targets)[2 * ProductTile<kRows>::kDown], float* target_logits,
@@ -61,7 +61,8 @@ __device__ void fold(ProductTile<kRows>& tile, int cols, float scale,
     }
 }
 
-// Merges what four neighbours and then four warps hold of each row; `shared` [kRows * kWarps] is free.
+// Merges the states of each row, first of four neighbouring threads, then of four warps; `shared` [kRows *
+// kWarps] is free.
 template <int kRows>
 __device__ void finish(LogSum (&states)[2 * ProductTile<kRows>::kDown], int rows, float2* shared, float* max,
                        float* sum) {
@@ -145,8 +146,8 @@ __global__ __launch_bounds__(kTileThreads, 2) void logprob_kernel(LinearLogprobA
     finish<kRows>(states, rows, reinterpret_cast<float2*>(shared), args.max + out, args.sum + out);
 }
 
-// log(exp(target - max) / sum) over all chunks, a warp for each row: a lane's chunks in order, then lanes in
-// pairs.
+// log(exp(target - max) / sum) over all chunks, with a warp for each row: first the chunks of a lane in
+// order, then lanes in pairs.
 __global__ __launch_bounds__(kMergeThreads) void merge_kernel(LinearLogprobArgs args, int64_t chunks) {
     const int64_t row = int64_t{blockIdx.x} * (kMergeThreads / kWarp) + warp();
     if (row >= args.rows) return;

@@ -5,11 +5,11 @@
 
 namespace tts::cuda {
 
-// Rows of the weight that a block takes: the unit of work and of the sum's order.
+// Rows of the weight for one block. This is the unit of work, and it fixes the order of the sum.
 inline constexpr int64_t kLogprobChunk = 256;
 
-// `max` and `sum` have ceil(V / kLogprobChunk) rows; operands may be of any two types. The result replaces
-// the target's logit.
+// `max` and `sum` have ceil(V / kLogprobChunk) rows. The two operands may have different types. The result
+// overwrites the target's logit.
 void linear_logprob(const LinearLogprobArgs& args, cudaStream_t stream);
 
 }  // namespace tts::cuda

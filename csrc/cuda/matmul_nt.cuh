@@ -1,13 +1,13 @@
-// c = a b^T for one block: a tile of kRows rows of a against 128 rows of b, over the whole width.
+// c = a b^T by one block: a tile of kRows rows of a times 128 rows of b, over the whole width.
 //
-// Four warps lie side by side, 32 columns each, whatever kRows is, and the width is walked in order, so an
-// element of c and every sum over a row of c are the same in a tile of 16 rows as in one of 64.
+// Four warps lie side by side, 32 columns each, for every kRows, and the width is processed in order. So an
+// element of c, and every sum over a row of c, is the same in a tile of 16 rows as in one of 64.
 //
-//   TensorTile: bfloat16 or float16 of one type, rows at multiples of 16 bytes. Slices of 64 columns come by
-//   cp.async into a ring of shared memory, 4 x 18 KB or 3 x 24 KB, and go to the tensor cores.
-//   ScalarTile: all else, in float32.
+//   TensorTile: bfloat16 or float16 of one type, rows at multiples of 16 bytes. Slices of 64 columns are
+//   copied by cp.async into a ring of shared memory, 4 x 18 KB or 3 x 24 KB, for the tensor cores.
+//   ScalarTile: everything else, in float32.
 //
-// Both leave c in registers alike: see ProductTile.
+// Both leave c in registers in the same layout: see ProductTile.
 #pragma once
 
 #include "integers.h"
@@ -19,7 +19,7 @@ namespace tts::cuda {
 
 inline constexpr int kTileCols = 128, kTileThreads = 128;
 
-// Where a thread's elements of c lie: c[i][j][e] is at row(i, e / 2), column col(j, e % 2).
+// The layout of a thread's elements of c: c[i][j][e] is at row(i, e / 2), column col(j, e % 2).
 template <int kRows>
 struct ProductTile {
     static constexpr int kDown = kRows / 16, kAcross = 4;
@@ -67,7 +67,7 @@ struct TensorTile : ProductTile<kRows> {
     static constexpr int kSlice = (kRows + kTileCols) * kDepth * sizeof(T);
     static constexpr int kSharedBytes = kStages * kSlice;
 
-    // a(row) and b(row): pointers to rows, null for rows that are not there and count as 0.
+    // a(row) and b(row): pointers to rows; null for rows that do not exist and count as 0.
     template <class A, class B>
     __device__ __forceinline__ void multiply(A a, B b, int64_t width, void* shared) {
         const int slices = static_cast<int>(divide_up(width, kDepth));
@@ -83,7 +83,7 @@ struct TensorTile : ProductTile<kRows> {
         for (int s = 0; s < kStages - 1; ++s) fetch(s);
         for (int s = 0; s < slices; ++s) {
             wait_copies<kStages - 2>();
-            __syncthreads();  // slice s is there, and slice s - 1 has been used
+            __syncthreads();  // slice s has arrived, and slice s - 1 is no longer needed
             fetch(s + kStages - 1);
             use(ring + s % kStages * kSlice);
         }
@@ -91,7 +91,8 @@ struct TensorTile : ProductTile<kRows> {
     }
 
   protected:
-    // The 16-byte piece `chunk` of a row: shifted about, so that eight rows' pieces lie in different banks.
+    // The place of the 16-byte piece `chunk` of a row, permuted so that eight rows' pieces lie in different
+    // banks.
     __device__ static int place(int row, int chunk) { return row * 128 + ((chunk ^ row) & 7) * 16; }
 
     template <int kCount, class Rows>
@@ -139,7 +140,7 @@ struct ScalarTile : ProductTile<kRows> {
     static constexpr int kDepth = 32, kStride = kDepth + 4;  // so that eight rows lie in different banks
     static constexpr int kSharedBytes = (kRows + kTileCols) * kStride * sizeof(float);
 
-    // a(row, column) and b(row, column): elements, asked for inside the width only; 0 for rows not there.
+    // a(row, column) and b(row, column): elements inside the width; 0 for rows that do not exist.
     template <class A, class B>
     __device__ __forceinline__ void multiply(A a, B b, int64_t width, void* shared) {
         float* rows = static_cast<float*>(shared);

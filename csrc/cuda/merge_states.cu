@@ -1,11 +1,11 @@
-// merge_states: two attentions over disjoint keys into one over both.
+// merge_states: merges two attention results over disjoint keys into one over all keys.
 //
 //   out = (w_a out_a + w_b out_b) / (w_a + w_b),   w = exp(lse - max(lse_a, lse_b))
 //   lse = logaddexp(lse_a, lse_b)
 //
-// One launch, a warp for each of the N rows [D], which it reads once, 16 bytes per lane where they allow.
-// Log-sum-exps are taken relative to the larger one before they are turned into units of log2, so that large
-// ones lose nothing.
+// One launch with a warp for each of the N rows [D]. A row is read once, 16 bytes per lane if it is aligned.
+// Log-sum-exps are taken relative to the larger one before they are converted to units of log2, so that large
+// ones lose no precision.
 #include "block_size.cuh"
 #include "launch.cuh"
 #include "merge_states.h"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWarps = block_size(128) / kWarp;
 
-// w_a a + w_b b, or a or b bit for bit where the other is empty.
+// w_a a + w_b b. If one state is empty: the other one, bit for bit.
 struct Mix {
     enum { kBoth, kFirst, kSecond } which;
     float a, b, lse;
@@ -42,7 +42,7 @@ struct Mix {
     }
 };
 
-// Elements of a row, kEach to a lane at a time.
+// The elements of a row, kEach for a lane at a time.
 template <class T, int kEach>
 struct alignas(kEach * sizeof(T)) Pack {
     T x[kEach];

@@ -2,8 +2,8 @@
 //
 //   scores [S], group g owns scores[indptr[g] : indptr[g + 1]]  ->  indices [G, K] padded with -1, counts [G]
 //
-// A block for each group: groups are many and small. Bytes: a group's scores once if it has up to 256
-// candidates, else five times, four of them from the cache.
+// One block for each group, because there are many small groups. Bytes: a group's scores once if it has up to
+// 256 candidates, else five times, of which four are from the cache.
 #include "launch.cuh"
 #include "prune.cuh"
 #include "prune.h"

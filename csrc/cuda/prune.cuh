@@ -1,10 +1,10 @@
 // The k best candidates of one group, by one block, in the order of total_order.h.
 //
-// Up to 256 candidates, one for each thread, lie in shared memory as `ranked` numbers, no two of which are
-// equal, and each is placed by counting those that beat it: no sort, one barrier. A larger group is first
-// thinned out to its k best by radix selection on the 32-bit keys (four passes of a byte, then one that
-// collects in candidate order); up to 256 of those are placed by counting too, more are sorted in the output
-// row itself. (256: kPruneThreads.)
+// Up to 256 candidates (kPruneThreads), one for each thread, are kept in shared memory as `ranked` numbers,
+// which are all different. The place of each is the number of candidates that beat it: this needs no sort and
+// only one barrier. For a larger group, radix selection on the 32-bit keys first finds the k best (four
+// passes of a byte each, then one that collects in candidate order). Up to 256 of these are placed by
+// counting, too; more are sorted in the output row.
 #pragma once
 
 #include "args/prune.h"
@@ -24,7 +24,7 @@ struct PruneShared {
     uint32_t bin, above;
 };
 
-// The sum of `count` over the block's lower threads; `total`: over all.
+// The sum of `count` over the block's threads with lower numbers; `total`: over all threads.
 __device__ inline uint32_t sum_before(uint32_t count, uint32_t* warps, uint32_t& total) {
     uint32_t sum = count;
 #pragma unroll
@@ -32,7 +32,7 @@ __device__ inline uint32_t sum_before(uint32_t count, uint32_t* warps, uint32_t&
         const uint32_t lower = __shfl_up_sync(kAllLanes, sum, step);
         if (lane() >= step) sum += lower;
     }
-    __syncthreads();  // the last call's sums have been read
+    __syncthreads();  // the sums of the last call are no longer needed
     if (lane() == kWarp - 1) warps[warp()] = sum;
     __syncthreads();
     sum -= count;
@@ -45,7 +45,7 @@ __device__ inline uint32_t sum_before(uint32_t count, uint32_t* warps, uint32_t&
     return sum;
 }
 
-// A key as an unsigned number of the same order.
+// A key as an unsigned number with the same order.
 __device__ inline uint32_t radix(int32_t key) { return static_cast<uint32_t>(key) ^ 0x80000000u; }
 
 // The k-th largest of n keys (1 <= k <= n), and how many keys are greater.
@@ -63,7 +63,7 @@ __device__ uint32_t kth_largest(const T* scores, int64_t n, uint32_t k, PruneSha
         }
         __syncthreads();
         constexpr int kEach = kBins / kPruneThreads;
-        const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;  // from the largest keys down
+        const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;  // in descending order of keys
         uint32_t count = 0;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) count += shared.bins[first - i];
@@ -105,8 +105,8 @@ __device__ void collect(const T* scores, int64_t n, uint32_t k, PruneShared& sha
     __syncthreads();
 }
 
-// Sorts n numbers of one block, the greatest first: the bitonic network whose every comparison puts the
-// greater number in front, so that what lies beyond n needs no place.
+// Sorts n numbers by one block, in descending order. Every comparison of this bitonic network puts the
+// greater number first, so no memory is needed for the padding beyond n.
 __device__ inline void sort_ranks(int64_t* x, int64_t n) {
     for (int64_t size = 2; size < 2 * n; size *= 2) {
         for (int64_t step = size / 2; step > 0; step /= 2) {
@@ -123,8 +123,8 @@ __device__ inline void sort_ranks(int64_t* x, int64_t n) {
     }
 }
 
-// Writes the k best of up to 256 ranks, one for each thread, INT64_MIN where there is none, as indices from
-// `first`.
+// Writes the k best of up to 256 ranks as indices from `first` on. Each thread has one rank, INT64_MIN if it
+// has no candidate.
 __device__ inline void place(int64_t rank, int n, uint32_t k, int64_t first, bool keep_order,
                              PruneShared& shared, int64_t* out) {
     shared.ranks[threadIdx.x] = rank;
@@ -137,7 +137,7 @@ __device__ inline void place(int64_t rank, int n, uint32_t k, int64_t first, boo
     if (stays) out[better] = first + ranked_index(rank);
 }
 
-// Prunes group g, whose scores this block can see.
+// Prunes group g. The block must be able to see its scores.
 template <class T>
 __device__ void prune_group(const PruneArgs& args, int64_t g, PruneShared& shared) {
     const int64_t first = at(args.indptr, g), n = at(args.indptr, g + 1) - first;
@@ -154,7 +154,7 @@ __device__ void prune_group(const PruneArgs& args, int64_t g, PruneShared& share
         place(rank, static_cast<int>(n), k, first, args.keep_order, shared, out);
     } else if (k <= kPruneThreads) {
         collect(scores, n, k, shared, shared.ranks);
-        const int64_t rank = i < k ? shared.ranks[i] : INT64_MIN;  // whose place is this thread's own
+        const int64_t rank = i < k ? shared.ranks[i] : INT64_MIN;  // this thread finds its place
         place(rank, static_cast<int>(k), k, first, args.keep_order, shared, out);
     } else {
         collect(scores, n, k, shared, out);

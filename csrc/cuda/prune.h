@@ -5,7 +5,7 @@
 
 namespace tts::cuda {
 
-// Every group. `keys` is not used.
+// Prunes every group. `keys` is not used.
 void prune(const PruneArgs& args, int64_t groups, cudaStream_t stream);
 
 }  // namespace tts::cuda

@@ -1,7 +1,7 @@
-// Heads of keys and values from their codes: the twin of csrc/include/quantized_kv.h, which has the formats.
-// An element is code * scale + zero, rounded once, and then to the type of the queries. (int8 has no zero:
-// adding 0 changes no bit, as a scale of 0 has no codes but 0.) Bytes of e4m3 are codes here, too, which
-// stand for themselves.
+// Decodes heads of keys and values: the counterpart of csrc/include/quantized_kv.h, which describes the
+// formats. An element is code * scale + zero, rounded once, and then rounded to the type of the queries.
+// (int8 has no zero: adding 0 changes no bit, because with a scale of 0 all codes are 0.) Bytes of e4m3 are
+// handled as codes, too, without a scale.
 #pragma once
 
 #include "e4m3.cuh"
@@ -20,7 +20,7 @@ struct KvNumbers {
     __device__ float operator()(float code) const { return fmaf(code, scale, zero); }
 };
 
-// Element d of a head of `dim`.
+// Element d of a head with `dim` elements.
 template <class T>
 __device__ float element(const uint8_t* codes, int d, int dim, KvFormat format, KvNumbers numbers) {
     if (format == KvFormat::e4m3) return to_float(from_float<T>(of_e4m3(uint32_t{codes[d]} << 24)));
@@ -34,7 +34,7 @@ __device__ float element(const uint8_t* codes, int d, int dim, KvFormat format, 
     return to_float(from_float<T>(numbers(static_cast<float>(code))));
 }
 
-// Codes of elements d to d + 7, as bytes; d, and the head's size, are multiples of 8.
+// The codes of elements d to d + 7 as bytes. d and the size of the head are multiples of 8.
 __device__ inline uint2 eight_codes(const uint8_t* codes, int d, int dim, KvFormat format) {
     if (format != KvFormat::int4) return *reinterpret_cast<const uint2*>(codes + d);
     const int half = dim / 2;  // a multiple of 4
@@ -45,8 +45,8 @@ __device__ inline uint2 eight_codes(const uint8_t* codes, int d, int dim, KvForm
     return {four(d), four(d + 4)};
 }
 
-// The elements of four codes. A code is the last byte of the float 2**23 + code, or in int8 of 2**23 + 128 +
-// code: no conversion, which a GPU does at a quarter of the rate of additions.
+// The elements of four codes. A code is placed as the last byte of the float 2**23 + code, for int8 of 2**23
+// + 128 + code. This avoids conversions, which a GPU executes at a quarter of the rate of additions.
 template <class T>
 __device__ uint2 four_elements(uint32_t codes, KvFormat format, KvNumbers numbers) {
     float x[4];

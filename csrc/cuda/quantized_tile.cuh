@@ -1,6 +1,6 @@
-// matmul_nt.cuh's TensorTile for a weight of whole numbers, 8 or 4 bits, in panels (int_tile.h): a slice of
-// it becomes float on its way into shared memory, rounded to T as the rows of x are. The next slice is under
-// way while one is multiplied: the weight's in registers, x's by cp.async.
+// matmul_nt.cuh's TensorTile for a weight of whole numbers of 8 or 4 bits in panels (int_tile.h). A slice of
+// the weight is converted to float on its way into shared memory, and rounded to T like the rows of x. While
+// one slice is multiplied, the next one is being loaded: the weight's into registers, x's by cp.async.
 #pragma once
 
 #include "args/linear_quantized.h"
@@ -10,7 +10,7 @@ namespace tts::cuda {
 
 inline constexpr int kPanelCols = 16;  // columns of a panel; 4 of the depth lie next to each other
 
-// What a stored number stands for.
+// The value of a stored number.
 __device__ inline float dequantized(uint32_t stored, int half, float zero, float scale) {
     return __fmul_rn(__fsub_rn(static_cast<float>(static_cast<int>(stored) - half), zero), scale);
 }
@@ -26,12 +26,12 @@ __device__ inline float dequantized(const QuantizedWeight& weight, int64_t colum
                        weight.scale[group]);
 }
 
-// 16 bytes of a panel's slice: 4 columns, by 4 of the depth in 8 bits and 8 in 4. Neighbours in a warp read
-// neighbours.
+// 16 bytes of a slice of a panel: 4 columns, times 4 elements of the depth in 8 bits, or 8 in 4 bits.
+// Neighbouring threads of a warp read neighbouring pieces.
 template <int kBits>
 struct PanelPiece {
     static constexpr int kLines = 64 * kBits / 32;
-    static constexpr int kCount = kTileCols / kPanelCols * kLines * 4 / kTileThreads;  // a thread
+    static constexpr int kCount = kTileCols / kPanelCols * kLines * 4 / kTileThreads;  // for each thread
     int panel, line, quad;
 
     __device__ explicit PanelPiece(int i) {
@@ -40,7 +40,7 @@ struct PanelPiece {
     }
 };
 
-// The weight from column `column` on, and from `k` on.
+// The weight from column `column` and element `k` of the depth on.
 template <int kBits>
 struct PanelSlice {
     const QuantizedWeight& weight;
@@ -49,7 +49,7 @@ struct PanelSlice {
     __device__ int panel(PanelPiece<kBits> piece) const { return column / kPanelCols + piece.panel; }
     __device__ bool has(PanelPiece<kBits> piece) const { return panel(piece) * kPanelCols < columns; }
 
-    // What is stored; zeros behind the last panel.
+    // The stored numbers; zeros after the last panel.
     __device__ uint4 load(PanelPiece<kBits> piece) const {
         if (!has(piece)) return {};
         const int lines = static_cast<int>(weight.depth) * kBits / 32;
@@ -57,7 +57,7 @@ struct PanelSlice {
         return *reinterpret_cast<const uint4*>(weight.data + (line * 4 + piece.quad) * 16);
     }
 
-    // One of `values` for each of the piece's columns; zeros where there are none.
+    // One of `values` for each of the piece's columns; zeros for columns that do not exist.
     __device__ float4 of_group(const float* values, PanelPiece<kBits> piece) const {
         if (!values || !has(piece)) return {};
         const int group = (k + piece.line * (32 / kBits)) / static_cast<int>(weight.group);
@@ -71,9 +71,9 @@ struct QuantizedTile : TensorTile<T, kRows> {
     using Tile = TensorTile<T, kRows>;
     static constexpr int kStages = 2, kSlice = Tile::kSlice, kSharedBytes = kStages * kSlice;
 
-    // a(row) as in TensorTile, of columns [first_k, first_k + width); `column` is the weight's first one. A
-    // call may follow one whose width has an even number of slices: its first slice goes where the last but
-    // one was.
+    // a(row) is as in TensorTile, for columns [first_k, first_k + width); `column` is the weight's first
+    // column. A second call may follow directly if the width of the first has an even number of slices: its
+    // first slice then uses the stage before the last one.
     template <class A>
     __device__ __forceinline__ void multiply(A a, const QuantizedWeight& weight, int64_t column,
                                              int64_t columns, int64_t first_k, int64_t width, void* shared) {
@@ -100,7 +100,7 @@ struct QuantizedTile : TensorTile<T, kRows> {
                 put(stored[i], slice_of(s), PanelPiece<kBits>(i), slice + kRows * 128);
             }
             wait_copies<0>();
-            __syncthreads();  // slice s is there, and slice s - 1 has been used
+            __syncthreads();  // slice s has arrived, and slice s - 1 is no longer needed
             fetch(s + 1);
             this->use(slice);
         }
@@ -128,7 +128,7 @@ struct QuantizedTile : TensorTile<T, kRows> {
         }
     }
 
-    // The numbers in four bytes, as T.
+    // The numbers in four bytes, converted to T.
     __device__ static uint2 floats(uint32_t bytes, float zero, float scale) {
         float x[4];
 #pragma unroll

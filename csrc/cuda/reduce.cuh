@@ -1,4 +1,4 @@
-// Reductions over a warp and over a block, always in the same order.
+// Reductions over a warp and over a block. The order is always the same.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Max {  // of floats: the other one where either is NaN
     }
 };
 
-// Every lane gets the result over groups of kLanes neighbours, a power of two.
+// Every lane gets the result over its group of kLanes neighbours; kLanes is a power of two.
 template <int kLanes = kWarp, class T, class F>
 __device__ T reduce_lanes(T x, F f) {
 #pragma unroll
@@ -33,8 +33,8 @@ __device__ T reduce_lanes(T x, F f) {
     return x;
 }
 
-// Every thread of a block of kThreads gets the result. `scratch` [kThreads / kWarp] is shared and may be used
-// again at once: the block meets before it is written and after.
+// Every thread of a block of kThreads gets the result. `scratch` [kThreads / kWarp] is in shared memory. It
+// may be reused at once, because there is a barrier before and after it is written.
 template <int kThreads, class T, class F>
 __device__ T reduce_block(T x, T* scratch, F f) {
     constexpr int kWarps = kThreads / kWarp;

@@ -1,19 +1,19 @@
 // sample: one token from each row of logits [V], after temperature, top-k, top-p and min-p.
 //
-// Weights are integers (fixed_exp.cuh), so every sum is exact and the draw is the CPU's to the bit; what the
-// options mean is told in csrc/cpu/sample.cpp. A block of 512 threads for each row, a warp for each sixteenth
-// of it; where rows are fewer than SMs, up to eight blocks share a row (Team): they add up their sums through
-// memory and meet there after each pass, so they all decide alike. The first pass brings the row into L2,
-// where the others find it:
+// Weights are integers (fixed_exp.cuh), so every sum is exact, and the draw is that of the CPU to the bit;
+// csrc/cpu/sample.cpp defines the options. A row has a block of 512 threads, and each warp has a sixteenth of
+// it. If there are fewer rows than SMs, up to eight blocks share a row (Team). They add up their sums through
+// memory and wait for each other after each pass, so they all make the same decisions. The first pass brings
+// the row into L2, where the others read it:
 //
-//   1  the maximum;  2  all weights, tempered and not;
-//   3  for top-k and for top-p, the cut: the range that it lies in is halved, a pass each time, until up to
-//      1024 logits are left in it; these are listed in shared memory and the range is halved there;
-//   4  the weights that are kept, a piece of the row at a time: the piece that the draw falls into is cut
-//      into pieces again, until a warp holds it.
+//   1  the maximum;  2  the sums of all weights, tempered and untempered;
+//   3  for top-k and for top-p, the cut: each pass halves the range that contains it, until the range has at
+//      most 1024 logits; these are listed in shared memory, and the halving continues in the list;
+//   4  the kept weights of each piece of the row: the piece with the draw is cut into pieces again, until one
+//      warp holds it.
 //
-// Bytes: V logits from memory, six to ten times as many from L2 with a cut, three without. One launch, a
-// cooperative one behind a clearing of counters where blocks share rows.
+// Bytes: V logits from memory, and from L2 six to ten times as many with a cut, three times without. There is
+// one launch. If blocks share rows, it is cooperative, and counters are cleared before it.
 #include <algorithm>
 
 #include "block_size.cuh"
@@ -32,24 +32,24 @@ namespace {
 
 constexpr int kThreads = block_size(512), kWarps = kThreads / kWarp, kList = 2 * kThreads, kEach = 8;
 constexpr float kLargest = 3.40282347e38f;
-constexpr int64_t kLogitsOfBlock = 16 * kThreads;  // at least, of a row that blocks share
+constexpr int64_t kLogitsOfBlock = 16 * kThreads;  // smallest part of a shared row for a block
 constexpr int kElsewhere = -2;                     // in place of a token that another block finds
 
-struct Piece {  // of the kept weights, by warp or by block
+struct Piece {  // sums of kept weights, for a warp or a block
     uint64_t above;
     uint32_t ties;
 };
 
 // ---- the blocks that share a row --------------------------------------------------------------------------
 
-// What one block has found, and what all have.
+// The results of one block; of all blocks.
 struct Note {
     uint64_t a = 0, b = 0, c = 0;
 
     __device__ Note operator+(const Note& other) const { return {a + other.a, b + other.b, c + other.c}; }
 };
 
-// A row's blocks in memory: counters, 0 at first, and what needs no value before.
+// The memory that a row's blocks share: counters, which begin at 0, and fields without an initial value.
 struct RowCounters {
     uint32_t arrived, listed[2];
 };
@@ -59,8 +59,8 @@ struct RowBoard {
     int32_t keys[kList];
 };
 
-// This block's place among those of its row. Its members are the same in all threads and, but for the rank,
-// in all blocks, which call its functions in the same order.
+// This block's place among the blocks of its row. The members are the same in all threads and, except for the
+// rank, in all blocks. All blocks must call its functions in the same order.
 class Team {
   public:
     __device__ Team(RowCounters* counters, RowBoard* board, int rank, int size)
@@ -69,10 +69,10 @@ class Team {
     __device__ int rank() const { return rank_; }
     __device__ int size() const { return size_; }
     __device__ RowBoard& board() const { return *board_; }
-    // What draw returns where all blocks know that there is no token: one of them says so.
+    // The value that draw returns if all blocks know that there is no token: only one block reports it.
     __device__ int no_token() const { return rank_ == 0 ? -1 : kElsewhere; }
 
-    // Waits for all blocks; what they wrote before can be read then.
+    // Waits for all blocks. After it, all of their earlier writes can be read.
     __device__ void meet() {
         ++meetings_;
         __syncthreads();
@@ -87,8 +87,8 @@ class Team {
         __syncthreads();
     }
 
-    // What each block has found, which every thread of it knows, from the first block to the last. It can be
-    // read until the next meeting but one.
+    // Exchanges the results of the blocks; `mine` must be known to every thread of the block. Returns them in
+    // block order. They can be read until the next meeting but one.
     __device__ const Note* share(const Note& mine) {
         Note* notes = board_->notes[meetings_ % 2];
         if (threadIdx.x == 0) notes[rank_] = mine;
@@ -104,7 +104,7 @@ class Team {
         return all;
     }
 
-    // The first of `count` free places in one of the row's two lists, and how many are taken.
+    // Reserves `count` places in one of the row's two lists; returns the first one.
     __device__ uint32_t reserve(int list, uint32_t count) const {
         return atomicAdd(&counters_->listed[list], count);
     }
@@ -158,7 +158,7 @@ struct Row {
         }
     }
 
-    // The same for this block's part, by the block.
+    // The same for this block's part, with all threads of the block.
     template <class F>
     __device__ void each(F f) const {
         const int size = piece_size(begin, end), first = min(begin + warp() * size, end);
@@ -198,8 +198,8 @@ struct Sums {
     uint32_t count;
 };
 
-// A key between low and high > low: half-way by value, for what lies close in key may lie far apart, then by
-// key.
+// A key between low and high > low. First half-way by value, because logits with close values may have
+// distant keys; later half-way by key.
 __device__ int32_t middle(int32_t low, int32_t high, int step) {
     constexpr int kByValue = 8;
     const int32_t by_key = static_cast<int32_t>((int64_t{low} + high) >> 1);
@@ -208,7 +208,7 @@ __device__ int32_t middle(int32_t low, int32_t high, int step) {
     return min(max(by_value, low), high - 1);
 }
 
-// All blocks' lists in place of this block's.
+// Replaces this block's list by the lists of all blocks.
 __device__ void gather(int list, Team& team, Shared& shared) {
     RowBoard& board = team.board();
     if (threadIdx.x == 0) shared.at = team.reserve(list, shared.listed);
@@ -226,8 +226,9 @@ __device__ void gather(int list, Team& team, Shared& shared) {
     }
 }
 
-// The largest logit whose measure, with that of all above it, reaches `target`; `above`: the measure of those
-// above it alone. An element measures its weight, or 1. It lies in [floor, top], where `count` elements are.
+// The largest logit for which it and all above it have a measure that reaches `target`; `above`: the measure
+// of those above it. The measure of an element is its weight, or 1. The logit lies in [floor, top], which has
+// `count` elements.
 template <class T>
 __device__ float select(const Row<T>& row, bool by_weight, float top, float floor, uint32_t count,
                         uint64_t target, uint64_t& above, Team& team, Shared& shared) {
@@ -284,7 +285,8 @@ __device__ float select(const Row<T>& row, bool by_weight, float top, float floo
     return key_score(low);
 }
 
-// `all`: the sum of all weights; `count`: of the logits that are not below `floor`, where weights are 0.
+// `all`: the sum of all weights; `count`: the number of logits that are not below `floor`, where weights are
+// 0.
 template <class T>
 __device__ Cut find_cut(const Row<T>& row, float top, float floor, uint64_t all, uint32_t count, Team& team,
                         Shared& shared) {
@@ -295,7 +297,7 @@ __device__ Cut find_cut(const Row<T>& row, float top, float floor, uint64_t all,
     const uint64_t k = static_cast<uint64_t>(row.options.top_k);
     if (row.has_top_k() && k <= count) {
         cut.logit = select(row, false, top, floor, count, k, above, team, shared);
-        if (row.has_top_p()) {  // of what top-k leaves
+        if (row.has_top_p()) {  // of the logits that are left after top-k
             uint64_t left = 0;
             row.each([&](int, float x) {
                 if (x >= cut.logit) left += exp.weight(x - top);
@@ -314,7 +316,7 @@ __device__ Cut find_cut(const Row<T>& row, float top, float floor, uint64_t all,
 
 // ---- the draw ---------------------------------------------------------------------------------------------
 
-// The kept weights of each warp's piece of [begin, end) go to `shared.pieces`.
+// Stores the kept weights of each warp's piece of [begin, end) in `shared.pieces`.
 template <class T>
 __device__ void weigh_pieces(const Row<T>& row, const Cut& cut, float top, int begin, int end,
                              Shared& shared) {
@@ -330,13 +332,13 @@ __device__ void weigh_pieces(const Row<T>& row, const Cut& cut, float top, int b
     });
     above = reduce_lanes(above, Add{});
     ties = reduce_lanes(ties, Add{});
-    __syncthreads();  // the last pieces have been read
+    __syncthreads();  // the previous pieces are no longer needed
     if (lane() == 0) shared.pieces[warp()] = {above, ties};
     __syncthreads();
 }
 
-// The token at which the running sum of kept weights exceeds a random part of it; kElsewhere if another block
-// finds it.
+// The token at which the running sum of kept weights exceeds a random part of their total; kElsewhere if
+// another block finds it.
 template <class T>
 __device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Team& team, Shared& shared) {
     const FixedExp exp = row.weights();
@@ -392,8 +394,8 @@ __device__ int draw_token(const Row<T>& row, const Cut& cut, float top, Team& te
     return -1;
 }
 
-// The index of the n-th logit that equals `value`, -1 if there is none where it should be; kElsewhere if it
-// is another block's.
+// The index of the n-th logit that equals `value`, -1 if it is not found although it should be; kElsewhere if
+// it is in another block's part.
 template <class T>
 __device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Team& team, Shared& shared) {
     if (team.size() > 1) {
@@ -426,7 +428,7 @@ __device__ int nth_equal(const Row<T>& row, float value, uint64_t n, Team& team,
     return i < end ? i : -1;
 }
 
-// A row with +inf: each such logit weighs 1 and all others nothing; -1 without a finite logit beside them.
+// A row with +inf: each such logit has weight 1 and all others 0; -1 without a finite logit beside them.
 template <class T>
 __device__ int draw_infinite(const Row<T>& row, float& logprob, Team& team, Shared& shared) {
     uint32_t infinite = 0;
@@ -467,8 +469,8 @@ __device__ Scan find_top(const Row<T>& row, Team& team, Shared& shared) {
     return {top, nan};
 }
 
-// A row's token, -1 if there is none, and its log-probability; kElsewhere in all blocks but one if it is a
-// block's own.
+// A row's token, -1 if there is none, and its log-probability. If the token is found by one block, all other
+// blocks return kElsewhere.
 template <class T>
 __device__ int draw(const Row<T>& row, float& logprob, Team& team, Shared& shared) {
     logprob = NAN;

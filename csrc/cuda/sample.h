@@ -5,7 +5,7 @@
 
 namespace tts::cuda {
 
-// Thread blocks of a row at most.
+// The largest number of thread blocks for a row.
 inline constexpr int kMostSampleBlocks = 8;
 
 struct SampleGrid {
@@ -15,8 +15,8 @@ struct SampleGrid {
 
 SampleGrid sample_grid(const SampleArgs& args);
 
-// One launch; with several blocks a row they wait for each other, which takes a device that launches
-// cooperatively, and every row's counters are cleared before.
+// One launch. If a row has several blocks, they wait for each other: the device must support cooperative
+// launches, and every row's counters are cleared before.
 void sample(const SampleArgs& args, const SampleGrid& grid, void* workspace, cudaStream_t stream);
 
 }  // namespace tts::cuda

@@ -1,8 +1,8 @@
-// The score of one step, by one block.
+// The score of one step, computed by one block.
 //
-// A one-row head: act(w . norm(x) + b). RMSNorm needs no pass of its own: w . (x g / rms) = (w g . x) / rms,
-// and the squares are summed in the same loop. A head with a hidden layer: what the blocks of hidden units
-// left.
+// A one-row head computes act(w . norm(x) + b). RMSNorm needs no extra pass: w . (x g / rms) = (w g . x) /
+// rms, and the squares are summed in the same loop. For a head with a hidden layer, the partial sums of the
+// blocks of hidden units are added.
 #pragma once
 
 #include "integers.h"
@@ -24,7 +24,7 @@ struct ScoreSums {  // w g . x and x . x
     float dot, squares;
 };
 
-// What one thread of kThreads adds up: eight neighbours at a time, then the last few one by one.
+// The sums of one of kThreads threads: eight neighbours at a time, then the last few one by one.
 template <int kThreads, class T>
 __device__ ScoreSums score_sums(const T* x, const HeadArgs& head, int64_t width, bool vectors) {
     constexpr int kEach = 8;
@@ -48,7 +48,8 @@ __device__ ScoreSums score_sums(const T* x, const HeadArgs& head, int64_t width,
     return sums;
 }
 
-// Both are steps of a kernel whose blocks have kThreads threads; every thread gets the score of step s.
+// Both functions are parts of a kernel with kThreads threads in a block. Every thread gets the score of step
+// s.
 
 // `vectors`: rows and weight can be read 16 bytes at a time.
 template <class T>

@@ -1,9 +1,9 @@
 // score_and_prune: scores of new steps, aggregates of candidates, the k best of each group, in one launch.
 //
-// A block for each candidate scores its steps and folds them into its aggregate; the last block of a group to
-// arrive prunes it. So rows are read by as many blocks as there are candidates, and no launch waits for
-// another. Every group has one block more, so that an empty one is pruned as well. Arrivals are counted from
-// 0: 4 G bytes are cleared ahead of the launch.
+// The block of a candidate scores its steps and folds them into its aggregate. The last block of a group to
+// finish prunes the group. So as many blocks as candidates read rows, and no launch waits for another. Every
+// group has one additional block, so that an empty group is pruned as well. Arrivals are counted from 0: 4 G
+// bytes are cleared before the launch.
 #include "aggregate.cuh"
 #include "launch.cuh"
 #include "prune.cuh"
@@ -13,7 +13,7 @@
 namespace tts::cuda {
 namespace {
 
-// The group of candidate c: the last that does not begin behind it. A warp tries 32 groups at a time.
+// The group of candidate c: the last group that begins at or before it. A warp tries 32 groups at a time.
 __device__ int64_t group_of(IndexArray indptr, int64_t groups, int64_t c) {
     int64_t low = 0, high = groups;
     while (high - low > 1) {
@@ -25,7 +25,8 @@ __device__ int64_t group_of(IndexArray indptr, int64_t groups, int64_t c) {
     return low;
 }
 
-// Whether this block is the last of its group's to arrive; what the others wrote before can be read then.
+// Whether this block is the last one of its group to arrive. Then all earlier writes of the others can be
+// read.
 __device__ bool arrives_last(const ScoreAndPruneArgs& args, int64_t group) {
     __shared__ bool last;
     if (threadIdx.x == 0) {

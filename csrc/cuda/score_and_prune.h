@@ -5,7 +5,7 @@
 
 namespace tts::cuda {
 
-// One launch; one more, before it, for a head with a hidden layer.
+// One launch, after another one for a head with a hidden layer.
 void score_and_prune(const ScoreAndPruneArgs& args, cudaStream_t stream);
 
 }  // namespace tts::cuda

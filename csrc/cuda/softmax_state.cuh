@@ -1,4 +1,5 @@
-// The state of a softmax taken in pieces: the twin of csrc/include/online_softmax.h, which explains it.
+// The state of a softmax that is computed in pieces: the counterpart of csrc/include/online_softmax.h, which
+// explains it.
 #pragma once
 
 #include "reduce.cuh"
@@ -31,13 +32,13 @@ struct SoftmaxState {
     __device__ float lse() const { return empty() ? -infinity() : (max + log2f(sum)) * kLn2; }
 };
 
-// What a state's sum and row are multiplied by when its max rises to `top`.
+// The factor of a state's sum and row when its max rises to `top`.
 __device__ inline float weight(float max, float top) {
     return max == top ? 1.0f : max == -infinity() ? 0.0f : exp2_fast(max - top);
 }
 
-// Of two states of one row, `a` before `b`: the merged one, and what their sums of weighted values are
-// multiplied by. Merging with the empty state changes no bit.
+// For two states of one row, `a` before `b`: the merged state, and the factors of their sums of weighted
+// values. Merging with the empty state changes no bit.
 struct Merge {
     float a, b;
     SoftmaxState state;
@@ -56,7 +57,7 @@ struct Merge {
     }
 };
 
-// `top` where it can be subtracted: 0 in place of -inf, so that -inf - top stays -inf.
+// `top`, made safe for subtraction: 0 instead of -inf, so that -inf - top stays -inf.
 __device__ inline float finite_top(float top) { return top == -infinity() ? 0.0f : top; }
 
 }  // namespace tts::cuda

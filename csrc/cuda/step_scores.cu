@@ -2,13 +2,13 @@
 //
 //   out[s] = act(w . norm(hidden[positions[s]]) + b)
 //
-// A block of 128 threads for each step: a row of 4096 bfloat16 is four 16-byte loads a thread, all in flight
-// at once. Bytes: S rows of H elements from memory; the head's row, float32, comes from L2 after the first
-// step.
+// One block of 128 threads for each step. A row of 4096 bfloat16 is four 16-byte loads for each thread, all
+// in flight at the same time. Bytes: S rows of H elements from memory; the head's row in float32 is read from
+// L2 after the first step.
 //
 // With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: a block multiplies a tile of gathered rows with 128
-// rows of W1 (matmul_nt.cuh) and folds its hidden units into one number for each step, so no [S, H1] is kept.
-// Rows that are normed go through float32. Bytes: W1 once; operations: 2 S H H1.
+// rows of W1 (matmul_nt.cuh), and folds its hidden units into one number for each step, so [S, H1] is never
+// stored. If there is a norm, rows are multiplied in float32. Bytes: W1 once; operations: 2 S H H1.
 #include "block_size.cuh"
 #include "launch.cuh"
 #include "matmul_nt.cuh"
@@ -29,7 +29,7 @@ __global__ __launch_bounds__(kThreads) void step_kernel(StepScoresArgs args, boo
 
 // ---- the hidden layer -------------------------------------------------------------------------------------
 
-// 1 / rms of a tile's rows, a warp for each row; 1 without a norm.
+// 1 / rms of a tile's rows, with a warp for each row; 1 without a norm.
 template <int kRows>
 __device__ void row_scales(const StepScoresArgs& args, int64_t first_step, int rows, float* scales) {
     for (int r = warp(); r < kRows; r += kWarps) {
@@ -79,7 +79,7 @@ __device__ void multiply(ScalarTile<kRows>& tile, const StepScoresArgs& args, in
         args.width, shared);
 }
 
-// partials[block][s] = sum over the block's units j of w[j] relu(z[s][j] + b1[j]); a NaN stays one.
+// partials[block][s] = sum over the block's units j of w[j] relu(z[s][j] + b1[j]). NaN stays NaN.
 template <class Product, int kRows>
 __global__ __launch_bounds__(kTileThreads, 2) void hidden_kernel(StepScoresArgs args, int64_t row_blocks) {
     extern __shared__ __align__(16) uint8_t shared[];
@@ -100,7 +100,7 @@ __global__ __launch_bounds__(kTileThreads, 2) void hidden_kernel(StepScoresArgs 
         w[i] = there ? args.head.weight[unit] : 0.0f;
         b1[i] = there && args.head.b1.data ? load(args.head.b1, unit) : 0.0f;
     }
-    __syncthreads();  // the scales are there, whatever the width
+    __syncthreads();  // scales are written, for any width
 #pragma unroll
     for (int i = 0; i < 2 * Product::kDown; ++i) {
         const int row = tile.row(i / 2, i % 2);

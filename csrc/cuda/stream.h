@@ -1,4 +1,4 @@
-// A CUDA stream, as launchers take it: no CUDA header is needed to call them.
+// A CUDA stream as an argument of launchers. Callers need no CUDA header.
 #pragma once
 
 typedef struct CUstream_st* cudaStream_t;

@@ -1,16 +1,17 @@
-// tree_attention: attention of many branches over a tree of KV pages, each shared token read once for all of
-// them.
+// tree_attention: attention of many branches over a tree of KV pages. Each shared token is read once for all
+// of them.
 //
 //   q [T, Hq, D], caches [P, page_size, Hkv, D], plan  ->  out [T, Hq, D], lse [T, Hq]
 //
-// Two launches. The first runs the plan's tasks (csrc/host/planner.h), each for each KV head, dearest first:
-// as many blocks as the device holds at once, each of which takes every so many-th. How many there are is
-// known to the device only. Blocks of eight warps take the 128 lanes (rows x query heads of a KV head) that a
-// task may have at once, so that 64 branches of groups of 4 read a prefix twice; where they do not fit, or
-// there are no more than 64 lanes in all, blocks of four warps take 64. A row that one task alone reads is
-// finished there; the others leave states (sum of weighted values, max, sum) in the plan's slots. The second
-// merges each row's states in the plan's order, a warp for each row and query head. What is summed up in
-// which order is said in plan.h: nothing depends on which block runs when, nor on what else is in the plan.
+// There are two launches. The first runs the plan's tasks (csrc/host/planner.h), each for each KV head, most
+// expensive first. There are as many blocks as the device holds at once, and each takes its share of the
+// tasks; only the device knows how many tasks there are. A task may have 128 lanes (rows x query heads of a
+// KV head). Blocks of eight warps take all of them at once, so that 64 branches of groups of 4 read a prefix
+// only twice. If such blocks do not fit on the device, or there are at most 64 lanes, blocks of four warps
+// take 64. If only one task reads a row's keys, it finishes the row. Other tasks store states (sum of
+// weighted values, max, sum) in the plan's slots. The second launch merges each row's states in the plan's
+// order, with a warp for each row and query head. plan.h defines the order of all sums: it depends neither on
+// which block runs when, nor on what else is in the plan.
 #include <algorithm>
 
 #include "block_size.cuh"
@@ -26,8 +27,8 @@ namespace {
 
 constexpr int kMergeWarps = block_size(128) / kWarp;
 
-// A row's states, merged first to last: chunks from blocks of keys, the row from chunks. each(slot, a, b) is
-// called for every merge, the row's with slot -1.
+// Merges a row's states, first to last: chunks from blocks of keys, the row from chunks. each(slot, a, b) is
+// called for every merge; for those of the row, slot is -1.
 struct RowMerge {
     SoftmaxState row, chunk;
 
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
     if (index >= args.num_rows * args.num_q_heads) return;
     const int row = static_cast<int>(index / args.num_q_heads),
               head = static_cast<int>(index % args.num_q_heads);
-    if (!is_merged(args, row) && args.positions[row] >= 0) return;  // finished by its task
+    if (!is_merged(args, row) && args.positions[row] >= 0) return;  // its task has written the result
     const int begin = args.merge_indptr[row], end = args.merge_indptr[row + 1];
     const int64_t out_index = int64_t{args.rows[row]} * args.num_q_heads + head;
     T* out = static_cast<T*>(args.out) + out_index * args.head_dim;
@@ -97,7 +98,7 @@ bool has_matrix_form(const TreeAttentionArgs& args) {
 
 bool has_codes(const TreeAttentionArgs& args) { return args.format != KvFormat::plain; }
 
-// Whether a cache can be read 16 bytes at a time, and what lies beside it 4.
+// Whether a cache can be read 16 bytes at a time, and its scales and zeros 4 bytes at a time.
 bool in_units(const PagedCache& cache, const KvScales& beside, int64_t element_bytes) {
     return aligned(cache.data,
                    element_bytes * (cache.page_stride | cache.token_stride | cache.head_stride)) &&
@@ -130,9 +131,9 @@ void launch_mma(const TreeAttentionLaunch& call, const TreeAttentionGrid& grid, 
     launch_mma<T, kDim, 4>(call, grid.blocks, stream);
 }
 
-// Lanes a warp.
+// The number of lanes for each warp.
 int fma_lanes(int64_t head_dim) {
-    constexpr int kMany = 4;  // where they fit into 48 KB
+    constexpr int kMany = 4;  // if they fit into 48 KB
     return FmaShape::shared(kMany, head_dim) <= 48 << 10 ? kMany : 1;
 }
 
@@ -160,7 +161,8 @@ void launch_tasks(const TreeAttentionLaunch& call, const TreeAttentionGrid& grid
     launch_fma<T>(call, grid.blocks, stream);
 }
 
-// Whether blocks of eight warps pay: they read a task's keys once where four warps read them twice.
+// Whether blocks of eight warps are faster: they read a task's keys once, while blocks of four read them
+// twice.
 bool runs_wide(const TreeAttentionArgs& args) {
     return kHasWide && has_matrix_form(args) && args.head_dim <= kMostDimWide &&
            task_parts(args, kHalfLanes) > 1 &&

@@ -1,7 +1,8 @@
-// tree_attention in plain float32 arithmetic: float32 caches, and head sizes that tensor cores do not take.
+// tree_attention in plain float32 arithmetic, for float32 caches and for head sizes that tensor cores do not
+// support.
 //
-// A block of four warps runs a task for one KV head, kRows lanes a warp at a time, 64 keys (a block of
-// plan.h) at a time:
+// A block of four warps runs a task for one KV head. It processes kRows lanes for each warp at a time, and 64
+// keys (a block of plan.h) at a time:
 //
 //   s[r] = q[r] . k     a thread has two keys and all lanes of its warp; K comes through shared memory, 32
 //   keys
@@ -9,9 +10,9 @@
 //                       conflict)
 //   b[r] = p v          a thread has every 32nd element of D; V is read from memory, coalesced
 //
-// Queries and the chunks' sums of weighted values of the block's lanes stay in shared memory: 8 bytes x 4
-// kRows x D. Hidden keys are skipped, so what their slots hold never matters. Quantised heads (kCodes) become
-// elements of q's type when they are read: keys once for all rows of a tile, values once for each of its
+// The queries and the chunks' sums of weighted values for the block's lanes stay in shared memory: 8 bytes x
+// 4 kRows x D. Hidden keys are skipped, so the content of their slots has no effect. Quantised heads (kCodes)
+// are decoded to q's type when they are read: keys once for all rows of a tile, values once for each of its
 // warps.
 #pragma once
 
@@ -24,7 +25,7 @@ struct FmaShape {
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
     static constexpr int kKeys = kWarp, kSlice = 64, kSliceStride = kSlice + 1;
 
-    // Bytes of shared memory of a block with `rows` lanes a warp.
+    // Bytes of shared memory of a block with `rows` lanes for each warp.
     static constexpr int64_t shared(int rows, int64_t head_dim) {
         return 4 * (kKeys * kSliceStride + 2 * kWarps * rows * head_dim);
     }
@@ -80,7 +81,7 @@ class FmaTile {
     }
 
   private:
-    // Keys [begin, begin + count) of a segment; this thread's are keys lane() and lane() + 32.
+    // Keys [begin, begin + count) of a segment. This thread has keys lane() and lane() + 32.
     __device__ void run_keys(const Segment& segment, int begin, int count) {
         float p[kHalves][kRows];
         uint32_t seen[kHalves][kRows];  // by each lane of the warp: bit k is key k of the half
@@ -100,12 +101,12 @@ class FmaTile {
         accumulate(p, seen, segment, begin, count);
     }
 
-    // This head's row of a token, and what lies beside it.
+    // This head's row of a token, with its scale and zero.
     struct HeadRow {
         int64_t offset;
         KvNumbers numbers;
 
-        // That of another lane of the warp.
+        // The row of another lane of the warp.
         __device__ HeadRow of_lane(int other) const {
             HeadRow row{__shfl_sync(kAllLanes, offset, other), {}};
             if constexpr (kCodes) {
@@ -138,7 +139,7 @@ class FmaTile {
         }
     }
 
-    // Scores of one key of this thread, which has its row, one of `count`, and all lanes of its warp.
+    // Scores of one of `count` keys, whose row this thread has, for all lanes of its warp.
     __device__ void score(float (&s)[kRows], const HeadRow& key, int count) {
         const float* mine = slice_ + min(lane(), count - 1) * Shape::kSliceStride;
 #pragma unroll
@@ -155,7 +156,7 @@ class FmaTile {
                 }
             }
             __syncthreads();
-            float sum[kRows] = {}, odd[kRows] = {};  // two sums of half as many terms round less
+            float sum[kRows] = {}, odd[kRows] = {};  // two sums of half as many terms have less rounding
             for (int d = 0; d + 1 < width; d += 2) {
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) {
@@ -171,7 +172,7 @@ class FmaTile {
         }
     }
 
-    // The block's softmax, its sums b = p v, and their merge into the chunk; p holds scores.
+    // The block's softmax, its sums b = p v, and their merge into the chunk; p contains scores.
     __device__ void accumulate(float (&p)[kHalves][kRows], const uint32_t (&seen)[kHalves][kRows],
                                const Segment& segment, int begin, int count) {
         HeadRow values[kHalves];
@@ -210,7 +211,7 @@ class FmaTile {
         for (int r = 0; r < kRows; ++r) chunk_[r] = Merge(chunk_[r], state[r]).state;
     }
 
-    // The weights in place of lane r's scores; returns the block's state.
+    // Replaces lane r's scores by weights; returns the block's state.
     __device__ SoftmaxState soften(int r, float (&p)[kHalves][kRows]) const {
         const float factor = map_.factor();
         const float top = reduce_lanes(fmaxf(p[0][r], p[1][r]), Highest());
@@ -230,7 +231,7 @@ class FmaTile {
 
     // ---- the states of chunks, and of the task ------------------------------------------------------------
 
-    // Begins what a segment begins, and puts away what the lanes had.
+    // Begins the states that begin with a segment, and stores the lanes' previous states.
     __device__ void begin_segment(const Segment& segment) {
         if (!segment.fresh) return;
 #pragma unroll
@@ -253,7 +254,7 @@ class FmaTile {
         }
     }
 
-    // The task's own state and the chunk become one, in the chunk's place.
+    // Merges the task's own state and the chunk; the result replaces the chunk.
     __device__ void take_own(int r) {
         if (!has_own_[r]) return;
         const Merge merged(own_[r], chunk_[r]);
@@ -271,7 +272,7 @@ class FmaTile {
         if (lane() == 0) *slot_state(args_, slot, head) = {chunk_[r].max, chunk_[r].sum};
     }
 
-    // A result, or what a row that is merged begins with.
+    // Stores a result, or the first state of a row that the second launch merges.
     __device__ void finish(int r) {
         if (target_[r] == kNone) return;
         if (target_[r] != kOwn) {
@@ -298,9 +299,9 @@ class FmaTile {
     const int dim_, first_, count_;                      // the warp's lanes
     const int row_begin_, row_end_;                      // of the whole tile
     float *const slice_, *const q_, *const chunk_rows_;  // [kKeys, kSliceStride]; [kRows, D] of the warp
-    float* const own_rows_;                              // the same, in memory
+    float* const own_rows_;                              // the same, in global memory
     const ScoreMap map_;
-    int row_[kRows], position_[kRows];  // -1: there is none
+    int row_[kRows], position_[kRows];  // -1: no row
     SoftmaxState chunk_[kRows], own_[kRows];
     int target_[kRows];  // of the chunk
     bool has_own_[kRows];

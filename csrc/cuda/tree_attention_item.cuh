@@ -1,4 +1,4 @@
-// What both ways of running a task share: its rows, the keys that they see, where a result goes.
+// The common part of both ways to run a task: its rows, the keys that they see, and the place of a result.
 #pragma once
 
 #include "softmax_state.cuh"
@@ -9,7 +9,7 @@ namespace tts::cuda {
 
 struct TreeAttentionLaunch {
     TreeAttentionArgs args;
-    const PlanSizes* sizes;  // in use
+    const PlanSizes* sizes;  // used numbers of the plan
     float* own;              // [blocks, lanes, D]: each tile's own states, between two chunks of keys
     bool aligned;            // queries and keys can be read 16 bytes at a time, scales and zeros 4
 };
@@ -42,26 +42,26 @@ struct Item {
                head(lane) * args.q_head_stride;
     }
 
-    // Where the token of a segment at a position is.
+    // The place of a segment's token at a position.
     __device__ Place place(const Segment& segment, int position) const {
         const int page_size = static_cast<int>(args.page_size), page = position / page_size;
         return {args.pages[segment.page_begin + page - segment.start / page_size],
                 position - page * page_size};
     }
 
-    // Offset of this head's row of a token.
+    // The offset of this head's row of a token.
     __device__ int64_t offset(const PagedCache& cache, Place token) const {
         return token.page * cache.page_stride + token.slot * cache.token_stride + kv_head * cache.head_stride;
     }
 
-    // Where the scales and zeros of a token's head are.
+    // The index of the scales and zeros of a token's head.
     __device__ int64_t number(Place token) const {
         return (token.page * args.page_size + token.slot) * args.num_kv_heads + kv_head;
     }
 };
 
-// f(item, begin, end) for all lanes of the items that are this block's, kLanes at a time. A task's later
-// lanes are items of their own, behind all others.
+// Calls f(item, begin, end) for all lanes of this block's items, kLanes at a time. The later lanes of a task
+// are separate items, after all others.
 template <int kLanes, class F>
 __device__ void each_item(const TreeAttentionLaunch& launch, F f) {
     const auto heads = static_cast<unsigned>(launch.args.num_kv_heads);
@@ -81,7 +81,7 @@ struct Range {
     int begin, end;
 };
 
-// The keys of a segment that a row sees; {0, 0} if none.
+// The keys of a segment that a row sees; {0, 0} if there are none.
 __device__ inline Range visible(const TreeAttentionArgs& args, const Segment& segment, int row,
                                 int position) {
     if (row < segment.row_begin || row >= segment.row_end) return {0, 0};
@@ -90,8 +90,9 @@ __device__ inline Range visible(const TreeAttentionArgs& args, const Segment& se
     return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
-// What rows [row_begin, row_end) see of a segment: some of them [begin, end), where begin is a multiple of
-// kKeyBlock, every one of them [all_begin, all_end). The same in every lane of every warp.
+// The keys of a segment that rows [row_begin, row_end) see: at least one row sees [begin, end), where begin
+// is a multiple of kKeyBlock; all rows see [all_begin, all_end). The values are the same in all lanes of all
+// warps.
 struct SeenRange {
     int begin = INT32_MAX, end = 0, all_begin = 0, all_end = INT32_MAX;
 
@@ -107,10 +108,10 @@ struct SeenRange {
     }
 };
 
-// Scores are compared and exponentiated in units of log2. Without a softcap and with a positive scale the raw
-// scores are compared as they are, and the factor is applied within the exponent.
+// Scores are compared and exponentiated in units of log2. Without a softcap and with a positive scale, raw
+// scores are compared, and the factor is applied within the exponent.
 struct ScoreMap {
-    float scale, softcap, inner;  // inner: what raw scores are multiplied by within the tanh
+    float scale, softcap, inner;  // inner: factor of raw scores within the tanh
 
     __device__ explicit ScoreMap(const TreeAttentionArgs& args)
         : scale(args.scale), softcap(args.softcap), inner(args.scale * reciprocal(args.softcap)) {}
@@ -122,9 +123,9 @@ struct ScoreMap {
     }
 };
 
-// A max in units of log2. Rounded, as the weights subtract it: fused with the difference of two of them, the
-// old one would be another number than the one that was subtracted, and large scores would lose their
-// weights.
+// A max in units of log2, rounded before it is subtracted. Otherwise, in the difference of two maxima, a
+// fused operation would use the unrounded old max, not the number that was subtracted from the scores. For
+// large scores, weights would be wrong.
 __device__ inline float scaled(float top, float factor) { return __fmul_rn(top, factor); }
 
 // ---- results ----------------------------------------------------------------------------------------------
@@ -142,9 +143,9 @@ __device__ inline float2* slot_state(const TreeAttentionArgs& args, int64_t slot
     return reinterpret_cast<float2*>(args.partial_states) + slot * args.num_q_heads + head;
 }
 
-// What a row's state becomes in the end: its log-sum-exp, and what its sums of weighted values x do. A zero
-// is +0, in arithmetic that cannot be fused: the sign of one in x, which only signs of zeros come from, may
-// be that of hidden keys, whose values are multiplied by weights of 0.
+// How a row's state becomes its result: the log-sum-exp, and the factor of its sums of weighted values x. A
+// zero becomes +0, by arithmetic that cannot be fused. The sign of a zero in x comes only from signs of
+// zeros, which may be those of hidden keys: their values are multiplied by weights of 0.
 struct Result {
     float lse, factor;
 
@@ -162,8 +163,8 @@ struct Result {
     __device__ float operator()(float x) const { return __fadd_rn(__fmul_rn(x, factor), 0.0f); }
 };
 
-// Where the state of a lane's chunk goes when the next one begins, or the task ends: kOwn: it joins the
-// task's own state; else a slot.
+// The target for the state of a lane's chunk when the next chunk begins or the task ends. kOwn: it is merged
+// into the task's own state; otherwise a slot.
 enum Target : int { kNone = -2, kOwn = -1 };
 
 }  // namespace tts::cuda

@@ -1,33 +1,33 @@
 // tree_attention on tensor cores: bfloat16 and float16, head sizes up to 256, padded to 64, 96, 128 or 256.
 //
-// A block of four warps, or of eight, runs a task for one KV head, in tiles of lanes (query heads x rows that
+// A block of four or eight warps runs a task for one KV head, in tiles of lanes (query heads x rows that
 // share keys):
 //
 //   S [16 lanes, 64 keys] = Q K^T    Q in registers or by ldmatrix, as K                 m16n8k16
 //   B [16 lanes, D]       = P V      P = exp2(S - max) from S's registers, V by ldmatrix.trans
 //
-// for each block of keys (plan.h) from empty, which is then merged into the state C of its chunk. So a lane's
-// result is the same whatever the tile's other lanes are. In a wide tile (up to 64 lanes, or 128) each warp
-// has 16 lanes of its own. In a narrow one (16 lanes, or 32) four warps have the same lanes: each multiplies
-// a quarter of the keys, the scores go round through shared memory, each warp weighs all of them and has a
-// quarter of D. An element of S and of B is the same sum either way. (Where D is 256, two and two warps do,
-// for 32 lanes.)
+// for each block of keys (plan.h), starting from empty. B is then merged into the state C of its chunk. So a
+// lane's result does not depend on the other lanes in its tile. In a wide tile (up to 64 or 128 lanes), each
+// warp has 16 lanes of its own. In a narrow one (16 or 32 lanes), four warps have the same lanes. Each of
+// them multiplies a quarter of the keys, and the scores are exchanged through shared memory. Then each warp
+// computes all weights and has a quarter of D. An element of S or B is the same sum in both cases. (If D is
+// 256 and there are 32 lanes, the warps work in two pairs.)
 //
-// A block's 2 x 64 x 128 x 2 bytes = 32 KB of K and V are copied by cp.async while the block before is
-// multiplied; with Q 90 KB for two, of which an SM of 228 KB holds two thread blocks, one of 164 KB one; with
-// eight warps 111 KB, and one thread block on either. (Where D is 256 there is room for one, and nothing is
-// copied meanwhile.) Rows of shared memory are 16 bytes longer than D, so that the eight rows of an ldmatrix
-// fall on different banks.
+// The 2 x 64 x 128 x 2 bytes = 32 KB of K and V of one block are copied by cp.async while the block before is
+// multiplied. With Q this is 90 KB for two blocks: an SM with 228 KB holds two such thread blocks, an SM with
+// 164 KB one. With eight warps it is 111 KB, and one thread block on both. (If D is 256 there is only room
+// for one block, and copying does not overlap.) Rows of shared memory are 16 bytes longer than D, so that the
+// eight rows of an ldmatrix use different banks.
 //
-// Quantised heads (kCodes) are copied as codes, each into the end of the row that its elements will have.
-// When a block has come, each warp turns the rows that it copied into elements, in place, and from then on
-// they are what a plain cache would have been: so once for all rows that share them, and to the same bits.
-// Scales and zeros come beside them by words of two, of which `upper` says which one is meant.
+// Quantised heads (kCodes) are copied as codes, each to the end of the row that its elements will occupy.
+// When a block has arrived, each warp decodes the rows that it copied, in place. From then on they are as in
+// a plain cache. So a row is decoded once for all lanes that share it, to the same bits. Scales and zeros are
+// copied in words of two, and `upper` tells which half is meant.
 //
-// Hidden keys score -inf, and tokens that no row of the tile sees are zeros in shared memory. A token that
-// only some of the rows see may hold infinities or NaN, and 0 * inf is NaN: rows of V with such elements are
-// found while they are in hand (only in blocks that some row sees in part), the elements blanked in the
-// fragments, and added to the lanes that do see them by plain arithmetic.
+// Hidden keys have the score -inf, and tokens that no row of the tile sees are zeros in shared memory. A
+// token that only some of the rows see may have infinities or NaN, and 0 * inf is NaN. Rows of V with such
+// elements are detected when they arrive (only in blocks that some row sees in part). The elements are
+// replaced by zeros in the fragments, and added by plain arithmetic to the lanes that see them.
 #pragma once
 
 #include "mma.cuh"
@@ -36,20 +36,20 @@
 
 namespace tts::cuda {
 
-// A block of keys that is in shared memory at once, or a part of it: [start, start + count), the first of
-// which is at a multiple of kKeyBlock, as every segment begins at one.
+// A block of keys, or a part of it, that is in shared memory at once: [start, start + count). The start is a
+// multiple of kKeyBlock, like that of every segment.
 struct KeyBlock {
     int segment, start, count = 0;
-    bool whole = true;  // every row of the tile sees all of it
+    bool whole = true;  // every row of the tile sees all keys
 };
 
-// Goes through the blocks of keys that some row of a tile sees.
+// Iterates over the blocks of keys that some row of a tile sees.
 class KeyBlocks {
   public:
     __device__ KeyBlocks(const Item& item, int row_begin, int row_end)
         : item_(item), row_begin_(row_begin), row_end_(row_end), index_(item.task.seg_begin - 1) {}
 
-    // To the first block, then on.
+    // Moves to the first block, then to the next.
     __device__ void advance() {
         begin_ += kKeyBlock;
         if (begin_ >= end_ && !done()) next_segment();
@@ -79,7 +79,7 @@ class KeyBlocks {
     int index_, begin_ = 0, end_ = 0, all_begin_ = 0, all_end_ = 0;
 };
 
-// Two elements as a fragment has them, the first in the lower half.
+// Two elements in the layout of a fragment, the first one in the lower half.
 template <class T>
 __device__ uint32_t pack_pair(float first, float second) {
     uint32_t pair;
@@ -91,7 +91,7 @@ __device__ uint32_t pack_pair(float first, float second) {
     return pair;
 }
 
-// A pair's elements that are infinite or NaN, as a mask: all bits of their exponents are set.
+// A mask of the infinite and NaN elements of a pair: all bits of their exponents are set.
 template <class T>
 __device__ uint32_t nonfinite_mask(uint32_t pair) {
     constexpr uint32_t kExponent = __is_same(T, bf16) ? 0x7f807f80u : 0x7c007c00u;
@@ -99,7 +99,7 @@ __device__ uint32_t nonfinite_mask(uint32_t pair) {
     return ((((pair & kExponent) + kLowest) >> 15) & 0x00010001u) * 0xffffu;
 }
 
-// Beside a block of quantised keys and values.
+// The scales and zeros of a block of quantised keys and values.
 template <int kWarps>
 struct StagedNumbers {
     uint32_t words[4][kKeyBlock];  // with the scales of K and V, and the zeros of K and V
@@ -112,7 +112,7 @@ struct MmaShape {
     static constexpr bool kCodes = kHasCodes;
     static constexpr int kBlockLanes = kWarps / 4 * kHalfLanes;
     static constexpr bool kLarge = kDim > 128;
-    static constexpr bool kKeepsQueries = kDim < 96;  // in registers; else they would spill
+    static constexpr bool kKeepsQueries = kDim < 96;  // in registers; larger ones would spill
     static constexpr int kNarrowRowWarps = kLarge ? 2 : kWarps / 4, kWideRowWarps = kLarge ? 2 : kWarps;
     static constexpr int kStride = kDim + 8;            // elements from row to row of Q, K and V
     static constexpr int kTile = kKeyBlock * kStride;   // elements of a block of K or V
@@ -130,12 +130,12 @@ struct MmaShape {
 
 template <class Shape>
 struct MmaShared {
-    // [stage][warp]: bit r: row r of V that it copied has an infinity or a NaN
+    // [stage][warp]: bit r: row r of V that the warp copied has an infinity or a NaN
     uint32_t nonfinite[2][Shape::kWarps];
     float2 own[Shape::kThreads][2];  // the states of each thread's lanes: registers are scarce
 };
 
-// One tile of an item: lanes [first, first + 16 * kRowWarps), as far as there are any.
+// One tile of an item: lanes [first, first + 16 * kRowWarps), as far as they exist.
 template <class T, class Shape, int kRowWarps>
 class MmaTile {
     static constexpr int kDim = Shape::kDim;
@@ -173,7 +173,7 @@ class MmaTile {
         }
     }
 
-    // Each turn copies a block of keys and multiplies the one before; the first turn copies alone.
+    // Each iteration copies a block of keys and multiplies the one before; the first iteration only copies.
     __device__ void run() {
         KeyBlocks ahead(item_, item_.row(first_), item_.row(first_ + count_ - 1) + 1);
         step(ahead);
@@ -241,8 +241,8 @@ class MmaTile {
         close_copies();
     }
 
-    // On to the next block, and where its tokens lie: lane l looks up row l % kCopyRows of its warp's. The
-    // pages are on their way while the block before is multiplied.
+    // Moves to the next block, and looks up the places of its tokens: lane l looks up row l % kCopyRows of
+    // its warp's. The pages are loaded while the block before is multiplied.
     __device__ void step(KeyBlocks& ahead) {
         ahead.advance();
         const int row = warp() * kCopyRows + lane() % kCopyRows;
@@ -250,7 +250,7 @@ class MmaTile {
         if (row < block.count) token_ = item_.place(ahead.segment(), block.start + row);
     }
 
-    // The block that `ahead` is at, into a stage.
+    // Copies the block of `ahead` into a stage.
     __device__ void copy_keys(const KeyBlock& block, int stage) const {
         if constexpr (Shape::kCodes) {
             copy_numbers(block, stage);
@@ -266,7 +266,7 @@ class MmaTile {
         close_copies();
     }
 
-    // This lane's chunk of a pass over the rows of its warp, of K and of V.
+    // Copies this lane's chunk in one pass over the rows of its warp, of K and of V.
     template <bool kAligned>
     __device__ void copy_chunks(const KeyBlock& block, int stage, int pass) const {
         const Chunk at(pass);
@@ -280,7 +280,7 @@ class MmaTile {
         copy<kAligned>(values(stage) + at.index, static_cast<const T*>(args.v.data) + v, take);
     }
 
-    // A pass copies kRowsAtOnce rows of the warp's; lanes that a row of 12 chunks leaves over do nothing.
+    // A pass copies kRowsAtOnce rows of the warp. With rows of 12 chunks, the remaining lanes do nothing.
     struct Chunk {
         int row_of_warp, row, d, index;  // index: in a stage's K or V
 
@@ -304,7 +304,7 @@ class MmaTile {
         __syncthreads();
     }
 
-    // Marks the rows of V, among those that this warp has copied, that have an infinity or a NaN.
+    // Marks those rows of V copied by this warp that have an infinity or a NaN.
     __device__ void find_nonfinite(int stage) const {
         uint32_t found = 0;
         for (int pass = 0; pass < kPasses; ++pass) {
@@ -326,12 +326,12 @@ class MmaTile {
                                                                Shape::kNumbers)[stage];
     }
 
-    // Where the codes of a row of K or V are: at its end.
+    // The place of the codes of a row of K or V: at its end.
     __device__ static uint8_t* codes(T* block, const Chunk& at) {
         return reinterpret_cast<uint8_t*>(block + (at.row + 1) * kStride) - kDim;
     }
 
-    // The words with this lane's token's numbers; zeros behind the last token.
+    // Copies the words with the scales and zeros of this lane's token; zeros after the last token.
     __device__ void copy_numbers(const KeyBlock& block, int stage) const {
         const TreeAttentionArgs& args = launch_.args;
         const int row = warp() * kCopyRows + lane() % kCopyRows;
@@ -353,7 +353,7 @@ class MmaTile {
         }
     }
 
-    // This lane's 16 bytes of a pass over the rows of its warp, of K and of V.
+    // Copies this lane's 16 bytes in one pass over the rows of its warp, of K and of V.
     __device__ void copy_codes(const KeyBlock& block, int stage, int pass) const {
         const Chunk at(pass);
         const Place token = place_of(at);
@@ -366,7 +366,7 @@ class MmaTile {
         copy_bytes(codes(values(stage), at) + byte, args.v, token, byte, bytes);
     }
 
-    // 16 bytes of a row of codes, from `first` on; zeros behind `bytes`.
+    // Copies 16 bytes of a row of codes, from `first` on; zeros after `bytes`.
     __device__ void copy_bytes(uint8_t* to, const PagedCache& cache, Place token, int first,
                                int bytes) const {
         const auto* from =
@@ -376,8 +376,8 @@ class MmaTile {
         for (int i = 0; i < 16; ++i) to[i] = i < bytes ? from[i] : 0;
     }
 
-    // The rows that this warp has copied, from codes to elements. A pass has read its rows' codes before it
-    // writes over them.
+    // Decodes the rows that this warp has copied. A pass reads all codes of its rows before it overwrites
+    // them.
     __device__ void make_elements(int stage) const {
         const KvFormat format = launch_.args.format;
         const int dim = static_cast<int>(launch_.args.head_dim);
@@ -395,7 +395,7 @@ class MmaTile {
         }
     }
 
-    // Of a row of K (0) or V (1).
+    // Scale and zero of a row of K (0) or V (1).
     __device__ KvNumbers numbers_of(int stage, const Chunk& at, int which) const {
         const StagedNumbers<Shape::kWarps>& all = numbers(stage);
         const uint32_t shift = (all.upper[warp()] >> at.row_of_warp & 1) * 16;
@@ -405,7 +405,7 @@ class MmaTile {
         return {number(which), number(2 + which)};
     }
 
-    // Eight elements; zeros behind a head's last one.
+    // Stores eight elements; zeros after a head's last one.
     __device__ void put_elements(T* to, uint2 codes, bool has, KvNumbers numbers) const {
         const uint2 low = four_elements<T>(codes.x, launch_.args.format, numbers),
                     high = four_elements<T>(codes.y, launch_.args.format, numbers);
@@ -414,7 +414,7 @@ class MmaTile {
 
     // ---- one block of keys --------------------------------------------------------------------------------
 
-    // Q as fragments; its place is free again once all warps have received the first block.
+    // Loads Q as fragments. Its memory can be reused after all warps have received the first block.
     __device__ void load_queries() {
         if constexpr (Shape::kKeepsQueries) {
             wait_copies<1>();
@@ -424,7 +424,7 @@ class MmaTile {
         }
     }
 
-    // The keys of a block that this thread's lanes see, counted from its start.
+    // Finds the keys of a block that this thread's lanes see, counted from the block's start.
     __device__ void find_visible(const KeyBlock& block, bool all) {
         const Segment& segment = launch_.args.segments[block.segment];
 #pragma unroll
@@ -475,7 +475,7 @@ class MmaTile {
         chunk_[0] = merged[0].state, chunk_[1] = merged[1].state;
     }
 
-    // S = Q K^T, of all keys in every warp.
+    // S = Q K^T, for all keys in every warp.
     __device__ void score(float (&s)[kScoreTiles][4], int stage) {
         if constexpr (kDimWarps == 1) {
             score_keys(s, stage, 0);
@@ -484,7 +484,7 @@ class MmaTile {
             float mine[kMine][4];
             score_keys(mine, stage, dim_warp() * kWarpKeys);
             float* row = scores() + (row_warp() * 16 + lane() / 4) * Shape::kScoreStride + lane() % 4 * 2;
-            __syncthreads();  // the last block's scores have been read
+            __syncthreads();  // the previous block's scores are no longer needed
 #pragma unroll
             for (int tile = 0; tile < kMine; ++tile) {
                 float* to = row + dim_warp() * kWarpKeys + tile * 8;
@@ -502,7 +502,7 @@ class MmaTile {
         }
     }
 
-    // Scores of 8 * kTiles keys from `first`.
+    // Scores of 8 * kTiles keys from `first` on.
     template <int kTiles>
     __device__ void score_keys(float (&s)[kTiles][4], int stage, int first) {
         const T* row = keys(stage) + (first + lane() / 16 * 8 + lane() % 8) * kStride + lane() / 8 % 2 * 8;
@@ -532,7 +532,8 @@ class MmaTile {
         }
     }
 
-    // Weights in place of scores, and the block's states, the same in the four threads of a lane.
+    // Replaces scores by weights, and finds the block's states. These are the same in the four threads of a
+    // lane.
     __device__ void soften(float (&s)[kScoreTiles][4], SoftmaxState (&state)[2]) const {
         const float factor = map_.factor();
 #pragma unroll
@@ -557,8 +558,8 @@ class MmaTile {
         }
     }
 
-    // B = P V for kAtOnce tiles of D from `tile`, C = merge(C, B); with kBlank the elements of V that are not
-    // finite are taken one by one.
+    // B = P V for kAtOnce tiles of D from `tile` on, then C = merge(C, B). With kBlank, elements of V that
+    // are not finite are left out and added one by one.
     template <bool kBlank>
     __device__ void accumulate(const Weights& p, const Merge (&merged)[2], int stage, int tile,
                                uint64_t nonfinite) {
@@ -617,9 +618,9 @@ class MmaTile {
         }
     }
 
-    // P of this thread's lane r and any key: from the thread of its four that has that column.
+    // P of this thread's lane r for any key: from that one of its four threads that has the column.
     __device__ float weight_of(const Weights& p, int key, int r) const {
-        uint32_t pair = 0;  // by masks, not by an index: P stays in registers
+        uint32_t pair = 0;  // by masks, not by an index, so that P stays in registers
 #pragma unroll
         for (int step = 0; step < kKeyBlock / 16; ++step) {
 #pragma unroll
@@ -632,7 +633,7 @@ class MmaTile {
 
     // ---- the states of chunks, and of the task ------------------------------------------------------------
 
-    // Begins what segments before `end` begin, and puts away what the lanes had.
+    // Begins the states of all segments before `end`, and stores the lanes' previous states.
     __device__ void begin_segments(int end) {
         for (; next_segment_ < end; ++next_segment_) {
             const Segment& segment = launch_.args.segments[next_segment_];
@@ -662,7 +663,7 @@ class MmaTile {
         }
     }
 
-    // A lane's chunk joins the task's own state, or goes to its slot.
+    // Merges a lane's chunk into the task's own state, or stores it in its slot.
     __device__ void put_away(int r) {
         if (target_[r] == kNone) return;
         if (target_[r] == kOwn) return join_own(r);
@@ -684,7 +685,7 @@ class MmaTile {
                (int64_t{blockIdx.x} * Shape::kBlockLanes + lane_of_tile(r)) * launch_.args.head_dim;
     }
 
-    // The task's own state and the chunk become one, in the chunk's place.
+    // Merges the task's own state and the chunk; the result replaces the chunk.
     __device__ void take_own(int r) {
         if (!has_own_[r]) return;
         const Merge merged({own_state(r).x, own_state(r).y}, chunk_[r]);
@@ -706,7 +707,7 @@ class MmaTile {
         own_state(r) = {chunk_[r].max, chunk_[r].sum}, has_own_[r] = true;
     }
 
-    // Results of the rows that are not merged, and what the others begin with.
+    // Stores the results of rows that are not merged, and the first states of the others.
     __device__ void finish() {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -749,7 +750,7 @@ class MmaTile {
     int next_segment_;  // the first whose states have not begun
     int row_[2];        // of this thread's lanes, g and g + 8; -1: there is none
     Range seen_[2];
-    Place token_ = {0, 0};  // that this lane has looked up for the next block
+    Place token_ = {0, 0};  // the place that this lane has looked up for the next block
     uint32_t q_[Shape::kKeepsQueries ? kSteps : 1][4];
     float rows_[kOutTiles][4] = {};  // C: sums of weighted values
     SoftmaxState chunk_[2];

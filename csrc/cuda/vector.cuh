@@ -1,4 +1,4 @@
-// Loads and stores of float32, bfloat16 and float16 as float32, 16 bytes at a time where the pointer allows.
+// Loads and stores float32, bfloat16 and float16 as float32, 16 bytes at a time if the pointer is aligned.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ __device__ inline float to_float(f16 x) {
     return y;
 }
 
-// Round to nearest even.
+// Rounds to nearest even.
 template <class T>
 __device__ T from_float(float x) {
     if constexpr (sizeof(T) == 4) {
@@ -30,20 +30,20 @@ __device__ T from_float(float x) {
     }
 }
 
-// Element i of an array whose type is known at run time only.
+// Element i of an array whose type is known only at run time.
 __device__ inline float load(FloatArray a, int64_t i) {
     if (a.dtype == DType::f32) return static_cast<const float*>(a.data)[i];
     if (a.dtype == DType::bf16) return to_float(static_cast<const bf16*>(a.data)[i]);
     return to_float(static_cast<const f16*>(a.data)[i]);
 }
 
-// Whether rows that begin `bytes` apart can be read so many bytes at a time.
+// Whether rows at a distance of `bytes` can be read kUnit bytes at a time.
 template <int kUnit = 16>
 bool aligned(const void* p, int64_t bytes = 0) {
     return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) % kUnit == 0;
 }
 
-// The two elements of a word, the one at the lower address first.
+// The two elements of a word, the one with the lower address first.
 template <class T>
 __device__ void unpack(uint32_t word, float& a, float& b) {
     a = to_float(T{static_cast<uint16_t>(word)});

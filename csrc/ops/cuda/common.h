@@ -1,7 +1,7 @@
-// What every operator file for CUDA shares, beside what it shares with the CPU's.
+// The common part of every operator file for CUDA, besides what the CPU's files use, too.
 //
-// Index tensors are not read here, nothing waits for the device, and memory comes from torch's allocator
-// alone, so every operator can be captured in a CUDA graph.
+// Index tensors are not read here, nothing waits for the device, and memory comes only from torch's
+// allocator. So every operator can be captured in a CUDA graph.
 #pragma once
 
 #include "../../cuda/stream.h"
@@ -15,7 +15,7 @@ extern "C" void emulator_begin();
 extern "C" cudaStream_t emulator_stream();
 #else
 #define TTS_CUDA_KEY CUDA
-// Behind USE_CUDA in torch's header.
+// In torch's header this is behind USE_CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
@@ -30,7 +30,7 @@ struct OnDevice {
 
 #else
 
-// Makes a tensor's device the current one as long as it lives; arguments on another one are refused.
+// Makes a tensor's device the current one during its lifetime. Arguments on other devices are refused.
 class OnDevice {
   public:
     explicit OnDevice(const Tensor& t) : guard_(device_of(t)) {}

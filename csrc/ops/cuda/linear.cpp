@@ -7,8 +7,8 @@
 namespace tts::ops {
 namespace {
 
-// Rows that tensor cores can read where their length allows it: how a row is summed must not depend on where
-// it lies.
+// Rows that tensor cores can read if their length allows it. The order of a row's sum must not depend on its
+// address.
 Tensor aligned_rows(const Tensor& x) {
     require(x.dim() == 2, "x");
     const bool in_units = dtype(x) == DType::f32 || x.size(1) % 8 != 0 ||
@@ -16,7 +16,7 @@ Tensor aligned_rows(const Tensor& x) {
     return in_units ? x : torch::stable::clone(x);
 }
 
-// Sums of chunks of the depth, where several blocks share it.
+// Memory for the sums of chunks of the depth, if several blocks share the depth.
 Tensor parts_of(const Linear& call) {
     const int64_t splits = cuda::linear_splits(call.x.size(0), call.x.size(1), dtype(call.x));
     return empty(call.x, {splits > 1 ? splits * call.out.size(0) * call.out.size(1) : 0}, ScalarType::Float);

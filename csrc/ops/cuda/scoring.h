@@ -1,4 +1,4 @@
-// What the scoring operators share on a GPU.
+// The common part of the scoring operators on a GPU.
 #pragma once
 
 #include "../../cuda/step_scores.h"
@@ -7,7 +7,7 @@
 
 namespace tts::ops {
 
-// The workspace of a head with a hidden layer, which `args` then point to and the result keeps.
+// The workspace for a head with a hidden layer. `args` point to it, and the result keeps it alive.
 inline std::optional<Tensor> hidden_partials(StepScoresArgs& args, const Tensor& like) {
     if (!args.head.w1.data) return std::nullopt;
     const int64_t blocks = (args.head.hidden_width + cuda::kHiddenUnits - 1) / cuda::kHiddenUnits;

@@ -1,7 +1,7 @@
 // torch.ops.tts_kernels.tree_attention on a GPU
 //
-// What the plan's tables hold is known to the device alone, so the grid and the workspace are made for all
-// that they have room for.
+// Only the device knows the sizes in the plan's tables, so the grid and the workspace are made for the
+// largest sizes that fit in the tables.
 #include "../../cuda/tree_attention.h"
 
 #include <algorithm>
