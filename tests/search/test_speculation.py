@@ -162,6 +162,21 @@ def test_what_cannot_survive_any_more_is_withdrawn_at_once():
     assert outcome.stats.policy_tokens == 100 - 3
 
 
+@pytest.mark.parametrize("cancelled_at", [None, 6, 15])
+def test_tokens_ahead_are_counted_by_what_becomes_of_them(cancelled_at):
+    policy = Timed({"0.0": 30, "2": 5, "3": 20})
+    scheduler = Scheduler(policy, Scores(SCORES), boxed, operator.eq, speculate=True)
+    list(scheduler.start(0, "p", CONFIG))
+    while scheduler.num_problems:
+        list(scheduler.step())
+        if policy.clock == cancelled_at:
+            scheduler.cancel(0)
+    ahead: Any = scheduler.speculation
+    used = 4 if cancelled_at is None else 0  # 1.0, 1.1, 2.0 and 2.1 were there when the round was over
+    left = {None: 0, 6: 2 + 2 * 2, 15: 4}[cancelled_at]  # at 6, 2.0 and 2.1 are on their way
+    assert (ahead.used, ahead.in_vain) == (used, 2 + 1 + left)
+
+
 def test_only_children_of_the_best_of_each_group_are_foreseen():
     """In DVTS, 0 and 1 compete, and 2 and 3."""
     policy = Timed({"1": 5, "3": 20})

@@ -17,8 +17,13 @@ from pathlib import Path
 
 import arithmetic_models
 import pytest
-from tts_search import Step, TextPolicy
+from conftest import SETTINGS
+from fastapi.testclient import TestClient
+from tiny import small_pool
+from tts_search import Engine, HFPolicy, Step, TextPolicy
 from tts_search.lab import MODELS_DIR
+from tts_search.serve.app import create_app
+from tts_search.serve.service import Service
 from tts_search.serve.settings import default_name, read_keys
 
 PROBLEM = {"problem": "Start with 20, add 5. What is the result modulo 100?", "method": "best_of_n", "n": 2}
@@ -145,6 +150,59 @@ def test_metrics_have_the_names_of_vllm(texts):
     assert float(lines[f"tts_search:searches_total{label}"]) == 1
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
         assert float(lines[name + label]) == 0
+
+
+def told(client: TestClient) -> dict[str, float]:
+    """The metrics of a server by their names, all of which are about the policy."""
+    lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name.replace('{model_name="policy"}', ""): float(value) for name, value in lines}
+
+
+def test_metrics_count_what_is_sampled_ahead_and_who_waited(models):
+    config = {**PROBLEM, "method": "beam_search", "n": 8, "expand": 2, "max_step_tokens": 24, "max_steps": 6}
+    config |= {"temperature": 3.0, "seed": 1}  # so that steps are as they come, and the best ones change
+    with Engine(*models, speculate=True) as engine:
+        client = TestClient(create_app(Service(engine, *models, SETTINGS)), base_url="http://127.0.0.1")
+        stats = client.post("/v1/search", json=config).json()["stats"]
+        client.post("/v1/completions", json={"prompt": ["1 + 2", "3 + 4"], "max_tokens": 4})
+        now = told(client)
+    assert now["tts_search:speculated_tokens_in_vain_total"] == stats["speculated_tokens"] > 0
+    assert now["tts_search:speculated_tokens_total"] > stats["speculated_tokens"]
+    assert now["vllm:request_queue_time_seconds_count"] == 3
+    assert 0 < now["vllm:request_queue_time_seconds_sum"] < 60
+    assert now["vllm:num_preemptions_total"] == 0
+
+
+def test_metrics_count_how_long_a_request_waited_for_its_turn():
+    gate = Gate()
+    with Engine(gate.policy, max_in_flight=1) as engine:
+        client = TestClient(create_app(Service(engine, gate.policy, None, SETTINGS)), base_url="http://127.0.0.1")
+        threads = [threading.Thread(target=client.post, args=["/v1/search"], kwargs={"json": PROBLEM}) for _ in "ab"]
+        threads[0].start()
+        gate.begun.acquire()
+        threads[1].start()
+        while not engine._calls:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        gate.opened.set()
+        for thread in threads:
+            thread.join()
+        now = told(client)
+    assert now["vllm:request_queue_time_seconds_count"] == 2
+    assert now["vllm:request_queue_time_seconds_sum"] > 0.1
+
+
+def test_metrics_count_who_gave_up_its_pages():
+    policy = HFPolicy(str(MODELS_DIR / "policy-0.1m"))
+    policy._lane.pool = small_pool(policy.decoder, 30)
+    with Engine(policy) as engine:
+        client = TestClient(create_app(Service(engine, policy, None, SETTINGS)), base_url="http://127.0.0.1")
+        body = {"prompt": "20 + 5 = ", "n": 8, "max_tokens": 48, "ignore_eos": True, "seed": 1}
+        reply = client.post("/v1/completions", json=body)
+        now = told(client)
+    assert reply.json()["usage"]["completion_tokens"] == 8 * 48
+    assert now["vllm:num_preemptions_total"] > 0
+    assert now["vllm:request_queue_time_seconds_count"] == 1
 
 
 def test_a_client_that_goes_away_frees_its_search(serve):

@@ -185,6 +185,12 @@ class Engine:
         """The policy's load, at most a second old; None unless the policy is a local model."""
         return self._load[1]
 
+    @property
+    def speculated(self) -> tuple[int, int]:
+        """Tokens of steps that were sampled ahead so far: of those that a search asked for later, and of the others."""
+        ahead = self._scheduler.speculation
+        return (0, 0) if ahead is None else (ahead.used, ahead.in_vain)
+
     def close(self) -> None:
         """Cancel all unfinished searches and end the thread. Return when all memory is freed."""
         with self._wake:
@@ -257,6 +263,7 @@ class Engine:
 
     def _start(self, handle: Handle[Any, Any]) -> None:
         self._begun[handle.number] = handle
+        handle.waited_s = time.monotonic() - handle._made
         handle._begin(self._scheduler)
 
     def _settle(self, number: int, outcome: Any) -> None:
@@ -276,10 +283,17 @@ class Handle(ABC, Generic[Result, News]):
 
     ``await handle`` gives the same as :meth:`result`. If a task is cancelled while it waits, the search is cancelled,
     too. ``async for event in handle`` yields the same as :meth:`events`.
+
+    Attributes
+    ----------
+    waited_s : float or None
+        Seconds until the engine began with it; None if it has not.
     """
 
     def __init__(self, engine: Engine, number: int) -> None:
         self.number = number
+        self.waited_s: float | None = None
+        self._made = time.monotonic()
         self._engine = engine
         self._future: Future[Result] = Future()
         self._future.add_done_callback(self._on_done)

@@ -51,6 +51,12 @@ class Speculation:
         Is asked ahead only for scores that are needed in any case.
     rows : int
         Sample ahead while at most this many streams run at the policy. Never while others wait for room.
+
+    Attributes
+    ----------
+    used, in_vain : int
+        Tokens of steps that were started ahead, summed over all searches: of steps that were requested later, and of
+        steps that were not. A step that may still be requested counts in neither.
     """
 
     def __init__(self, policy: Any, verifier: Driver, rows: int) -> None:
@@ -60,6 +66,7 @@ class Speculation:
         self._reads: dict[int, tuple[Score, _Candidate]] = {}  # the same
         self._answered: list[_Job] = []
         self._numbers = itertools.count(_FIRST)
+        self.used = self.in_vain = 0
 
     def follow(self, run: Run) -> None:
         """Start to predict the requests of a search, if that is possible."""
@@ -106,9 +113,9 @@ class Speculation:
 
     def cancel(self, problem: int) -> None:
         """Forget the unanswered requests of a problem."""
-        self._policy.cancel(problem)
         if (search := self._searches.get(problem)) is not None:
-            search.guesses = {key: step for key, step in search.guesses.items() if step.answer is not None}
+            self._withdraw(search, [key for key, step in search.guesses.items() if step.answer is None])
+        self._policy.cancel(problem)
         self._steps = {key: step for key, step in self._steps.items() if step.request.problem != problem}
         self._reads = {key: read for key, read in self._reads.items() if read[0].problem != problem}
         self._answered = [job for job in self._answered if job.request.problem != problem]
@@ -161,6 +168,7 @@ class Speculation:
                 (step.answer,) = answer
         elif job.error is None:
             job.steps[step.place] = None if failed else answer[0]
+            self.used += 0 if failed or not step.is_ahead else answer[0].num_tokens
             if failed:
                 job.error = answer
                 self._policy.withdraw([each.request for each in self._steps.values() if each.job is job])
@@ -184,7 +192,7 @@ class Speculation:
                 guesses = list(itertools.islice(self._foreseen(search), room))
                 room -= len(guesses)
                 for guess in guesses:
-                    self._steps[id(guess)] = search.guesses[_key(guess)] = _Step(guess)
+                    self._steps[id(guess)] = search.guesses[_key(guess)] = _Step(guess, is_ahead=True)
                 if guesses:
                     self._policy.submit(guesses)
 
@@ -225,9 +233,11 @@ class Speculation:
         for request in running:
             del self._steps[id(request)]
         done = [step for step in steps if step.answer is not None]
-        search.in_vain += sum(step.answer.num_tokens for step in done if step.answer is not None)
+        in_vain = sum(step.answer.num_tokens for step in done if step.answer is not None)
         if running:
-            search.in_vain += self._policy.withdraw(running)
+            in_vain += self._policy.withdraw(running)
+        search.in_vain += in_vain
+        self.in_vain += in_vain
         if done:
             self._policy.release(search.run.problem, [step.request.children[0] for step in done])
 
@@ -240,6 +250,7 @@ class _Step:
     job: _Job | None = None
     place: int = 0  # its index in the request
     answer: Step | None = None  # until it is requested
+    is_ahead: bool = False  # it was started before it was requested
 
 
 @dataclass(eq=False, slots=True)

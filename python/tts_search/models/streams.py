@@ -30,11 +30,15 @@ _MANY = 1 << 30
 
 @dataclass(slots=True)
 class Lane:
-    """A model: its decoder, the pool of its KV, and a counter for the ages of its streams."""
+    """A model: its decoder, the pool of its KV, and a counter for the ages of its streams.
+
+    ``waves`` counts how many times a stream gave up its pages.
+    """
 
     decoder: Decoder
     pool: BranchPool
     ages: Iterator[int] = field(default_factory=itertools.count)
+    waves: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +133,7 @@ class Streams(Generic[S]):
 
     def _put_off(self, stream: S) -> None:
         stream.branch.meter.waves += 1
+        self.lane.waves += 1
         self.lane.pool.leave(stream, keep=False)
         self._wait(stream)
         self._quota = 1

@@ -158,6 +158,7 @@ class HFPolicy:
             pool.taken_tokens,
             pool.pool_tokens,
             generation.num_waiting,
+            self._lane.waves,
         )
 
     @property

@@ -346,6 +346,8 @@ class Load:
         Texts for which there is no room now.
     kv_tokens, max_kv_tokens : int
         Slots of the KV pool whose pages are taken, and all of them. What is kept for later counts as taken.
+    waves : int
+        How many times, since it was made, a text gave up its KV cache because memory was full, and waited.
     """
 
     tokens: int
@@ -354,6 +356,7 @@ class Load:
     kv_tokens: int
     max_kv_tokens: int
     waiting: int = 0
+    waves: int = 0
 
 
 @runtime_checkable

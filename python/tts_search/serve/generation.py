@@ -137,6 +137,7 @@ class Answers:
         except SearchError as error:
             raise refusal(error) from error
         finally:
+            metrics.waited(running)
             for generation in running:
                 generation.cancel()
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from tts_search.engine.engine import Search
 from tts_search.errors import ConfigError, SearchError
 from tts_search.search.config import METHODS, SearchConfig
 from tts_search.search.result import SearchResult
@@ -187,12 +188,22 @@ async def found(service: Service, problem: str | Messages, config: SearchConfig)
     ApiError
         If it fails.
     """
+    running = _submitted(service, problem, config)
     try:
-        result = await service.engine.submit(problem, config)
+        result = await running
     except SearchError as error:
         raise refusal(error) from error
+    finally:
+        service.metrics.waited([running])
     _count(service, result)
     return result
+
+
+def _submitted(service: Service, problem: str | Messages, config: SearchConfig) -> Search:
+    try:
+        return service.engine.submit(problem, config)
+    except SearchError as error:
+        raise refusal(error) from error
 
 
 def _count(service: Service, result: SearchResult) -> None:
@@ -210,10 +221,7 @@ async def _told(
     service: Service, problem: str | Messages, config: SearchConfig, vote: str
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a search, then its result."""
-    try:
-        running = service.engine.submit(problem, config)
-    except SearchError as error:
-        raise refusal(error) from error
+    running = _submitted(service, problem, config)
     try:
         async for happened in running:
             nodes = [node_as_dict(node) for node in happened.nodes]
@@ -225,6 +233,7 @@ async def _told(
         _count(service, result)
         yield event(await _answer(service, result, vote, tree=True), "result")
     finally:
+        service.metrics.waited([running])
         running.cancel()
 
 

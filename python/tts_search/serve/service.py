@@ -44,7 +44,7 @@ class Service:
         self.verifier = verifier
         self.settings = settings
         self.num_requests = 0
-        self.metrics = Metrics(self.name, self._activity)
+        self.metrics = Metrics(self.name, self._activity, self._history)
         self._texts = {id(model): _texts_of(model) for model in (policy, verifier)}
 
     @property
@@ -101,6 +101,15 @@ class Service:
             "vllm:num_requests_running": ("Requests that run.", max(0, self.num_requests - waiting)),
             "vllm:num_requests_waiting": ("Requests that wait.", waiting),
             "tts_search:streams": ("Steps and texts that are sampled now.", self.engine.num_streams),
+        }
+
+    def _history(self) -> dict[str, tuple[str, float]]:
+        load, (used, in_vain) = self.engine.load, self.engine.speculated
+        waves = 0 if load is None else load.waves
+        return {
+            "vllm:num_preemptions": ("Times that a text gave up its KV pages because there were no more.", waves),
+            "tts_search:speculated_tokens": ("Tokens of steps that were sampled ahead.", used + in_vain),
+            "tts_search:speculated_tokens_in_vain": ("Those of them that no search asked for.", in_vain),
         }
 
     def check_model(self, name: str | None, names: tuple[str, ...] | None = None) -> None:
