@@ -2,7 +2,7 @@
 //
 //   scores [S], candidate c owns scores[indptr[c] : indptr[c + 1]]  ->  out [C]
 //
-// A candidate has about ten steps, so one thread reads whole candidates and nothing is vectorised.
+// A candidate has about ten steps, so one thread processes whole candidates, and nothing is vectorised.
 #include "aggregate_steps.h"
 
 #include "vec.h"

@@ -1,9 +1,9 @@
-// append_kv_: new tokens into their slots of one layer's cache.
+// append_kv_: writes new tokens into their slots of one layer's cache.
 //
 //   k [T, Hkv, D], slots [T]  ->  k_cache[slot / page_size, slot % page_size] = k[t]
 //
-// A copy of T rows of Hkv * D elements, one memcpy a token where both sides have their heads next to each
-// other; or, into a quantised cache, head by head.
+// Copies T rows of Hkv * D elements, with one memcpy for each token if the heads are contiguous on both
+// sides. For a quantised cache, each head is quantised separately.
 #include "append_kv.h"
 
 #include "quantized_kv.h"

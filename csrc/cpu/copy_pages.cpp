@@ -1,8 +1,8 @@
-// copy_pages_: whole pages within a cache, the copies that a fork's first write needs.
+// copy_pages_: copies whole pages within a cache, which is needed before a fork's first write.
 //
 //   cache [P, page_size, Hkv, D]:  cache[dst] = cache[src]
 //
-// One memcpy for each page where it is contiguous, else for each token or head.
+// One memcpy for each page if it is contiguous, else one for each token or head.
 #include "copy_pages.h"
 
 TTS_BEGIN_ISA

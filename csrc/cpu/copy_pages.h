@@ -7,7 +7,7 @@
 
 TTS_BEGIN_ISA
 
-// The page `dst` becomes a copy of the page `src`.
+// Copies page `src` to page `dst`.
 void copy_page(const PagedBytes& cache, int64_t src, int64_t dst);
 
 TTS_END_ISA

@@ -1,6 +1,6 @@
-// Chooses the instruction set that is fastest on this processor, among those that the build has, the
-// processor offers and the operating system saves. By a table and never by a timing, since bits differ
-// between levels.
+// Chooses the fastest instruction set for this processor, among those that the build has, the processor
+// supports and the operating system saves. The choice is by a table, never by a timing, because results of
+// different sets differ in their last bits.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +30,7 @@ namespace avx512_bf16 {
 extern const Kernels kTable;
 }
 
-// Sets that have kernels of their own for few operators, and the others of a smaller set.
+// These sets have their own kernels for a few operators, and use those of a smaller set for the others.
 #define TTS_DECLARE(name) extern decltype(TTS_ISA::name) name;
 namespace avx_vnni {
 TTS_QUANTIZED_KERNELS(TTS_DECLARE)
@@ -61,14 +61,14 @@ struct Cpuid {
 
 bool bit(uint32_t word, int n) { return (word >> n) & 1u; }
 
-// Which register state the operating system saves on a context switch.
+// The register state that the operating system saves on a context switch.
 uint32_t saved_state() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return low;
 }
 
-// Linux lets a process use tiles once it has asked for them.
+// On Linux a process must ask before it may use tiles.
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -103,7 +103,7 @@ struct Features {
     }
 };
 
-// Vendor, and the family and model that its manuals and lscpu name.
+// The vendor, and the family and model as in its manuals and in lscpu.
 struct Processor {
     std::string vendor;
     uint32_t family = 0, model = 0;
@@ -121,15 +121,15 @@ struct Processor {
 
 #endif
 
-// The level that is fastest on a kind of processor; the first line that fits counts.
+// The fastest level for a kind of processor. The first line that matches is used.
 struct Fastest {
     const char* vendor;
-    int family, model;  // -1: any
-    const char* level;  // or the best below it that the processor has
+    int family, model;  // -1: any model
+    const char* level;  // or the best lower level that the processor has
     const char* why;    // the measurement
 };
 
-// A step is a decode step of SmolLM2-135M in bfloat16, 64 branches on 512 shared tokens, two threads.
+// A step is a decode step of SmolLM2-135M in bfloat16, with 64 branches on 512 shared tokens and two threads.
 constexpr Fastest kFastest[] = {
     {"GenuineIntel", 6, 207, "avx512_vnni",
      "Emerald Rapids: vdpbf16ps does 45 G multiply-adds a second and core, fp32 89 G; a step takes 80 ms at "

@@ -1,4 +1,5 @@
-// The CPU kernels as a table of function pointers, one table an instruction set, chosen once (dispatch.cpp).
+// The CPU kernels as a table of function pointers. There is one table for each instruction set
+// (dispatch.cpp).
 #pragma once
 
 #include "aggregate_steps.h"
@@ -51,7 +52,7 @@
     X(tree_attention_merge)     \
     X(tree_attention_scratch)
 
-// Those that some instruction sets have beside the others of a larger set's table.
+// Kernels that some instruction sets have themselves, while their other kernels are those of a larger set.
 #define TTS_QUANTIZED_KERNELS(X) \
     X(linear_logprob_quantized)  \
     X(linear_quantize_x)         \
@@ -72,11 +73,11 @@ struct Kernels {
 #undef TTS_MEMBER
 };
 
-// The table of the instruction set in use. The first call reads the processor and TTS_KERNELS_CPU_ISA.
+// The table for the chosen instruction set. The first call reads the processor and TTS_KERNELS_CPU_ISA.
 const Kernels& kernels();
 
-// The set in use, such as "avx512", a comma-separated list of those that this build has and this processor
-// runs, and why the one in use was chosen.
+// The chosen set, such as "avx512"; a comma-separated list of the sets that this build has and this processor
+// can run; and the reason for the choice.
 const char* isa_in_use();
 const char* isa_supported();
 const char* isa_reason();

@@ -1,14 +1,14 @@
-// linear: out = x W^T + bias + residual for weights that were packed once, made for few rows.
+// linear: out = x W^T + bias + residual, for weights that were packed once, optimised for few rows.
 //
 //   x [T, K], W [N, K] packed into panels of 16 rows  ->  out [T, N]
 //
-// For up to 10 rows or so the time is that of reading W, so W is stored as the tile reads it: one stream of
-// whole cache lines a panel, without a gather or a conversion of layout. The rows of x are packed for each
-// call into the tile's order (a few percent of the work), which frees the inner loop of strides: it is one
-// load a panel and one multiply-add a row. The tiles of more rows go through the same panels one after
-// another and meanwhile fetch the next panels into L2, so that arithmetic does not wait for memory. Work is
-// cut into groups of panels x blocks of about 256 rows; a sum is computed by one thread from start to end
-// (float_tile.h), so results depend neither on threads nor on the number of rows.
+// For up to about 10 rows, the time is that of reading W. So W is stored in the order in which a tile reads
+// it: each panel is one stream of whole cache lines, without gathers or conversions of layout. The rows of x
+// are packed in the tile's order for each call (a few percent of the work). Then the inner loop needs no
+// strides: one load for each panel and one multiply-add for each row. With more rows, several tiles go
+// through the same panels one after another, and meanwhile fetch the next panels into L2, so that arithmetic
+// does not wait for memory. Work is cut into groups of panels x blocks of about 256 rows. One thread computes
+// a sum from start to end (float_tile.h), so results depend neither on threads nor on the number of rows.
 #include "linear.h"
 
 #include "integers.h"
@@ -19,8 +19,8 @@ TTS_BEGIN_ISA
 
 namespace {
 
-constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while the panels pass
-constexpr int64_t kFewGroup = 4;     // with long streams: panels one after another
+constexpr int64_t kBlockRows = 256;  // packed rows of a block stay in L2 while panels are read
+constexpr int64_t kFewGroup = 4;     // long streams: one panel after another
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -42,9 +42,8 @@ void pack_panel(const PackLinearArgs& args, int64_t panel) {
     }
 }
 
-// One pass of a row tile through panels [begin, end), P of them or the last ones of all, which go one by one,
-// P times each (no panel apart). Pass number `pass` of `passes` fetches its share of the panels that the
-// thread will take next.
+// One pass of a row tile through panels [begin, end), P at a time. If fewer are left, P becomes 1. Pass
+// number `pass` of `passes` fetches its share of the panels that the thread will process next.
 template <class T, int R, int P>
 void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end, int64_t pass, int64_t passes) {
     constexpr int64_t kLine = kPanel * kStep<T> * sizeof(T);  // bytes of a panel's step
@@ -64,7 +63,8 @@ void run_tile(const LinearArgs& args, int64_t row, int64_t begin, int64_t end, i
     }
 }
 
-// The tiles of a product share the panels of their group, although one less in height may prefer others.
+// All tiles of a product share the panels of their group, even if one that is one row lower would prefer
+// others.
 template <class T, int R = kFloatRows>
 void run_tile_of(int64_t height, const LinearArgs& args, int64_t row, int64_t begin, int64_t end,
                  int64_t pass, int64_t passes) {

@@ -12,7 +12,7 @@ TTS_BEGIN_ISA
 void linear_pack_weight(const PackLinearArgs& args, int64_t begin, int64_t end);
 
 LinearCut linear_cut(int64_t rows, int64_t columns, int64_t depth, DType dtype);
-// Packs row tiles [begin, end) of x; all of them must be there before the first unit.
+// Packs row tiles [begin, end) of x. All tiles must be packed before the first unit starts.
 void linear_pack_x(const LinearArgs& args, int64_t begin, int64_t end);
 // Units of work [begin, end).
 void linear(const LinearArgs& args, int64_t begin, int64_t end);

@@ -1,9 +1,9 @@
-// linear in bfloat16 by AMX tiles; in float32 and float16 it is that of AVX-512.
+// linear in bfloat16 with AMX tiles; for float32 and float16 the kernel of AVX-512 is used.
 //
-// The panels of a packed weight are tiles as they lie there. A tile of sums is one chain over 2048 elements
-// of the depth at most, 32 at a time in the order of the instruction, whoever the other rows are. Rows of x
-// are copied into tiles [16 rows][32 elements] first, zero beyond the depth, the last tile filled up.
-// `tdpbf16ps` takes subnormal numbers for zero.
+// The panels of a packed weight are tiles without any change. A tile of sums is one chain over at most 2048
+// elements of the depth, 32 at a time in the order of the instruction, regardless of the other rows. Rows of
+// x are first copied into tiles [16 rows][32 elements], with zeros after the depth and in missing rows of the
+// last tile. `tdpbf16ps` treats subnormal numbers as zero.
 #include "amx_tiles.h"
 #include "integers.h"
 #include "linear.h"
@@ -26,15 +26,16 @@ namespace {
 
 constexpr int64_t kRows = 32, kTileDepth = 32, kTileSteps = kTileDepth / 2;
 constexpr int64_t kChainTiles = kChain<bf16> / kTileSteps;
-constexpr int64_t kBlockBytes = 1 << 20;  // rows of a block stay in L2 while the panels pass
-constexpr int64_t kGroup = 4;             // panels of a unit
-constexpr int64_t kAhead = 8;             // tiles of weights that are on their way
+constexpr int64_t kBlockBytes = 1 << 20;  // rows of a block stay in L2 while panels are read
+constexpr int64_t kGroup = 4;             // panels in a unit
+constexpr int64_t kAhead = 8;             // tiles of weights that are prefetched
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t tiles_of(int64_t depth) { return divide_up(depth, kTileDepth); }
 
-// The weights of a panel's tile, those beyond its end zero in `room`.
+// The weights of a panel's tile. If the tile is longer than the depth, they are copied to `room` with zeros
+// after it.
 const void* weights_of(const LinearArgs& args, int64_t panel, int64_t tile, void* room) {
     const int64_t steps = divide_up(args.depth, 2);
     const auto* line =
@@ -52,7 +53,7 @@ const void* weights_of(const LinearArgs& args, int64_t panel, int64_t tile, void
     return room;
 }
 
-// R rows through P panels from `panel` on, or through that one alone, P times.
+// Multiplies R rows with P panels from `panel` on. If fewer are left, P becomes 1.
 template <int R>
 void run_tile(const LinearArgs& args, int64_t row, int64_t height, int64_t panel, bool alone) {
     constexpr int64_t P = R == 16 ? 4 : 2;

@@ -1,4 +1,4 @@
-// How every kind of linear ends.
+// The last step of every kind of linear.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 TTS_BEGIN_ISA
 
 // out = sums * scale of the row (if there are scales) + bias + residual, rounded once, for a tile's rows and
-// `width` columns or those that are left; `stride` sums lie between rows.
+// at most `width` columns. The distance between rows of sums is `stride`.
 template <class T, class Args>
 inline void finish_linear(const Args& args, const float* sums, int64_t stride, const float* scales,
                           int64_t row, int64_t height, int64_t column, int64_t width) {

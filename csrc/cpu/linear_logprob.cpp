@@ -1,11 +1,11 @@
-// linear_logprob: log softmax(hidden W^T / temperature)[target] without a row of logits.
+// linear_logprob: log softmax(hidden W^T / temperature)[target], without storing a row of logits.
 //
 //   hidden [N, H], W [V, H], targets [N]  ->  max, sum [chunks, N], target logit [N]
 //
-// The vocabulary is cut into chunks; a chunk is walked in tiles of 48 rows of W, which are read from memory
-// once for all rows of hidden. A tile's logits [rows, 48] live on the stack just long enough to be folded
-// into the online log-sum-exp of each row (Milakov and Gimelshein, arXiv 1805.02867). The caller merges the
-// chunks in order. Bytes: W once. Operations: 2 N H V.
+// The vocabulary is cut into chunks. A chunk is processed in tiles of 48 rows of W, which are read from
+// memory once for all rows of hidden. A tile's logits [rows, 48] stay on the stack until they are folded into
+// the online log-sum-exp of each row (Milakov and Gimelshein, arXiv 1805.02867). The caller merges the chunks
+// in order. Bytes: W once. Operations: 2 N H V.
 #include "linear_logprob.h"
 
 #include "logit_fold.h"
@@ -16,8 +16,8 @@ TTS_BEGIN_ISA
 namespace {
 
 constexpr int kLogitBlock = 48;         // rows of W whose logits are folded at once
-constexpr int kRowBlock = 64;           // rows of hidden at a time, fewer if they are long:
-constexpr int64_t kRowBytes = 1 << 18;  // they stay in L2, and the tile of W with them
+constexpr int kRowBlock = 64;           // rows of hidden at a time, fewer if they are long,
+constexpr int64_t kRowBytes = 1 << 18;  // so that they stay in L2 together with the tile of W
 
 int64_t row_block(int64_t row_bytes) {
     const int64_t fit = kRowBytes / (row_bytes + 1) / kDotRows * kDotRows;

@@ -7,7 +7,8 @@
 
 namespace tts {
 
-// Rows of the weight that one chunk holds: the unit of work and of the sum's order. 21 tiles of 48.
+// The number of weight rows in a chunk: 21 tiles of 48. A chunk is the unit of work and fixes the order of
+// the sum.
 inline constexpr int64_t kVocabularyChunk = 1008;
 
 }  // namespace tts

@@ -1,19 +1,19 @@
-// linear on weights of 8 or 4 bits: rows of x become whole numbers too, so sums are exact.
+// linear with weights of 8 or 4 bits. Rows of x are converted to whole numbers, too, so sums are exact.
 //
 //   x [T, K] -> q [T, K] whole, s [T]:  s = bound / 127,  q = round(x (127 / bound))
-//   bound = 8 mean |x|, but within max |x| / 128 and max |x|; 2**-100 at least
+//   bound = 8 mean |x|, limited to the range from max |x| / 128 to max |x|; at least 2**-100
 //   out = s sum over groups g of ((sum of q w over g) - zero[g] (sum of q over g)) scale[g]
 //         + bias + residual
 //
-// So nearly all of a row's numbers have 8 bits. The few outliers have up to 15 and a sign: a bound that they
-// fit into would make the steps of all the others coarse.
+// With this bound, nearly all numbers of a row have 8 bits. The few outliers have up to 15 bits and a sign. A
+// larger bound, which includes them, would make the steps of all other numbers coarse.
 //
-// Groups are added in ascending order, each by a multiplication and an addition: this file is compiled
-// without contraction, so that every instruction set rounds alike. Scales of rows, and outliers apart from
-// the rest: Dettmers et al., arXiv 2208.07339. A row with NaN or an infinity is NaN.
+// Groups are added in ascending order, each by a multiplication and an addition. This file is compiled
+// without contraction, so that every instruction set rounds in the same way. A scale for each row, and
+// separate outliers, are from Dettmers et al., arXiv 2208.07339. A row with NaN or an infinity is NaN.
 //
-// Few rows are bound by reading W, a byte or half of one per element; a tile of rows passes a group of panels
-// while they are in cache, and fetches those of the next group (int_tile.h).
+// With few rows, the time is that of reading W, one byte or half a byte for each element. Tiles of rows go
+// through a group of panels while it is in cache, and fetch those of the next group (int_tile.h).
 #include "linear_quantized.h"
 
 #include "int_vec.h"
@@ -27,10 +27,10 @@ TTS_BEGIN_ISA
 
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;  // rows of a block stay in L2 while the panels pass
-constexpr float kSmallest = 0x1p-100f;    // so that neither the scale nor its inverse leaves the normal range
-constexpr float kUsual = 8.0f;            // times the mean magnitude is what 8 bits reach
-constexpr float kSmaller = 0x1p-17f;      // a sum of 2**16 magnitudes times that is one of float32
+constexpr int64_t kBlockBytes = 1 << 20;  // rows of a block stay in L2 while panels are read
+constexpr float kSmallest = 0x1p-100f;    // keeps the scale and its inverse in the normal range
+constexpr float kUsual = 8.0f;            // 8 bits cover this many times the mean magnitude
+constexpr float kSmaller = 0x1p-17f;      // scales 2**16 magnitudes so that their sum fits in float32
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -43,12 +43,12 @@ int64_t tile_of(const RowTiles& tiles, int64_t row) {
     return tile;
 }
 
-// What a row's largest number of 8 bits stands for; NaN if the row has a NaN or an infinity.
+// The value of a row's largest 8-bit number; NaN if the row has a NaN or an infinity.
 struct Bound {
     float bound, largest;  // and the largest magnitude of the row
 };
 
-// The mean is a sum of 16 lanes for every instruction set, small enough not to overflow.
+// The mean is a sum in 16 lanes for every instruction set, scaled so that it cannot overflow.
 template <class T>
 Bound bound_of(const T* x, int64_t depth) {
     constexpr int kLanes = 16, kVecs = kLanes / Vec::width;
@@ -76,7 +76,7 @@ Bound bound_of(const T* x, int64_t depth) {
     return {bound < kSmallest ? kSmallest : bound, largest};
 }
 
-// Appends the four elements at `step`, if their high parts are not all 0.
+// Appends the four elements at `step` if one of their high parts is not 0.
 void append_outlier(const int8_t* high, int64_t step, Outlier* list, int32_t& count) {
     int32_t word;
     __builtin_memcpy(&word, high, sizeof word);
@@ -84,7 +84,7 @@ void append_outlier(const int8_t* high, int64_t step, Outlier* list, int32_t& co
     count += word != 0;
 }
 
-// The sum of kIntGroup whole numbers is added to `lanes`.
+// Adds the sum of kIntGroup whole numbers to `lanes`.
 template <class I>
 void add_lanes(const I* numbers, IntVec& lanes) {
     for (int64_t j = 0; j < kIntGroup; j += Vec::width) lanes = lanes + IntVec::load(numbers + j);
@@ -99,7 +99,7 @@ void quantize_row(const LinearQuantizedArgs& args, const T* x, int64_t row, int6
     const bool finite = !is_nan(bound);
     args.scales[row] = bound / kIntTop;
     const Vec inverse = Vec::all(kIntTop / bound);
-    // Halves go to the even number, so 127.5 is the first magnitude that 8 bits do not hold.
+    // Ties are rounded to even, so 127.5 is the smallest magnitude that does not fit in 8 bits.
     const bool split_row = kIntSplit && finite && largest * (kIntTop / bound) >= kIntTop + 0.5f;
     Outlier* outliers = args.outliers + row * args.cut.outliers;
     int32_t* starts = args.starts + row * (weight.groups + 1);
@@ -136,7 +136,7 @@ void quantize_row(const LinearQuantizedArgs& args, const T* x, int64_t row, int6
             starts[++g] = count;
         }
     }
-    if (weight.depth == 0) args.totals[row] = starts[1] = 0;  // one group, of nothing
+    if (weight.depth == 0) args.totals[row] = starts[1] = 0;  // one group, which is empty
 }
 
 // Whether rows of a tile have outliers in any group.
@@ -147,7 +147,7 @@ inline bool have_outliers(const LinearQuantizedArgs& args, int64_t row, int64_t 
     return any != 0;
 }
 
-// sums [R][P][16] = the products of the rows' outliers in a group; false if they have none there.
+// sums [R][P][16] = the products of the rows' outliers in a group; false if there are none.
 template <int Bits, int P>
 bool outliers_of(const LinearQuantizedArgs& args, int64_t row, int64_t height, const uint8_t* data,
                  int64_t panel, int64_t g, int32_t* sums) {
@@ -163,7 +163,7 @@ bool outliers_of(const LinearQuantizedArgs& args, int64_t row, int64_t height, c
     return true;
 }
 
-// What is beside a tile's sums in a group: adds (sums - zero * total) * scale to float32 sums [R][P][16].
+// Finishes a tile's sums in a group: adds (sums - zero * total) * scale to float32 sums [R][P][16].
 template <int Bits, int P>
 struct GroupSums {
     const int32_t* totals;  // of the rows, `groups` apart
@@ -187,14 +187,14 @@ struct GroupSums {
     }
 };
 
-// Of the row tiles that pass the same panels, the one at work: it fetches its share of those that come
-// `ahead` panels later.
+// The number of the current row tile among those that read the same panels. Each fetches its share of the
+// panels that come `ahead` panels later.
 struct Pass {
     int64_t number, count, ahead;
 };
 
-// A row tile through P panels from `panel` on, or through that one alone, P times (no panel apart). At the
-// end use(acc, stride, panels) gets the tile's [height] rows of sums, that many panels wide.
+// Multiplies a row tile with P panels from `panel` on. If fewer are left, P becomes 1. At the end use(acc,
+// stride, panels) gets the tile's [height] rows of sums, for so many panels.
 template <int Bits, int R, int P, class F>
 void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int64_t panel, bool alone,
               Pass pass, F use) {
@@ -223,7 +223,7 @@ void run_tile(const LinearQuantizedArgs& args, int64_t row, int64_t height, int6
     use(acc, P * kIntPanel, panel, alone ? 1 : P);
 }
 
-// Panels [begin, end) for a row tile, whose height becomes a constant: whole units of it.
+// Processes panels [begin, end) for a row tile. Its height, in whole units, becomes a compile-time constant.
 template <int Bits, int R = kIntRows, class F>
 void run_panels(const LinearQuantizedArgs& args, int64_t row, int64_t height, int64_t begin, int64_t end,
                 Pass pass, F use) {
@@ -257,7 +257,7 @@ void run_unit(const LinearQuantizedArgs& args, int64_t unit) {
     }
 }
 
-// A row's logits are folded in blocks of as many panels, however many a tile has.
+// A row's logits are folded in blocks of this many panels, for any tile width.
 constexpr int64_t kLogitPanels = 4, kLogits = kLogitPanels * kIntPanel;
 
 // The logits of `count` outputs from panel `begin` on, folded into the states of a row tile.
@@ -309,7 +309,7 @@ void logprob_chunk(const QuantizedLogprobArgs& args, int64_t chunk) {
 
 QuantizedCut linear_quantized_cut(int64_t rows, int64_t columns, int64_t depth) {
     const int64_t tiles = divide_up(rows, kIntRows), panels = divide_up(columns, kIntPanel);
-    // Long streams for few rows; for more, units small enough that the threads end together.
+    // For few rows long streams; for more rows, units that are small enough for all threads to end together.
     const int64_t group = kIntUnit > 1 || rows <= kFewRows ? 4 : 2, row_bytes = int_row_bytes(depth);
     const int64_t fit = kBlockBytes / (kIntRows * row_bytes + 1);
     const int64_t block = least(tiles, fit < 1 ? 1 : fit);

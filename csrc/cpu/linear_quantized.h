@@ -10,7 +10,7 @@
 TTS_BEGIN_ISA
 
 QuantizedCut linear_quantized_cut(int64_t rows, int64_t columns, int64_t depth);
-// Quantises rows [begin, end) of x; all of them must be there before the first unit.
+// Quantises rows [begin, end) of x. All rows must be quantised before the first unit starts.
 void linear_quantize_x(const LinearQuantizedArgs& args, int64_t begin, int64_t end);
 // Units of work [begin, end).
 void linear_quantized(const LinearQuantizedArgs& args, int64_t begin, int64_t end);

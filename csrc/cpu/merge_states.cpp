@@ -1,10 +1,11 @@
-// merge_states: two attentions over disjoint keys into one over both.
+// merge_states: merges two attention results over disjoint keys into one over all keys.
 //
 //   out = (w_a out_a + w_b out_b) / (w_a + w_b),   w = exp(lse - max(lse_a, lse_b))
 //   lse = logaddexp(lse_a, lse_b)
 //
-// Each is a softmax state (online_softmax.h) of sum 1 and max lse. Taken relative to the larger lse before it
-// is turned into units of log2, so that large log-sum-exps lose nothing. Reads each row once.
+// Each input is a softmax state (online_softmax.h) with sum 1 and max lse. It is taken relative to the larger
+// lse before it is converted to units of log2, so that large log-sum-exps lose no precision. Reads each row
+// once.
 #include "merge_states.h"
 
 #include "online_softmax.h"

@@ -2,15 +2,15 @@
 //
 //   scores [S], group g owns scores[indptr[g] : indptr[g + 1]]  ->  indices [G, K] padded with -1, counts [G]
 //
-// A score and its index make one integer (total_order.h), of which the greatest are wanted. Groups of a beam
-// search are small (4 to 4096 candidates) and k smaller still, so two ways lead there:
+// A score and its index are combined into one integer (total_order.h), and the greatest integers are wanted.
+// Groups of a beam search are small (4 to 4096 candidates), and k is smaller still. There are two algorithms:
 //
-//   few (K <= 16): sixteen lanes keep the largest score that passes them; the k-th of these is a bound that
-//   at least k candidates reach, and hardly more do. A second pass collects those that do and ranks them
-//   against each other.
+//   few (K <= 16): each of sixteen lanes keeps its largest score. At least k candidates reach the k-th
+//   largest of these, and rarely many more. A second pass collects the candidates that reach it, and ranks
+//   them against each other.
 //
-//   many: radix select finds the k-th largest key in four passes of a byte each, one pass collects the
-//   candidates above it and the first of its equals, and heap sort orders them.
+//   many: radix select finds the k-th largest key in four passes of a byte each. One pass collects the
+//   candidates above it and the first of those equal to it, and heap sort orders them.
 #include "prune.h"
 
 #include "total_order.h"
@@ -21,12 +21,12 @@ TTS_BEGIN_ISA
 namespace {
 
 constexpr int kFew = static_cast<int>(kFewSurvivors);
-constexpr int kLanes = 16;      // as many as the widest vector has
+constexpr int kLanes = 16;      // the largest number of lanes in a vector
 static_assert(kFew <= kLanes);  // the bound needs k of them
 
 // ---- few ------------------------------------------------------------------------------------------------
 
-// n scores of a vector, the lanes beyond them -inf.
+// n scores as a vector; other lanes are -inf.
 template <class T>
 Vec load_scores(const T* p, int64_t n) {
     if (n >= Vec::width) return Vec::load(p);
@@ -35,8 +35,8 @@ Vec load_scores(const T* p, int64_t n) {
     return select_less(Vec::load(kLane), Vec::all(static_cast<float>(n)), scores, Vec::all(-kInfinity));
 }
 
-// The k-th largest of sixteen lanes' largest scores: at least k of the n >= k scores reach it. NaN counts
-// as -inf.
+// The k-th largest of the maxima of sixteen lanes. At least k of the n >= k scores reach it. NaN counts as
+// -inf.
 template <class T>
 float lower_bound(const T* scores, int64_t n, int k) {
     constexpr int W = Vec::width, kVectors = 4, kKept = kLanes / W;
@@ -62,7 +62,7 @@ float lower_bound(const T* scores, int64_t n, int k) {
             larger[j] = larger[j] + select_less(top[j], Vec::all(lane), Vec::all(1.0f), Vec::zero());
         }
     }
-    Vec least = Vec::all(kInfinity);  // of the lanes that fewer than k lanes beat
+    Vec least = Vec::all(kInfinity);  // the smallest lane that fewer than k lanes beat
     for (int j = 0; j < kKept; ++j) {
         least = min(select_less(larger[j], Vec::all(static_cast<float>(k)), top[j], least), least);
     }
@@ -77,7 +77,7 @@ class Hits {
     void add(int64_t rank) { ranks_[size_++] = rank; }
     bool full() const { return size_ + kBlock > kCapacity; }
 
-    // The k best, best first. There are hardly more than k, so all pairs are compared, without a branch.
+    // Writes the k best, best first. There are rarely many more, so all pairs are compared, without a branch.
     void best(int k, int64_t* out) const {
         int place[kCapacity];
         for (int i = 0; i < size_; ++i) {
@@ -94,12 +94,12 @@ class Hits {
         }
     }
 
-    // Drops all but the k best; gives the least key that a later score needs to join them.
+    // Removes all but the k best. Returns the smallest key with which a later score would be among them.
     int32_t cut(int k) {
         int64_t kept[kFew];
         best(k, kept);
         for (size_ = 0; size_ < k; ++size_) ranks_[size_] = kept[size_];
-        return ranked_key(kept[k - 1]) + 1;  // an equal that comes later loses
+        return ranked_key(kept[k - 1]) + 1;  // a later candidate with an equal key loses
     }
 
   private:
@@ -108,7 +108,7 @@ class Hits {
     int64_t ranks_[kCapacity];
 };
 
-// The k <= min(n, kFew) best of n scores into `ranks`, best first.
+// Writes the k <= min(n, kFew) best of n scores to `ranks`, best first.
 template <class T>
 void select_few(const T* scores, int64_t n, int k, int64_t* ranks) {
     constexpr int W = Vec::width;
@@ -135,14 +135,14 @@ void select_few(const T* scores, int64_t n, int k, int64_t* ranks) {
 
 // ---- many -------------------------------------------------------------------------------------------------
 
-// The k-th largest of n keys, and how many of its equals are among the k.
+// The k-th largest of n keys, and how many of the keys equal to it are among the k.
 struct Threshold {
     int32_t key;
     int64_t equals;
 };
 
 Threshold kth_largest(const int32_t* keys, int64_t n, int64_t k) {
-    uint32_t prefix = 0, known = 0;  // the bits of the answer so far
+    uint32_t prefix = 0, known = 0;  // the known leading bits of the answer
     for (int shift = 24; shift >= 0; shift -= 8) {
         int64_t counts[256] = {};
         for (int64_t i = 0; i < n; ++i) {
@@ -167,7 +167,7 @@ void sift_down(int64_t* heap, int64_t root, int64_t n) {
     heap[root] = value;
 }
 
-// Greatest first: a heap with the least on top gives it to the end.
+// Sorts in descending order: a heap with the smallest on top moves it to the end.
 void sort_ranks(int64_t* ranks, int64_t n) {
     for (int64_t i = n / 2; i-- > 0;) sift_down(ranks, i, n);
     for (int64_t i = n; i-- > 1;) {
@@ -178,7 +178,7 @@ void sort_ranks(int64_t* ranks, int64_t n) {
     }
 }
 
-// The k <= n best of n scores into `ranks`, in candidate order.
+// Writes the k <= n best of n scores to `ranks`, in candidate order.
 template <class T>
 void select_many(const T* scores, int64_t n, int64_t k, int32_t* keys, int64_t* ranks) {
     for (int64_t i = 0; i < n; ++i) keys[i] = order_key(to_float(scores[i]));
@@ -200,7 +200,7 @@ void sort_by_index(int64_t* ranks, int64_t n) {
     }
 }
 
-// Indices [K] double as the place for ranks.
+// The memory of indices [K] is also used for ranks.
 template <class T>
 void prune_group(const T* scores, int64_t begin, int64_t n, int64_t k, const PruneArgs& args,
                  int64_t* indices) {

@@ -7,7 +7,7 @@
 
 namespace tts {
 
-// Up to this many survivors a group is pruned without a workspace.
+// A group is pruned without a workspace if at most this many survive.
 inline constexpr int64_t kFewSurvivors = 16;
 
 }  // namespace tts

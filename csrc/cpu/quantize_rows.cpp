@@ -1,10 +1,12 @@
-// quantize_rows, dequantize_rows: groups of a row's numbers between their least and their greatest, as whole
-// numbers of e bits (the asymmetric uniform quantiser of KIVI, arXiv 2402.02750, and XQuant, 2508.10395).
+// quantize_rows, dequantize_rows: whole numbers of e bits for the numbers of a row, in groups, each between
+// its smallest and largest number (the asymmetric uniform quantiser of KIVI, arXiv 2402.02750, and XQuant,
+// 2508.10395).
 //
 //   zero = min x, scale = (max x - min x) / (2^e - 1), code = (x - zero) / scale;   x ~ code * scale + zero
 //
-// A row's bytes: args/quantize_rows.h. How scale, zero and codes are rounded: quantized_kv.h, whose int4
-// heads are a row of one group. A group goes through a buffer of one byte a code on its way into the planes.
+// args/quantize_rows.h describes the bytes of a row, quantized_kv.h the rounding of scale, zero and codes; an
+// int4 head there is a row of one group. The codes of a group are in a buffer of one byte each before they go
+// to the planes.
 #include "quantize_rows.h"
 
 #include "quantized_kv.h"
@@ -28,9 +30,9 @@ void for_planes(const RowFormat& format, F f) {
     f(Plane{1, 2, format.width / 4});
 }
 
-// Calls f(byte, count, column, shift) for the runs of a plane's bytes that hold `count` columns from `first`
-// on: `byte` has that part of column `first + column`, `shift` bits up, and the next ones have the next
-// columns'.
+// Calls f(byte, count, column, shift) for runs of a plane's bytes that hold `count` columns from `first` on.
+// `byte` has its part of column `first + column`, shifted left by `shift` bits; the next bytes have the next
+// columns.
 template <class F>
 void for_runs(const RowFormat& format, const Plane& plane, int64_t first, int64_t count, F f) {
     const int64_t width = format.width * plane.bits / 8;

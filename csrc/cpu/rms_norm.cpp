@@ -2,8 +2,8 @@
 //
 //   x, residual [T, H], weight [H]  ->  normed, h [T, H]
 //
-// h is rounded to its type before it is normed, so that the result is that of adding first and norming then.
-// A row of some thousand elements stays in L1 between the two passes: memory is read and written once.
+// h is rounded to its type before the norm, so that the result is the same as adding first and norming later.
+// A row with a few thousand elements stays in L1 between the two passes, so memory is read and written once.
 #include "rms_norm.h"
 
 #include "vec.h"

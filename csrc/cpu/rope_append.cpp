@@ -1,13 +1,13 @@
-// rope_append_: what happens between the projection of q, k, v and the attention, in one pass over them.
+// rope_append_: all work between the projection of q, k, v and the attention, in one pass.
 //
 //   qkv [T, (Hq + 2 Hkv) D]  ->  q [T, Hq, D], and k, v into the cache slots of their tokens
 //
-// q and k: an optional RMSNorm of each head (Qwen3), then the rotary embedding (arXiv 2104.09864) with the
-// halves of a head as its pairs, as transformers has it for Llama:
+// q and k get an optional RMSNorm for each head (Qwen3), then the rotary embedding (arXiv 2104.09864). The
+// two halves of a head are the pairs, as for Llama in transformers:
 //   y[i] = x[i] cos_i - x[i + D/2] sin_i,  y[i + D/2] = x[i + D/2] cos_i + x[i] sin_i,  i < D/2
 //
-// A quantised cache gets what append_kv_ would make of the rotated keys, rounded to qkv's type, and the
-// values.
+// A quantised cache gets the same as from append_kv_ for the values and for the rotated keys, rounded to
+// qkv's type.
 #include "rope_append.h"
 
 #include "quantized_kv.h"
@@ -18,7 +18,7 @@ TTS_BEGIN_ISA
 
 namespace {
 
-// One head: y = rotate(norm(x)), all in float32; a null weight leaves the norm out.
+// One head: y = rotate(norm(x)), in float32. Without a weight there is no norm.
 template <class T>
 void rope_head(const T* x, const T* weight, const float* cos_sin, int64_t head_dim, float eps, T* y) {
     const int64_t half = head_dim / 2;
@@ -40,7 +40,7 @@ T* at_slot(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t hea
            slot % page_size * cache.token_stride + head * cache.head_stride;
 }
 
-// The keys and values of token t from its heads of k on.
+// Stores the keys and values of token t, from its heads of k on.
 template <class T>
 void append(const RopeAppendArgs& args, int64_t t, const T* x, const float* angles) {
     const int64_t D = args.head_dim, slot = at(args.slots, t);

@@ -1,6 +1,6 @@
 // sample: one token from a row of logits [V], after temperature, top-k, top-p and min-p.
 //
-// Every token's weight is an integer (fixed_exp.h), so that all sums are exact and alike in any order:
+// Every token's weight is an integer (fixed_exp.h), so all sums are exact, in any order:
 //
 //   weight(l) = round(w(l)), w(l) = 2**39 exp((l - max) / T)
 //   top-k:  keep l >= the k-th largest
@@ -8,14 +8,15 @@
 //   min-p:  keep w(l) >= 2**39 min_p
 //   draw:   the first id whose running sum of kept weights exceeds floor(r * sum / 2**64), r from Philox
 //
-// Nothing is sorted. Top-k and top-p come down to one logit, the cut, and a number of tokens that equal it.
-// Pass 1 (scan) brings the row into the cache, finds the maximum and, unless T is 1, sums up exp(l) for the
-// log-probability, each block of 1024 logits relative to its own maximum: memory is waited for only once, and
-// half of the arithmetic is done meanwhile. From a sketch of the row comes a bracket [low, high] that the cut
-// should lie in. Pass 2 (weigh) adds up the weights of each block, those above the bracket apart, and lists
-// the logits inside. In the list the cut is found exactly; the draw then looks at one block again. Should the
-// bracket miss, pass 2 runs once more with one that holds everything: rare, and the result is the same. Cost:
-// one row from memory and one from the cache; 2 V exponentials, V if the temperature is 0 or 1.
+// Nothing is sorted. Top-k and top-p are reduced to one logit, the cut, and the number of kept tokens that
+// equal it. Pass 1 (scan) brings the row into the cache and finds the maximum. Unless T is 1, it also sums up
+// exp(l) for the log-probability, in blocks of 1024 logits, each relative to its own maximum. So memory is
+// waited for only once, and half of the arithmetic is done meanwhile. A sketch of the row gives a bracket
+// [low, high] that probably contains the cut. Pass 2 (weigh) adds up the weights of each block, with those
+// above the bracket apart, and lists the logits inside. The exact cut is found in the list, and the draw
+// reads one block again. If the bracket does not contain the cut, which is rare, pass 2 runs again with one
+// that contains everything; the result is the same. Cost: one row from memory and one from the cache; 2 V
+// exponentials, V if the temperature is 0 or 1.
 #include "sample.h"
 
 #include "integers.h"
@@ -54,8 +55,8 @@ float logit_at(const SampleRow& row, int64_t i) {
     return with_logits(row, [&](const auto* x) { return to_float(x[i]); });
 }
 
-// Calls f(logits, n) for block b of the row, n a multiple of the vector width. A last block that is not is
-// copied and filled up with -inf, which is never the maximum, weighs nothing and is never listed.
+// Calls f(logits, n) for block b of the row, with n a multiple of the vector width. If the last block is
+// shorter, it is copied and padded with -inf, which is never the maximum, has weight 0 and is never listed.
 template <class F>
 void with_block(const SampleRow& row, int64_t b, F f) {
     with_logits(row, [&](const auto* x) {
@@ -115,10 +116,10 @@ uint64_t block_sum(const T* x, int64_t n, float top) {
 
 // ---- the bracket ------------------------------------------------------------------------------------------
 
-// Logits below the floor weigh nothing, or less than min-p asks for.
+// Logits below the floor have weight 0, or a smaller one than min-p requires.
 void choose_floor(const SampleRow& row, SampleWorkspace& space, FixedExp exp) {
     float depth = exp.lowest;
-    // Top-p needs the sum of all that top-k left, so that min-p may not hide any of it then.
+    // Top-p needs the sum of all logits that are left after top-k, so min-p must not remove any before.
     if (has_min_p(row) && !(has_top_k(row) && has_top_p(row))) {
         const int octaves =
             128 - static_cast<int>(float_bits(row.options.min_p) >> 23);  // min_p > 2**-octaves
@@ -137,14 +138,14 @@ void choose_bracket(const SampleRow& row, SampleWorkspace& space, FixedExp exp) 
                               : sketch.tail_of_guess(1.0f - row.options.top_p);
     });
     space.low = max(space.low, found.low);
-    // What several options look at must all be in the list.
+    // The list must contain the logits for all of the options.
     const bool alone = has_top_k(row) + has_top_p(row) + has_min_p(row) == 1;
     if (alone && found.high > space.low) space.high = found.high;
 }
 
 // ---- pass 2 -----------------------------------------------------------------------------------------------
 
-// Fills the list of one block up to whole vectors; returns its new end.
+// Pads the list of one block to whole vectors; returns its new end.
 float* fill_up(const float* list, float* end) {
     while ((end - list) % Vec::width) *end++ = -kInfinity;
     return end;
@@ -195,7 +196,7 @@ void narrow(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Bracket 
     space.low = max(space.low, bracket.low);
     space.high = min(space.high, bracket.high);
     const Vec top = Vec::all(space.max), low = Vec::all(space.low), high = Vec::all(space.high);
-    float *list = nullptr, *end = nullptr;  // what is written stays behind what is read
+    float *list = nullptr, *end = nullptr;  // writes stay behind reads
     int64_t b = 0;
     over_list(row, space, [&](SampleBlock& block, const float* x, int64_t n) {
         list = end = b++ % kSampleChunk == 0 ? const_cast<float*>(x) : end;
@@ -229,7 +230,7 @@ int64_t pick(const SampleRow& row, SampleWorkspace& space, FixedExp exp) {
 
 // ---- the cut ----------------------------------------------------------------------------------------------
 
-// Kept are the logits above `logit` and the first `ties` of those equal to it, if w reaches `least`.
+// The logits above `logit` are kept, and the first `ties` of those equal to it, if w reaches `least`.
 struct Cut {
     float logit = -kInfinity;
     int64_t ties = kAll;
@@ -261,7 +262,7 @@ Totals add_up(const SampleRow& row, const SampleWorkspace& space) {
     return t;
 }
 
-// Each block's kept weight; returns the sum.
+// Computes each block's kept weight; returns the sum.
 uint64_t add_kept(const SampleRow& row, SampleWorkspace& space, FixedExp exp, const Cut& cut) {
     const Vec top = Vec::all(space.max), logit = Vec::all(cut.logit), heavy = Vec::all(cut.least);
     uint64_t total = 0;
@@ -296,7 +297,7 @@ Selected select_by_count(const SampleRow& row, SampleWorkspace& space, FixedExp 
     return select(space.picked, nullptr, n, space.low, min(space.high, space.max), target);
 }
 
-// Top-k; `all` becomes the sum of what it leaves. False if the k-th largest is not in the list.
+// Top-k; sets `all` to the sum that is left. False if the k-th largest is not in the list.
 bool cut_top_k(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Totals& totals, Cut& cut) {
     const uint64_t k = static_cast<uint64_t>(row.options.top_k);
     if (k <= totals.above_count) return false;
@@ -312,7 +313,7 @@ bool cut_top_k(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Total
 bool cut_top_p(const SampleRow& row, SampleWorkspace& space, FixedExp exp, Totals& totals, Cut& cut) {
     const uint64_t target = part_of(row.options.top_p, totals.all);
     if (totals.listed > kLongList && row.vocab >= kSketchFrom && !space.widened && !has_top_k(row) &&
-        !has_min_p(row)) {  // now that the sum is known, a better bracket is
+        !has_min_p(row)) {  // the sum is known now, so a better bracket is possible
         const double tail = static_cast<double>(totals.all - target) / static_cast<double>(kOne);
         narrow(row, space, exp, with_logits(row, [&](const auto* x) {
                    return Sketch(x, row.vocab, space.max, exp).tail_of(tail);
@@ -372,7 +373,7 @@ int64_t draw_token(const SampleRow& row, SampleWorkspace& space, FixedExp exp, c
     return token_in_block(row, space, exp, cut, b, target);
 }
 
-// The sum of all exp(l - max) from the blocks' sums, which are relative to their own maxima.
+// The sum of all exp(l - max) from the sums of blocks, which are relative to the blocks' maxima.
 uint64_t add_untempered(const SampleRow& row, const SampleWorkspace& space) {
     const FixedExp exp = FixedExp(1.0f);
     uint64_t total = 0;
@@ -390,7 +391,7 @@ int64_t first_largest(const SampleRow& row, const SampleWorkspace& space) {
     return token;
 }
 
-// A row with +inf: each such logit weighs 1 and all others nothing.
+// A row with +inf: each such logit has weight 1 and all others 0.
 SampleDraw draw_infinite(const SampleRow& row) {
     uint64_t infinite = 0;
     bool finite = false;
@@ -477,8 +478,8 @@ bool sample_draw(const SampleRow& row, SampleWorkspace& space, SampleDraw& draw)
     return true;
 }
 
-// Ids come in ascending order, so one that equals the k-th comes too late. Blocks whose maximum does are
-// skipped: one pass over few of the blocks, and about k log(V / k) insertions.
+// Ids ascend, so a logit that equals the k-th one comes too late. A block is skipped if its maximum is not
+// larger: this takes one pass over few of the blocks, and about k log(V / k) insertions.
 void sample_likeliest(const SampleRow& row, const SampleWorkspace& space, int64_t k, int64_t* ids,
                       float* logits) {
     int64_t held = 0;

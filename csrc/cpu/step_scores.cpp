@@ -2,14 +2,14 @@
 //
 //   out[s] = act(w . norm(hidden[positions[s]]) + b)
 //
-// A softmax over two logits is the sigmoid of their difference, so a pair of label rows is one row w, and a
-// step costs one dot product of length H instead of a row of vocabulary logits. RMSNorm needs no pass of its
-// own: w . (x g / rms) = (w g . x) / rms, and the sum of squares is taken in the same loop.
-// Bytes: S rows of H elements and one row of the head.
+// A softmax over two logits is the sigmoid of their difference. So a pair of label rows becomes one row w,
+// and a step costs one dot product of length H instead of a row of vocabulary logits. RMSNorm needs no extra
+// pass: w . (x g / rms) = (w g . x) / rms, and the sum of squares is computed in the same loop. Bytes: S rows
+// of H elements and one row of the head.
 //
-// With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: the rows are gathered, then W1 [H1, H] is read
-// once, in blocks of 48 rows for all steps; a block's units are folded into one number for each step, so no
-// [S, H1] is kept.
+// With a hidden layer, z = w . relu(W1 norm(x) + b1) + b: the rows are gathered, then W1 [H1, H] is read once
+// for all steps, in blocks of 48 rows. A block's units are folded into one number for each step, so [S, H1]
+// is never stored.
 #include "step_scores.h"
 
 #include "integers.h"
@@ -79,7 +79,7 @@ void widen_row(const T* x, float* out, int64_t n) {
     for_vectors(n, [&](int64_t i, int left) { store(load(x + i, left), out + i, left); });
 }
 
-// sum over n hidden units of w[j] relu(z[j] + b1[j]); a NaN stays one.
+// sum over n hidden units of w[j] relu(z[j] + b1[j]). NaN stays NaN.
 template <class T>
 float fold_units(const float* z, const T* b1, const float* w, int n) {
     constexpr int W = Vec::width;

@@ -1,16 +1,16 @@
-// tree_attention: attention of many branches over a tree of KV pages, each shared token read once for all of
-// them.
+// tree_attention: attention of many branches over a tree of KV pages. Each shared token is read once for all
+// of them.
 //
 //   q [T, Hq, D], caches [P, page_size, Hkv, D], plan  ->  out [T, Hq, D], lse [T, Hq]
 //
-// The planner (csrc/host) orders the rows depth first, so the rows that read a stretch of keys are one range,
-// and cuts the tree into tasks of equal cost. A work item is a task for one KV head, or for several where
-// reading keys is the bound. It runs its segments in order: tree_attention_tiles.h where many lanes read the
-// same keys, tree_attention_rows.h where few do, both by the same sums. Quantised keys and values become
-// elements of q's type block by block, once for all lanes of a segment. What is summed up in which order is
-// said in plan.h; where a state lies until then, by the plan: in the task, or in a slot of the workspace. A
-// row of which one task has everything is finished there; the others are merged by a second pass. So a row's
-// result depends on its query and the keys that it sees: not on other rows, on the cut, or on threads.
+// The planner (csrc/host) orders the rows depth first, so the rows that read the same keys form one range,
+// and cuts the tree into tasks of equal cost. A work item is a task for one KV head, or for several if
+// reading keys limits the speed. It runs its segments in order: tree_attention_tiles.h for many lanes with
+// the same keys, tree_attention_rows.h for few. Both compute the same sums. Quantised keys and values are
+// decoded to q's type block by block, once for all lanes of a segment. plan.h defines the order of all sums.
+// Until they are complete, states are stored where the plan says: in the task, or in a slot of the workspace.
+// If one task has all keys of a row, it finishes the row; other rows are merged by a second pass. So a row's
+// result depends on its query and the keys that it sees, and not on other rows, the cut, or threads.
 #include "tree_attention.h"
 
 #include "tree_attention_finish.h"

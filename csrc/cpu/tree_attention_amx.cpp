@@ -1,5 +1,5 @@
-// tree_attention in bfloat16 by AMX tiles (tree_attention_amx.h); in float32 and float16 it is that of
-// AVX-512. Scratch and the merging of states, which have no products, are those of AVX-512 for all.
+// tree_attention in bfloat16 with AMX tiles (tree_attention_amx.h); for float32 and float16 the kernel of
+// AVX-512 is used. Scratch and the merging of states need no products, so they are always those of AVX-512.
 #include "tree_attention_amx.h"
 
 #include "tree_attention.h"

@@ -1,13 +1,13 @@
-// A segment by AMX tiles, bfloat16: 16 lanes x the 64 keys of a block at a time, however many lanes there
-// are.
+// Runs a segment with AMX tiles in bfloat16: 16 lanes x the 64 keys of a block at a time, for any number of
+// lanes.
 //
 //   scores[key][lane] = sum_d   K[key][d] * Q[d][lane]       rows: keys as they lie; weights: pairs of d
 //   row[lane][d]      = sum_key P[lane][key] * V[key][d]     rows: P, transposed;    weights: pairs of keys
 //
-// Scores lie as in tree_attention_tiles.h, lanes along the vector: the softmax runs down the columns, and no
-// key is transposed, which a segment of few lanes could not make up for. What is transposed is P, 4 KiB of
-// pairs for 16 lanes. Rows of the states stay where they are. A tile's sum depends on its own row and column
-// alone, so few lanes (the rest of the tile is not looked at) give the bits of many.
+// Scores are stored as in tree_attention_tiles.h, with lanes along the vector: the softmax runs down the
+// columns, and no key is transposed, which would be too expensive for few lanes. Only P is transposed, 4 KiB
+// of pairs for 16 lanes. Rows of the states stay in place. A sum in a tile depends only on its own row and
+// column, so few lanes (the rest of the tile is ignored) have the same bits as many.
 #pragma once
 
 #include "amx_tiles.h"
@@ -19,7 +19,7 @@ class AmxSegment : Lanes<bf16> {
   public:
     AmxSegment(Item<bf16>& item, const Segment& segment) : Lanes(item, segment) {}
 
-    // Every head [begin, end) of the item in turn over a block of keys: together they read whole tokens.
+    // Processes heads [begin, end) of the item in turn over a block of keys: together they read whole tokens.
     void run(int64_t head_begin, int64_t head_end) {
         const int64_t heads = head_end - head_begin;
         for (int64_t h = 0; h < heads; ++h) {
@@ -43,7 +43,7 @@ class AmxSegment : Lanes<bf16> {
     static constexpr int64_t kKeyTiles = kKeyBlock / kTileLines;  // tiles of 16 keys
     static constexpr int64_t kPairTiles = kKeyBlock / 32;         // tiles of 16 pairs of keys
 
-    // [16 lanes][pairs of elements][lane], as much for each head of a narrow segment as its q_rows have room.
+    // [16 lanes][pairs of elements][lane]. Each head of a narrow segment has as much memory as its q_rows.
     float* queries(int64_t h) const {
         return lanes_ > kNarrow ? s_.q_pack : s_.q_rows + h * kNarrow * s_.dim_pad;
     }
@@ -55,13 +55,13 @@ class AmxSegment : Lanes<bf16> {
         });
     }
 
-    // About how often a head's block calls prefetch.step().
+    // About how many times a head's block calls prefetch.step().
     int64_t steps_of_prefetch(int64_t count) const {
         const int64_t tiles = divide_up(lanes_, 2 * W);
         return count + divide_up(count, 2) * (1 + tiles) + (lanes_ <= W ? s_.dim_pad / 32 + 2 * lanes_ : 0);
     }
 
-    // While the weights of some lanes are found, the tiles are at work on the scores of the next.
+    // While the weights of some lanes are computed, the tiles compute the scores of the next.
     void run_block(const float* q, int64_t begin, int64_t count) {
         item_.dequantize(count);
         key_stride_ = lanes_ <= W ? stride_of_keys(count) : 0;
@@ -84,7 +84,7 @@ class AmxSegment : Lanes<bf16> {
         }
     }
 
-    // The first lanes from `lane` on of which any sees keys of the block.
+    // The first group of lanes, from `lane` on, in which some lane sees keys of the block.
     int64_t next_seen(int64_t lane, int64_t begin, int64_t count) const {
         while (lane < lanes_ && view(lane, lane + width_at(lane), begin, count).none) lane += 2 * W;
         return lane;
@@ -96,7 +96,7 @@ class AmxSegment : Lanes<bf16> {
         lanes_ - lane > W ? find_scores<2>(queries_of(q, lane)) : find_scores<1>(queries_of(q, lane));
     }
 
-    // Bytes from key to key where a whole block's tiles can be loaded as the keys lie, page by page; else 0.
+    // The distance of keys in bytes, if tiles of a whole block can be loaded directly, page by page; else 0.
     int64_t stride_of_keys(int64_t count) const {
         if (count < kKeyBlock || dim_ % 32 != 0) return 0;
         const auto at = [&](int64_t i) { return reinterpret_cast<const char*>(item_.key(i)); };
@@ -107,7 +107,7 @@ class AmxSegment : Lanes<bf16> {
         return stride;
     }
 
-    // Scores of one tile of lanes, from keys where they lie.
+    // Scores of one tile of lanes, with keys read in place.
     void find_scores_in_place(const float* q) {
         fence();
         zero_sums();
@@ -206,7 +206,8 @@ class AmxSegment : Lanes<bf16> {
         }
     }
 
-    // Scores -> pairs of weights relative to the block's largest score, transposed; the block's states.
+    // Converts scores to pairs of weights relative to the block's largest score, transposed; computes the
+    // block's states.
     template <int kVecs>
     void softmax(int64_t width, int64_t count) {
         constexpr int64_t stride = kVecs * W;
@@ -265,7 +266,7 @@ class AmxSegment : Lanes<bf16> {
         }
     }
 
-    // To L1: a row of the states in hand, and some of the queries to come.
+    // Prefetches to L1: a row of the current states, and some of the next queries.
     void bring(int64_t i, int64_t width) const {
         if (lanes_ <= W) return;
         if (i < width) {

@@ -1,17 +1,17 @@
-// Keys as they lie, transposed in registers: W keys along a vector, some elements at a time.
+// Transposes keys in registers: W keys along a vector, some elements at a time.
 //
 //   keys[i] -> W rows of elements;   columns[s][i] = step s of key i
 //
-// A step is an element as float32, or a pair of bfloat16 where they are multiplied as such. A load takes 16
-// bytes of each key: four floats, or eight 16-bit elements. With AVX-512 it takes a cache line of float32,
-// which costs a fifth less; pairs gain nothing by it.
+// A step is an element as float32, or a pair of bfloat16 if they are multiplied as pairs. A load reads 16
+// bytes of each key: four floats, or eight 16-bit elements. With AVX-512 it reads a cache line of float32,
+// which is a fifth faster; for pairs this gives no gain.
 #pragma once
 
 #include "tree_attention_item.h"
 
 TTS_BEGIN_ISA
 
-// Vectors of four bytes: out[s] has in lane i the s-th word of the 16 bytes at rows[i].
+// Vectors of four bytes: lane i of out[s] is the s-th word of the 16 bytes at rows[i].
 #if defined(__AVX512F__)
 
 inline void transpose_words(const void* const* rows, Vec* out) {

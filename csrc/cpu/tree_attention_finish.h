@@ -1,11 +1,11 @@
-// From states to results.
+// Computes results from states.
 #pragma once
 
 #include "tree_attention_item.h"
 
 TTS_BEGIN_ISA
 
-// The sink of a head joins the state: a weight without a value.
+// Adds the sink of a head to the state: a weight without a value.
 inline SoftmaxState with_sink(const TreeAttentionArgs& args, int64_t head, const StateRef& from,
                               float* factor) {
     *factor = 1.0f;
@@ -15,8 +15,8 @@ inline SoftmaxState with_sink(const TreeAttentionArgs& args, int64_t head, const
     return w.state;
 }
 
-// out = row / sum; the empty state gives 0. A zero is +0: the sign of one in a row, which only signs of zeros
-// come from, may be that of keys which others see (merge_rows).
+// out = row / sum; the empty state gives 0. A zero becomes +0. Its sign in a row comes only from signs of
+// zeros, which may be those of keys that only other rows see (merge_rows).
 template <class T>
 inline void write_result(const TreeAttentionArgs& args, int64_t row, int64_t head, const StateRef& from) {
     constexpr int W = Vec::width;
@@ -34,7 +34,7 @@ inline void write_result(const TreeAttentionArgs& args, int64_t row, int64_t hea
     }
 }
 
-// The task's own states: results of the rows that are not merged, and what the others begin with.
+// Writes the task's own states: the results of rows that are not merged, and the first states of the others.
 template <class T>
 inline void finish_rows(const Item<T>& item) {
     const TreeAttentionArgs& args = item.args;

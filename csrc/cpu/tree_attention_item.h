@@ -1,8 +1,8 @@
-// What the two ways of running a segment (few lanes, many lanes) share: sizes, element traits, scratch,
+// The common part of both ways to run a segment (few lanes, many lanes): sizes, element traits, scratch,
 // addresses.
 //
 // A *lane* is one query head of one row: lane = (row - hull begin) * group + head within the group.
-// Everything of a work item that is per lane is an array over lanes.
+// All data of a work item for lanes are arrays over lanes.
 #pragma once
 
 #include "integers.h"
@@ -18,8 +18,8 @@ inline constexpr bool kHasPairs = true;
 inline constexpr bool kHasPairs = false;
 #endif
 
-// Whether T is multiplied as pairs of bfloat16 (vdpbf16ps) rather than as float32. A pair is kept in a
-// float's place and moved by float instructions, which do not touch its bits.
+// Whether T is multiplied as pairs of bfloat16 (vdpbf16ps) and not as float32. A pair is stored in the place
+// of a float and moved by float instructions, which do not change its bits.
 template <class T>
 inline constexpr bool kPairs = false;
 template <>
@@ -31,7 +31,7 @@ inline constexpr int kLaneTileRows = 8, kTileVecs = 3;  // 24 accumulators, 3 + 
 inline constexpr int kLaneTileRows = 4, kTileVecs = 3;  // 12 accumulators, 3 + 1 operands of 16 registers
 #endif
 
-// c + a * b: of floats, or of pairs of bfloat16 (both products added).
+// c + a * b: of floats, or of pairs of bfloat16 (both products are added).
 template <bool kIsPairs>
 inline Vec mac(Vec a, Vec b, Vec c) {
 #if defined(__AVX512BF16__)
@@ -43,7 +43,7 @@ inline Vec mac(Vec a, Vec b, Vec c) {
 }
 
 #if defined(__AVX512BF16__)
-// 32 elements of a and of b, pair by pair: (a[0], b[0]) ... (a[15], b[15]), and the other 16.
+// 32 elements of a and of b in pairs: (a[0], b[0]) ... (a[15], b[15]), and the other 16.
 struct Pairs {
     __m512i low, high;
 };
@@ -56,7 +56,7 @@ inline Pairs interleave(__m512i a, __m512i b) {
 }
 #endif
 
-// Steps of a product over `n` elements or keys.
+// Number of steps of a product over `n` elements or keys.
 template <class T>
 inline int64_t num_steps(int64_t n) {
     return kPairs<T> ? (n + 1) / 2 : n;
@@ -64,8 +64,8 @@ inline int64_t num_steps(int64_t n) {
 
 inline int64_t block_floor(int64_t token) { return token / kKeyBlock * kKeyBlock; }
 
-// Sums of products: each a chain of multiply-adds, in order. Without fused ones, each of which rounds once, a
-// chain is cut into links, which are summed on their own.
+// Sums of products: each is a chain of multiply-adds, in order. Without fused multiply-adds, every step
+// rounds twice; then a chain is cut into links, which are summed separately.
 #if defined(__FMA__)
 inline constexpr bool kLinked = false;
 #else
@@ -85,7 +85,7 @@ struct Chains {
             for (int i = 0; i < kCount; ++i) sum[i] = Vec::zero();
         }
     }
-    // After `steps` steps in all.
+    // To be called after `steps` steps in total.
     void link(int64_t steps) {
         if constexpr (kLinked) {
             if (steps % kLink == 0) finish();
@@ -102,26 +102,26 @@ struct Chains {
     }
 };
 
-// 2**x, a weight of T's values.
+// 2**x, as accurate as a weight for values of type T needs.
 template <class T>
 inline Vec weight_of_score(Vec x) {
     return kPairs<T> ? exp2_weight<4>(x) : exp2_weight<5>(x);  // rounded to bfloat16, or kept
 }
 
-// Keys of a segment that a row sees, counted from the segment's start.
+// The keys of a segment that a row sees, counted from the segment's start.
 struct Visible {
     int64_t begin, end;
     bool operator==(const Visible&) const = default;
 };
 
-// Whether a task has segments whose states stay within it.
+// Whether a task has segments whose states stay in the task.
 inline bool has_own_states(const Segment* segments, const Task& task) {
     bool any = false;
     for (int64_t i = task.seg_begin; i < task.seg_end; ++i) any |= segments[i].slot < 0;
     return any;
 }
 
-// A thread's scratch, cut into arrays; each starts on a cache line.
+// A thread's scratch, cut into arrays. Each array starts on a cache line.
 struct Scratch {
     int64_t lanes_pad, dim_pad;  // lanes with room for a tile that overhangs; D in whole vectors
     Visible* visible;            // [lanes] of the segment in hand
@@ -148,8 +148,8 @@ struct Scratch {
     float* tile_sum;  // [lanes_pad]
     float* stage;     // [width, dim_pad]
 
-    // Cuts `base`; with a null base only `size` is of use. `states`: heads x lanes, or 0 for a task without
-    // states of its own.
+    // Cuts `base` into the arrays. If `base` is null, only `size` is valid. `states`: lanes x heads, or 0 for
+    // a task without states of its own.
     Scratch(float* base, int64_t lanes, int64_t heads, int64_t states, int64_t head_dim, bool quantized)
         : at_(base) {
         constexpr int64_t W = Vec::width;
@@ -192,12 +192,12 @@ struct Scratch {
     int64_t used_ = 0;
 };
 
-// Prefetches the keys and values that come next, a few cache lines at a time between other work: pages lie
-// anywhere, so no hardware prefetcher finds them.
+// Prefetches the keys and values of the next block, a few cache lines at a time between other work. Pages are
+// at arbitrary addresses, so no hardware prefetcher finds them.
 class KeyPrefetch {
   public:
-    // Rows of K, then as many of V: `pieces` stretches of `bytes`, a stride apart. All within about `calls`
-    // steps.
+    // The next targets: rows of K, then the same number of V, each in `pieces` pieces of `bytes` bytes, one
+    // stride apart. All are fetched within about `calls` steps.
     void aim(const void** rows, int64_t keys, int64_t pieces, int64_t bytes, int64_t k_stride,
              int64_t v_stride, int64_t calls) {
         *this = KeyPrefetch();
@@ -231,10 +231,10 @@ class KeyPrefetch {
     const void** rows_ = nullptr;
     int64_t keys_ = 0, pieces_ = 0, bytes_ = 0, k_stride_ = 0, v_stride_ = 0;
     int64_t row_ = 0, piece_ = 0, offset_ = 0;  // the next line
-    int64_t quota_ = 0;                         // lines a step
+    int64_t quota_ = 0;                         // lines for each step
 };
 
-// Where a state lies.
+// The place of a state.
 struct StateRef {
     SoftmaxState& state;
     float* row;  // [D], padded to whole vectors
@@ -247,7 +247,7 @@ struct StateRef {
         state = other.state;
         for (int64_t d = 0; d < dim; d += Vec::width) Vec::load(other.row + d).store(row + d);
     }
-    // Becomes the merge of itself and another.
+    // Merges another state into this one.
     void absorb(const StateRef& other, int64_t dim) const {
         const MergeWeights w = merge(state, other.state);
         const Vec a = Vec::all(w.a), b = Vec::all(w.b);
@@ -258,7 +258,7 @@ struct StateRef {
     }
 };
 
-// Whether the plan has states of a row to merge.
+// Whether the plan lists states of a row to merge.
 inline bool is_merged(const TreeAttentionArgs& args, int64_t row) {
     return args.merge_indptr[row + 1] > args.merge_indptr[row];
 }
@@ -269,7 +269,7 @@ inline StateRef slot_ref(const TreeAttentionArgs& args, int64_t slot, int64_t he
             args.partial_rows + index * args.padded_dim};
 }
 
-// A work item in progress, at one of its heads.
+// A work item in progress, with its current head.
 template <class T>
 struct Item {
     const TreeAttentionArgs& args;
@@ -302,17 +302,17 @@ struct Item {
 
     void select(int64_t head) {
         kv_head = head;
-        if (quantized) return;  // dequantize() has rows of this head alone
+        if (quantized) return;  // dequantize() decodes only this head
         k_offset = (head - head_begin) * args.k.head_stride;
         v_offset = (head - head_begin) * args.v.head_stride;
     }
 
-    // ---- states, of the head in hand ----
+    // ---- states of the current head ----
 
     int64_t row_of(int64_t lane) const { return task.row_begin + lane / group; }
     int64_t head_of(int64_t lane) const { return kv_head * group + lane % group; }
 
-    // Where a lane's state of a segment lies.
+    // The place of a lane's state for a segment.
     StateRef state(const Segment& s, int64_t lane) const {
         if (s.slot < 0) return chunk(lane);
         return slot_ref(args, s.slot + row_of(lane) - s.row_begin, head_of(lane));
@@ -322,7 +322,7 @@ struct Item {
     int64_t first_lane(const Segment& s) const { return (s.row_begin - task.row_begin) * group; }
     int64_t num_lanes(const Segment& s) const { return (s.row_end - s.row_begin) * group; }
 
-    // To be called for each segment: states that begin in it are empty afterwards.
+    // To be called for each segment. States that begin in it are empty afterwards.
     void begin(const Segment& s) const {
         if (!s.fresh) return;
         const int64_t first = first_lane(s), end = first + num_lanes(s);
@@ -332,7 +332,7 @@ struct Item {
         }
     }
 
-    // The lane's chunk in hand joins its own state.
+    // Merges the lane's current chunk into its own state.
     void end_chunk(int64_t lane) const {
         bool& begun = scratch.begun[own_index(lane)];
         if (begun) {
@@ -356,7 +356,7 @@ struct Item {
 
     // ---- queries, keys, values ----
 
-    // Calls f(lane, query) for lanes [begin, end) of the head in hand; a query is D elements.
+    // Calls f(lane, query) for lanes [begin, end) of the current head; a query is D elements.
     template <class F>
     void each_query(int64_t begin, int64_t end, F f) const {
         const T* q = static_cast<const T*>(args.q) + kv_head * group * args.q_head_stride;
@@ -366,8 +366,8 @@ struct Item {
         }
     }
 
-    // Addresses of the first head's keys and values of tokens [begin, begin + count) of a segment, page by
-    // page.
+    // Finds the addresses of the first head's keys and values for tokens [begin, begin + count) of a segment,
+    // page by page.
     void locate(const Segment& segment, int64_t begin, int64_t count) const {
         locate(args.k, segment, begin, count, quantized ? scratch.k_codes : scratch.k_rows);
         locate(args.v, segment, begin, count, quantized ? scratch.v_codes : scratch.v_rows);
@@ -377,8 +377,8 @@ struct Item {
         });
     }
 
-    // The located keys and values of the head in hand as elements, once for all lanes; to be called before
-    // they are read.
+    // Decodes the located keys and values of the current head, once for all lanes. To be called before they
+    // are read.
     void dequantize(int64_t count) const {
         if (!quantized) return;
         dequantize(args.k, args.k_scales, scratch.k_codes, scratch.k_plain, scratch.k_rows, count);
@@ -387,8 +387,8 @@ struct Item {
     const T* key(int64_t i) const { return static_cast<const T*>(scratch.k_rows[i]) + k_offset; }
     const T* value(int64_t i) const { return static_cast<const T*>(scratch.v_rows[i]) + v_offset; }
 
-    // With a block in hand that ends at token `end` of a segment: what comes after it in this task is
-    // prefetched by the block's `calls` calls of prefetch.step().
+    // To be called when the current block ends at token `end` of a segment: its `calls` calls of
+    // prefetch.step() will fetch the next data of this task.
     void look_ahead(const Segment& segment, int64_t end, int64_t calls) {
         const Segment* next = &segment;
         if (end >= segment.length) end = 0, ++next;
@@ -413,8 +413,8 @@ struct Item {
     }
 
   private:
-    // Calls f(page, offset, i, end) for the tokens begin + [i, end) of a segment that lie in one page from
-    // its slot `offset` on, for all of [begin, begin + count).
+    // Calls f(page, offset, i, end) for each page with tokens of [begin, begin + count) of a segment. The
+    // tokens begin + [i, end) are in this page, from slot `offset` on.
     template <class F>
     void each_page(const Segment& segment, int64_t begin, int64_t count, F f) const {
         const int32_t* pages = args.pages + segment.page_begin;
@@ -448,7 +448,7 @@ struct Item {
         }
     }
 
-    // Those of a page are a cache line or a few, which come at once.
+    // The scales of a page are one or a few cache lines, which are fetched at once.
     void prefetch_scales(const Segment& segment, int64_t begin, int64_t count) const {
         const f16* arrays[] = {args.k_scales.scale, args.v_scales.scale, args.k_scales.zero,
                                args.v_scales.zero};
@@ -465,8 +465,8 @@ struct Item {
     }
 };
 
-// Scores are compared and exponentiated in units of log2. Without a softcap and with a positive scale the raw
-// scores can be compared as they are, and the factor is applied within the exponent.
+// Scores are compared and exponentiated in units of log2. Without a softcap and with a positive scale, raw
+// scores can be compared, and the factor is applied within the exponent.
 struct ScoreMap {
     float scale, softcap;
     bool deferred() const { return softcap == 0.0f && scale > 0.0f; }

@@ -1,6 +1,6 @@
-// What the ways of running a segment share: its lanes, what they see, their queries, and merges of their
-// states, lanes along the vector. tree_attention_tiles.h and tree_attention_amx.h, for many lanes, differ in
-// how they pack a block and in who multiplies it; tree_attention_rows.h has few lanes.
+// The common part of all ways to run a segment: its lanes, the keys that they see, their queries, and merging
+// of their states, with lanes along the vector. tree_attention_tiles.h and tree_attention_amx.h are for many
+// lanes; they differ in how they pack and multiply a block. tree_attention_rows.h is for few lanes.
 #pragma once
 
 #include "tree_attention_item.h"
@@ -9,7 +9,7 @@ TTS_BEGIN_ISA
 
 // ---- rows of elements ------------------------------------------------------------------------------------
 
-// to = the row as it is multiplied, zeros up to whole vectors: floats, or pairs as they lie.
+// Copies a row in the form in which it is multiplied (floats or pairs), with zeros up to whole vectors.
 template <class T>
 inline void copy_row(const T* from, float* to, int64_t n) {
     constexpr int W = Vec::width;
@@ -45,7 +45,7 @@ inline bool all_finite(const T* x, int64_t n) {
 }
 
 #if defined(__AVX512BF16__)
-// A float's place each: (bfloat16 of even, bfloat16 of odd).
+// Each pair (bfloat16 of even, bfloat16 of odd) in the place of a float.
 inline void store_pairs(Vec even, Vec odd, float* to) {
     alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
@@ -71,7 +71,7 @@ class Lanes {
           lanes_(item.num_lanes(segment)),
           map_{item.args.scale, item.args.softcap} {}
 
-    // Fills `visible` for each lane; the keys that any row sees.
+    // Fills `visible` for each lane; returns the keys that at least one row sees.
     Visible find_visible() const {
         Visible all{segment_.length, 0};
         for (int64_t row = segment_.row_begin; row < segment_.row_end; ++row) {
@@ -85,7 +85,7 @@ class Lanes {
         return all;
     }
 
-    // Whether all lanes [lane, end) see all keys of [begin, begin + count), or none of them does.
+    // Whether all lanes [lane, end) see all keys of [begin, begin + count), or none of them sees any.
     struct View {
         bool all, none;
     };
@@ -99,11 +99,11 @@ class Lanes {
         return view;
     }
 
-    // Floats of a query, or of a key, as it is multiplied.
+    // Number of floats in a query or key in the form in which it is multiplied.
     int64_t row_stride() const { return kPairs<T> ? s_.dim_pad / 2 : s_.dim_pad; }
 
-    // Queries of the head in hand, lanes [begin, end) of the item, transposed: steps [k, k + W) of W lanes
-    // from `lane` on go to to(lane, k), [W][W] with rows a stride apart.
+    // Transposes queries of the current head for lanes [begin, end) of the item. Steps [k, k + W) of W lanes
+    // from `lane` on go to to(lane, k), [W][W], with a stride between rows.
     template <class To>
     void pack_queries(int64_t begin, int64_t end, int64_t stride, To to) const {
         for (int64_t lane = begin; lane < end; lane += W) {
@@ -123,7 +123,7 @@ class Lanes {
         for (int64_t i = 0; i < count * kVecs * W; i += W) map_(Vec::load(scores + i)).store(scores + i);
     }
 
-    // -inf where the lane must not see the key.
+    // Sets scores to -inf where the lane must not see the key.
     template <int kVecs>
     void hide_scores(float* scores, int64_t lane, int64_t begin, int64_t count) const {
         for (int v = 0; v < kVecs; ++v) {
@@ -147,8 +147,8 @@ class Lanes {
 
     // ---- merging states: vector `i` of the lanes in hand ----
 
-    // `max` and `sum` become those of the merged states; leaves what the rows are to be multiplied by in
-    // old_weight_ and block_weight_, and returns the former.
+    // Sets `max` and `sum` to those of the merged states. Stores the factors of the rows in old_weight_ and
+    // block_weight_, and returns the former.
     Vec merge_states(float* max_of, float* sum_of, Vec block, Vec block_sum, int64_t i) {
         const Vec old = Vec::load(max_of), top = max(block, old), base = finite_top(top);
         const Vec a = exp2(old - base), b = exp2(block - base);
@@ -162,7 +162,7 @@ class Lanes {
     // ---- values that are not finite, in a block that some lane sees in part only ----
     // 0 * NaN must not reach that lane.
 
-    // Whether the block's values are all finite; calls hide(key, element) for those that are not, which must
+    // Returns whether all values of the block are finite. Calls hide(key, element) for the others, which must
     // become 0 in the packed block.
     template <class Hide>
     bool make_clean(int64_t count, Hide hide) const {
@@ -178,9 +178,9 @@ class Lanes {
         return clean;
     }
 
-    // Adds weight * value for the values that make_clean took out, to those of the lanes
-    // [lane, lane + width) that see them: infinities and NaN, to which the order of sums is nothing.
-    // weight(key, l) and row(l, element) are those of lane + l.
+    // Adds weight * value for the values that make_clean removed, to the lanes in [lane, lane + width) that
+    // see them. These values are infinities and NaN, so the order of sums does not matter. weight(key, l) and
+    // row(l, element) belong to lane + l.
     template <class Weight, class Row>
     void add_not_finite(int64_t lane, int64_t width, int64_t begin, int64_t count, Weight weight,
                         Row row) const {
@@ -204,7 +204,7 @@ class Lanes {
     const Segment& segment_;
     const int64_t first_lane_, lanes_;
     const ScoreMap map_;
-    bool clean_ = true;  // whether the block in hand has no values that some lane must not meet
+    bool clean_ = true;  // whether no value of the block has to be hidden from a lane
     alignas(64) float old_weight_[kTileVecs * W], block_weight_[kTileVecs * W];  // of the lanes in hand
 };
 

@@ -1,12 +1,13 @@
-// A segment read by few lanes (a branch's private tail: one row, the heads of a group): keys as they lie.
+// Runs a segment for few lanes (a branch's private tail: one row, the heads of a group). Keys are read in
+// place.
 //
 //   scores[lane][key] = dot(Q[lane], K[key])          K transposed in registers, once for all lanes
 //   row[lane][d]      = sum_key P[lane][key] * V[key][d]
 //
-// Every sum is that of the tiles (tree_attention_tiles.h), product by product, so that it does not matter how
-// many lanes read a segment: a score is one chain over the head's elements, with keys along the vector; a
-// weighted value is one chain over the keys of the block, with elements along the vector. Lanes that see the
-// same keys of a block go together, up to four at a time.
+// Every sum is the same as in the tiles (tree_attention_tiles.h), product by product, so the result does not
+// depend on how many lanes read a segment. A score is one chain over the head's elements, with keys along the
+// vector. A weighted value is one chain over the keys of the block, with elements along the vector. Lanes
+// that see the same keys of a block are processed together, up to four at a time.
 #pragma once
 
 #include "tree_attention_columns.h"
@@ -20,7 +21,7 @@ class Rows : Lanes<T> {
     Rows(Item<T>& item, const Segment& segment)
         : Lanes<T>(item, segment), steps_(num_steps<T>(dim_)), stride_(Lanes<T>::row_stride()) {}
 
-    // Every head of the item in turn over a block of keys: together they read whole tokens.
+    // Processes every head of the item in turn over a block of keys: together they read whole tokens.
     void run() {
         const int64_t heads = item_.heads();
         for (int64_t h = 0; h < heads; ++h) {
@@ -54,7 +55,7 @@ class Rows : Lanes<T> {
 
     float* queries(int64_t h) const { return s_.q_rows + h * kNarrow * stride_; }
 
-    // About how often a head's block calls prefetch.step().
+    // About how many times a head's block calls prefetch.step().
     int64_t steps_of_prefetch(int64_t count) const {
         const int64_t packs = lanes_ / 4 + lanes_ % 4 / 2 + lanes_ % 2;
         const int64_t passes = (dim_ + kRowVecs * W - 1) / (kRowVecs * W);
@@ -78,7 +79,7 @@ class Rows : Lanes<T> {
         }
     }
 
-    // Keys of the block at `begin` that a row sees, counted from there.
+    // The keys of the block at `begin` that a row sees, counted from `begin`.
     Visible seen_in_block(int64_t row, int64_t begin, int64_t count) const {
         const Visible v = s_.visible[row * item_.group];
         const int64_t low = v.begin > begin ? v.begin - begin : 0, high = v.end - begin;
@@ -112,8 +113,7 @@ class Rows : Lanes<T> {
 
     // ---- scores ----
 
-    // scores[lane][key] of `kLanes` lanes, W keys at a time, or twice W where few lanes leave the adders
-    // idle.
+    // scores[lane][key] of `kLanes` lanes, W keys at a time, or 2 W if few lanes would leave the adders idle.
     template <int kLanes>
     void find_scores(const float* q, float* scores, int64_t count) {
         constexpr int kGroups = kLanes <= 2 ? 2 : 1;
@@ -154,7 +154,7 @@ class Rows : Lanes<T> {
         }
     }
 
-    // Fewer elements than a load takes are copied first, with zeros behind.
+    // If there are fewer elements than a load reads, they are first copied, with zeros after them.
     template <int kLanes, int kGroups>
     void add_last_columns(const float* q, const T* const* keys, int64_t d, int64_t step,
                           Chains<kLanes * kGroups>& sums) {
@@ -179,7 +179,8 @@ class Rows : Lanes<T> {
 
     // ---- weights ----
 
-    // Scores -> weights (as they are multiplied) in place, 0 for keys that are not seen; the block's state.
+    // Replaces scores by weights (in the form in which they are multiplied), 0 for hidden keys; returns the
+    // block's state.
     SoftmaxState softmax(float* scores, Visible seen, int64_t count) {
         const bool masked = seen.begin > 0 || seen.end < round_up(count, W);
         const float factor = map_.factor();
@@ -268,8 +269,8 @@ class Rows : Lanes<T> {
         }
     }
 
-    // The values of key i, or of keys i and i + 1 interleaved element by element, zeros for one that is not
-    // seen.
+    // The values of key i, or of keys i and i + 1 interleaved element by element, with zeros for a hidden
+    // key.
     template <int kVecs, class Load>
     void load_values(Vec* values, int64_t i, int64_t d, [[maybe_unused]] Visible seen, Load load_at) const {
 #if defined(__AVX512BF16__)
@@ -291,7 +292,7 @@ class Rows : Lanes<T> {
         for (int v = 0; v < kVecs; ++v) values[v] = load_at(item_.value(i) + d + v * W, v);
     }
 
-    // A vector of a row as it is multiplied; n < kChunk: zeros behind n elements.
+    // A vector of a row in the form in which it is multiplied. If n < kChunk: zeros after n elements.
     static Vec load(const T* p) {
 #if defined(__AVX512BF16__)
         if constexpr (kPairs<T>) return {_mm512_loadu_ps(p)};

@@ -1,12 +1,12 @@
-// A segment read by many lanes: tiles of lanes x blocks of keys, lanes along the vector.
+// Runs a segment for many lanes: tiles of lanes x blocks of keys, with lanes along the vector.
 //
 //   scores[key][lane] = sum_d  K[key][d] * Q[d][lane]
 //   row[d][lane]      = sum_key V[key][d] * P[key][lane]
 //
-// Both products are one micro-kernel: a broadcast element of K or V (kept as the cache has it, row by row)
-// times a vector of lanes. Only Q is transposed, once an item; the softmax runs down the columns, a lane to
-// itself, so nothing is reduced across a vector. With pairs of bfloat16 the summed index goes two at a time:
-// K and Q rows are pairs as they lie, rows of V and P are interleaved with the next.
+// Both products use the same micro-kernel: a broadcast element of K or V (stored as in the cache, row by row)
+// times a vector of lanes. Only Q is transposed, once for each item. The softmax runs down the columns, and
+// each lane is independent, so nothing is reduced across a vector. With pairs of bfloat16, the summed index
+// advances by two: rows of K and Q already contain pairs, rows of V and P are interleaved with the next row.
 #pragma once
 
 #include "tree_attention_lanes.h"
@@ -95,7 +95,7 @@ class Tiles : Lanes<T> {
     using Base::map_, Base::old_weight_, Base::s_, Base::segment_, Base::W;
     using typename Base::View;
 
-    // Keys [begin, begin + count) for all lanes of the segment, in tiles of nearly equal width.
+    // Processes keys [begin, begin + count) for all lanes of the segment, in tiles of nearly equal width.
     void run_block(int64_t begin, int64_t count) {
         const int64_t vecs = divide_up(lanes_, W), tiles = divide_up(vecs, kTileVecs);
         item_.locate(segment_, begin, count);
@@ -156,7 +156,7 @@ class Tiles : Lanes<T> {
                            Vec::load(block_weight_ + v * W))
                     .store(to);
             });
-        } else {  // times 1: the same bits
+        } else {  // a factor of 1: the same bits
             merge_values([this](Vec sum, float* to, int v) {
                 fma(sum, Vec::load(block_weight_ + v * W), Vec::load(to)).store(to);
             });
@@ -164,10 +164,10 @@ class Tiles : Lanes<T> {
         if (!clean_) add_not_finite<kVecs>(lane, width, begin, count);
     }
 
-    // One vector of lanes: scores -> weights in place, relative to the largest score of the block. tile_max
-    // and tile_sum become those of the merged states; leaves the weights of both in old_weight_ and
-    // block_weight_, and returns whether any of old_weight_ is not 1. Weights are summed as one vector of W
-    // keys after another, then over the vector by halves: what a sum along the keys does.
+    // For one vector of lanes: replaces scores by weights relative to the largest score of the block. Sets
+    // tile_max and tile_sum to those of the merged states, stores the weights of both states in old_weight_
+    // and block_weight_, and returns whether any of old_weight_ is not 1. Weights are summed as one vector of
+    // W keys after another, then over the vector by halves, in the same order as a sum along the keys.
     template <int kVecs>
     bool softmax(int64_t lane, int v, int64_t count) {
         constexpr int64_t stride = kVecs * W;

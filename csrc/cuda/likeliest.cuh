@@ -39,8 +39,7 @@ __global__ __launch_bounds__(kLikeliestThreads) void likeliest_kernel(SampleArgs
         }
         const double value = key_score(ranked_key(last));
         if (j == 0) drawn = value == INFINITY ? value : static_cast<double>(to_float(x[token]));
-        args.top_ids[at] =
-            ranked_index(last);  // +inf minus itself is NaN: an equal logit is as likely
+        args.top_ids[at] = ranked_index(last);  // +inf minus itself is NaN: an equal logit is as likely
         args.top_logprobs[at] = static_cast<float>(value == drawn ? own : value - drawn + own);
     }
 }

@@ -4,10 +4,9 @@
 // A block of four warps runs a task for one KV head. It processes kRows lanes for each warp at a time, and 64
 // keys (a block of plan.h) at a time:
 //
-//   s[r] = q[r] . k     a thread has two keys and all lanes of its warp; K comes through shared memory, 32
-//   keys
-//                       and 64 elements of each at a time, converted to float32 (rows of 65: no bank
-//                       conflict)
+//   s[r] = q[r] . k     a thread has two keys and all lanes of its warp. K is copied through shared memory,
+//                       32 keys and 64 elements of each at a time, converted to float32 (rows of 65 elements
+//                       avoid bank conflicts)
 //   b[r] = p v          a thread has every 32nd element of D; V is read from memory, coalesced
 //
 // The queries and the chunks' sums of weighted values for the block's lanes stay in shared memory: 8 bytes x

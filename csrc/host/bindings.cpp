@@ -24,9 +24,10 @@ std::string type_name(py::handle value) { return Py_TYPE(value.ptr())->tp_name; 
     throw py::type_error(argument + ": expected " + expected + ", got " + type_name(got));
 }
 
-// ---- Arguments: sequences of int, without a Python call an entry where that can be had -------------------
+// ---- Arguments: sequences of int, if possible without a Python call for each entry
+// -------------------------
 
-// Ints beyond 64 bits become the nearest that fits: out of range for whatever they are meant to be.
+// Ints with more than 64 bits become the nearest possible value, which is out of range for every use.
 int64_t to_int64(py::handle value) {
     int overflow = 0;
     const long long result = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
@@ -35,7 +36,7 @@ int64_t to_int64(py::handle value) {
     return result;
 }
 
-// An int, or anything else with __index__ but a bool.
+// An int, or any other object with __index__, except a bool.
 int64_t integer(py::handle value, const std::string& argument) {
     if (PyLong_CheckExact(value.ptr())) return to_int64(value);
     if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr())) bad_type(argument, "an int", value);
@@ -121,7 +122,7 @@ std::optional<std::span<const int64_t>> view(const std::optional<Ints>& values) 
 
 PlanRules rules(bool gpu) { return gpu ? kGpuRules : PlanRules{}; }
 
-// A new plan, or `out` filled again.
+// A new plan, or `out` after it was filled again.
 py::object plan(const PlanTree& tree, const std::optional<Ints>& q_lens, const PlanShape& shape,
                 py::object out) {
     if (out.is_none()) return py::cast(plan_attention(tree, view(q_lens), shape));

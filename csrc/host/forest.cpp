@@ -8,25 +8,25 @@
 namespace tts {
 namespace {
 
-constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();  // slots are handed out as int32
+constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();  // slots are int32
 
 [[noreturn]] void bad_value(const std::string& argument, const std::string& expected,
                             const std::string& got) {
     throw std::invalid_argument(argument + ": expected " + expected + ", got " + got);
 }
 
-// The name of an argument, or of an entry of it.
+// The name of an argument, or of one of its entries.
 std::string entry(const char* name, int64_t i) {
     return i < 0 ? name : std::string(name) + "[" + std::to_string(i) + "]";
 }
 
-// Sums of page counts that no pool could serve stay at the largest value.
+// Sums of page counts that exceed any pool stay at the largest value.
 int64_t saturating_add(int64_t a, int64_t b) {
     int64_t sum;
     return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
 }
 
-// Makes room for `size` items as push_back does, so that many small steps cost O(1) each.
+// Makes room for `size` items, growing as push_back does, so that many small steps cost O(1) each.
 template <class Item>
 void reserve_at_least(std::vector<Item>& list, size_t size) {
     if (list.capacity() < size) list.reserve(std::max(size, 2 * list.capacity()));
@@ -80,7 +80,7 @@ int32_t PagePool::take() {
 
 // ---- Runs ------------------------------------------------------------------------------------------------
 
-// Memory for `count` new runs, and for giving every run back.
+// Reserves memory for `count` new runs, and for freeing every run.
 void Forest::reserve_runs(int64_t count) {
     const auto needed = static_cast<size_t>(count);
     if (needed <= free_runs_.size()) return;
@@ -89,7 +89,7 @@ void Forest::reserve_runs(int64_t count) {
     reserve_at_least(free_runs_, runs);
 }
 
-// Its memory is reserved.
+// Needs reserved memory.
 int32_t Forest::new_run(int32_t parent, int32_t first_column) noexcept {
     int32_t run = static_cast<int32_t>(runs_.size());
     if (free_runs_.empty()) {
@@ -119,7 +119,7 @@ void Forest::remove_child(int32_t parent, int32_t child) {
     run.child_xor ^= child;
 }
 
-// Gives back a branch's reference to its run, and whatever nobody holds any more above it.
+// Removes a branch's reference to its run. Frees the run and those above it that have no more references.
 void Forest::drop(int32_t run) noexcept {
     --runs_[run].refs;
     while (runs_[run].refs == 0) {
@@ -134,9 +134,9 @@ void Forest::drop(int32_t run) noexcept {
     if (runs_[run].refs == 1 && runs_[run].children == 1) join_with_child(run);
 }
 
-// A run that nothing but its only child holds becomes the front of that child. The child's branches and
-// children stay as they are, and so does the room in its list, which an append may have reserved. Without
-// memory for it the two stay apart, which costs a run and nothing else.
+// A run whose only reference is its only child is joined with this child, as its front. The child's branches
+// and children stay valid, and so does the room in its list, which an append may have reserved. If there is
+// no memory for joining, the two stay separate, which only costs one more run.
 void Forest::join_with_child(int32_t run) noexcept {
     const int32_t child = runs_[run].child_xor, parent = runs_[run].parent;
     try {
@@ -157,9 +157,9 @@ void Forest::join_with_child(int32_t run) noexcept {
     free_runs_.push_back(run);
 }
 
-// Cuts a run after its first `count` pages. They become a new run above it (which is returned), so that
-// nothing that points at the run has to move. `rest` has room for the pages behind them; a new run is
-// reserved.
+// Cuts a run after its first `count` pages. These become a new run above it, which is returned, so that
+// nothing that points at the old run has to change. `rest` has room for the pages after the cut, and a new
+// run is reserved.
 int32_t Forest::split(int32_t run, size_t count, std::vector<int32_t> rest) noexcept {
     const int32_t parent = runs_[run].parent;
     rest.assign(runs_[run].pages.begin() + static_cast<ptrdiff_t>(count), runs_[run].pages.end());
@@ -243,7 +243,7 @@ void Forest::free(std::span<const int64_t> branches) {
 
 // ---- Append ----------------------------------------------------------------------------------------------
 
-// Checks an append and counts what it will take, changing nothing.
+// Checks an append and counts the memory that it needs, without changing anything.
 Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const int64_t> counts) {
     Demand total;
     ++operation_;
@@ -261,9 +261,10 @@ Forest::Demand Forest::demand(std::span<const int64_t> branches, std::span<const
     return total;
 }
 
-// Whether a branch must copy its last page before it writes to it: if that is partly filled and, when the
-// branch's turn comes, anyone else still holds it; references less the earlier entries that will have left
-// the run. To be asked once for each entry that grows, in their order, within one operation.
+// Whether a branch must copy its last page before it writes to it. It must if the page is partly filled and
+// another branch still uses it when the branch's turn comes: references count without those of earlier
+// entries that will have left the run. To be called once for each entry that grows, in order, within one
+// operation.
 bool Forest::copies_tail(const Branch& branch) {
     if (branch.length % page_size_ == 0) return false;
     Run& run = runs_[branch.run];
@@ -276,15 +277,15 @@ bool Forest::copies_tail(const Branch& branch) {
     return shared;
 }
 
-// Pages that a branch needs for `count` tokens more, its last one's copy aside.
+// The number of pages that a branch needs for `count` more tokens, without the copy of its last page.
 int64_t Forest::new_pages(const Branch& branch, int64_t count) const {
     const int64_t room = columns(branch.length) * page_size_ - branch.length;
     return count > room ? (count - room - 1) / page_size_ + 1 : 0;
 }
 
-// Takes all the memory of an append before it changes anything: to give pages back, of its runs, and of their
-// lists of pages. A branch that has a run to itself gets its room there. One that shares its run gets a new
-// list, even if it will write in place as the last holder: its run is down to its last page by then.
+// Reserves all memory of an append before anything is changed: for freed pages, for runs, and for their lists
+// of pages. A branch that has a run alone gets room in its run. A branch that shares its run gets a new list,
+// even if it will write in place as the last user, because its run then only has its last page.
 std::vector<Forest::Spare> Forest::reserve(std::span<const int64_t> branches, std::span<const int64_t> counts,
                                            const Demand& total) {
     std::vector<Spare> spares;
@@ -311,8 +312,8 @@ std::vector<Forest::Spare> Forest::reserve(std::span<const int64_t> branches, st
     return spares;
 }
 
-// Moves a branch off its run, onto a run of one fresh page in place of the last one. Returns (that page, the
-// fresh one).
+// Moves a branch from its run to a new run, with one fresh page instead of the last one. Returns (the old
+// page, the fresh one).
 std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch, Spare& spare) noexcept {
     const int32_t shared = branch.run;
     const size_t pages = runs_[shared].pages.size();
@@ -328,7 +329,7 @@ std::pair<int32_t, int32_t> Forest::copy_tail(Branch& branch, Spare& spare) noex
 }
 
 // Adds pages for `count` > 0 more tokens to a branch that may write to its last page. `list` has room for
-// them where the branch's run has none, or is none of its own.
+// them if the branch has no run of its own, or no room in it.
 void Forest::grow(Branch& branch, int32_t count, std::vector<int32_t> list) noexcept {
     const int32_t old_columns = static_cast<int32_t>(columns(branch.length));
     const auto added = static_cast<size_t>(columns(branch.length + count) - old_columns);
@@ -350,7 +351,7 @@ void Forest::grow(Branch& branch, int32_t count, std::vector<int32_t> list) noex
     for (size_t n = 0; n < added; ++n) pages.push_back(pool_.take());
 }
 
-// The slots of a branch's last `count` tokens, all of which lie in its own run.
+// Writes the slots of a branch's last `count` tokens. All of them are in its own run.
 void Forest::write_slots(const Branch& branch, int32_t count, int32_t* slots) const {
     const Run& run = runs_[branch.run];
     const int32_t size = static_cast<int32_t>(page_size_);
@@ -403,8 +404,8 @@ void Forest::truncate(int64_t id, int64_t length) {
         bad_value("length", "0 to " + std::to_string(branch.length) + ", the branch's length",
                   std::to_string(length));
     }
-    // The run that holds the new last page, cut behind it: the branch's own in place, another by a split,
-    // whose lower part goes if nobody else holds it.
+    // The run with the new last page is cut after it. The branch's own run is cut in place. Another run is
+    // split, and its lower part is freed if nothing else refers to it.
     const auto end = static_cast<int32_t>(columns(length));
     const int32_t old = branch.run;
     int32_t run = old;
@@ -462,7 +463,7 @@ PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
         const Branch& branch = *branches_.find(id);
         tree.kv_lens.push_back(branch.length);
         tree.leaf.push_back(-1);
-        // Walk up to a run that is already a node, giving each run on the way the next index.
+        // Walks up to a run that is already a node, and gives each run on the way the next index.
         int32_t below = -1;
         for (int32_t run = branch.run; run >= 0; run = runs_[run].parent) {
             Run& r = runs_[run];
@@ -479,8 +480,8 @@ PlanTree Forest::plan_tree(std::span<const int64_t> branches) const {
 }
 
 ForestStats Forest::stats() const {
-    // Every page before a run's last one is full. The last one is if there are child runs, else the longest
-    // of the branches that end in it says how far it is read.
+    // All pages of a run except its last are full. The last page is full if there are child runs; otherwise
+    // it is read as far as the longest branch that ends in it.
     std::vector<int64_t> end(runs_.size(), 0);
     branches_.for_each([&](const Branch& branch) {
         if (branch.run >= 0) end[branch.run] = std::max<int64_t>(end[branch.run], branch.length);

@@ -1,4 +1,4 @@
-// The KV forest: which pages of a KV cache every branch of every search tree in flight reads.
+// The KV forest: it knows which pages of a KV cache the branches of all search trees in flight read.
 //
 // A branch is a sequence of tokens. Its KV lies in pages of `page_size` token slots, and branches that were
 // forked from each other share the pages of their common prefix. The forest is a tree of page *runs*:
@@ -6,15 +6,15 @@
 //     run 0 [p0 p1 p2] --+-- run 1 [p3]          branch 10: run 1, 60 tokens
 //                        +-- run 2 [p4 p5]       branch 11: run 2, 80 tokens;  branch 12: run 2, 77 tokens
 //
-// What always holds:
+// Invariants:
 //   * A branch is (run, length) and ends in the last page of its run; an empty branch has no run.
 //   * A page belongs to exactly one run; so references are counted on runs, and a fork costs O(1).
-//   * refs(run) = its branches + its child runs >= 1. A run with one reference, its only child run, is joined
-//     with that child at once. So there are fewer than two runs per branch, however long the chain of forks.
-//   * A run with child runs is full: its pages hold no free slot for those below, though a shorter branch may
-//     end in it.
-//   * Nothing recurses.
-//   * An operation that throws has changed nothing: it takes all its memory before it changes anything.
+//   * refs(run) = its branches + its child runs >= 1. If the only reference of a run is a child run, the two
+//     are joined immediately. So there are fewer than two runs per branch, even in a long chain of forks.
+//   * A run with child runs is full: its pages have no free slots for the branches below. A shorter branch
+//     may end in it.
+//   * No function is recursive.
+//   * An operation that throws has changed nothing: all memory is reserved before anything is changed.
 #pragma once
 
 #include <array>
@@ -41,7 +41,7 @@ class OutOfPages : public std::runtime_error {
     int64_t needed, free;
 };
 
-// Where an append's tokens go.
+// The slots of an append's tokens.
 struct Append {
     IntBuffer slots;               // [sum(counts)] page * page_size + offset, entry by entry
     IntBuffer copy_src, copy_dst;  // pages to copy, before anything is written to the slots
@@ -63,18 +63,17 @@ struct Branch {
     static constexpr int32_t kEmpty = -1, kDead = -2;  // values of `run`
     int32_t run = kDead;
     int32_t length = 0;
-    uint64_t mark = 0;  // the last operation that named it; finds duplicates
+    uint64_t mark = 0;  // the last operation that named this branch, to find duplicates
 };
 
-// Branches by id. Ids count up from 0 and are never used again, so a stale id is always found out. Looking
-// one up is two loads: ids are kept in blocks, and a block is given back when the last of its branches has
-// died.
+// Branches by id. Ids count up from 0 and are never reused, so an outdated id is always detected. A lookup
+// takes two loads. Ids are in blocks, and a block is freed when the last of its branches is removed.
 class BranchTable {
   public:
-    void reserve(int64_t count);  // so many calls of `add` will not throw
+    void reserve(int64_t count);  // after this, so many calls of `add` will not throw
     int64_t add(int32_t run, int32_t length);
     void remove(int64_t id);
-    Branch* find(int64_t id);  // null if there is no such live branch
+    Branch* find(int64_t id);  // null if there is no such branch
     const Branch* find(int64_t id) const { return const_cast<BranchTable*>(this)->find(id); }
     bool was_issued(int64_t id) const { return id >= 0 && id < next_id_; }
     int64_t size() const { return size_; }
@@ -101,13 +100,13 @@ class BranchTable {
     int64_t size_ = 0;
 };
 
-// The free pages: those given back last are used first; those never used come after.
+// The free pages. The most recently freed ones are used first, and new ones last.
 class PagePool {
   public:
     explicit PagePool(int64_t total) : total_(total) {}
     int64_t total() const { return total_; }
     int64_t available() const { return total_ - fresh_ + static_cast<int64_t>(returned_.size()); }
-    void reserve(int64_t pages);  // memory to take so many pages and to give all back
+    void reserve(int64_t pages);  // reserves memory to take this many pages, and to free all
     int32_t take();
     void give_back(std::span<const int32_t> pages) noexcept {
         returned_.insert(returned_.end(), pages.rbegin(), pages.rend());
@@ -126,16 +125,16 @@ class Forest {
     int64_t add_root();
 
     // Gives branch i counts[i] more tokens. O(entries + tokens). Entries are served in order: a shared,
-    // partly filled last page is copied for all but its last holder.
+    // partly filled last page is copied for each branch except its last user.
     Append append(std::span<const int64_t> branches, std::span<const int64_t> counts);
 
-    // One child an entry. O(1) each.
+    // One child for each entry. O(1) each.
     std::vector<int64_t> fork(std::span<const int64_t> parents);
 
-    // O(1) each, and O(1) a page that nobody else holds.
+    // O(1) for each branch, and for each page without another user.
     void free(std::span<const int64_t> branches);
 
-    // Keeps the first `length` tokens. O(runs of the branch + pages behind the cut).
+    // Keeps the first `length` tokens. O(runs of the branch + pages after the cut).
     void truncate(int64_t branch, int64_t length);
 
     int64_t length(int64_t branch) const;
@@ -156,11 +155,11 @@ class Forest {
         int32_t refs = 0;          // branches that end here + child runs
         int32_t children = 0;      // child runs
         int32_t child_xor = 0;     // XOR of their indices: with one child, the child
-        int32_t scratch = 0;       // of the operation in `mark`
+        int32_t scratch = 0;       // for the operation in `mark`
         uint64_t mark = 0;
     };
 
-    // The branch, or an error that names the argument (its entry i, if it has entries).
+    // Returns the branch, or throws an error with the argument's name (and index i, if it has entries).
     Branch& live(int64_t id, const char* name, int64_t i = -1);
     const Branch& live(int64_t id, const char* name, int64_t i = -1) const {
         return const_cast<Forest*>(this)->live(id, name, i);
@@ -179,7 +178,7 @@ class Forest {
     bool copies_tail(const Branch& branch);
     int64_t new_pages(const Branch& branch, int64_t count) const;
 
-    // Memory that one entry of an append will need.
+    // The memory that one entry of an append will need.
     struct Spare {
         size_t entry;
         std::vector<int32_t> pages;  // of its new run
@@ -202,7 +201,7 @@ class Forest {
     int64_t page_size_;
     PagePool pool_;
     BranchTable branches_;
-    mutable std::vector<Run> runs_;  // the planner leaves marks in it
+    mutable std::vector<Run> runs_;  // mutable because the planner leaves marks in it
     std::vector<int32_t> free_runs_;
     int64_t logical_tokens_ = 0;
     mutable uint64_t operation_ = 0;

@@ -1,4 +1,4 @@
-// An owned array of int32, left uninitialised: what the host module hands to Python, uncopied.
+// An owned array of int32, not initialised. The host module gives it to Python without a copy.
 #pragma once
 
 #include <cstddef>

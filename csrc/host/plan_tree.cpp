@@ -47,9 +47,9 @@ void read_row(const PageTableView& table, int64_t row, int64_t columns, int32_t*
     }
 }
 
-// How many leading entries two lists have in common.
+// The number of equal leading entries of two lists.
 size_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
-    constexpr size_t kStep = 64;  // memcmp is many times faster than a loop that may leave at every entry
+    constexpr size_t kStep = 64;  // memcmp is many times faster than a loop with an exit at every entry
     const size_t n = std::min(a.size(), b.size());
     size_t i = 0;
     while (i + kStep <= n && std::memcmp(&a[i], &b[i], kStep * sizeof(int32_t)) == 0) i += kStep;
@@ -87,7 +87,7 @@ class PrefixTree {
         return next() - 1;
     }
 
-    // Cuts a node after `count` pages; they become a new node above it, which is returned.
+    // Cuts a node after `count` pages. These become a new node above it, which is returned.
     int32_t split(int32_t node, size_t count) {
         const PlanTree::Node old = nodes_[node];
         const int32_t upper = add(old.parent, static_cast<size_t>(old.first_column), old.pages.first(count));
@@ -108,7 +108,7 @@ PlanTree shared_prefixes(const PageTableView& table, std::span<const int64_t> kv
     PlanTree tree;
     size_t total = 0;
     for (const int64_t length : kv_lens) total += static_cast<size_t>(pages_of(length, page_size));
-    tree.storage.resize(total);  // once: nodes point into it
+    tree.storage.resize(total);  // resized only once, because nodes point into it
     int32_t* pages = tree.storage.data();
     PrefixTree prefixes(tree);
     for (size_t b = 0; b < kv_lens.size(); ++b) {

@@ -1,4 +1,4 @@
-// What the attention planner plans over: a tree of KV nodes and the branches that end in them.
+// The input of the attention planner: a tree of KV nodes, and the branches that end in them.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ struct PlanTree {
         std::span<const int32_t> pages;  // at least one
     };
     std::vector<Node> nodes;
-    std::vector<int32_t> leaf;     // [branches] the node in whose last page a branch ends; -1: it is empty
+    std::vector<int32_t> leaf;     // [branches] the node with a branch's last page; -1: empty branch
     std::vector<int32_t> kv_lens;  // [branches]
-    std::vector<int32_t> storage;  // pages that `nodes` point at and nobody else owns
+    std::vector<int32_t> storage;  // pages of `nodes` that no other object owns
 };
 
-// Another framework's page table, row-major; columns behind a branch's last page may hold anything.
+// Another framework's page table, row-major. Entries after a branch's last page are ignored.
 struct PageTableView {
     const void* data;
     int64_t item_size;                  // 4 or 8 bytes: int32 or int64
@@ -27,8 +27,8 @@ struct PageTableView {
     int64_t rows, width;
 };
 
-// The tree of shared prefixes of a page table: branches share a page if they have it in the same column and
-// agree in every column before. O(table entries).
+// The tree of shared prefixes of a page table. Branches share a page if they have it in the same column and
+// all columns before are equal. O(table entries).
 PlanTree shared_prefixes(const PageTableView& table, std::span<const int64_t> kv_lens, int64_t page_size);
 
 }  // namespace tts

@@ -41,8 +41,8 @@ std::vector<int32_t> check_q_lens(const PlanTree& tree, std::optional<std::span<
 
 int32_t block_floor(int64_t position) { return static_cast<int32_t>(position / kKeyBlock * kKeyBlock); }
 
-// The tree's query rows, depth first, and the stretches of keys that ranges of them read; children and
-// branches in the order in which the branches were named.
+// The tree's query rows in depth-first order, and the stretches of keys that ranges of rows read. Children
+// and branches are in the order in which the branches were given.
 class RowOrder {
   public:
     RowOrder(const PlanTree& tree, const std::vector<int32_t>& q_lens, int64_t page_size)
@@ -58,8 +58,8 @@ class RowOrder {
         walk();
     }
 
-    // Keys that the same rows have in their branches. Where branches part, a stretch ends at the last whole
-    // block of keys that they share, so that no block is ever read in two pieces.
+    // Keys that the same rows read. Where branches fork, a stretch ends at the last whole block of keys that
+    // they share, so that no block is read in two pieces.
     struct Stretch {
         int32_t row_begin, row_end;
         int32_t start, end;  // positions; start is a multiple of kKeyBlock
@@ -95,9 +95,9 @@ class RowOrder {
   private:
     struct Links {
         int32_t first_child = -1, last_child = -1, next_sibling = -1;
-        int32_t first_ended = -1, last_ended = -1;  // branches that end here, linked by next_ended_
-        int32_t own_stretch = -1;                   // that of all its rows
-        int32_t stretch = -1, reach = 0;  // the last one above its children, and the position where that ends
+        int32_t first_ended = -1, last_ended = -1;  // branches that end here, as a list linked by next_ended_
+        int32_t own_stretch = -1;                   // the stretch of all its rows
+        int32_t stretch = -1, reach = 0;            // the last stretch above its children, and where it ends
         bool linked = false;
     };
 
@@ -147,7 +147,7 @@ class RowOrder {
         Links& own = links_[node];
         own.stretch = links_[parent(node)].stretch, own.reach = links_[parent(node)].reach;
         if (own.first_child >= 0) {
-            // One child goes on alone: what both have is one stretch, the child's.
+            // A single child continues alone: their common keys form one stretch, which belongs to the child.
             if (own.first_child == own.last_child && own.first_ended < 0) return;
             const int32_t fork = block_floor(end_column(node) * page_size_);
             if (fork > own.reach) {
@@ -171,7 +171,7 @@ class RowOrder {
         if (own >= 0) stretches[own].row_end = static_cast<int32_t>(rows.size());
     }
 
-    // From where the stretch above ends; its rows begin with the next one.
+    // Begins where the stretch above ends. Its rows begin with the next row.
     int32_t add_stretch(int32_t node, int32_t end) {
         const int32_t start = links_[node].reach;
         stretches.push_back({.row_begin = static_cast<int32_t>(rows.size()),
@@ -233,8 +233,8 @@ class Schedule {
     int32_t num_slots = 0;
 
   private:
-    // What some rows read of a stretch within one chunk of positions. The parts of any row are in ascending
-    // order of position.
+    // The keys of a stretch that some rows read within one chunk of positions. The parts of a row are in
+    // ascending order of position.
     struct Part {
         int32_t page_begin, start, length, row_begin, row_end;
         int32_t before;       // the part before it in its rows' branches, or -1
@@ -261,8 +261,8 @@ class Schedule {
     }
     int32_t end(const Part& p) const { return p.start + p.length; }
 
-    // The end of the block of rows that starts at `begin`: where the fewest columns are shared across the
-    // cut, among blocks of at least half the greatest size.
+    // The end of the block of rows that starts at `begin`. The cut is where neighbours share the fewest
+    // columns, among blocks of at least half the largest size.
     int32_t block_end(int32_t begin) const {
         const auto most = static_cast<int32_t>(std::max<int64_t>(1, rules_.max_query_rows / group_));
         if (num_rows() - begin <= most) return num_rows();
@@ -287,7 +287,7 @@ class Schedule {
         }
     }
 
-    // The parts of a stretch that rows [begin, end) read.
+    // Lists the parts of a stretch that rows [begin, end) read.
     void list_stretch(int32_t index, int32_t begin, int32_t end) {
         const RowOrder::Stretch& s = order_.stretches[index];
         const int32_t row_begin = std::max(begin, s.row_begin), row_end = std::min(end, s.row_end);
@@ -316,9 +316,9 @@ class Schedule {
         last_part_[index] = before;
     }
 
-    // Takes off the rows at both ends that see none of a part's keys, then the keys behind the others; false
-    // if none is left. Rows whose window has passed the part stay if it ends within a chunk, since their
-    // state may go on from it.
+    // Removes rows at both ends that see none of a part's keys, then keys after those that the other rows
+    // see; false if nothing is left. Rows whose window has passed the part stay if it ends within a chunk,
+    // because their state may continue after it.
     bool trim(Part& p) const {
         const bool whole = end(p) % rules_.chunk == 0;
         const auto sees = [&](int32_t row) {
@@ -344,7 +344,8 @@ class Schedule {
             for (size_t i = begin; i < end; ++i) {
                 (narrow(parts_[i]) ? few : many).push_back(static_cast<int32_t>(i));
             }
-            // What forks goes by chunks, so that a chunk that is shared in parts is less often in two tasks.
+            // Stretches with forks are ordered by chunks, so that a chunk with several parts is less often
+            // split between two tasks.
             std::ranges::stable_sort(many, {}, [&](int32_t i) {
                 return parts_[i].forks ? parts_[i].start / rules_.chunk : int64_t{kNever};
             });
@@ -358,8 +359,8 @@ class Schedule {
         }
     }
 
-    // Gathers a run of parts into tasks of about the cost `target`; a task is a work item for `heads` heads.
-    // A task's share is worked out from what is left when it is opened.
+    // Groups a run of parts into tasks with a cost of about `target`; a task is a work item for `heads`
+    // heads. The share of a task is computed from the remaining cost when it begins.
     void cut_run(const std::vector<int32_t>& run, int64_t target, int64_t heads) {
         int64_t left = 0, spent = 0, share = 0;
         for (const int32_t i : run) left += cost(parts_[i]);
@@ -377,14 +378,15 @@ class Schedule {
         }
     }
 
-    // Which parts go on with the state of the part before them, and which states join their task's own.
+    // Decides which parts continue the state of the part before them, and which states are merged into their
+    // task's own.
     void join_parts() {
         for (int32_t i = 0; i < static_cast<int32_t>(parts_.size()); ++i) {
             Part& p = parts_[i];
             p.root = i;
             if (p.before < 0 || p.start % rules_.chunk == 0) continue;
             const Part& before = parts_[p.before];
-            if (end(before) != p.start) continue;  // no row sees what is between them
+            if (end(before) != p.start) continue;  // no row sees the keys between them
             if (before.task == p.task && !before.pieces) {
                 p.root = before.root;
             } else {
@@ -450,8 +452,7 @@ class Schedule {
         }
     }
 
-    // The rows that see some key of a part's state, but for such as are between others; the state's slot of
-    // one.
+    // The rows that see some key of a part's state, and rows between them; also the state's slot for a row.
     std::pair<int32_t, int32_t> rows_of_state(const Part& p, int32_t state) const {
         int32_t first = p.row_begin, last = p.row_end;
         const int32_t start = p.start + state * kKeyBlock;
@@ -463,8 +464,8 @@ class Schedule {
         return p.slot + state * (p.row_end - p.row_begin) + row - p.row_begin;
     }
 
-    // For each row that has states in slots: the task's own that it begins with, if there is one, then the
-    // others in ascending order of position.
+    // Lists for each row with states in slots: first the task's own state, if there is one, then the others
+    // in ascending order of position.
     void list_merges() {
         struct Entry {
             int32_t row, value;
@@ -556,7 +557,7 @@ struct Plan {
         std::fill(pages, std::to_address(out.field(PlanBuffer::kPages).end()), 0);
     }
 
-    // Copies a list of int32 or of structs of int32 into a field, and clears the rest of it.
+    // Copies a list of int32, or of structs of int32, into a field, and clears the rest of the field.
     template <class List>
     static void put(PlanBuffer& out, PlanBuffer::Field field, const List& values) {
         const std::span<int32_t> to = out.field(field);
@@ -566,8 +567,7 @@ struct Plan {
     }
 };
 
-// Room for some hundreds of tokens more in every branch, and for another shape of the tree that is about as
-// large.
+// Spare room for a few hundred more tokens in each branch, and for a tree of another shape and similar size.
 constexpr int64_t kSpareTokens = 512;
 
 int64_t with_slack(int64_t used, int64_t spare) { return used + used / 4 + spare; }
@@ -585,8 +585,8 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
     PlanBuffer::Lengths room = plan.used();
     const int64_t branches = static_cast<int64_t>(tree.leaf.size());
     const int64_t states = 8 * branches + 2 * std::min(room[PlanBuffer::kRows], 128 * branches);
-    // A branch that copies its last page gets a stretch of its own. As branches grow, each may come to be
-    // read by two tasks, and its last chunk to have a slot for each block of keys.
+    // A branch that copies its last page gets a stretch of its own. As branches grow, each may be read by two
+    // tasks, and its last chunk may need a slot for each block of keys.
     const int64_t tasks = room[PlanBuffer::kTasks] / kTaskInts,
                   segments = room[PlanBuffer::kSegments] / kSegmentInts;
     room[PlanBuffer::kTasks] = kTaskInts * with_slack(tasks, tasks + 16);
@@ -594,7 +594,7 @@ PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const in
     room[PlanBuffer::kMergeSlots] = with_slack(room[PlanBuffer::kMergeSlots], states);
     room[PlanBuffer::kPages] =
         with_slack(room[PlanBuffer::kPages], branches * (kSpareTokens / shape.page_size + 1));
-    // A power of two: torch.compile takes it for a constant, so it should seldom change.
+    // A power of two: torch.compile treats it as a constant, so it should rarely change.
     PlanBuffer out(room, static_cast<int64_t>(std::bit_ceil(
                              static_cast<uint64_t>(with_slack(plan.schedule.num_slots, states)))));
     plan.store(out);

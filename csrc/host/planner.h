@@ -1,24 +1,26 @@
-// The attention planner: cuts attention over a tree of KV nodes into tasks, so that a token which many
-// branches share is read from memory once for all of them (but for the last part of a block of keys within
-// which branches part), and so that no cut changes a bit of a row's result (plan.h).
+// The attention planner: it cuts attention over a tree of KV nodes into tasks. A token that many branches
+// share is read from memory once for all of them (except in the last part of a block of keys in which
+// branches fork), and the cut never changes a bit of a row's result (plan.h).
 //
-// Branches' query rows are put in depth-first order of the tree; then the rows below any node are one range.
-// "Row" below always means a position in that order. A *segment* is a stretch of keys and the range of rows
-// that read it; a *task* is a list of segments that one thread works through for one KV head, keeping an
-// online-softmax state for each row; a row that several tasks have read is merged from their partial states.
+// The query rows of branches are put in depth-first order of the tree; then the rows below any node are one
+// range. "Row" below always means a position in this order. A *segment* is a stretch of keys and the range of
+// rows that read it. A *task* is a list of segments that one thread processes for one KV head, with an
+// online-softmax state for each row. If several tasks have read a row's keys, their partial states are
+// merged.
 //
 // The cut never depends on the number of threads:
-//   1. Rows are blocked so that a task's states stay in cache. A block ends where neighbours share the least.
-//   2. What the rows of a block read becomes *parts*, in depth-first order: a stretch of keys, up to the last
-//      whole block of keys that its rows share, cut at multiples of a chunk of positions. Keys that no row
-//      sees, by its position or the window, are left out.
-//   3. A block's parts are gathered into tasks of about equal cost, dearest first in the plan; the narrow
-//      ones, read by so few rows that the memory is the bound, go together. A task is a work item for each
-//      KV head; one of narrow parts is one item for all heads, which reads whole tokens.
-//      Cost of a part and head = tokens * max(rows * group, 24) + overhead.
-//   4. States: a chunk that one task has whole, like all before it of its rows, joins the task's own state;
-//      rows of which one task has everything need no slot. Other chunks get slots. Where a chunk goes on in
-//      another task, there each block of keys is a state in a slot of its own.
+//   1. Rows are divided into blocks, so that a task's states stay in cache. A block ends where neighbouring
+//      rows share the fewest keys.
+//   2. The keys that the rows of a block read are divided into *parts*, in depth-first order: a part is a
+//      stretch of keys, up to the last whole block of keys that its rows share, cut at multiples of a chunk
+//      of positions. Keys that no row sees, because of its position or the window, are left out.
+//   3. A block's parts are grouped into tasks of about equal cost, most expensive first in the plan. Narrow
+//      parts, which are read by so few rows that memory limits the speed, are grouped together. A task is a
+//      work item for each KV head; a task of narrow parts is one item for all heads, which reads whole
+//      tokens. Cost of a part and head = tokens * max(rows * group, 24) + overhead.
+//   4. States: if one task has a whole chunk, and all chunks before it of the same rows, the chunk is merged
+//      into the task's own state. Rows with all their keys in one task need no slot. Other chunks have slots.
+//      If a chunk continues in another task, each block of keys there is a state in its own slot.
 #pragma once
 
 #include <array>
@@ -33,21 +35,21 @@
 
 namespace tts {
 
-// How the work is cut. The numbers here are those of the CPU kernels.
+// Parameters of the cut. The default values are those of the CPU kernels.
 struct PlanRules {
     int64_t max_query_rows = 512;  // rows * group of a task: float32 states of 512 x 128 are 256 KB
-    int64_t work_items = 32;       // to aim at
+    int64_t work_items = 32;       // the number of work items to aim at
     int64_t min_item_cost = 1 << 16;
-    int64_t narrow_query_rows = kNarrow;  // rows * group up to which a segment is narrow
+    int64_t narrow_query_rows = kNarrow;  // largest rows * group of a narrow segment
     int64_t min_query_rows = 24;  // rows * group below which reading keys costs more than the arithmetic
     int64_t chunk = 512;          // positions; a multiple of kKeyBlock. Results depend on it
     int64_t segment_overhead = 1024;
 };
 
-// Those of the CUDA kernels: a task and KV head is a thread block. Reading keys costs more than the
-// arithmetic up to a whole tile of 128 query rows, so a task costs its tokens; about 1024 of them are eight
-// rounds of an H100's 132 SMs; below 256 tokens (128 KB at 128 bfloat16 a head) starting
-// a block and merging its result cost too much of it. No task is for all heads at once.
+// The parameters of the CUDA kernels: a task and KV head is a thread block. Reading keys costs more than the
+// arithmetic up to a whole tile of 128 query rows, so a task costs its tokens. About 1024 work items are
+// eight rounds on an H100's 132 SMs. With fewer than 256 tokens (128 KB at 128 bfloat16 a head), starting a
+// block and merging its result would be too large a part of the cost. No task is for all heads at once.
 inline constexpr PlanRules kGpuRules{.max_query_rows = 128,
                                      .work_items = 1024,
                                      .min_item_cost = 256 * 128,
@@ -62,7 +64,7 @@ struct PlanShape {
     int64_t window = 0;  // a row at position i sees i - window + 1 to i; 0: all up to i
 };
 
-// A plan as the kernels read it: fields one after another in one int32 buffer, each with room to grow.
+// A plan in the form for kernels: fields one after another in one int32 buffer, each with room to grow.
 class PlanBuffer {
   public:
     enum Field {
@@ -94,13 +96,13 @@ class PlanBuffer {
     IntBuffer data_;
 };
 
-// Plans attention of the tree's branches, q_lens[b] query rows each, the last of which is the branch's newest
+// Plans attention for the tree's branches. Branch b has q_lens[b] query rows, the last of which is its newest
 // token (without q_lens: one row each, also for an empty branch). O(branches + rows + nodes + pages).
 PlanBuffer plan_attention(const PlanTree& tree, std::optional<std::span<const int64_t>> q_lens,
                           const PlanShape& shape);
 
-// The same into an earlier plan's buffer. Throws std::invalid_argument, having written nothing, if it does
-// not fit.
+// Writes a plan into an earlier plan's buffer. If it does not fit, throws std::invalid_argument and writes
+// nothing.
 void refill_plan(const PlanTree& tree, std::optional<std::span<const int64_t>> q_lens, const PlanShape& shape,
                  PlanBuffer& out);
 

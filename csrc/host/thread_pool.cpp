@@ -11,9 +11,9 @@
 namespace tts {
 namespace {
 
-// How long a thread looks for a change before it sleeps: longer than the serial code between two ops of a
-// decoder layer (some microseconds), so that a worker is awake when the next one comes; shorter than what a
-// neighbour would feel.
+// How long a thread spins before it sleeps. This is longer than the serial code between two ops of a decoder
+// layer (a few microseconds), so that a worker is awake when the next op starts, but short enough that other
+// programs do not notice.
 constexpr std::chrono::microseconds kSpin{200};
 
 void relax() {
@@ -24,7 +24,7 @@ void relax() {
 #endif
 }
 
-// Returns when `word` is no longer `old`.
+// Returns when `word` no longer has the value `old`.
 void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
     const auto limit = std::chrono::steady_clock::now() + kSpin;
     do {
@@ -61,8 +61,8 @@ void ThreadPool::run(int64_t count, int64_t threads, RunItem item, const void* c
 
 void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, RunItem item, const void* context) {
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-    // Closed first: a late worker that reads a new field can then no longer claim what the old job left. Its
-    // loads of the fields acquire what these stores release.
+    // The old job is closed first: then a late worker that reads a new field can no longer claim an item of
+    // the old job. Its loads of the fields acquire what these stores release.
     claim_.store(claim_of(epoch, kClosed));
     item_.store(item, std::memory_order_release);
     context_.store(context, std::memory_order_release);
@@ -79,7 +79,7 @@ void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, RunItem
         wait_for_change(done_, done);
 }
 
-// Works on the job of the moment until every item is claimed; how many were.
+// Works on the current job until every item is claimed; returns how many items this thread ran.
 int64_t ThreadPool::help(int64_t who) {
     uint64_t claim = claim_.load(std::memory_order_acquire);
     const uint64_t epoch = claim >> kEpochShift;
@@ -103,7 +103,7 @@ int64_t ThreadPool::help(int64_t who) {
 
 void ThreadPool::start_workers(int64_t number) {
     if (static_cast<int64_t>(workers_.size()) >= number) return;
-    // Signals are for the program's own threads.
+    // Signals are handled by the program's own threads.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -112,7 +112,7 @@ void ThreadPool::start_workers(int64_t number) {
             const auto who = static_cast<int64_t>(workers_.size()) + 1;
             workers_.emplace_back([this, who] { work(who); });
         }
-    } catch (const std::system_error&) {  // no more threads to be had: those that are there do the work
+    } catch (const std::system_error&) {  // no more threads are available: the existing ones do the work
     } catch (const std::bad_alloc&) {
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -135,7 +135,7 @@ ThreadPool* pool = nullptr;
 
 void forget_pool() {
     pool = new ThreadPool;
-}  // the parent's is left as it is: its threads can't be joined here
+}  // the parent's pool is left alone: its threads cannot be joined here
 
 struct Owner {
     Owner() {
