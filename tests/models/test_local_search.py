@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from tiny import save_checkpoint, small_pool, talkative, tiny_model
-from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, SearchResult, search, search_iter
+from tts_search import Engine, HFPolicy, HFVerifier, SearchConfig, SearchError, SearchResult, search, search_iter
 from tts_search.search.protocol import Score
 
 import tts_kernels as tk
@@ -153,3 +154,48 @@ def test_the_prefix_is_shared(paths: tuple[str, str]) -> None:
     sampled = sum(node.num_tokens for node in result.tree.nodes)
     assert stats.policy_tokens == sampled
     assert stats.policy_prefill_tokens == len(policy.prompt_tokens(PROBLEMS[0]))
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_events_count_as_they_happen(paths: tuple[str, str], name: str, speculate: bool) -> None:
+    """After each round the tokens of the tree so far; the KV that is held; in the end what the result says."""
+    policy, verifier = HFPolicy(paths[0], kv_memory="4MiB"), HFVerifier(paths[1], kv_memory="4MiB")
+    with Engine(policy, verifier, speculate=speculate) as engine:
+        running = engine.submit(PROBLEMS[0], CONFIGS[name])
+        told = list(running.events())
+        stats = running.result().stats
+        late = list(running.events())
+    counts = [event.usage for event in told]
+    for before, after in itertools.pairwise(counts):
+        for each in ("policy_tokens", "verifier_tokens", "peak_unique_kv_tokens", "peak_logical_kv_tokens"):
+            assert getattr(before, each) <= getattr(after, each)
+    sampled = 0
+    for event in told:
+        if event.kind == "expanded":
+            sampled += sum(node.num_tokens for node in event.nodes)
+        if speculate or CONFIGS[name].lookahead:  # what is ready of steps that are not in the tree yet counts
+            assert event.usage.policy_tokens >= sampled
+        else:
+            assert event.usage.policy_tokens == sampled
+        assert event.usage.unique_kv_tokens <= event.usage.peak_unique_kv_tokens
+        assert event.usage.logical_kv_tokens <= event.usage.peak_logical_kv_tokens
+    assert any(0 < one.unique_kv_tokens < one.logical_kv_tokens for one in counts)
+    for last in (told[-1].usage, late[-1].usage):
+        assert (last.policy_tokens, last.verifier_tokens) == (stats.policy_tokens, stats.verifier_tokens)
+        assert last.peak_unique_kv_tokens == stats.peak_unique_kv_tokens
+        assert last.peak_logical_kv_tokens == stats.peak_logical_kv_tokens
+        assert last.unique_kv_tokens == last.logical_kv_tokens == 0
+
+
+def test_events_count_without_cost_for_a_token(paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = HFPolicy(paths[0], kv_memory="4MiB")
+    calls: Counter[int] = Counter()
+    usage = policy.usage
+    monkeypatch.setattr(policy, "usage", lambda problem: calls.update([problem]) or usage(problem))
+    with Engine(policy, HFVerifier(paths[1], kv_memory="4MiB")) as engine:
+        result = engine.submit(PROBLEMS[0], CONFIGS["beam_search"]).result()
+        assert calls.total() <= 1  # nobody listens: only the end asks
+        running = engine.submit(PROBLEMS[0], CONFIGS["beam_search"])
+        list(running.events())
+    assert calls.total() <= 4 * result.stats.rounds < result.stats.policy_tokens

@@ -56,6 +56,24 @@ def test_events_tell_the_whole_tree(texts):
     assert {number: node["state"] for number, node in nodes.items()} == {node["id"]: node["state"] for node in expected}
 
 
+def test_events_count_what_the_search_costs(local):
+    body = {"problem": PROBLEM, "n": 8, "seed": 3, "max_step_tokens": 64, "stream": True}
+    told = events(local.post("/v1/search", json=body).text)
+    counts, (_, result) = [data["usage"] for _, data in told[:-1]], told[-1]
+    assert all(0 <= one["unique_kv_tokens"] <= one["logical_kv_tokens"] for one in counts)
+    assert any(0 < one["unique_kv_tokens"] < one["logical_kv_tokens"] for one in counts)
+    sampled = [one["policy_tokens"] for one in counts]
+    assert sampled == sorted(sampled)
+    assert len(set(sampled)) > 2  # it grows round by round
+    last, stats = counts[-1], result["stats"]
+    assert last == {"unique_kv_tokens": 0, "logical_kv_tokens": 0} | {
+        name: stats[name]
+        for name in ("policy_tokens", "verifier_tokens", "peak_unique_kv_tokens", "peak_logical_kv_tokens")
+    }
+    assert result["usage"]["completion_tokens"] == last["policy_tokens"]
+    assert result["usage"]["verifier_tokens"] == last["verifier_tokens"]
+
+
 def test_a_seed_is_drawn_and_told(texts):
     one, other = (texts.post("/v1/search", json={"problem": PROBLEM, "n": 4}).json() for _ in range(2))
     assert one["seed"] != other["seed"]

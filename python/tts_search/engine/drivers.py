@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from tts_search.search.protocol import Expand, Policy, PruningVerifier, Score, ScoreAndPrune, Usage, Verifier
+from tts_search.search.protocol import (
+    Expand,
+    Policy,
+    PruningVerifier,
+    Score,
+    ScoreAndPrune,
+    Usage,
+    Verifier,
+    usage_of,
+)
 
 __all__ = ["Driver", "Lifted", "lift"]
 
@@ -56,6 +66,7 @@ class Lifted:
 
     def __init__(self, driver: Policy | Verifier) -> None:
         self.begin, self.release, self.end = driver.begin, driver.release, driver.end
+        self.usage = partial(usage_of, driver)
         self._calls: dict[type, Callable[[Any], Sequence[Any]]] = {}
         if isinstance(driver, Policy):
             self._calls[Expand] = driver.expand

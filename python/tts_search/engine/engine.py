@@ -20,7 +20,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from tts_search.engine.events import SearchEvent, Watch
 from tts_search.engine.post import Post
-from tts_search.engine.scheduler import Scheduler, Speculate
+from tts_search.engine.scheduler import Costs, Scheduler, Speculate
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, boxed
 from tts_search.search.config import SearchConfig
@@ -414,7 +414,7 @@ class Search(Handle[SearchResult, SearchEvent]):
         self.problem = problem
         self.config = config
         self.seed_text = seed_text
-        self._run: Run | None = None
+        self._state: tuple[Run, Costs] | None = None
 
     def _begin(self, scheduler: Scheduler) -> None:
         started = scheduler.start(
@@ -425,11 +425,11 @@ class Search(Handle[SearchResult, SearchEvent]):
 
     def _reader(self) -> NewsReader[SearchEvent]:
         watch = Watch()
-        return lambda: () if self._run is None else watch.look(self._run)
+        return lambda: () if self._state is None else watch.look(*self._state)
 
-    def _look(self, run: Run) -> None:
+    def _look(self, run: Run, costs: Costs) -> None:
         """Called when the search has advanced."""
-        self._run = run
+        self._state = run, costs
         self._notify()
 
 

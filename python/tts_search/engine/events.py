@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from tts_search.search.protocol import Usage
 from tts_search.search.result import node_of
 from tts_search.search.run import Run
 from tts_search.search.tree import TreeNode
 
-__all__ = ["EventKind", "SearchEvent", "Watch"]
+__all__ = ["EventKind", "SearchEvent", "SearchUsage", "Watch"]
 
 EventKind = Literal["round", "expanded", "scored", "pruned", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchUsage:
+    """The cost of a search at the time of an event. A count that a model reports only at the end is 0 until then.
+
+    Attributes
+    ----------
+    policy_tokens, verifier_tokens : int
+        Tokens sampled by the policy, and read by the verifier.
+    unique_kv_tokens, logical_kv_tokens : int
+        Slots of the policy's KV cache that the search uses now, and the number without sharing. Both are 0 after the
+        search.
+    peak_unique_kv_tokens, peak_logical_kv_tokens : int
+        The largest values of these so far. At the last event, the peaks and the tokens are those of the result's
+        `stats`.
+    """
+
+    policy_tokens: int = 0
+    verifier_tokens: int = 0
+    unique_kv_tokens: int = 0
+    logical_kv_tokens: int = 0
+    peak_unique_kv_tokens: int = 0
+    peak_logical_kv_tokens: int = 0
+
+    @classmethod
+    def of(cls, policy: Usage, verifier: Usage) -> SearchUsage:
+        """Combine the counts of both drivers."""
+        return cls(
+            policy.tokens,
+            verifier.tokens + verifier.prefill_tokens,
+            policy.unique_kv_tokens,
+            policy.logical_kv_tokens,
+            policy.peak_unique_kv_tokens,
+            policy.peak_logical_kv_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +66,14 @@ class SearchEvent:
         The nodes after the event, by their numbers; none for a round.
     round : int
         The round of the search at this time.
+    usage : SearchUsage
+        What the search has cost at this time.
     """
 
     kind: EventKind
     nodes: tuple[TreeNode, ...]
     round: int
+    usage: SearchUsage
 
 
 class Watch:
@@ -46,8 +86,8 @@ class Watch:
         self._seen: dict[int, TreeNode] = {}
         self._round = 0
 
-    def look(self, run: Run) -> Iterator[SearchEvent]:
-        """Yield the changes. O(nodes of the tree)."""
+    def look(self, run: Run, costs: Callable[[], tuple[Usage, Usage]]) -> Iterator[SearchEvent]:
+        """Yield the changes, with the costs at this time. O(nodes of the tree)."""
         nodes = [node_of(branch) for branch in run.branches if branch.is_grown]
         before = {node.id: self._seen.get(node.id) for node in nodes}
         kinds: dict[EventKind, list[TreeNode]] = {"expanded": [], "scored": [], "pruned": [], "finished": []}
@@ -60,7 +100,9 @@ class Watch:
             if node.state in ("pruned", "finished") and (old is None or old.state != node.state):
                 kinds[node.state].append(node)
             self._seen[node.id] = node
-        yield from (SearchEvent(kind, tuple(told), run.round) for kind, told in kinds.items() if told)
+        told: list[tuple[EventKind, list[TreeNode]]] = [(kind, changed) for kind, changed in kinds.items() if changed]
         if run.round != self._round:
             self._round = run.round
-            yield SearchEvent("round", (), run.round)
+            told.append(("round", []))
+        usage = SearchUsage.of(*costs()) if told else SearchUsage()
+        yield from (SearchEvent(kind, tuple(changed), run.round, usage) for kind, changed in told)

@@ -31,15 +31,19 @@ from tts_search.search.protocol import (
     ScoreAndPrune,
     Usage,
     Verifier,
+    usage_of,
 )
 from tts_search.search.result import SearchResult, build_result
 from tts_search.search.run import Branch, Run
 from tts_search.search.stats import SearchStats
 from tts_search.search.types import Messages
 
-__all__ = ["Scheduler", "SearchOutcome", "Speculate"]
+__all__ = ["Costs", "Scheduler", "SearchOutcome", "Speculate"]
 
 MAX_ROWS: Final = 1024
+
+Costs = Callable[[], tuple[Usage, Usage]]
+"""Returns the cost of a problem so far, for the policy and for the verifier."""
 
 SearchOutcome = tuple[int, "SearchResult | SearchError"]
 Speculate = Literal["auto"] | bool
@@ -54,8 +58,9 @@ class _Flight:
     prompt: str | Messages  # the problem for the policy
     moves: Moves[list[Branch]]
     started: float
-    on_change: Callable[[Run], None]
-    begun: list[Driver] = field(default_factory=list)  # the drivers that were told of it
+    on_change: Callable[[Run, Costs], None]
+    begun: list[Driver] = field(default_factory=list)  # the drivers that were told of it, the policy first
+    ended: list[Usage] = field(default_factory=list)  # the costs for drivers that have ended it
     requests: Sequence[Request] = ()
     answers: dict[int, Any] = field(default_factory=dict)  # by the identity of the request
 
@@ -63,6 +68,12 @@ class _Flight:
     def unanswered(self) -> list[Request]:
         """The requests that it waits for."""
         return [request for request in self.requests if id(request) not in self.answers]
+
+    def costs(self) -> tuple[Usage, Usage]:
+        """Return the cost so far, for the policy and for the verifier."""
+        costs = [*self.ended, *(usage_of(driver, self.run.problem) for driver in self.begun)]
+        policy, verifier, *_ = *costs, Usage(), Usage()
+        return policy, verifier
 
 
 @dataclass(eq=False)
@@ -206,11 +217,12 @@ class Scheduler:
         config: SearchConfig,
         *,
         seed_text: str | None = None,
-        on_change: Callable[[Run], None] = lambda _: None,
+        on_change: Callable[[Run, Costs], None] = lambda *_: None,
     ) -> Iterator[SearchOutcome]:
         """Start a problem under a number that is unique among those in flight; yield its outcome if it is known.
 
-        `seed_text` replaces the problem in the hash of the draws. `on_change` is called each time the search advances.
+        `seed_text` replaces the problem in the hash of the draws. `on_change` is called each time the search advances;
+        its second argument returns the costs at this time.
         """
         try:
             text = _text_of(problem)
@@ -349,11 +361,10 @@ class Scheduler:
             self.verifier.release(problem, branches)
 
     def _finish(self, flight: _Flight, branches: list[Branch]) -> SearchResult:
-        usages = [flight.begun.pop(0).end(flight.run.problem) for _ in range(len(flight.begun))]
-        policy_usage, verifier_usage = (*usages, Usage())[:2]
+        while flight.begun:
+            flight.ended.append(flight.begun.pop(0).end(flight.run.problem))
         stats = SearchStats.of(
-            policy_usage,
-            verifier_usage,
+            *flight.costs(),
             wall_s=time.perf_counter() - flight.started,
             rounds=flight.run.round,
             branches=len(flight.run.branches) - 1,
@@ -366,7 +377,7 @@ class Scheduler:
         outcome: SearchResult | SearchError | None
         try:
             outcome = action()
-            flight.on_change(flight.run)
+            flight.on_change(flight.run, flight.costs)
         except SearchError as error:
             outcome = error
         except Exception as error:
@@ -392,10 +403,11 @@ class Scheduler:
         del self._flights[number]
         self._count(flight.unanswered, -1)
         flight.moves.close()
-        for driver in flight.begun:
+        while flight.begun:
+            driver = flight.begun.pop(0)
             with suppress(Exception):  # the problem already has its result or its error
                 driver.cancel(number)
-                driver.end(number)
+                flight.ended.append(driver.end(number))
 
 
 def _text_of(problem: str | Messages) -> str:

@@ -9,7 +9,16 @@ from itertools import starmap, zip_longest
 from typing import Any, Final
 
 from tts_search.engine.drivers import lift
-from tts_search.search.protocol import PruningVerifier, Score, ScoreAndPrune, Scored, Usage, Verifier, answers_of
+from tts_search.search.protocol import (
+    PruningVerifier,
+    Score,
+    ScoreAndPrune,
+    Scored,
+    Usage,
+    Verifier,
+    answers_of,
+    usage_of,
+)
 from tts_search.search.voting import aggregate
 
 __all__ = ["SharedVerifier"]
@@ -102,6 +111,10 @@ class SharedVerifier:
         """Forget branches that were scored. The verifier forgets a text with its last branch."""
         if done := list(self._problems[problem].drop(branches)):
             self.verifier.release(problem, done)
+
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of a problem so far."""
+        return usage_of(self.verifier, problem)
 
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem, and return its cost."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 from tts_search.engine.drivers import Driver, lift
 from tts_search.errors import SearchError
 from tts_search.search.moves import foresee
-from tts_search.search.protocol import Expand, Score, Usage
+from tts_search.search.protocol import Expand, Score, Usage, usage_of
 from tts_search.search.run import Branch, Run
 from tts_search.search.types import Step
 from tts_search.search.voting import aggregate
@@ -128,6 +128,11 @@ class Speculation:
             self._withdraw(search, [key for key in search.guesses if key.branch in branches])
         self._policy.release(problem, branches)
 
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of a problem so far. Speculated steps that were not requested yet count as unused."""
+        usage, search = usage_of(self._policy, problem), self._searches.get(problem)
+        return usage if search is None else search.told(usage)
+
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem, and return its cost."""
         search = self._searches.pop(problem, None)
@@ -137,8 +142,7 @@ class Speculation:
         if any(read.problem == problem for read, _ in self._reads.values()):
             self._verifier.cancel(problem)
         self.cancel(problem)
-        usage: Usage = self._policy.end(problem)
-        return replace(usage, tokens=usage.tokens - search.in_vain, speculated_tokens=search.in_vain)
+        return search.told(self._policy.end(problem))
 
     def _taken_in(self, search: _Search, requests: Iterable[Expand]) -> Iterator[Expand]:
         """Take the requests of a round in, child by child; yield the requests that the policy needs."""
@@ -320,6 +324,12 @@ class _Search:
     def family(self) -> int:
         """The number of children of a survivor, unless fewer candidates survive than allowed."""
         return -(-self.run.config.width // self.run.config.places)
+
+    def told(self, usage: Usage) -> Usage:
+        """Return the cost without the tokens of speculated steps that were not requested."""
+        guessed = sum(step.answer.num_tokens for step in self.guesses.values() if step.answer is not None)
+        ahead = self.in_vain + guessed
+        return replace(usage, tokens=max(0, usage.tokens - ahead), speculated_tokens=ahead)
 
     def end(self, request: Expand, place: int, step: Step) -> None:
         """Record that a candidate has ended."""

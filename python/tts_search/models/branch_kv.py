@@ -107,6 +107,7 @@ class BranchKV:
             if (above := self.above(node)) is not None:
                 above.holders.add(node)
             self.resize(node, forest.length(node.kv))
+            node.meter.note_peaks()  # now: some are given back before a forward
 
     def restore(self, node: TokenBranch) -> None:
         """Restore a released branch's KV from a descendant that still reads it."""

@@ -83,4 +83,6 @@ class Meter:
             recomputed_tokens=self.recomputed,
             waves=self.waves,
             cached_tokens=self.cached,
+            unique_kv_tokens=self.unique,
+            logical_kv_tokens=self.logical,
         )

@@ -20,6 +20,7 @@ from tts_search.models.decoder import Batch, KVPool
 from tts_search.models.device import upload
 from tts_search.models.meter import Meter
 from tts_search.models.prefix import PrefixCache
+from tts_search.search.protocol import Usage
 
 if TYPE_CHECKING:
     from tts_search.models.graphs import DecodeGraphs
@@ -256,6 +257,11 @@ class BranchPool:
     def close(self, meter: Meter) -> None:
         """Release all branches of a problem."""
         self.release([branch for branch in self._kv.resident if branch.meter is meter])
+
+    def usage(self, meter: Meter, tokens: int | None = None) -> Usage:
+        """Return the cost of a problem so far; by default, ``tokens`` are those read."""
+        meter.settle(self._kv.ticks)
+        return meter.usage(self.pool, tokens)
 
     def rewind(self, branch: TokenBranch) -> None:
         """Make the last token pending if it is not, so that a forward computes its output again."""

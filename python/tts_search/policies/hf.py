@@ -265,12 +265,18 @@ class HFPolicy:
         """Forget branches. Their children keep the KV that they share with them."""
         self._pool.release(self._problems[problem].known.drop(branches))
 
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of a problem so far. Tokens of steps that have not ended are not included."""
+        state = self._problems[problem]
+        return self._pool.usage(state.root.meter, state.sampled)
+
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem, and return its cost."""
         self.cancel(problem)
-        state = self._problems.pop(problem)
-        self._pool.close(state.root.meter)
-        return state.root.meter.usage(self._pool.pool, state.sampled)
+        self._pool.close(self._problems[problem].root.meter)
+        usage = self.usage(problem)
+        del self._problems[problem]
+        return usage
 
     def _prompt(self, text: str | Messages) -> str:
         if self.chat:

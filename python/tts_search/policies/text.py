@@ -108,6 +108,10 @@ class TextPolicy(_TextDriver):
                 self._tokens[request.problem] = self._tokens.get(request.problem, 0) + tokens
         return answers
 
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of the problem so far: the `num_tokens` of its steps."""
+        return Usage(tokens=self._tokens.get(problem, 0))
+
     def end(self, problem: int) -> Usage:
         """Forget the problem. Its cost is the number of tokens that its steps report."""
         self._texts.pop(problem, None)

@@ -106,7 +106,13 @@ class VLLMPolicy:
 
     def end(self, problem: int) -> Usage:
         """Forget the problem; return its cost, as far as the engine reports it."""
-        state = self._problems.pop(problem)
+        usage = self.usage(problem)
+        del self._problems[problem]
+        return usage
+
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of the problem so far, as far as the engine reports it."""
+        state = self._problems[problem]
         return Usage(
             tokens=state.sampled,
             prefill_tokens=min(state.read, len(state.prompt)),

@@ -20,7 +20,7 @@ the root: the problem itself, without any step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import chain
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -43,6 +43,7 @@ __all__ = [
     "Usage",
     "Verifier",
     "answers_of",
+    "usage_of",
 ]
 
 Asked = TypeVar("Asked", contravariant=True)
@@ -283,7 +284,7 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The cost of a problem for a driver.
+    """The cost of a problem for a driver, so far or in the end.
 
     Attributes
     ----------
@@ -308,6 +309,8 @@ class Usage:
         Tokens that were not forwarded because the cache still held them, from this problem or another.
     speculated_tokens : int
         Tokens sampled ahead for steps that nobody asked for; not among `tokens`.
+    unique_kv_tokens, logical_kv_tokens : int
+        KV cache slots in use now, and the number without sharing. Both are 0 at the end.
     """
 
     tokens: int = 0
@@ -320,6 +323,8 @@ class Usage:
     waves: int = 0
     cached_tokens: int = 0
     speculated_tokens: int = 0
+    unique_kv_tokens: int = 0
+    logical_kv_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         """Return what both cost, held side by side: the peaks add up, too."""
@@ -412,6 +417,12 @@ class Stepwise(Protocol[Asked]):
 
     def cancel(self, problem: int) -> None:
         """Forget the requests of a problem that are not answered yet."""
+
+
+def usage_of(driver: Any, problem: int) -> Usage:
+    """Return the cost of a problem so far, from the driver's method `usage`; without this method, zeros."""
+    count: Callable[[int], Usage] | None = getattr(driver, "usage", None)
+    return Usage() if count is None else count(problem)
 
 
 def answers_of(driver: Stepwise[Any], requests: Sequence[Any]) -> list[Any]:

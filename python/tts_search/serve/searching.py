@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter
@@ -225,7 +225,8 @@ async def _told(
     try:
         async for happened in running:
             nodes = [node_as_dict(node) for node in happened.nodes]
-            yield event({"round": happened.round, "nodes": nodes}, happened.kind)
+            usage = asdict(happened.usage)
+            yield event({"round": happened.round, "nodes": nodes, "usage": usage}, happened.kind)
         try:
             result = await running
         except SearchError as error:

@@ -325,12 +325,17 @@ class HFVerifier:
         """Forget branches. Their children keep the KV that they share with them."""
         self._release([text.branch for text in self._problems[problem].drop(branches)])
 
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of a problem so far."""
+        root = self._problems[problem].root.branch
+        return self._pool.usage(root.meter) + self._scorer.usage(root)
+
     def end(self, problem: int) -> Usage:
         """Forget what is left of a problem, and return its cost."""
         self.cancel(problem)
         root = self._problems.pop(problem).root.branch
         self._pool.close(root.meter)
-        return root.meter.usage(self._pool.pool) + self._scorer.end(root)
+        return self._pool.usage(root.meter) + self._scorer.end(root)
 
     def _release(self, branches: Sequence[TokenBranch]) -> None:
         self._pool.release(branches)

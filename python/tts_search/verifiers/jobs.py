@@ -101,9 +101,13 @@ class HeadScorer:
     def release(self, _branches: Iterable[TokenBranch]) -> None:
         """Called when branches are no longer needed."""
 
-    def end(self, _root: TokenBranch) -> Usage:
-        """Called at the end of a problem. Return its cost, without that of the verifier's own branches."""
+    def usage(self, _root: TokenBranch) -> Usage:
+        """Return the cost of a problem so far, without that of the verifier's own branches."""
         return Usage()
+
+    def end(self, root: TokenBranch) -> Usage:
+        """Called at the end of a problem. Return its cost, without that of the verifier's own branches."""
+        return self.usage(root)
 
     def stages(self, job: Job) -> Stages:
         """Submit what a job needs, stage by stage. The job is complete at the end, or when it has an error."""

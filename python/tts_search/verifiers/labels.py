@@ -125,11 +125,15 @@ class LocalLabels:
         """Announce a problem."""
         self._meters[problem] = Meter()
 
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of a problem so far."""
+        return self._lane.pool.usage(self._meters[problem])
+
     def end(self, problem: int) -> Usage:
         """Forget a problem, and return its cost."""
         meter = self._meters.pop(problem)
         self._lane.pool.close(meter)
-        return meter.usage(self._lane.pool.pool)
+        return self._lane.pool.usage(meter)
 
     def lengths(self, entry: VerifierFormat, questions: Sequence[Question]) -> list[int]:
         """Return the number of tokens of each question in a format."""

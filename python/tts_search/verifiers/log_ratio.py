@@ -92,6 +92,10 @@ class LogRatioScorer:
         twins = [self._trees[_root(branch)].twins.get(branch) for branch in branches]
         self.models[1].lane.pool.release([twin for twin in twins if twin is not None])
 
+    def usage(self, root: TokenBranch) -> Usage:
+        """Return the cost of the reference so far."""
+        return self.models[1].lane.pool.usage(self._trees[root].twins[root].meter)
+
     def end(self, root: TokenBranch) -> Usage:
         """End a problem, and return the cost of the reference."""
         tree = self._trees.pop(root)
@@ -100,7 +104,7 @@ class LogRatioScorer:
         reference.pool.close(meter)
         self.models[0].forget(tree.twins)
         self.models[1].forget(tree.twins.values())
-        return meter.usage(reference.pool.pool)
+        return reference.pool.usage(meter)
 
     def _sum(self, branch: TokenBranch, job: Job, mine: list[float], theirs: list[float]) -> None:
         sums = self._trees[_root(branch)].sums

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tts_search.search.protocol import Score, Usage, Verifier
+from tts_search.search.protocol import Score, Usage, Verifier, usage_of
 
 __all__ = ["MixedVerifier", "Mixture", "Normalization"]
 
@@ -247,6 +247,10 @@ class MixedVerifier:
         """Forget these branches."""
         for verifier in self.verifiers:
             verifier.release(problem, branches)
+
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of the problem so far, for all verifiers."""
+        return sum((usage_of(verifier, problem) for verifier in self.verifiers), Usage())
 
     def end(self, problem: int) -> Usage:
         """Forget the problem, and return the cost of all verifiers."""

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from typing import Any, Final, Literal
 
 from tts_search.search.checks import unused
-from tts_search.search.protocol import Score, Usage
+from tts_search.search.protocol import Score, Usage, usage_of
 from tts_search.verifiers.formats import FORMATS, VerifierFormat
 from tts_search.verifiers.labels import Labels, Question
 
@@ -108,6 +108,10 @@ class OutcomeJudge:
 
     def release(self, problem: int, branches: Sequence[int]) -> None:
         """Do nothing: a judge has no branches."""
+
+    def usage(self, problem: int) -> Usage:
+        """Return the cost of the problem so far."""
+        return usage_of(self.labels, problem)
 
     def end(self, problem: int) -> Usage:
         """Forget the problem, and return its cost."""

@@ -89,6 +89,10 @@ class ServerLabels:
         """Announce a problem."""
         self._usage[problem] = Usage()
 
+    def usage(self, problem: int) -> Usage:
+        """Return the number of tokens that the server has read for a problem so far."""
+        return self._usage[problem]
+
     def end(self, problem: int) -> Usage:
         """Forget a problem; return the number of tokens that the server read for it."""
         return self._usage.pop(problem)
