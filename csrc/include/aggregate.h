@@ -1,7 +1,8 @@
-// The aggregate of a reasoning chain's step scores, as a state that takes one score at a time.
+// The aggregate of a reasoning chain's step scores, as a state that is updated with one score at a time.
 //
-// The state can start from an earlier aggregate over `count` steps, so that a chain is continued without its
-// old scores. Products are kept in float64: forty factors of 0.9 lose no digit. NaN propagates.
+// The state can start from an earlier aggregate over `count` steps, so that a chain can be continued without
+// its old scores. Products are computed in float64, which keeps all digits of forty factors of 0.9. NaN
+// propagates.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ TTS_BEGIN_ISA
 
 class AggregateState {
   public:
-    // `prior` is the aggregate of `count` earlier steps; count 0: there is none.
+    // `prior` is the aggregate of `count` earlier steps. If count is 0, there are none.
     TTS_HD AggregateState(Aggregate how, float prior, int64_t count)
         : how_(how), count_(count), value_(count > 0 ? prior : 0.0) {
         if (how_ == Aggregate::mean) value_ *= static_cast<double>(count_);
@@ -33,13 +34,13 @@ class AggregateState {
             value_ *= x;
         } else if (how_ == Aggregate::mean || how_ == Aggregate::sum) {
             value_ += x;
-        } else {  // min and max without a branch that depends on scores; once NaN, always NaN
+        } else {  // min and max without a branch on scores; NaN stays NaN
             const double least = x < value_ ? x : value_, most = x > value_ ? x : value_;
             value_ = x != x ? x : how_ == Aggregate::min ? least : most;
         }
     }
 
-    // A chain without any step scores -inf: it must never be kept before one that has been read.
+    // A chain without any step has the score -inf, so that it is never kept before a chain with a score.
     TTS_HD float value() const {
         if (count_ == 0) return -__builtin_inff();
         return static_cast<float>(how_ == Aggregate::mean ? value_ / static_cast<double>(count_) : value_);

@@ -1,4 +1,4 @@
-// Weights that a thread will take next, on their way to L2 while it computes.
+// Prefetches to L2 the weights that a thread will need next, while it computes.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,17 @@
 
 TTS_BEGIN_ISA
 
-// So few rows wait for memory, which the hardware's prefetching keeps busy: they fetch nothing themselves.
+// With so few rows, a thread waits for memory, which hardware prefetching keeps busy: then nothing is fetched
+// here.
 inline constexpr int64_t kFewRows = 4;
 
-// Memory to be fetched while a tile computes: `stride` bytes per step, from `begin` on. It goes to L2, since
-// L1 holds what the tile reads, and hardware prefetching alone keeps no more than half of the memory's rate.
+// Memory to fetch while a tile computes: `stride` bytes per step, from `begin` on. It goes to L2, because L1
+// holds the data that the tile reads. Hardware prefetching alone reaches at most half of the memory's rate.
 struct Ahead {
     const char* begin;
     int64_t stride;
 
-    // Pass number `pass` of `passes` takes its share of `line` bytes per step.
+    // The share of pass number `pass` of `passes`, of `line` bytes per step.
     static Ahead share(const void* from, int64_t line, int64_t steps, int64_t pass, int64_t passes) {
         const int64_t each = divide_up(line, passes);
         return {static_cast<const char*>(from) + pass * each * steps, each};

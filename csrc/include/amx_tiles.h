@@ -1,9 +1,9 @@
 // The tile registers of a thread: 0 to 3 hold sums, 4 and 5 rows of X, 6 and 7 weights.
 //
-// A tile is 16 lines of up to 64 bytes. The product of a tile of rows [16][64 bytes] and one of weights
-// [16 steps][16 outputs][4 bytes] is added to [16 rows][16 outputs] sums: panels of weights are such tiles as
-// they lie in memory. The intrinsics do not say that they read memory, so `fence` stands between them and
-// what was written for them.
+// A tile is 16 lines of up to 64 bytes. The product of a tile of rows [16][64 bytes] and a tile of weights
+// [16 steps][16 outputs][4 bytes] is added to [16 rows][16 outputs] sums. Panels of weights in memory already
+// have the layout of such tiles. The compiler does not know that the intrinsics read memory, so `fence` is
+// needed after the code that writes this memory.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct IntProduct {};       // signed rows, unsigned weights of 8 bits
 
 inline void fence() { __asm__ volatile("" ::: "memory"); }
 
-// Gives the thread tiles for products of `steps` steps, and takes them back.
+// Configures the thread's tiles for products of `steps` steps, and releases them at the end.
 class AmxTiles {
   public:
     explicit AmxTiles(int64_t steps) {
@@ -40,7 +40,7 @@ class AmxTiles {
     AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// Four tiles of sums: of 16 rows and 4 panels, of 32 rows and 2, or of 64 rows and one.
+// Four tiles of sums: for 16 rows and 4 panels, 32 rows and 2 panels, or 64 rows and one panel.
 inline void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
@@ -48,7 +48,7 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// They go to sums [R][P][16] of 32 bits.
+// Stores them as sums [R][P][16] of 32 bits.
 template <int R>
 inline void store_sums(void* sums) {
     auto* out = static_cast<char*>(sums);
@@ -60,7 +60,8 @@ inline void store_sums(void* sums) {
     _tile_stored(3, at(3), row);
 }
 
-// Sums S += rows A times the weights of their panel; an intrinsic takes its registers as literals.
+// Adds the product of rows A and the weights of their panel to sums S. The registers of an intrinsic are
+// literals.
 template <int S, int A>
 inline void add_product(BFloat16Product) {
     if constexpr (S == 0) _tile_dpbf16ps(0, 4, 6);
@@ -81,8 +82,8 @@ inline void add_product(IntProduct) {
     if constexpr (S == 3 && A == 5) _tile_dpbsud(3, 5, 7);
 }
 
-// Adds the products of R rows (tiles of 16, each `apart` bytes behind the one before) and the panels whose
-// weights `part(p)` points to, `stride` bytes from step to step.
+// Adds the products of R rows (in tiles of 16, at a distance of `apart` bytes) and the panels whose weights
+// are at `part(p)`, with `stride` bytes from step to step.
 template <class Product, int R, class F>
 inline void add_products(const void* rows, int64_t apart, F part, int64_t stride = kTileLine) {
     const auto* tile = static_cast<const char*>(rows);

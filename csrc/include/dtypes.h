@@ -1,4 +1,4 @@
-// Element types that a kernel can meet, as plain data.
+// Element types of a kernel's inputs, as plain data.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ inline auto dispatch(DType dtype, F f) {
     }
 }
 
-// Calls f with the array's pointer in its own type.
+// Calls f with the array's pointer in the array's type.
 template <class F>
 inline auto visit(FloatArray a, F f) {
     return dispatch(a.dtype,

@@ -1,8 +1,8 @@
 // exp as an integer: weight(x) = round(2**39 exp(x / T)) for x <= 0, the same bits on every machine.
 //
-// Sampling compares sums of weights with a random number. Integers add up to the same sum in any order, so
-// neither threads nor vector widths nor GPU grids move a boundary, and the float32 arithmetic below has one
-// result wherever subtraction, fused multiply-add and conversion round to nearest even:
+// Sampling compares sums of weights with a random number. Sums of integers do not depend on the order, so
+// threads, vector widths and GPU grids do not change the result. The float32 arithmetic below has a unique
+// result if subtraction, fused multiply-add and conversion round to nearest even:
 //
 //   scale = float32(log2(e) / T)          in float64, clamped to [2**-100, 2**100]
 //   z     = scale * max(x, -42 / scale)   not rounded: only used inside the fused operations
@@ -23,14 +23,14 @@ TTS_BEGIN_ISA
 inline constexpr int kWeightBits = 39;  // the weight of the largest logit is 2**39
 inline constexpr uint64_t kOne = uint64_t{1} << kWeightBits;
 
-// One temperature's constants, and those of all. Who evaluates the formula derives from it: csrc/cpu for
-// vectors (vec_fixed_exp.h), csrc/cuda for a float (fixed_exp.cuh).
+// The constants of one temperature, and those common to all. Implementations of the formula derive from it:
+// csrc/cpu for vectors (vec_fixed_exp.h), csrc/cuda for a float (fixed_exp.cuh).
 struct FixedExpConstants {
     float scale;   // log2(e) / T
     float lowest;  // below it the weight is 0
 
-    // T > 0. The clamp keeps `lowest` finite and far from the subnormal numbers: it means that a temperature
-    // below 8e-31 acts as that, and one above 1.8e30 as that.
+    // T > 0. The clamp keeps `lowest` finite and far from subnormal numbers. It means that all temperatures
+    // below 8e-31 have the same effect, and so have all above 1.8e30.
     TTS_HD explicit FixedExpConstants(float temperature) {
         const double wanted = 1.4426950408889634 / static_cast<double>(temperature);
         scale = static_cast<float>(wanted < 0x1p-100 ? 0x1p-100 : wanted > 0x1p100 ? 0x1p100 : wanted);

@@ -1,14 +1,14 @@
 // Register tiles of the product C = X W^T over packed operands, float32 sums.
 //
-//   rows     [steps][values][R]: R <= kFloatRows rows of X; what one step multiplies lies next to each other
+//   rows     [steps][values][R]: R <= kFloatRows rows of X; the values of one step are next to each other
 //   weights  panels of 16 rows of W, [steps][16][elements]
 //
-// A step is one element of the depth K, or two of them in bfloat16, as `vdpbf16ps` multiplies them; a last
-// odd element has a zero beside it. The layout of the weights is the same for every instruction set. That of
-// the rows is not, as they are packed for each call: a row's value is 32 bits wide, the pair of a step where
-// there is bfloat16 arithmetic, else one element in float32.
+// A step is one element of the depth K, or two in bfloat16, which `vdpbf16ps` multiplies at once. If the
+// depth is odd, a zero is added. The layout of the weights is the same for every instruction set. The layout
+// of the rows is not, because they are packed for each call. A value of a row has 32 bits: the pair of a step
+// if there is bfloat16 arithmetic, else one element in float32.
 //
-// A tile holds R x (16 P) sums in registers, P panels wide. Each sum is one chain over the depth, in order,
+// A tile holds R x (16 P) sums in registers, for P panels. Each sum is one chain over the depth, in order,
 // cut at multiples of kChain steps: it depends neither on the tile's shape nor on the other rows.
 #pragma once
 
@@ -22,7 +22,7 @@ namespace tts {
 
 inline constexpr int kPanel = 16;
 
-// Elements of the depth in one step.
+// Number of elements of the depth in one step.
 template <class T>
 inline constexpr int kStep = 1;
 template <>
@@ -32,14 +32,14 @@ inline constexpr int kStep<bf16> = 2;
 
 TTS_BEGIN_ISA
 
-// Steps that are summed in one chain before they join the total. Short chains keep the rounding of float32
-// small; for 16-bit types it is far below that of the inputs.
+// The number of steps that are summed in one chain before they are added to the total. Short chains keep the
+// rounding of float32 small. For 16-bit types it is far below the rounding of the inputs.
 template <class T>
 inline constexpr int64_t kChain = sizeof(T) == 4 ? 128 : 1024;
 
-// Rows of a tile, by registers, and panels beside it. Where arithmetic is the bound, 24 sums or so hide its
-// latency, and a value that is broadcast from memory meets two vectors of weights or more; a few rows wait
-// for memory, which is fastest as one stream.
+// The rows of a tile, by the number of registers, and the number of panels. If arithmetic limits the speed,
+// about 24 sums hide its latency, and a value that is broadcast from memory should meet at least two vectors
+// of weights. With few rows memory limits the speed, and it is fastest as one stream.
 #if defined(__AVX512F__)
 inline constexpr int kFloatRows = 14;
 inline constexpr int float_panels(int rows) { return rows <= 6 ? 1 : rows <= 9 ? 3 : 2; }
@@ -51,13 +51,13 @@ inline constexpr int kFloatRows = 2;
 inline constexpr int float_panels(int) { return 1; }
 #endif
 
-// One step, by the type of the weights: values of a row in it, a vector of its weights, sums + row * weights.
-// `values` are those of row i at i, the second one R floats behind.
+// One step, by the type of the weights: values of a row, a vector of weights, and sums + row * weights.
+// `values` has the first value of row i at i, and the second one R floats later.
 template <class T>
 struct FloatStep {
     static constexpr int values = 1;
     using Weights = Vec;
-    // Vec::width values of a row from x on, zero beyond its last `left` elements.
+    // Vec::width values of a row from x on. If `left` is smaller, zeros follow the last elements.
     static Vec load_values(const T* x, int64_t left) {
         return left >= Vec::width ? Vec::load(x) : Vec::load(x, left > 0 ? static_cast<int>(left) : 0);
     }
@@ -88,8 +88,8 @@ struct FloatStep<bf16> {
 
 #else
 
-// Without bfloat16 arithmetic the halves of a 32-bit lane become two vectors, the low one by a shift, the
-// high one by a mask, and meet two values of the row.
+// Without bfloat16 arithmetic, the two halves of a 32-bit lane become two vectors, the low half by a shift
+// and the high half by a mask, and are multiplied with two values of the row.
 template <>
 struct FloatStep<bf16> {
     static constexpr int values = 2;
@@ -126,13 +126,13 @@ struct FloatStep<bf16> {
 
 #endif
 
-// Floats of a packed row of `steps` steps.
+// Number of floats in a packed row of `steps` steps.
 template <class T>
 inline constexpr int64_t packed_row(int64_t steps) {
     return steps * FloatStep<T>::values;
 }
 
-// Packs `height` rows of `depth` elements into a tile, in blocks of W x W values that are transposed.
+// Packs `height` rows of `depth` elements into a tile, in blocks of W x W values, which are transposed.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth, int64_t steps, float* tile) {
     constexpr int W = Vec::width, elements = kStep<T> / FloatStep<T>::values;
@@ -155,7 +155,7 @@ inline void pack_rows(const T* x, int64_t stride, int64_t height, int64_t depth,
     }
 }
 
-// sums [R][P][16] = rows . panels over all steps; `panel` elements lie between panels.
+// sums [R][P][16] = rows . panels over all steps; `panel` is the distance of panels in elements.
 template <class T, int R, int P>
 inline void float_tile(const float* rows, const T* weights, int64_t panel, int64_t steps, Ahead ahead,
                        float* sums) {

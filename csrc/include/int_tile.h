@@ -1,20 +1,20 @@
-// Register tiles of the product X W^T of whole numbers: X of 8 bits and a few of 15, W of 8 or 4, exact sums
-// of 32.
+// Register tiles of the product X W^T of whole numbers: X has 8 bits, except for a few numbers of 15 bits, W
+// has 8 or 4 bits, and exact sums have 32 bits.
 //
 //   rows     R <= kIntRows rows of X, signed, in blocks of 64 along the depth, in the tile's own order
 //   weights  panels of 16 rows of W, unsigned: [steps][16][4], a step being 4 elements of the depth. In 4
 //            bits [steps / 2][16][4]: an even step is in the low halves of the bytes, an odd one in the high.
 //
 // The layout of the weights is the same for every instruction set, that of the rows is not. Sums are exact,
-// so every instruction set has the same ones, whatever their order.
+// so they are the same for every instruction set, in any order.
 //
-// A vector of weights is one step of 16 outputs, which `vpdpbusd` multiplies by a broadcast word of a row:
-// unsigned times signed is what it takes. Before VNNI, AVX-512 and plain C++ take weights and rows of 16 bits
+// A vector of weights is one step of 16 outputs. `vpdpbusd` multiplies it by a broadcast word of a row: its
+// operands are unsigned and signed. Without VNNI, AVX-512 and plain C++ use weights and rows of 16 bits
 // (`vpmaddwd`), and AVX2 moves the signs of the weights to the rows, so that `vpmaddubsw` cannot saturate.
-// AMX takes 16 steps of a panel as a tile as they lie there.
+// AMX uses 16 steps of a panel as a tile, directly from memory.
 //
-// A number beyond 127 has no place in 8 bits. It is taken as low + 128 high: the low part stands in its place
-// among the others, the high parts of a row are a short list of steps, whose products are added later.
+// A number above 127 does not fit in 8 bits. It is split into low + 128 high. The low part is stored at its
+// place among the others. The high parts of a row are a short list of steps, whose products are added later.
 #pragma once
 
 #include <cstdint>
@@ -29,23 +29,23 @@ namespace tts {
 
 inline constexpr int64_t kIntPanel = 16;  // rows of W in a panel
 inline constexpr int64_t kIntStep = 4;    // elements of the depth in a step
-inline constexpr int64_t kIntBlock = 64;  // to which the depth is padded: the depth of an AMX tile
-inline constexpr int64_t kIntGroup = 32;  // of the depth at least have a scale of their own
+inline constexpr int64_t kIntBlock = 64;  // the depth is padded to its multiples: the depth of an AMX tile
+inline constexpr int64_t kIntGroup = 32;  // the smallest group of columns with one scale
 
-// No sum of 32 bits overflows up to here: a row's numbers are 127 in the mean at most, weights 255.
+// Up to this depth no 32-bit sum overflows: a row's numbers are at most 127 on average, weights at most 255.
 inline constexpr int64_t kIntDepth = 1 << 16;
 inline constexpr float kIntTop = 127.0f;      // the largest number of 8 bits
-inline constexpr float kIntOutlier = 128.0f;  // so many times it is the largest one of all
+inline constexpr float kIntOutlier = 128.0f;  // this times it is the largest number of all
 
 }  // namespace tts
 
 TTS_BEGIN_ISA
 
-// Bytes of a panel's step.
+// Number of bytes in a panel's step.
 template <int Bits>
 inline constexpr int64_t kIntLine = kIntPanel * kIntStep * Bits / 8;
 
-// The sums of a panel's outputs, in their order.
+// The sums of a panel's outputs, in order.
 struct PanelSums {
     static constexpr int count = kIntPanel / Vec::width;
     IntVec v[count];
@@ -85,7 +85,7 @@ struct IntStep {
 
 #elif defined(__AVX512BW__)
 
-// Lanes hold the sums of the even and of the odd pairs of an output, side by side.
+// Lanes hold the sums of the even and the odd pairs of an output next to each other.
 struct IntStep {
     using Number = int16_t;
     using Word = int64_t;  // 4 elements of 16 bits
@@ -153,8 +153,8 @@ struct IntStep {
 
 #elif defined(__AVX2__)
 
-// `vpmaddubsw` adds pairs of products within 16 bits if one side has 7 bits and a sign, and the other 8
-// without one: of weights of 8 bits, |w| times x with the sign of w.
+// `vpmaddubsw` adds pairs of products in 16 bits. This cannot overflow if one side has 7 bits and a sign, and
+// the other 8 bits without a sign. So for weights of 8 bits, |w| is multiplied by x with the sign of w.
 struct IntStep {
     using Number = int8_t;
     using Word = int32_t;
@@ -191,7 +191,7 @@ struct IntStep {
         }
         return sums;
     }
-    // Two steps of weights of 4 bits: 4 products of 15 x 127 keep within 16 bits.
+    // Two steps of weights of 4 bits: 4 products of 15 x 127 fit in 16 bits.
     static Sums add_pair(Word x, const Weights<4>& w, Word y, const Weights<4>& u, Sums sums) {
         const __m256i ones = _mm256_set1_epi16(1), first = _mm256_set1_epi32(x),
                       second = _mm256_set1_epi32(y);
@@ -241,19 +241,19 @@ struct IntStep {
 
 // ---- numbers of more than 8 bits --------------------------------------------------------------------------
 
-// What stands in a number's place, all of it or its low part.
+// The number stored at a place: all of it, or its low part.
 using IntNumber = IntStep::Number;
 inline constexpr bool kIntSplit = sizeof(IntNumber) == 1;
 
-// Whether one instruction multiplies and adds to the sum, which the next one waits for.
+// Whether one instruction multiplies and adds to the sum, so that the next one waits for it.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 inline constexpr bool kIntDot = true;
 #else
 inline constexpr bool kIntDot = false;
 #endif
 
-// Whether two steps of weights of 4 bits are added before they join the sum; and how far above their values
-// the numbers are that a tile multiplies.
+// Whether two steps of weights of 4 bits are added before they are added to the sum; and the offset of the
+// numbers that a tile multiplies.
 #if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
 inline constexpr bool kIntPairs = true;
 template <int Bits>
@@ -264,7 +264,7 @@ template <int Bits>
 inline constexpr int kIntAbove = 1 << (Bits - 1);
 #endif
 
-// A block as low + 128 high; whether any high part is not 0.
+// Splits a block into low + 128 high; returns whether any high part is not 0.
 inline bool split(const int16_t* block, IntNumber* low, int8_t* high) {
     int any = 0;
     for (int64_t j = 0; j < kIntBlock; ++j) {
@@ -311,7 +311,7 @@ inline void use_stored(const int32_t* sums, int64_t height, F use) {
 
 // ---- AMX --------------------------------------------------------------------------------------------------
 
-// Rows come in tiles of 16, the last one filled up with whatever is there.
+// Rows are in tiles of 16. The rest of the last tile may have any content.
 inline constexpr int kIntUnit = 16, kIntRows = 32;
 template <int /*Bits*/>
 inline constexpr int int_panels(int rows) {
@@ -321,14 +321,14 @@ inline constexpr int int_panels(int rows) {
 // Bytes of a row in the tile's order.
 inline constexpr int64_t int_row_bytes(int64_t depth) { return depth; }
 
-// A block of row i of a tile goes to its place: [16 rows][depth / 64][16][64].
+// Stores a block of row i of a tile at its place: [16 rows][depth / 64][16][64].
 inline void put_block(const int8_t* block, int64_t k, int64_t i, int64_t /*height*/, int64_t depth,
                       int8_t* rows) {
     int8_t* to = rows + i / 16 * 16 * depth + (k / kIntBlock * 16 + i % 16) * kIntBlock;
     _mm512_storeu_si512(to, _mm512_loadu_si512(block));
 }
 
-// Asks for the tile's worth of weights that comes kAhead tiles behind.
+// Prefetches the weights of the tile that is kAhead tiles later.
 template <int Bits>
 inline void fetch_ahead(const uint8_t* packed) {
     constexpr int64_t kAhead = 8, kBytes = kTileLines * kIntLine<Bits>;
@@ -336,7 +336,7 @@ inline void fetch_ahead(const uint8_t* packed) {
         __builtin_prefetch(packed + kAhead * kBytes + at, 0, 2);
 }
 
-// The steps of a group that a tile takes.
+// The number of steps of a group in one tile.
 inline constexpr int64_t tile_steps(int64_t group) {
     return (group % kIntBlock ? kIntGroup : kIntBlock) / kIntStep;
 }
@@ -362,8 +362,8 @@ inline const uint8_t* unpacked(const uint8_t* panel, int64_t step, int64_t steps
     return room;
 }
 
-// use(i, p, sums) for the sums rows . panels over the depth [begin, end), of row i < height and panel p < P;
-// `panel` bytes lie between panels.
+// Calls use(i, p, sums) with the sums rows . panels over the depth [begin, end), for row i < height and panel
+// p < P; `panel` is the distance of panels in bytes.
 template <int Bits, int R, int P, class F>
 inline void int_tile(const int8_t* rows, int64_t height, int64_t depth, const uint8_t* weights, int64_t panel,
                      int64_t begin, int64_t end, Ahead /* fetch_ahead does it */, F use) {
@@ -388,9 +388,10 @@ inline void int_tile(const int8_t* rows, int64_t height, int64_t depth, const ui
 
 inline constexpr int kIntUnit = 1;
 
-// Rows of a tile, by registers, and panels beside it: several for few rows, so that there are sums enough to
-// hide their latency. Weights of 4 bits have groups, at whose ends the sums become floats beside products of
-// the next group: that goes well as long as the compiler has registers left.
+// The rows of a tile, by the number of registers, and the number of panels: several panels for few rows, so
+// that there are enough sums to hide the latency. Weights of 4 bits have groups. At their ends the sums are
+// converted to floats while the products of the next group are computed, which is fast as long as the
+// compiler has enough registers.
 #if defined(__AVX512VNNI__)
 inline constexpr int kIntRows = 14;
 template <int Bits>
@@ -423,7 +424,7 @@ inline constexpr int int_panels(int) {
 }
 #endif
 
-// A tile of so many panels' sums passes them on from registers; of more, gcc would spill within the loop.
+// Up to this many panels, a tile passes its sums on in registers. With more, gcc would spill within the loop.
 #if defined(__AVX512VNNI__)
 inline constexpr int kIntHeld = 16;
 #else
@@ -434,7 +435,7 @@ inline constexpr int64_t int_row_bytes(int64_t depth) {
     return depth / kIntStep * static_cast<int64_t>(sizeof(IntStep::Word));
 }
 
-// A block of row i of a tile goes to its place: [depth / 4][height] words.
+// Stores a block of row i of a tile at its place: [depth / 4][height] words.
 inline void put_block(const IntNumber* block, int64_t k, int64_t i, int64_t height, int64_t /*depth*/,
                       int8_t* rows) {
     using Word = IntStep::Word;
@@ -445,14 +446,14 @@ inline void put_block(const IntNumber* block, int64_t k, int64_t i, int64_t heig
     }
 }
 
-// There is no state to set.
+// There is no state to configure.
 struct IntTiles {
     explicit IntTiles(int64_t /*group*/) {}
 };
 
-// use(i, p, sums) for the sums rows . panels over the depth [begin, end), of row i < R = height and panel
-// p < P; `panel` bytes lie between panels. Even and odd steps have sums of their own where there are few, so
-// that they do not wait for each other.
+// Calls use(i, p, sums) with the sums rows . panels over the depth [begin, end), for row i < R = height and
+// panel p < P; `panel` is the distance of panels in bytes. If there are few sums, even and odd steps have
+// separate sums, so that they do not wait for each other.
 template <int Bits, int R, int P, class F, class Step = IntStep>
 inline void int_tile(const int8_t* rows, int64_t /*height*/, int64_t /*depth*/, const uint8_t* weights,
                      int64_t panel, int64_t begin, int64_t end, Ahead ahead, F use) {

@@ -1,4 +1,4 @@
-// Between floats and whole numbers of 8, 16 and 32 bits. All of it is exact, or rounds as IEEE 754 does.
+// Conversions between floats and whole numbers of 8, 16 and 32 bits. All are exact, or round as in IEEE 754.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 TTS_BEGIN_ISA
 
-// Stores Vec::width floats, each within what I holds, rounded to the nearest even whole number.
+// Stores Vec::width floats, rounded to the nearest even whole number. Each must fit in I.
 template <class I>  // int8_t, uint8_t, int16_t
 inline void store_rounded(Vec x, I* out) {
 #if defined(__AVX512F__)

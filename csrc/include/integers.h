@@ -1,4 +1,4 @@
-// Whole-number arithmetic for cutting work into pieces; arguments are not negative.
+// Whole-number arithmetic for cutting work into pieces. Arguments must not be negative.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The scale and zero beside a quantised head of keys or values, as every wing makes them (quantized_kv.h).
+// The scale and zero of a quantised head of keys or values, computed in the same way by CPU and GPU
+// (quantized_kv.h).
 #pragma once
 
 #include <cstdint>
@@ -8,15 +9,15 @@
 
 TTS_BEGIN_ISA
 
-// The largest codes, of 8 bits with a sign and of 4 without.
+// The largest codes: 8 bits with a sign, 4 bits without.
 inline constexpr float kMostInt8 = 127.0f, kMostInt4 = 15.0f;
 
-// -0.0 becomes 0.0, so that it does not matter which of them is the least element.
+// -0.0 becomes 0.0, so that the result does not depend on which of them is the smallest element.
 TTS_HD inline f16 unsigned_zero(f16 x) { return (x.bits & 0x7fffu) == 0 ? f16{0} : x; }
 
 TTS_HD inline bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
 
-// Of a head's elements.
+// The range of a head's elements.
 struct HeadRange {
     float low, high;
     bool finite;
@@ -26,7 +27,7 @@ struct Affine {
     f16 scale, zero;
 };
 
-// Of a head whose elements are finite or not, from what arithmetic gave, rounded to float16.
+// Scale and zero of a head from arithmetic rounded to float16. `finite`: whether all elements are finite.
 TTS_HD inline Affine affine_of(bool finite, f16 scale, f16 zero) {
     constexpr uint16_t kNaN = 0x7e00u;
     if (!finite) return {{kNaN}, {kNaN}};

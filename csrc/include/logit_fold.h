@@ -8,8 +8,8 @@
 
 TTS_BEGIN_ISA
 
-// Folds n <= Block logits, times `scale`, into the state (max, sum). A row of -inf alone leaves (-inf, 0);
-// NaN and +inf end as NaN.
+// Folds n <= Block logits, times `scale`, into the state (max, sum). A row with only -inf gives (-inf, 0);
+// NaN and +inf give NaN.
 template <int Block>
 inline void fold_logits(const float* logits, int n, float scale, float& max_state, float& sum_state) {
     constexpr int W = Vec::width;

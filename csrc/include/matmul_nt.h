@@ -1,15 +1,15 @@
-// C = A B^T in float32, for a block of rows of A that stays in cache while B streams past.
+// C = A B^T in float32, for a block of rows of A that stays in cache while B is read.
 //
 //   A [rows, depth] activations, B [cols, depth] weights as a checkpoint stores them (torch.nn.Linear),
 //   C [rows, cols]
 //
-// Both operands are read along `depth`, where they are contiguous, so neither is packed: a register tile
-// holds one vector of partial sums for each of kDotRows x kDotCols outputs and sums its lanes once, at the
+// Both operands are contiguous along `depth`, the direction of reading, so neither is packed. A register tile
+// holds one vector of partial sums for each of kDotRows x kDotCols outputs, and sums its lanes once, at the
 // end. One step of the tile loads 4 + 6 vectors for 24 multiply-adds. A tile of B (6 rows) is read once and
-// stays in L1 while all rows of A pass.
+// stays in L1 while all rows of A are processed.
 //
-// An output's order of summation depends on `depth` alone, not on the tile that it falls in: a row's result
-// is the same to the bit whatever other rows there are.
+// The order of summation of an output depends only on `depth`, not on its tile. So a row's result does not
+// depend on other rows, to the bit.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ TTS_BEGIN_ISA
 
 // ---- one step of a dot product ----------------------------------------------------------------------------
 
-// `width` elements of either operand, multiplied into a vector of float32 sums.
+// Multiplies `width` elements of both operands and adds to a vector of float32 sums.
 template <class A, class B>
 struct DotStep {
     static constexpr int width = Vec::width;
@@ -65,7 +65,7 @@ inline constexpr int kDotRows = 4, kDotCols = 3;  // 12 of 16
 inline constexpr int kDotRows = 4, kDotCols = 2;  // 8 of 16: products without fused additions need room
 #endif
 
-// Lines of memory to fetch into L2, a few at each step of the tiles that are multiplied meanwhile.
+// Lines of memory to fetch into L2, a few at each step of the tiles that are multiplied in the meantime.
 struct LinePrefetch {
     const char* line;
     int lines;  // at each step
@@ -161,8 +161,8 @@ inline void matmul_nt(const A* a, int64_t lda, int64_t rows, const B* b, int64_t
 
 // ---- dtypes -----------------------------------------------------------------------------------------------
 
-// Calls f with the typed pointers of A and B. A is float32, or bfloat16 where B is too: activations are few,
-// so the caller converts other kinds to float32 first.
+// Calls f with the typed pointers of A and B. A is float32, or bfloat16 if B is, too. There are few
+// activations, so the caller converts other types to float32 first.
 template <class F>
 inline void visit_operands(FloatArray a, FloatArray b, F f) {
     if (a.dtype == DType::bf16) {

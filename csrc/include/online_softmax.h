@@ -1,14 +1,14 @@
-// The state of a softmax that is taken in pieces: what every attention kernel and every merge share.
+// The state of a softmax that is computed in pieces. Every attention kernel and every merge uses it.
 //
 // Over the scores x_j (in units of log2) and values v_j seen so far the state is
 //   max = max_j x_j,   sum = sum_j 2**(x_j - max),   acc = sum_j 2**(x_j - max) v_j,
-// of which `acc` is a row that the kernel keeps where it likes. The result is acc / sum and the log-sum-exp
-// max + log2(sum). Two states merge by scaling both to the larger max: associative, and commutative to the
-// bit.
+// and each kernel stores the row `acc` in its own way. The result is acc / sum, and the log-sum-exp is max
+// + log2(sum). Two states are merged by scaling both to the larger max. This is associative up to rounding,
+// and commutative to the bit.
 //
 // The empty state is (-inf, 0, 0). Its max must never be subtracted from itself (-inf - -inf is NaN), so
-// `weight` answers 0 for it; merging with it returns the other state bit for bit (a weight of 1, plus 0), but
-// for zeros of its row, which become +0.
+// `weight` returns 0 for it. Merging with it returns the other state bit for bit (a weight of 1, plus 0),
+// except that zeros of its row become +0.
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
 #pragma once
 
@@ -26,7 +26,7 @@ struct SoftmaxState {
     float lse() const { return empty() ? -kInfinity : (max + log2(sum)) * kLn2; }
 };
 
-// What a state's sum and row are multiplied by when its max rises to `top`.
+// The factor of a state's sum and row when its max rises to `top`.
 inline float weight(float max, float top) {
     return max == top ? 1.0f : max == -kInfinity ? 0.0f : exp2(max - top);
 }
@@ -55,8 +55,8 @@ inline Vec low_bits_to_exponent(Vec t) {
 #endif
 }
 
-// 2**x for x <= 126, cheaper than exp2; 0 below -126, NaN stays NaN. Adding 1.5 * 2**23 + 127 leaves
-// round(x) + 127 in the low bits, which shifted up are the exponent of a power of two.
+// 2**x for x <= 126, cheaper than exp2; 0 below -126, NaN stays NaN. Adding 1.5 * 2**23 + 127 leaves round(x)
+// + 127 in the low bits. Shifted up, they are the exponent of a power of two.
 template <int kDegree>
 inline Vec exp2_weight(Vec x) {
     const Vec magic = Vec::all(12583039.0f), t = x + magic;
@@ -64,7 +64,7 @@ inline Vec exp2_weight(Vec x) {
     return select_less(x, Vec::all(-126.0f), Vec::zero(), y);
 }
 
-// `top` where it can be subtracted: 0 in place of -inf, so that -inf - top stays -inf.
+// `top`, made safe for subtraction: 0 instead of -inf, so that -inf - top stays -inf.
 inline Vec finite_top(Vec top) { return select_less(Vec::all(-kInfinity), top, top, Vec::zero()); }
 
 struct MergeWeights {
@@ -79,7 +79,7 @@ inline MergeWeights merge(SoftmaxState a, SoftmaxState b) {
     return {wa, wb, {top, wa * a.sum + wb * b.sum}};
 }
 
-// The merged row, wherever it is merged: in one order of roundings.
+// The merged row. All merges use it, so that the order of roundings is the same.
 inline Vec merge_rows(Vec row_a, Vec a, Vec row_b, Vec b) { return fma(row_b, b, row_a * a); }
 
 TTS_END_ISA

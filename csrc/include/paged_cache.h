@@ -1,5 +1,5 @@
-// A KV cache [pages, page_size, kv_heads, head_dim], as kernels see it. Its last dimension is contiguous, the
-// others may be strided.
+// A KV cache [pages, page_size, kv_heads, head_dim], as an argument of kernels. Its last dimension is
+// contiguous, the others may be strided.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace tts {
 
-// As elements; strides in elements.
+// With elements; strides are in elements.
 struct PagedCache {
     void* data;  // kernels that only read get it from a const tensor
     int64_t page_stride, token_stride, head_stride;
 };
 
-// How the D elements of a head are stored. Quantised ones are whole numbers, and elements of the cache are
-// bytes (of e4m3 too):
+// How the D elements of a head are stored. Quantised elements are whole numbers, and the cache consists of
+// bytes (for e4m3, too):
 //   int8  x = code * scale, codes within 127
 //   int4  x = code * scale + zero, codes 0 to 15; byte j holds that of element j and, in its high half,
 //         that of element j + D / 2
@@ -24,12 +24,12 @@ struct PagedCache {
 //         exact.
 enum class KvFormat : int32_t { plain, int8, int4, e4m3 };
 
-// Beside quantised heads: [pages, page_size, kv_heads], contiguous. No zeros in int8.
+// For quantised heads: [pages, page_size, kv_heads], contiguous. int8 has no zeros.
 struct KvScales {
     f16 *scale, *zero;
 };
 
-// As bytes, for what moves elements of any type; strides in bytes.
+// As bytes, for code that moves elements of any type; strides are in bytes.
 struct PagedBytes {
     char* data;
     int64_t page_stride, token_stride, head_stride;

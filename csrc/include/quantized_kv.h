@@ -1,12 +1,12 @@
-// Heads of keys and values as whole numbers of 8 or 4 bits (KvFormat in paged_cache.h), each with a scale of
-// its own.
+// Heads of keys and values as whole numbers of 8 or 4 bits (KvFormat in paged_cache.h). Each head has its own
+// scale.
 //
 //   int8  scale = max |x| / 127                code = x / scale
 //   int4  zero = min x, scale = (max x - min x) / 15      code = (x - zero) / scale
 //
-// Scale and zero are rounded to float16 first, codes to the nearest even whole number then; every step rounds
-// as IEEE 754 does, so all backends store the same bits. Where a scale or zero is not finite in float16, or
-// an element is not, the scale is NaN, and so is the head. Elements come back as code * scale + zero in
+// First scale and zero are rounded to float16, then codes to the nearest even whole number. Every step rounds
+// as in IEEE 754, so all backends store the same bits. If an element is not finite, or a scale or zero is not
+// finite in float16, the scale is NaN, and so is the head. Elements are decoded as code * scale + zero in
 // float32.
 #pragma once
 
@@ -42,13 +42,13 @@ inline HeadRange range_of(const T* x, int64_t dim) {
     return {0.0f - reduce_max(Vec::zero() - low), reduce_max(high), reduce_add(odd) == 0.0f};
 }
 
-// The scale and zero of codes from 0 to `most` over a range.
+// The scale and zero for codes from 0 to `most` over a range.
 inline Affine affine_of(const HeadRange& range, float most) {
     return affine_of(range.finite, from_float<f16>((range.high - range.low) / most),
                      from_float<f16>(range.low));
 }
 
-// Codes as floats that are whole after rounding, within [low, high]; 0 for a scale of 0 or NaN.
+// Codes as floats, rounded to whole numbers within [low, high]; 0 if the scale is 0 or NaN.
 class Encoder {
   public:
     Encoder(float scale, float zero, float low, float high)
@@ -58,7 +58,7 @@ class Encoder {
           low_(Vec::all(low)),
           high_(Vec::all(high)) {}
 
-    // n codes, bytes with a sign or without.
+    // n codes as bytes, signed or unsigned.
     template <class T, class I>
     void operator()(const T* x, int n, I* to) const {
         const Vec v = some_ ? min(max((load(x, n) - zero_) / scale_, low_), high_) : Vec::zero();
@@ -73,7 +73,7 @@ class Encoder {
     Vec scale_, zero_, low_, high_;
 };
 
-// A head of `dim` elements; its codes, and its scale and zero at `index`.
+// Encodes a head of `dim` elements: its codes, and its scale and zero at `index`.
 template <class T>
 inline void quantize_head(const T* x, int64_t dim, KvFormat format, char* codes, KvScales to, int64_t index) {
     constexpr int W = Vec::width;
@@ -100,7 +100,7 @@ inline void quantize_head(const T* x, int64_t dim, KvFormat format, char* codes,
 // ---- to elements
 // -------------------------------------------------------------------------------------------
 
-// Vec::width bytes of codes, from as many bytes as there are.
+// Vec::width codes, from the same number of bytes.
 struct CodeBytes {
 #if defined(__AVX512F__)
     __m128i bytes;
@@ -153,7 +153,8 @@ struct CodeBytes {
     }
 };
 
-// Stores two vectors side by side. A NaN has to be the processor's own, as those that come here are.
+// Stores two vectors next to each other. A NaN must be the processor's own NaN, which is the only one that
+// occurs here.
 template <class T>
 inline void store_two(Vec a, Vec b, T* to) {
     a.store(to), b.store(to + Vec::width);
@@ -184,13 +185,13 @@ inline Vec kv_number(f16 bits) {
     return Vec::all(is_nan(value) ? __builtin_nanf("") : value);
 }
 
-// A head's elements from its codes.
+// Decodes a head's elements from its codes.
 template <class T>
 inline void dequantize_head(const char* codes, int64_t dim, KvFormat format, f16 scale_bits, f16 zero_bits,
                             T* x) {
     constexpr int64_t W = Vec::width;
     const Vec scale = kv_number(scale_bits), zero = kv_number(zero_bits);
-    // The products are exact in int4: fused or not, there is one rounding.
+    // The products are exact in int4, so there is one rounding, fused or not.
     const auto run = [&](const char* from, int64_t count, T* to, auto element) {
         int64_t i = 0;
         for (; i + 2 * W <= count; i += 2 * W) {

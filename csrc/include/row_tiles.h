@@ -7,7 +7,7 @@
 
 TTS_BEGIN_ISA
 
-// `count` tiles of nearly equal height: whole units of rows, whose numbers differ by at most one. The last
+// `count` tiles of nearly equal height: whole units of rows, with at most one unit of difference. The last
 // unit may be short.
 struct RowTiles {
     int64_t rows, count, unit = 1;

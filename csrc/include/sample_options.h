@@ -1,4 +1,4 @@
-// The options of a row to be sampled.
+// The sampling options of a row.
 #pragma once
 
 #include "args/sample.h"

@@ -1,4 +1,5 @@
-// Weighted selection: the logit at which the measure of all larger ones reaches a target, without sorting.
+// Weighted selection without sorting: finds the logit at which the measure of all larger ones reaches a
+// target.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +11,23 @@ namespace tts {
 
 struct Selected {
     bool found;
-    float value;     // the largest whose measure, with that of all above it, reaches the target
-    uint64_t above;  // the measure of all above it
+    float value;     // the largest value for which it and all above it have a measure that reaches the target
+    uint64_t above;  // the measure of all values above it
 };
 
 }  // namespace tts
 
 TTS_BEGIN_ISA
 
-// Keys of the total order counted from `first`, the key of the smallest.
+// Keys of the total order, counted from `first`, the key of the smallest.
 inline uint32_t key_above(float x, int32_t first) {
     return static_cast<uint32_t>(order_key(x)) - static_cast<uint32_t>(first);
 }
 
-// Among x [n], all in [low, high]. An element measures its weight, or 1 where `weights` is null.
-// Radix selection from the top down: a histogram over the leading bits of the keys' range, then over the
-// range of the one bin that the target falls into, at most four times. Overwrites x and weights. O(n).
+// Selects among x [n], all in [low, high]. The measure of an element is its weight, or 1 if `weights` is
+// null. This is a radix selection from the top down: a histogram over the leading bits of the keys' range,
+// then over the range of the bin that contains the target, at most four times. Overwrites x and weights.
+// O(n).
 inline Selected select(float* x, uint64_t* weights, int64_t n, float low, float high, uint64_t target) {
     constexpr uint32_t kBins = 1024;
     int32_t first = order_key(low);

@@ -1,5 +1,5 @@
-// A rough picture of a row of logits from a few thousand of them: where is its k-th largest, where does the
-// tail that top-p cuts off end? Both as brackets, four standard deviations to either side.
+// A rough picture of a row of logits from a sample of a few thousand: where its k-th largest is, and where
+// the tail that top-p cuts off ends. Both are brackets of four standard deviations to either side.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Bracket {
 
 TTS_BEGIN_ISA
 
-// A histogram of 4096 logits, spread evenly over the row, over log2 of their weights: bin 0 begins at the
-// largest logit, the last bin holds those of weight 0. Nothing exact hangs on it.
+// A histogram of 4096 logits, spread evenly over the row, over log2 of their weights. Bin 0 begins at the
+// largest logit, the last bin has those of weight 0. No exact result depends on it.
 class Sketch {
   public:
     static constexpr int kGroups = 256, kGroup = 16, kPerOctave = 32, kBins = 42 * kPerOctave + 1;
@@ -54,9 +54,9 @@ class Sketch {
         return found;
     }
 
-    // The end of the tail, the smallest logits that together weigh `fraction` of the row. The row's sum is
-    // only guessed: the few largest logits may hold most of it and be missing here, and then there is no
-    // upper bound.
+    // The end of the tail: the smallest logits that together have the weight `fraction` of the row. The row's
+    // sum is only estimated. The few largest logits may have most of the weight and be missing in the sample;
+    // then there is no upper bound.
     Bracket tail_of_guess(float fraction) const {
         Sum all;
         float count = 0.0f, heavy = 0.0f;
@@ -71,7 +71,7 @@ class Sketch {
         return tail(fraction * least, bounded ? fraction * (all.sum + error) : kInfinity);
     }
 
-    // The end of the tail that weighs `sum`, where the largest logit weighs 1.
+    // The end of the tail with the weight `sum`, in units of the largest logit's weight.
     Bracket tail_of(double sum) const {
         const float here = static_cast<float>(sum) / ratio_;
         return tail(here, here);
@@ -90,8 +90,8 @@ class Sketch {
         return a < b && (b - a) * (b - a) > 16.0f * squares;
     }
 
-    // From the smallest logit up, so that no heavy ones disturb: a tail that weighs from `least` to `most`
-    // here.
+    // Starts at the smallest logit, so that heavy ones do not disturb the sum. The tail has a weight from
+    // `least` to `most` here.
     Bracket tail(float least, float most) const {
         Bracket found;
         Sum below;

@@ -1,8 +1,8 @@
-// The order in which candidates are kept: higher score first; NaN below -inf; -0.0 equal to 0.0.
+// The order in which candidates are kept: higher score first; NaN after -inf; -0.0 equal to 0.0.
 //
-// A score becomes a signed integer key, greater for better, so that comparing keys is the whole order. Ties
-// go to the lower index: with an index in the low half, `ranked` makes one 64-bit number of the two, and no
-// two are equal.
+// A score becomes a signed integer key, greater for a better score, so that keys can simply be compared. Ties
+// go to the lower index: `ranked` combines a key and an index (in the low half) into one 64-bit number, so
+// that no two are equal.
 #pragma once
 
 #include <cstdint>
@@ -20,12 +20,12 @@ TTS_HD inline int32_t order_key(float score) {
     return is_nan(score) ? kNaNKey : bits ^ ((bits >> 31) & INT32_MAX);
 }
 
-// The float of a key; NaN for keys beyond those of the infinities.
+// The float of a key; NaN for keys outside the infinities.
 TTS_HD inline float key_score(int32_t key) {
     return bit_float(static_cast<uint32_t>(key ^ ((key >> 31) & INT32_MAX)));
 }
 
-// A key and an index below 2**32 as one number: greater is better.
+// A key and an index below 2**32 as one number. A better pair is greater, and no two are equal.
 TTS_HD inline int64_t ranked(int32_t key, uint32_t index) {
     return int64_t{key} * (int64_t{1} << 32) | ~index;
 }

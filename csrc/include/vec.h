@@ -1,8 +1,8 @@
-// A vector of floats: the widest that the instruction set has (16 with AVX-512, 8 with AVX2, else 4).
+// A vector of floats, as wide as the instruction set allows (16 with AVX-512, 8 with AVX2, else 4).
 //
-// One interface over three implementations, as much as the kernels need and no more. Loads and stores convert
-// from and to bfloat16 and float16; arithmetic is float32. `load(p, n)` and `store(p, n)` touch n < width
-// elements only, the other lanes read as 0.
+// One interface over three implementations, with only what the kernels need. Loads and stores convert from
+// and to bfloat16 and float16; arithmetic is float32. `load(p, n)` and `store(p, n)` access only n < width
+// elements; the other lanes are read as 0.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ inline float from_float<float>(float x) {
     return x;
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even. NaN stays NaN.
 template <>
 inline bf16 from_float<bf16>(float x) {
     const uint32_t bits = float_bits(x);
@@ -255,7 +255,7 @@ inline float reduce_max(Vec a) {
     const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
     return x > y ? x : y;
 }
-// Adding 1.5 * 2**23 leaves no bits for a fraction; right for |a| < 2**22.
+// Adding 1.5 * 2**23 leaves no bits for a fraction; correct for |a| < 2**22.
 inline Vec round(Vec a) {
     const Vec magic = Vec::all(12582912.0f);
     return (a + magic) - magic;

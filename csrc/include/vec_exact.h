@@ -1,5 +1,5 @@
-// What exact arithmetic on vectors needs beyond vec.h: additions fused on every instruction set, masks, and
-// sums of whole numbers.
+// Vector operations for exact arithmetic, in addition to vec.h: fused additions for every instruction set,
+// masks, and sums of whole numbers.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ struct Units {
     }
 };
 
-// Writes the lanes of x that are set in `where` to out; writes whole vectors, so out needs Vec::width of
-// room.
+// Writes the lanes of x that are set in `where` to out. It writes whole vectors, so out needs room for
+// Vec::width elements.
 inline int64_t compress(Vec x, Mask where, float* out) {
     _mm512_storeu_ps(out, _mm512_maskz_compress_ps(where.m, x.v));
     return __builtin_popcount(where.m);
@@ -131,8 +131,8 @@ typedef double Doubles __attribute__((vector_size(32)));
 typedef uint64_t Words __attribute__((vector_size(32)));
 typedef int64_t SignedWords __attribute__((vector_size(32)));
 
-// a * b is exact in float64. The sum is rounded to odd there (Boldo and Melquiond, 2008), so that rounding it
-// again to float32 gives what a fused operation gives.
+// a * b is exact in float64. The sum is rounded to odd (Boldo and Melquiond, 2008), so that rounding it again
+// to float32 gives the result of a fused operation.
 inline Vec fused(Vec a, Vec b, Vec c) {
     const Doubles x = __builtin_convertvector(a.v, Doubles) * __builtin_convertvector(b.v, Doubles);
     const Doubles y = __builtin_convertvector(c.v, Doubles);

@@ -10,7 +10,7 @@ TTS_BEGIN_ISA
 struct FixedExp : FixedExpConstants {
     using FixedExpConstants::FixedExpConstants;
 
-    // The weights of x <= 0 as floats that are yet to be rounded to whole numbers.
+    // The weights of x <= 0 as floats, not yet rounded to whole numbers.
     Vec operator()(Vec x) const {
         const Vec s = Vec::all(scale), m = Vec::all(magic);
         x = max(x, Vec::all(lowest));

@@ -37,8 +37,8 @@ inline float exp2(float x) {
     return lanes[0];
 }
 
-// log2(x) for a normal x > 0, within 2 units in the last place of ln x / ln 2 (polynomial: Cephes logf);
-// log2(0) = -inf, NaN and +inf stay.
+// log2(x) for a normal x > 0, within 2 units in the last place of ln x / ln 2 (polynomial: Cephes logf).
+// log2(0) = -inf; NaN and +inf are unchanged.
 inline float log2(float x) {
     if (x == 0.0f) return -kInfinity;
     if (!(x < kInfinity)) return x;

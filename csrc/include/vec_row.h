@@ -8,7 +8,7 @@
 
 TTS_BEGIN_ISA
 
-// Calls f(i, n) for vectors of n elements from i on; the last one may be short.
+// Calls f(i, n) for each vector of n elements from i on. The last one may be short.
 template <class F>
 inline void for_vectors(int64_t count, F f) {
     int64_t i = 0;

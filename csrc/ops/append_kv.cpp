@@ -4,7 +4,7 @@
 namespace tts::ops {
 namespace {
 
-// Tokens per thread: below this, copying costs less than waking a second one.
+// Tokens per thread. With fewer, copying costs less than waking a second thread.
 constexpr int64_t kTokensPerThread = 64;
 
 void append_kv_(Tensor k_cache, Tensor v_cache, const Tensor& k, const Tensor& v, const Tensor& slots,

@@ -1,4 +1,4 @@
-// What the operators on the KV cache share.
+// The common part of the operators on the KV cache.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ inline bool rows_contiguous(const Tensor& t) {
     return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1;
 }
 
-// As its dtype says.
+// The format of a cache, from its dtype.
 inline KvFormat format_of(const Tensor& cache) {
     switch (cache.scalar_type()) {
         case ScalarType::Char:
@@ -30,16 +30,16 @@ inline KvFormat format_of(const Tensor& cache) {
     }
 }
 
-// Whether there are scales beside it.
+// Whether a cache with this format has scales.
 inline bool is_quantized(KvFormat format) { return format == KvFormat::int8 || format == KvFormat::int4; }
 
-// [pages, page_size, kv_heads, head_dim], rows contiguous; of int4 half as many bytes.
+// [pages, page_size, kv_heads, head_dim], rows contiguous; for int4 half as many bytes.
 inline bool is_cache(const Tensor& t) {
     return is_here(t) && t.dim() == 4 && (is_float(t) || format_of(t) != KvFormat::plain) &&
            rows_contiguous(t);
 }
 
-// No two slots are one memory, as those of an expanded tensor are.
+// Whether no two slots share memory. In an expanded tensor they do.
 inline bool writable(const Tensor& cache) {
     bool distinct = true;
     for (int i = 0; i < 3; ++i) distinct &= cache.stride(i) != 0 || cache.size(i) <= 1;
@@ -54,7 +54,7 @@ inline bool same_cache(const Tensor& k, const Tensor& v) {
     return same;
 }
 
-// A cache that is only read, and one that is written.
+// For a cache that is only read, and for one that is written.
 inline PagedCache paged(const Tensor& t) {
     return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
@@ -73,20 +73,20 @@ inline PagedBytes paged_bytes(const Tensor& cache) {
             .row_bytes = cache.size(3) * item};
 }
 
-// What lies beside quantised caches.
+// The scales and zeros of quantised caches.
 struct ScaleTensors {
     const std::optional<Tensor>&k_scale, &v_scale, &k_zero, &v_zero;
 };
 
-// The caches of a layer, checked: both plain and of one dtype, or both of another format with all that
-// belongs to it and nothing else. A CPU's kernels read no e4m3.
+// The caches of a layer, after checks: both plain and of one dtype, or both of another format with exactly
+// the scales and zeros that it needs. CPU kernels do not read e4m3.
 struct LayerCaches {
     const Tensor &k, &v;
     KvFormat format;
     int64_t head_dim;  // of the heads that they hold
     KvScales k_scales, v_scales;
 
-    // For tokens of a dtype.
+    // For tokens of this dtype.
     LayerCaches(const Tensor& k_cache, const Tensor& v_cache, ScalarType tokens, const ScaleTensors& beside)
         : k(k_cache), v(v_cache), format(format_of(k_cache)) {
         require(same_cache(k, v), "caches");
@@ -135,7 +135,7 @@ struct AppendKv {
     }
 
   private:
-    // Whether they are as many as there are slots, and of the caches' shape.
+    // Whether there is one token for each slot, in the shape of the caches.
     static bool fits(const Tensor& tokens, const LayerCaches& caches, int64_t count) {
         return is_here(tokens) && is_float(tokens) && tokens.dim() == 3 && tokens.size(0) == count &&
                tokens.size(1) == caches.k.size(2) && tokens.size(2) == caches.head_dim;
@@ -180,7 +180,7 @@ struct CopyPages {
     }
 
   private:
-    // Each page is written once, and no page that is written is read: so the order of the copies is free.
+    // Each page is written once, and no page that is written is read, so the copies may have any order.
     void require_independent() const {
         std::vector<int64_t> written(static_cast<size_t>(count));
         for (int64_t i = 0; i < count; ++i) written[static_cast<size_t>(i)] = at(dst, i);
@@ -192,7 +192,7 @@ struct CopyPages {
     }
 };
 
-// merge_states, checked and ready to run: the inputs made dense and the results.
+// merge_states, checked and ready to run: the inputs made dense, and the results.
 struct MergeStates {
     Tensor out_a, lse_a, out_b, lse_b;  // [T, H, D], [T, H]
     Tensor out, lse;

@@ -1,7 +1,8 @@
-// What every operator file shares: short names for torch's stable ABI, and the checks.
+// The common part of every operator file: short names for torch's stable ABI, and the checks.
 //
-// A failed check throws a bare message. The Python function then repeats the checks slowly and raises the
-// error that names the argument (tts_kernels/checks.py), so a call that succeeds pays for these alone.
+// A failed check throws a bare message. The Python function then repeats the checks slowly, and raises the
+// error that names the argument (tts_kernels/checks.py). So a call that succeeds only pays for the checks
+// here.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -35,7 +36,7 @@ inline void require(bool condition, const char* what) {
 
 // ---- the boundary to torch --------------------------------------------------------------------------------
 
-// Runs a kernel; on failure returns false and what it said. Not inlined, so that its caller has nothing to
+// Runs a kernel. If it fails, returns false and its message. Not inlined, so that its caller has nothing to
 // unwind.
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
 [[gnu::noinline]] inline bool ran(BoxedKernel kernel, StableIValue* stack, uint64_t num_args,
@@ -51,9 +52,9 @@ using BoxedKernel = void (*)(StableIValue* stack, uint64_t num_args, uint64_t nu
     return false;
 }
 
-// A kernel as torch calls it. No exception of ours leaves the library: torch may have another C++ runtime
-// than we (a wheel has libc++ inside), and then cannot catch it. torch throws in our place, through a frame
-// without cleanups.
+// A kernel in the form in which torch calls it. None of our exceptions leaves the library, because torch may
+// use another C++ runtime (a wheel includes libc++) and then cannot catch them. Instead torch throws, through
+// a frame without cleanups.
 template <BoxedKernel kernel>
 void guarded(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
     char message[256];
@@ -64,9 +65,9 @@ void guarded(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
 
 // ---- the device -------------------------------------------------------------------------------------------
 
-// Whether a tensor is where this library's kernels run, and whether index tensors are read and checked there
-// (values on a GPU are not, but under tk.debug_checks, in Python). csrc/ops/cuda/common.h makes the device of
-// an op's first tensor the current one.
+// Whether a tensor is on the device of this library's kernels, and whether index tensors are read and checked
+// there. (Values on a GPU are not, except in Python under tk.debug_checks.) csrc/ops/cuda/common.h makes the
+// device of an op's first tensor the current one.
 #if defined(TTS_CUDA)
 inline constexpr bool kReadable = false;
 
@@ -113,7 +114,7 @@ inline const float* float32(const Tensor& t) {
 
 inline const float* float32(const std::optional<Tensor>& t) { return t ? float32(*t) : nullptr; }
 
-// An int32 or int64 vector; the caller keeps `dense(t)` alive.
+// An int32 or int64 vector. The caller must keep `dense(t)` alive.
 inline IndexArray indices(const Tensor& t) {
     const bool is_int64 = t.scalar_type() == ScalarType::Long;
     require(
@@ -128,7 +129,7 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
     return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
 }
 
-// A matrix whose rows are contiguous, wherever they lie.
+// A matrix with contiguous rows. There may be gaps between rows.
 inline Tensor dense_rows(const Tensor& t) {
     require(t.dim() == 2, "matrix");
     return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
@@ -146,8 +147,8 @@ T* data(Tensor& t) {
                              sizes + "]");
 }
 
-// A new contiguous tensor beside `like`. Straight from the C interface: stable::new_empty costs a look-up by
-// name and a boxed call, a microsecond that small ops feel.
+// A new contiguous tensor on the device of `like`. Directly from the C interface: stable::new_empty needs a
+// lookup by name and a boxed call, a microsecond that matters for small ops.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
     constexpr size_t kMaxDims = 4;
     require(shape.size() <= kMaxDims, "dimensions");
@@ -168,11 +169,11 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
     return Tensor(handle);
 }
 
-// Rows of `width` elements that are worth a thread of their own in an op that reads each element once or
-// twice.
+// The number of rows of `width` elements that justify a thread of their own, in an op that reads each element
+// once or twice.
 inline int64_t row_grain(int64_t width) { return 1 + (1 << 15) / (width + 1); }
 
-// The aggregate of that name.
+// The aggregate with this name.
 inline Aggregate aggregate(const std::string& how) {
     static constexpr const char* names[] = {"last", "min", "prod", "mean", "max", "sum"};
     for (int i = 0; i < 6; ++i) {
@@ -183,7 +184,7 @@ inline Aggregate aggregate(const std::string& how) {
 
 // ---- checks of values -------------------------------------------------------------------------------------
 
-// Every value in [low, high).
+// Requires that every value is in [low, high).
 inline void require_range(IndexArray values, int64_t count, int64_t low, int64_t high) {
     if constexpr (!kReadable) return;
     bool good = true;
@@ -194,7 +195,7 @@ inline void require_range(IndexArray values, int64_t count, int64_t low, int64_t
     require(good, "index out of range");
 }
 
-// indptr [n + 1] rises from 0 to `total`.
+// Requires that indptr [n + 1] rises from 0 to `total`.
 inline void require_indptr(IndexArray indptr, int64_t entries, int64_t total) {
     require(entries >= 1, "indptr");
     if constexpr (!kReadable) return;

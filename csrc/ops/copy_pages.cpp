@@ -4,7 +4,7 @@
 namespace tts::ops {
 namespace {
 
-// Page copies a thread: a page is 16 KB or more.
+// Page copies for each thread; a page is 16 KB or more.
 constexpr int64_t kPagesPerThread = 4;
 
 void copy_pages_(std::vector<Tensor> caches, const Tensor& src, const Tensor& dst) {

@@ -1,4 +1,4 @@
-// The operators that a decoder layer is made of, as decoder_layers_ calls them.
+// The operators of a decoder layer, as decoder_layers_ calls them.
 #pragma once
 
 #include "common.h"

@@ -3,8 +3,9 @@
 //   x = x + o(attend(rope(qkv(norm(x)))))
 //   x = x + down(swiglu(gate_up(norm(x))))      in each layer
 //
-// Nothing but the operators one after another, without the interpreter between them: beside a stream of
-// weights through the cache, a call from Python costs 10 us and more, and a decode step makes nine per layer.
+// It only runs the operators one after another, but without the interpreter between them. While weights
+// stream through the cache, a call from Python costs 10 us and more, and a decode step makes nine for each
+// layer.
 #include <algorithm>
 #include <cmath>
 
@@ -13,7 +14,7 @@
 namespace tts::ops {
 namespace {
 
-// The tensors of a layer, in their order in the list; an empty one is not there.
+// The tensors of a layer, in their order in the list. An empty tensor means that the part is missing.
 // clang-format off
 enum Part : size_t {
     kInputNorm, kQkv, kQkvScale, kQkvZero, kQkvBias, kQNorm, kKNorm, kO, kOScale, kOZero, kOBias,
@@ -27,7 +28,7 @@ struct Layer {
     std::optional<Tensor> maybe(Part part) const {
         return parts[part].numel() ? std::optional<Tensor>(parts[part]) : std::nullopt;
     }
-    // The projection whose weight is `part`, with its scale, zero and bias behind it.
+    // The projection whose weight is `part`. Its scale, zero and bias follow in the list.
     Tensor project(Part part, const Tensor& x, int64_t outputs, const std::optional<Tensor>& residual) const {
         const auto at = [&](size_t behind) { return maybe(static_cast<Part>(part + behind)); };
         return linear(x, parts[part], x.size(1), outputs, at(3), residual, at(1), at(2));
@@ -49,7 +50,7 @@ Tensor select_rows(const Tensor& x, const Tensor& rows_in) {
     return out;
 }
 
-// A layer's scales or zeros; none of plain caches.
+// A layer's scales or zeros; none for plain caches.
 std::optional<Tensor> beside(const std::vector<Tensor>& all, size_t layer) {
     return all.empty() ? std::nullopt : std::optional<Tensor>(all[layer]);
 }
@@ -87,7 +88,7 @@ Tensor decoder_layers_(const Tensor& x_in, std::vector<Tensor> weights, std::vec
                                                      num_kv_heads, max_slots, scale, 0.0, windows[i],
                                                      std::nullopt, k_scale, v_scale, k_zero, v_zero));
         attended = torch::stable::view(attended, {x.size(0), inner});
-        if (rows && i + 1 == depth) {  // nobody reads the others any more
+        if (rows && i + 1 == depth) {  // the other rows are no longer needed
             attended = select_rows(attended, *rows);
             x = select_rows(x, *rows);
         }

@@ -1,4 +1,4 @@
-// A PRM head as operators take it: ScoreHead unpacked into tensors and numbers.
+// A PRM head as an argument of operators: ScoreHead unpacked into tensors and numbers.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,5 @@
-// torch.ops.tts_kernels.cpu_isa: which instruction sets the CPU kernels can use, which is in use, and why.
+// torch.ops.tts_kernels.cpu_isa: the instruction sets that the CPU kernels can use, the chosen one, and the
+// reason.
 #include "common.h"
 
 namespace tts::ops {

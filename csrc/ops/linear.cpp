@@ -49,7 +49,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t in_features, int64_
     args.cut = kernels().linear_cut(args.rows, args.columns, args.depth, type);
     Tensor workspace = empty(call.x, {args.cut.packed}, ScalarType::Float);
     args.packed = data<float>(workspace);
-    // A thread is worth starting for 2**12 packed elements, and for 2**19 multiplications or 2**17 weights.
+    // A thread is used for each 2**12 packed elements, and for each 2**19 multiplications or 2**17 weights.
     const int64_t row_grain = 1 + (1 << 12) * args.cut.tiles / (args.rows * (args.depth + 1));
     parallel_for(0, args.cut.tiles, row_grain,
                  [&](int64_t begin, int64_t end) { kernels().linear_pack_x(args, begin, end); });

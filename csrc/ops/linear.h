@@ -28,7 +28,7 @@ struct Linear {
 
     bool empty() const { return out.size(0) == 0 || out.size(1) == 0; }
 
-    // The kernels' arguments but for what an instruction set chooses, and workspaces.
+    // The kernels' arguments, without workspaces and without those that depend on the instruction set.
     LinearArgs plain(const Tensor& weight) const {
         return {.x = {x.const_data_ptr(), dtype(x)},
                 .x_stride = x.stride(0),
@@ -72,7 +72,7 @@ struct Linear {
     }
 };
 
-// How much of the depth has one scale: what its number of groups says.
+// The number of columns with one scale, from the number of groups.
 inline int64_t group_of(int64_t depth, int64_t groups) {
     for (const int64_t group : {int64_t{32}, int64_t{64}, int64_t{128}, depth}) {
         if (groups == (group ? divide_up(depth, group) : 1)) return group;

@@ -18,7 +18,7 @@ float merge(const Args& args, int64_t chunks, int64_t rows, int64_t row) {
     return static_cast<float>(args.target[row] - peak - std::log(sum));
 }
 
-// Each row's target becomes its log-probability.
+// Replaces each row's target by its log-probability.
 template <class Args>
 void merge_all(const Args& args, int64_t chunks, int64_t rows) {
     parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
@@ -26,7 +26,7 @@ void merge_all(const Args& args, int64_t chunks, int64_t rows) {
     });
 }
 
-// Hidden states as the kernel takes them: float32, or bfloat16 where the weight is too.
+// Hidden states in a type that the kernel supports: float32, or bfloat16 if the weight is bfloat16, too.
 Tensor operand(const Tensor& hidden, const Tensor& weight) {
     const DType type = dtype(hidden);
     if (type == DType::f32 || (type == DType::bf16 && dtype(weight) == DType::bf16)) return hidden;

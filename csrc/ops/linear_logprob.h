@@ -1,4 +1,4 @@
-// linear_logprob, checked and ready to run: the inputs as kernels take them, the workspace and the result.
+// linear_logprob, checked and ready to run: the inputs for the kernels, the workspace and the result.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,8 @@ struct LinearLogprob {
     Tensor out, partials;
     LinearLogprobArgs args;
 
-    // `hidden` [N, H] has a type that the kernel takes; a chunk is so many rows of `weight`.
+    // The type of `hidden` [N, H] must be one that the kernel supports. A chunk is this many rows of
+    // `weight`.
     LinearLogprob(const Tensor& hidden_in, const Tensor& weight_in, const Tensor& targets_in,
                   double temperature, int64_t chunk)
         : hidden(dense_rows(hidden_in)), weight(dense_rows(weight_in)), targets(dense(targets_in)) {

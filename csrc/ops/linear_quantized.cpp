@@ -30,7 +30,7 @@ Tensor quantize_rows(const Tensor& x, LinearQuantizedArgs& args) {
 
 void run_quantized(const Tensor& x, LinearQuantizedArgs args) {
     const Tensor rows = quantize_rows(x, args);
-    // A thread is worth starting for 2**17 bytes of weights, or for 2**20 multiplications.
+    // A thread is used for each 2**17 bytes of weights, or for each 2**20 multiplications.
     const int64_t weights = args.columns * args.weight.depth;
     const int64_t worth = std::max(weights * args.weight.bits >> 20, weights * args.rows >> 20);
     const int64_t threads = threads_for(args.cut.units, worth);

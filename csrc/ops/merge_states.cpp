@@ -4,7 +4,7 @@
 namespace tts::ops {
 namespace {
 
-// One row reads and writes about 1 KB; fewer than this many are not worth a second thread.
+// One row reads and writes about 1 KB. For fewer rows a second thread is not worth it.
 constexpr int64_t kRowsPerThread = 64;
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,

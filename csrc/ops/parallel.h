@@ -1,5 +1,5 @@
-// Loops over threads, as many as torch may use. What an item computes must not depend on who runs it or on
-// the cut, must not allocate and must not throw.
+// Parallel loops, with as many threads as torch may use. The result of an item must not depend on its thread
+// or on the cut. An item must not allocate and must not throw.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,14 +12,14 @@
 
 namespace tts::ops {
 
-// How many threads for_units takes if it may take `threads`.
+// How many threads for_units uses if it may use `threads`.
 inline int64_t threads_for(int64_t units, int64_t threads) {
     return std::max<int64_t>(
         1, std::min({threads, units, static_cast<int64_t>(torch::stable::get_num_threads())}));
 }
 
-// f(unit, who) for every unit in [0, units), on at most `threads` threads, which take the units as they come;
-// `who` in [0, threads_for(units, threads)) is the thread, for memory of its own.
+// Calls f(unit, who) for every unit in [0, units), on at most `threads` threads, which claim units one by
+// one. `who` in [0, threads_for(units, threads)) is the number of the thread, for memory of its own.
 template <class F>
 void for_units(int64_t units, int64_t threads, const F& f) {
     ThreadPool::instance().run(
@@ -30,9 +30,9 @@ void for_units(int64_t units, int64_t threads, const F& f) {
         &f);
 }
 
-// f(begin, end) for ranges of one size that cover [begin, end). A thread is worth starting for `grain`
-// elements; each takes a few ranges where there is enough, so that one that is held up leaves its share to
-// the others.
+// Calls f(begin, end) for ranges of equal size that cover [begin, end). A thread is used for each `grain`
+// elements. If there is enough work, each thread takes a few ranges, so that a thread that is held up leaves
+// its share to others.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     constexpr int64_t kRangesPerThread = 4;

@@ -6,7 +6,7 @@
 namespace tts::ops {
 namespace {
 
-// Numbers per thread: below this, the work costs less than waking a second one.
+// Numbers per thread. With fewer, the work costs less than waking a second thread.
 constexpr int64_t kNumbersPerThread = 16384;
 
 RowFormat row_format(int64_t width, int64_t bits, int64_t group_size) {

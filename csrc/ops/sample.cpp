@@ -7,7 +7,7 @@
 namespace tts::ops {
 namespace {
 
-// Memory for one row at a time. Most of it is never touched: lists are short.
+// Memory for one row at a time. Most of it is never touched, because lists are short.
 class Workspace {
   public:
     Workspace(const Tensor& like, int64_t vocab) {
@@ -29,7 +29,7 @@ class Workspace {
     Tensor memory_;
 };
 
-// The steps of one row; `over_blocks` calls a step for all blocks, in any order.
+// The steps for one row; `over_blocks` runs a step for all blocks, in any order.
 template <class OverBlocks>
 SampleDraw draw(const SampleRow& row, SampleWorkspace& space, OverBlocks over_blocks) {
     SampleDraw result;
@@ -46,7 +46,7 @@ float logprob(const SampleDraw& d) {
     return static_cast<float>(static_cast<double>(d.logit) - static_cast<double>(d.max) - std::log(sum));
 }
 
-// Row r of top_ids and top_logprobs; without a token there is nothing to tell.
+// Writes row r of top_ids and top_logprobs; nothing for a row without a token.
 void tell_likeliest(const SampleRow& row, const SampleWorkspace& space, const SampleDraw& d,
                     const SampleArgs& args, int64_t r) {
     int64_t* ids = args.top_ids + r * args.top;

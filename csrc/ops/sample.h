@@ -1,4 +1,4 @@
-// sample, checked and ready to run: the inputs as kernels take them, and the results.
+// sample, checked and ready to run: the inputs for the kernels, and the results.
 #pragma once
 
 #include <limits>
@@ -65,7 +65,7 @@ struct Sampling {
     }
 
   private:
-    // Written so that NaN fails.
+    // The conditions are written so that NaN fails.
     static void require_valid(double temperature, int64_t top_k, double top_p, double min_p) {
         require(temperature >= 0.0 && temperature <= std::numeric_limits<float>::max(), "temperature");
         require(top_k >= 0, "top_k");

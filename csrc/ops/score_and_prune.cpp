@@ -4,8 +4,8 @@
 namespace tts::ops {
 namespace {
 
-// Steps are scored and folded into their candidate by the same thread, then groups are pruned. A head with a
-// hidden layer reads W1 once for all steps, so there the steps come first.
+// The same thread scores steps and folds them into their candidate; then groups are pruned. A head with a
+// hidden layer reads W1 once for all steps, so all steps are scored first.
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_prune(
     const Tensor& hidden, const Tensor& positions, const Tensor& step_indptr, const Tensor& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1,

@@ -1,5 +1,5 @@
-// What score_and_prune is made of: the scores of steps, the aggregate of a chain, pruning. Each checks its
-// arguments and turns them into plain structs; the ops of the same names run one of them.
+// The parts of score_and_prune: scores of steps, aggregates of chains, pruning. Each part checks its
+// arguments and converts them to plain structs. The ops with the same names run one of the parts.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@ namespace tts::ops {
 
 // ---- scores of steps --------------------------------------------------------------------------------------
 
-// One step reads 2 H bytes or so; below this many steps a second thread costs more than it brings.
+// One step reads about 2 H bytes. With fewer steps, a second thread costs more than it saves.
 inline constexpr int64_t kStepsPerThread = 16;
 
-// Arguments for the kernels, after checks; `out` is not set. `hidden` has dense rows, `positions` is
-// contiguous, and both outlive the result.
+// Arguments for the kernels, after checks; `out` is not set. `hidden` must have dense rows, `positions` must
+// be contiguous, and both must outlive the result.
 inline StepScoresArgs step_scores_args(const Tensor& hidden, const Tensor& positions, const Head& head) {
     StepScoresArgs args{.hidden = {hidden.const_data_ptr(), dtype(hidden)},
                         .stride = hidden.stride(0),
@@ -65,8 +65,8 @@ inline void score_with_hidden_layer(StepScoresArgs args, const Tensor& like) {
 
 // ---- aggregates of chains ---------------------------------------------------------------------------------
 
-// Arguments for the kernel, after checks; `scores` and `out` are not set. The tensors are contiguous and
-// outlive it.
+// Arguments for the kernel, after checks; `scores` and `out` are not set. The tensors must be contiguous and
+// outlive the result.
 inline AggregateStepsArgs aggregate_args(const Tensor& indptr, int64_t steps, const std::string& how,
                                          const std::optional<Tensor>& prior = std::nullopt,
                                          const std::optional<Tensor>& prior_counts = std::nullopt) {
@@ -109,14 +109,14 @@ struct AggregateSteps {
 
 // ---- pruning ----------------------------------------------------------------------------------------------
 
-// Below this many scores a second thread costs more than it brings.
+// With fewer scores, a second thread costs more than it saves.
 inline constexpr int64_t kScoresPerThread = 32768;
 
 struct Pruned {
     Tensor indices, counts;
 };
 
-// The checks that need no scores, so that score_and_prune can make them before it writes anything.
+// The checks that need no scores, so that score_and_prune can run them before it writes anything.
 struct PrunePlan {
     Tensor indptr;
     std::optional<Tensor> k;
@@ -171,12 +171,12 @@ struct PrunePlan {
 
 // ---- all of it --------------------------------------------------------------------------------------------
 
-// score_and_prune, checked and ready to run: everything before anything is written.
+// score_and_prune, checked and ready to run. All checks are done before anything is written.
 struct ScoreAndPrune {
     StepScores steps;
     Tensor step_indptr;
     std::optional<Tensor> prior, prior_counts;
-    AggregateStepsArgs chains;  // of the scores of `steps`
+    AggregateStepsArgs chains;  // for the scores of `steps`
     int64_t candidates;
     PrunePlan plan;
     Tensor candidate_scores;  // [C]

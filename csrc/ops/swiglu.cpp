@@ -13,7 +13,7 @@ Tensor swiglu(const Tensor& gate_up_in) {
                           .stride = gate_up.stride(0),
                           .width = width,
                           .out = out.mutable_data_ptr()};
-    // An exponential weighs about four elements that are read.
+    // An exponential costs as much as reading about four elements.
     parallel_for(0, count, row_grain(4 * width),
                  [&](int64_t begin, int64_t end) { kernels().swiglu(args, begin, end); });
     return out;

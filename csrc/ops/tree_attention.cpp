@@ -28,7 +28,7 @@ struct PlanTensors {
     int64_t page_size, max_slots;
     int64_t num_rows = 0, num_segments = 0, num_tasks = 0, num_slots = 0, num_pages = 0, max_hull = 0;
 
-    // Fills the plan's part of `args`; every index that a kernel will follow is in range afterwards.
+    // Fills the plan's part of `args`. After it, every index that a kernel will use is in range.
     void check(TreeAttentionArgs& args, int64_t cache_pages) {
         num_rows = rows.numel();
         args.rows = int32s(rows, 1, "rows");
@@ -117,8 +117,8 @@ const float* sink_logits(const std::optional<Tensor>& sinks, int64_t num_q_heads
     return float32(*sinks);
 }
 
-// A task of which all segments are narrow is bound by reading keys: it reads whole tokens, all heads
-// together.
+// If all segments of a task are narrow, reading keys limits its speed. It then reads whole tokens, with all
+// heads together.
 bool narrow(const TreeAttentionArgs& args, const Task& task) {
     const int64_t group = args.num_q_heads / args.num_kv_heads;
     for (int64_t i = task.seg_begin; i < task.seg_end; ++i) {
@@ -127,7 +127,7 @@ bool narrow(const TreeAttentionArgs& args, const Task& task) {
     return true;
 }
 
-// A narrow task is one item for all heads, or for some of them where there are few tasks for the threads.
+// A narrow task is one item for all heads, or for some of them if there are few tasks for the threads.
 std::vector<WorkItem> work_items(const TreeAttentionArgs& args, int64_t num_tasks) {
     const int64_t heads = args.num_kv_heads, wanted = 2 * threads_for(num_tasks * heads, num_tasks * heads);
     const int64_t together = divide_up(heads, std::min(heads, divide_up(wanted, num_tasks)));
@@ -142,7 +142,7 @@ std::vector<WorkItem> work_items(const TreeAttentionArgs& args, int64_t num_task
     return items;
 }
 
-// The scratch that serves any of the items.
+// The size of the scratch that is enough for every item.
 int64_t scratch_size(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t max_hull) {
     const int64_t group = args.num_q_heads / args.num_kv_heads;
     int64_t states = 0;
@@ -158,7 +158,7 @@ int64_t scratch_size(const TreeAttentionArgs& args, const std::vector<WorkItem>&
                                             args.format != KvFormat::plain);
 }
 
-// Work items are claimed one by one, dearest first: which thread runs one changes nothing.
+// Work items are claimed one by one, most expensive first. It does not matter which thread runs one.
 void run_items(const TreeAttentionArgs& args, const std::vector<WorkItem>& items, int64_t max_hull,
                const Tensor& like) {
     const auto count = static_cast<int64_t>(items.size());

@@ -7,7 +7,7 @@
 
 namespace tts {
 
-// Strides in bytes; a head's row is contiguous on both sides. A plain cache has the tokens' type.
+// Strides are in bytes. A head's row is contiguous on both sides. A plain cache has the tokens' type.
 struct AppendKvArgs {
     const char* from;  // [T, heads, row]
     int64_t from_token, from_head;

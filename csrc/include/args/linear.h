@@ -14,15 +14,15 @@ struct PackLinearArgs {
     void* out;          // [panels, steps, 16, elements of a step]
 };
 
-// How linear cuts its work, by the instruction set: tiles of nearly equal height, and units of work that take
-// a block of tiles through a group of panels.
+// How linear cuts its work; this depends on the instruction set. Tiles have nearly equal heights. A unit of
+// work takes a block of tiles through a group of panels.
 struct LinearCut {
     int64_t tiles, block;   // row tiles in all, and in a block
     int64_t panels, group;  // panels in all, and in a group
-    int64_t at_once;        // panels that a tile is beside
+    int64_t at_once;        // panels that a tile multiplies at once
     int64_t units;
     int64_t row;     // floats of a packed row
-    int64_t packed;  // floats of all of them
+    int64_t packed;  // floats of all packed rows
 };
 
 struct LinearArgs {
@@ -36,8 +36,8 @@ struct LinearArgs {
     const void* residual;  // [T, N] of x's type, or null
     int64_t residual_stride;
     LinearCut cut;
-    int64_t ahead;  // panels from one that a thread is at to the one that it will take next
-    float* packed;  // workspace: rows of x, tile by tile
+    int64_t ahead;  // distance from a thread's current panel to the one that it will take next
+    float* packed;  // workspace: rows of x in the order of tiles
     void* out;      // [T, N]
 };
 

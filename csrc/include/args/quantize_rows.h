@@ -6,10 +6,10 @@
 
 namespace tts {
 
-// Rows of numbers in few bits, in one piece of memory each: the codes of all columns, the scales of the
-// groups, their zeros. Codes stand in planes: 8 bits in one of 8, 4 in one of 4, 2 in one of 2, and 3 in one
-// of 2, for their low bits, and one of 1. Byte i of a plane of b bits has those of columns i, i + w, i + 2 w,
-// ... for w = W b / 8, from its low end on.
+// Rows of numbers with few bits. Each row is contiguous: the codes of all columns, the scales of the groups,
+// the zeros of the groups. Codes are stored in planes: 8, 4 and 2 bits in one plane each, and 3 bits in a
+// plane of 2 bits for their low bits and one of 1 bit. Byte i of a plane of b bits has the codes of columns
+// i, i + w, i + 2 w, ... with w = W b / 8, from its low end on.
 struct RowFormat {
     int64_t width;  // W, a multiple of 16 and of group
     int64_t group;  // columns that share a scale, at most kMostInGroup

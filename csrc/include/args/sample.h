@@ -6,7 +6,7 @@
 
 namespace tts {
 
-inline constexpr int64_t kMostTop = 128;  // k of the likeliest tokens at most
+inline constexpr int64_t kMostTop = 128;  // the largest number k of likeliest tokens
 
 struct SampleOptions {
     float temperature;  // >= 0; 0: the largest logit
@@ -21,14 +21,14 @@ struct SampleArgs {
     int64_t stride;             // elements from one row to the next
     int64_t rows;               // B
     int64_t vocab;              // V
-    SampleOptions same;         // of every row, but for those that have an array:
-    const float* temperatures;  // [B] or null, as the following
+    SampleOptions same;         // of all rows; arrays that are not null override it:
+    const float* temperatures;  // [B] or null, like the following
     IndexArray top_ks;
     const float *top_ps, *min_ps;
     const int64_t *seeds, *offsets;  // [B]
     int64_t* tokens;                 // [B]
     float* logprobs;                 // [B]
-    int64_t top;                     // k: how many of the likeliest tokens are told; 0: none
+    int64_t top;                     // k: number of likeliest tokens to return; 0: none
     int64_t* top_ids;                // [B, k], best first, the lower id first on ties
     float* top_logprobs;             // [B, k]
 };

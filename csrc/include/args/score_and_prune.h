@@ -10,8 +10,8 @@ namespace tts {
 
 struct ScoreAndPruneArgs {
     StepScoresArgs steps;
-    AggregateStepsArgs chains;  // `scores` are what `steps` writes
-    PruneArgs groups;           // `scores` are what `chains` writes, float32
+    AggregateStepsArgs chains;  // `scores` is the output of `steps`
+    PruneArgs groups;           // `scores` is the output of `chains`, float32
     int64_t candidate_count, group_count;
     uint32_t* arrivals;  // [G] workspace of the CUDA kernel
 };

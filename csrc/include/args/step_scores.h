@@ -6,7 +6,7 @@
 
 namespace tts {
 
-// A PRM head as plain pointers; absent parts have null data. See tts_kernels/score_head.py.
+// A PRM head as plain pointers. Missing parts have null data. See tts_kernels/score_head.py.
 struct HeadArgs {
     const float* weight;     // [K]: K = H, or H1 with a hidden layer; the difference good - bad
     const float* bias;       // [1] or null
@@ -27,9 +27,9 @@ struct StepScoresArgs {
     HeadArgs head;
     float* out;  // [S]
     // With a hidden layer only:
-    void* rows;       // CPU: [S, H] gathered, normed rows: bfloat16 if `bf16_rows`, else float32
-    bool bf16_rows;   // CPU: hidden and w1 are bfloat16 and no norm widens the rows
-    float* partials;  // [blocks, S]: each block of hidden units' part of the logits
+    void* rows;       // CPU: [S, H] gathered rows after the norm: bfloat16 if `bf16_rows`, else float32
+    bool bf16_rows;   // CPU: hidden and w1 are bfloat16, and there is no norm, whose results are float32
+    float* partials;  // [blocks, S]: the part of the logits from each block of hidden units
 };
 
 }  // namespace tts

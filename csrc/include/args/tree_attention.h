@@ -21,7 +21,7 @@ struct TreeAttentionArgs {
     const int32_t *merge_indptr, *merge_slots;
     float scale, softcap;  // softcap 0: none
     int64_t window;        // 0: none
-    const float* sinks;    // [Hq] or null: a logit of each head that has no value
+    const float* sinks;    // [Hq] or null: for each head a logit without a value
     void* out;             // [T, Hq, D]
     float* lse;            // [T, Hq]
     // Workspace: the slots of partial states. A row is padded to whole vectors.
