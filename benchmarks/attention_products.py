@@ -1,11 +1,11 @@
-"""What products of fewer bits would do to attention: its error with queries and keys in int8, or sums in float16.
+"""The effect of lower precision in attention's products: errors with int8 queries and keys, or with float16 sums.
 
     python benchmarks/attention_products.py [--write NAME]
 
 An output may be at most twice as far from the float64 result as plain torch in bfloat16 (the tolerance rule of the
-tests). Queries and keys are normal, as large as gives scores of the deviation that a row names; a scale for each query
-and each key, as the products of `linear` on int8 weights have; sums of float16 products go one after the other, as a
-chain of multiply-adds does. The error of a form is the root of the mean square, over that of torch's bfloat16.
+tests). Queries and keys are normally distributed, scaled so that scores have the standard deviation of the row. Each
+query and each key has a scale, as in the products of `linear` with int8 weights. Float16 sums are computed one product
+after the other, like a chain of multiply-adds. The error is the root mean square, relative to that of torch's bfloat16.
 """
 
 from __future__ import annotations

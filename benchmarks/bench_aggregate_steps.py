@@ -1,4 +1,4 @@
-"""`aggregate_steps` against `torch.segment_reduce`; bound by the call for a beam search, by memory for many chains."""
+"""`aggregate_steps` against `torch.segment_reduce`. Bound: the call for a beam search, memory for many chains."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`copy_pages_` over every layer's caches against torch's indexing layer by layer, and against memcpy of as many bytes.
+"""`copy_pages_` over every layer's caches against torch's indexing layer by layer, and memcpy of the same bytes.
 
-Bound: the rate of one large copy within memory.
+Bound: the rate of one large copy in memory.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
     python benchmarks/bench_decode.py --checkpoint PATH     # a checkpoint of SmolLM2-135M
     python benchmarks/bench_decode.py                       # random weights of the same shape
 
-A step is what `HFPolicy` does for one token of every branch: reserve KV slots, plan, forward, sample, look for the end
-of the step. It is timed from one forward's start to the next one's. Cases are run in turn, several times, and each
-case's number is the median of all its steps. The baseline, with ``--baseline``, is the same model in transformers with
-its own attention (SDPA) and a `DynamicCache` of N full rows, sampled from by `tts_kernels.sample` as well. With
-``--decoder lean transformers`` transformers' modules with attention over the forest run beside the lean decoder.
+A step is the work of `HFPolicy` for one token of every branch: reserve KV slots, plan, forward, sample, check whether
+the step ends. It is timed from the start of one forward to the start of the next. Cases run in turn, several times, and
+the number of a case is the median of all its steps. The baseline, with ``--baseline``, is the same model in
+transformers with its own attention (SDPA) and a `DynamicCache` of N full rows; it samples with `tts_kernels.sample`,
+too. With ``--decoder lean transformers``, transformers' modules with attention over the forest are compared with the
+lean decoder.
 
-The bound is the larger of two times, with rates measured here: the weights and the unique KV read once from memory, and
-the operations of the linear layers and the attention at the speed of a large matrix product in the same type.
+The bound is the larger of two times, with rates measured here: reading the weights and the unique KV once from memory,
+and the operations of the linear layers and the attention at the speed of a large matrix product in the same type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the engine costs on the host, and what it saves by letting no problem wait for another.
+"""The engine's cost on the host, and the time saved because no problem waits for another.
 
     python benchmarks/bench_engine.py host          # Python of a decode step: what is left of it without the kernels
     python benchmarks/bench_engine.py simulated     # problems on a device whose step costs the same for up to 256 rows
@@ -6,16 +6,16 @@
     python benchmarks/bench_engine.py speculation   # one problem, with speculation and without
 
 ``host``: N streams of the smallest demo policy decode on one thread. The time of the kernels (forward, planning,
-appending to the forest, sampling) is taken off each step; what is left is the host's. Steps at which nothing ends give
-the cost of a stream and token; those of streams of random lengths, of which a few end at a time, that of an end.
+appending to the forest, sampling) is subtracted from each step; the rest is the host's time. Steps in which no stream
+ends give the cost for a stream and token. Steps of streams with random lengths, of which a few end at a time, give the
+cost of an end.
 
-``simulated``: beam search of n = 16 on a policy that samples nothing: a step's length in tokens is drawn from a
+``simulated``: beam search of n = 16 with a policy that samples nothing. The length of a step in tokens is drawn from a
 lognormal distribution with the median, mean and 99th percentile of Qwen2.5-1.5B-Instruct on MATH-500 (35, 45 and 179
-tokens, 800 at most; 11 steps a solution), and time is counted in device steps of at most 256 rows. The baseline is the
-same search in lock-step, where a round lasts as long as its longest step, 16 problems at a time.
+tokens, at most 800; 11 steps for a solution). Time is counted in device steps of at most 256 rows. The baseline is the
+same search in lock-step: a round lasts as long as its longest step, and 16 problems run at a time.
 
-``rows`` and ``speculation`` take a policy, and a verifier, of the user's (``--policy``, ``--verifier``); by default the
-demo's.
+``rows`` and ``speculation`` use the policy and verifier in ``--policy`` and ``--verifier``; by default the demo's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A round of beam search on the KV cache: 16 survivors become 64 branches, each of which gets a token, in 32 layers.
 
-Ours forks, appends, copies the partly filled tail pages and writes the new tokens in every layer. Torch's way gives
-each branch a row of the cache and selects rows by parent; one layer of it is measured and taken 32 times.
+Ours forks, appends, copies the partly filled tail pages and writes the new tokens in every layer. Torch gives each
+branch a row of the cache and selects rows by parent; one layer is measured and multiplied by 32.
 """
 
 from __future__ import annotations

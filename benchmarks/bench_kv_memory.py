@@ -1,16 +1,15 @@
-"""Attention over keys and values of 8 and 4 bits, beside bfloat16: the same branches, the same plan. And the X cache.
+"""Attention over keys and values of 8 and 4 bits compared with bfloat16, with the same branches and plan; the X cache.
 
     python benchmarks/bench_kv_memory.py [--write NAME]
     python benchmarks/bench_kv_memory.py --room [--write NAME]
     python benchmarks/bench_kv_memory.py --wide [--write NAME]
 
-A run goes through the caches of as many layers as a model has, each read once, so that what comes from memory in a
-decode step comes from memory here. Formats take turns, and a number is the median of the runs. The bound is reading the
-stored bytes once at the rate of a large sum.
+A run reads the caches of all layers of a model once, so that, as in a decode step, data comes from memory. Formats take
+turns, and a number is the median of the runs. The bound is reading the stored bytes once at the rate of a large sum.
 
-The X cache makes keys and values of 2,048 shared tokens for 1, 16 and 64 branches, on random weights of SmolLM2-135M's
-shape. Beside the time: what the arithmetic says of it in times of the attention's, d / (g^2 M) with d elements of a
-hidden state, g query heads to a KV head and M branches.
+The X cache computes keys and values of 2,048 shared tokens for 1, 16 and 64 branches, on random weights of
+SmolLM2-135M's shape. The time is compared with the arithmetic's estimate in multiples of the attention's time: d / (g^2
+M), with d elements in a hidden state, g query heads for each KV head, and M branches.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """`linear` on packed weights against torch's, plain and packed: layers of SmolLM2-135M, in decode steps and a prefill.
 
-A call runs every layer's weights in turn, so that they come from memory as in a model. Few rows are bound by reading
-them once, from about 10 bfloat16 rows on arithmetic binds. The packed baseline is what inductor's freezing calls:
-oneDNN on weights that were reordered for that very number of rows.
+A call runs every layer's weights in turn, so that they come from memory as in a model. With few rows, reading the
+weights once is the bound; from about 10 bfloat16 rows on it is arithmetic. The packed baseline is the op that
+inductor's freezing calls: oneDNN with weights that were reordered for exactly this number of rows.
 
     python benchmarks/bench_linear.py [--write NAME]
 
-prints the table of RESULTS.md: weights of few bits beside our bfloat16, in turn.
+prints the table of RESULTS.md: weights of few bits and our bfloat16, in turn.
 """
 
 from __future__ import annotations

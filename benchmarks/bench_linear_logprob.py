@@ -1,6 +1,6 @@
 """`linear_logprob` against torch's logits + log_softmax + gather.
 
-Few rows are bound by reading the weight once, from about 20 bfloat16 rows on arithmetic binds: 2 N H V operations.
+With few rows the bound is reading the weight once; from about 20 bfloat16 rows on it is arithmetic: 2 N H V operations.
 """
 
 from __future__ import annotations

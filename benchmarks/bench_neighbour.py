@@ -3,9 +3,9 @@
     python benchmarks/bench_neighbour.py --checkpoint PATH --neighbours 0 1 4
     python benchmarks/bench_neighbour.py --checkpoint PATH --levels avx512 avx512_bf16 --neighbours 0
 
-A neighbour is a process of full weight in a session of its own. With T threads on T cores and K neighbours a step can
-take (T + K) / T times as long, no less: that is the bound of the ratio. Each case runs `bench_decode.py` in a process
-of its own, in turn: each of ``--neighbours`` at each of ``--levels`` (instruction sets) on each of ``--weights``.
+A neighbour is a process of normal priority in its own session. With T threads on T cores and K neighbours, a step takes
+at least (T + K) / T times as long: this is the bound of the ratio. Each case runs `bench_decode.py` in a process of its
+own, in turn: each of ``--neighbours`` at each of ``--levels`` (instruction sets) with each of ``--weights``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`dequantize_rows` against torch's way of it: what the X cache reads of 2,048 and 16,384 tokens of SmolLM2-135M."""
+"""`dequantize_rows` against the same in torch: the X cache's reads for 2,048 and 16,384 tokens of SmolLM2-135M."""
 
 from __future__ import annotations
 

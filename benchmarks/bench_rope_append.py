@@ -1,4 +1,4 @@
-"""`rope_append_` against what transformers runs between a projection and the attention, with an index_put_."""
+"""`rope_append_` against the ops of transformers between a projection and the attention, with an index_put_."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`sample` against the chain of torch ops that transformers' logits processors run.
+"""`sample` against the chain of torch ops in transformers' logits processors.
 
-Bound: a row is read from memory once; above that, 2 V exponentials (V at temperature 1).
+Bound: reading a row from memory once, plus 2 V exponentials (V at temperature 1).
 """
 
 from __future__ import annotations

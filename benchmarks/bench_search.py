@@ -1,12 +1,12 @@
-"""Many problems in the engine at once: the time of all, how long one waits, how full the policy's rows are.
+"""Many problems in the engine at once: the total time, the latency of a problem, the use of the policy's rows.
 
     python benchmarks/bench_search.py --policy PATH --verifier PATH --format yes_no --tasks FILE [--record NAME]
 
-Each engine searches the same problems in turn, ``--rounds`` times; a number is the median of its runs. In lock-step, as
-a loop over a batching server has it, all problems in flight wait for the longest step and for the last score of each
-round: the same models, with the same kernels, whose calls return when everything has been answered. A problem's latency
-counts from its admission, its end from the start of the run. Slot use counts a decode step's rows, until the last
-problem was admitted; where all start at once that is never.
+Each engine searches the same problems in turn, ``--rounds`` times; a number is the median of its runs. The lock-step
+baseline works like a loop over a batching server: all problems in flight wait for the longest step and for the last
+score of each round. It has the same models and kernels, but a call returns only when everything has been answered. A
+problem's latency is counted from its admission, its end from the start of the run. Slot use counts a decode step's rows
+until the last problem was admitted; if all start at once, there is no such time.
 """
 
 from __future__ import annotations

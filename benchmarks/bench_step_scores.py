@@ -1,6 +1,6 @@
 """`step_scores` and `aggregate_steps` against torch on the label rows alone, and against full logits.
 
-The bound of a one-row head is the gathered rows, of a hidden layer W1 once or 2 S H H1 operations.
+The bound is reading the gathered rows for a one-row head; for a hidden layer, W1 once or 2 S H H1 operations.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """`tree_attention` against torch's CPU flash attention with every shared level read once, merged by log-sum-exp.
 
-The baseline has each level's keys and values contiguous, heads first (what torch's op likes best), and the queries that
-read a level grouped by KV head; ours reads pages of 16 tokens, in the order in which a forest hands them out. Rows per
-KV head decide the bound: reading each key and value once, or 4 D operations for each query head, key and row.
+In the baseline, each level's keys and values are contiguous, heads first (the best case for torch's op), and the
+queries that read a level are grouped by KV head. Ours reads pages of 16 tokens in the order of a forest. The number of
+rows for each KV head decides the bound: reading each key and value once, or 4 D operations for each query head, key and
+row.
 
     python benchmarks/bench_tree_attention.py [--write attention]
 
-prints the table of RESULTS.md, and writes it. Its last column is what a call allocates beside its results, in a process
-of its own.
+prints the table of RESULTS.md, and writes it. Its last column is the memory that a call allocates in addition to its
+results, measured in a separate process.
 """
 
 from __future__ import annotations

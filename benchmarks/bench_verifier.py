@@ -1,11 +1,11 @@
-"""Reading a search with a verifier: incrementally over a forest, against encoding every candidate's text again.
+"""Reading a search with a verifier: incrementally over a forest, or by encoding every candidate's text again.
 
     python benchmarks/bench_verifier.py --shape smollm2 --layers 3
     python benchmarks/bench_verifier.py --shape qwen2-1.5b --layers 2 --candidates 64 --steps 10
 
-A search of C candidates and S rounds: every round each candidate grows by a step of 50 tokens on one of the C / 4
-survivors of the round before, and all are scored. Weights are random, in the layout of Skywork's verifiers (a value
-head on the last token of each step); ``--layers`` takes fewer layers of the shape. The ways to do it, each in a process
+A search of C candidates and S rounds: in every round each candidate is one of the C / 4 survivors of the previous
+round, extended by a step of 50 tokens, and all are scored. Weights are random, in the layout of Skywork's verifiers (a
+value head on the last token of each step); ``--layers`` uses fewer layers of the shape. Each method runs in a process
 of its own:
 
 ``incremental``    `HFVerifier`.
@@ -13,9 +13,9 @@ of its own:
                    step ends; no cache. What a batched server without prefix caching does.
 ``logits``         the same in batches of 4 through the causal LM with all logits, as search-and-learn scores.
 
-Reported: tokens forwarded; seconds of CPU time and of the clock; the peak of resident memory above what the process
-held when its weights were loaded. The two baselines are run at ``--sampled-rounds`` rounds spread evenly over the
-search, and their time is that of all rounds by the number of their tokens (a round's cost grows with the text).
+Reported: tokens forwarded; seconds of CPU time and of wall time; the peak of resident memory above that after loading
+the weights. The two baselines are run only in ``--sampled-rounds`` rounds, spread evenly over the search, and their
+time is scaled to all rounds by the number of tokens (the cost of a round grows with the text).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What each op's work takes at least, as a function of its arguments: bytes from memory, and operations.
+"""The least work of each op, as a function of its arguments: bytes from memory, and operations.
 
-The benchmarks state their bounds by these, and gpu_model.py compares its predictions with them. Indices, scores and
-offsets are left out where hidden states, weights, logits or pages stand beside them.
+The benchmarks compute their bounds from these functions, and gpu_model.py compares its predictions with them. Indices,
+scores and offsets are ignored if there are also hidden states, weights, logits or pages.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ The same problems and seeds, at several n, three ways:
 ``counted``    merged, and the next children are dealt to survivors by how often their texts were drawn.
 
 Accuracy is that of the best completion by the verifier (``prm_max``) and of the weighted vote (``prm_vote``). A gain is
-the accuracy less that of the search as drawn at as many tokens, on the line between the two budgets around them (over
-the logarithm of tokens); its interval is a bootstrap over problems. Nothing is cached from one search to the next.
+the difference to the accuracy of the search as drawn with the same number of tokens, which is interpolated between the
+two nearest budgets (over the logarithm of tokens). Its interval is a bootstrap over problems. Nothing is cached from
+one search to the next.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A model of what each CUDA kernel costs, and the part of the roofline that it predicts. No GPU has timed them.
+"""A model of the cost of each CUDA kernel, and its predicted part of the roofline. No GPU has timed the kernels.
 
-For each launch: its grid, as csrc/cuda makes it; the bytes that it moves from memory and through L2; its operations on
-tensor cores, with the padding of tiles, and on CUDA cores; and the bytes that a block keeps under way. With the blocks
-that an SM holds (gpu_static.py, from what the compiler says) that gives a time on a GPU; the least that the op's work
-takes (costs.py) over the data sheet's rates gives the roofline. Their quotient is the prediction. tests/gpu_emulator
-checks the grids against launches of the operators themselves.
+For each launch it has the grid, as csrc/cuda makes it; the bytes moved from memory and through L2; the operations on
+tensor cores, with the padding of tiles, and on CUDA cores; and the bytes that a block has in flight. With the number of
+blocks on an SM (gpu_static.py, from the compiler's output) this gives a time on a GPU. The least work of the op
+(costs.py) at the rates of the data sheet gives the roofline. The prediction is the quotient of the two.
+tests/gpu_emulator checks the grids against launches of the operators.
 """
 
 from __future__ import annotations

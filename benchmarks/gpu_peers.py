@@ -1,7 +1,8 @@
-"""`tree_attention` beside FlashInfer's cascade on a GPU, on the trees of bench_tree_attention: one line of JSON.
+"""`tree_attention` and FlashInfer's cascade on a GPU, on the trees of bench_tree_attention: one line of JSON.
 
-FlashInfer's cascade takes levels: each level's nodes as a batch of paged prefills whose queries are the rows below a
-node, merged by log-sum-exp. Both read one cache of pages of 16. Medians of 30 calls after 10, by events of the stream.
+FlashInfer's cascade works by levels: the nodes of each level are a batch of paged prefills, whose queries are the rows
+below a node, and levels are merged by log-sum-exp. Both read the same cache with pages of 16. Numbers are medians of 30
+calls after 10, timed by events of the stream.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the compiler says of every CUDA kernel: registers, spills, shared memory, occupancy. No GPU is needed.
+"""The compiler's data on every CUDA kernel: registers, spills, shared memory, occupancy. No GPU is needed.
 
-``python benchmarks/gpu_static.py`` compiles csrc/cuda for each architecture and writes gpu_static.md, with what
-gpu_model.py predicts from it. Occupancy follows the CUDA C++ programming guide's tables of compute capabilities: how
-many blocks an SM holds by registers, shared memory, warps and blocks. Dynamic shared memory is the launcher's: it is
-stated here by kernel, at its largest.
+``python benchmarks/gpu_static.py`` compiles csrc/cuda for each architecture and writes gpu_static.md, with the
+predictions of gpu_model.py from these data. Occupancy follows the tables of compute capabilities in the CUDA C++
+programming guide: how many blocks fit on an SM by registers, shared memory, warps and blocks. The launcher sets dynamic
+shared memory, so it is given here for each kernel, at its largest.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Searches over keys and values of few bits, beside the same searches in the model's dtype and with another seed.
+"""Searches over quantised keys and values, compared with the model's dtype and with another seed.
 
     python benchmarks/kv_search.py [--count 60] [--n 64] [--kv int8 int4] [--write NAME]
     python benchmarks/kv_search.py --policy PATH --verifier PATH --format yes_no --tasks math500.jsonl --limit 40 --n 4
 
 Without --tasks: the demo's problems, its smallest policy and its strong verifier. Policy and verifier have the same
-kv_dtype. A draw is fixed by its seed, so what differs is what the rounding of keys and values moved past a draw, or
-past a survivor's score. How much of that matters is said by the last row: the same search in the model's dtype, other
-draws.
+kv_dtype. The seed fixes the draws, so a result differs only if the rounding of keys and values changed a draw, or
+changed which candidates survive. The last row shows how much such differences matter: the same search in the model's
+dtype with other draws.
 """
 
 from __future__ import annotations

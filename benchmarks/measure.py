@@ -1,8 +1,8 @@
-"""Timing ours and its baselines in turn, so that a change in the machine's load meets all of them alike.
+"""Times ours and its baselines in turn, so that a change in the machine's load affects all of them equally.
 
-On a GPU a time is that between two events of its stream around the calls, once whatever came before has ended: the
-device's time, and the host's where that is the longer one. pytest-benchmark's own numbers are of the host's clock, from
-a synchronised device to a synchronised device.
+On a GPU a time is that between two events of its stream around the calls, after all earlier work has ended: the
+device's time, or the host's if that is longer. pytest-benchmark's own numbers are of the host's clock, from one
+synchronisation of the device to the next.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What several verifiers gain as one (``MixedVerifier``)::
+"""The gain of several verifiers that are combined into one (``MixedVerifier``)::
 
     python benchmarks/mixed.py
 
-``demo``: the demo's two verifiers on its smallest policy, alone and together; what is fitted is fitted to searches of
+``demo``: the demo's two verifiers on its smallest policy, alone and together. The mixture is fitted to searches of
 other problems, without their right answers. ``simulated``: six verifiers with accuracies from 0.55 to 0.85 and error
 correlation 0.3, as in ``tests/search/test_mixed.py``, fitted to 300 other problems.
 """

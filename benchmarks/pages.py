@@ -1,9 +1,9 @@
-"""Writes the numbers of ``benchmarks/results`` into the pages that print them::
+"""Writes the numbers of ``benchmarks/results`` into the pages that contain them::
 
     python benchmarks/pages.py            # rewrites what is out of date
     python benchmarks/pages.py --check    # only says what is; the exit status is 1 then
 
-``benchmarks/results/README.md`` says what stands in a page.
+``benchmarks/results/README.md`` explains how a page refers to them.
 """
 
 from __future__ import annotations

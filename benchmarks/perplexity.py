@@ -1,15 +1,15 @@
-"""Perplexity of a checkpoint on problems with solutions, as it is and in few bits.
+"""Perplexity of a checkpoint on problems with solutions, unquantised and quantised.
 
 python benchmarks/perplexity.py --checkpoint PATH --data math500.jsonl [--limit 200] [--formats bf16 int8 int4]
     [--gguf Q8_0=PATH ...] [--kv int8 int4 xquant-4 ...] [--pack 1024] [--write NAME]
 
-The text of a problem is the problem, a blank line and the solution, and every token but the first counts; with --chat
-it is the solution behind the problem in the chat template, and the tokens of the solution count. With --pack texts are
-joined, a blank line between them, and cut to so many tokens. A GGUF file of the same model is read twice: by our
-decoder, and by transformers with its weights in float. The format "mha" is bf16 with each KV head once for each of its
-query heads: what the model computes, with as many KV heads as query heads. With --kv the first format is read with that
-kv_dtype too. Beside the perplexity: on how many tokens the likeliest one is that of the first format, and the mean KL
-divergence from it.
+The text of a problem is the problem, a blank line and the solution, and every token except the first counts. With
+--chat it is the solution after the problem in the chat template, and the tokens of the solution count. With --pack,
+texts are joined, with a blank line between them, and cut into pieces of this many tokens. A GGUF file of the same model
+is read twice: by our decoder, and by transformers with its weights as floats. The format "mha" is bf16 with each KV
+head repeated for each of its query heads: it computes the same as the model, with as many KV heads as query heads. With
+--kv, the first format is also read with this kv_dtype. Besides the perplexity, two numbers compare a format with the
+first one: on how many tokens the likeliest one is the same, and the mean KL divergence.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Scores of process reward models in few bits, beside those of the same model as it is.
+"""Scores of quantised process reward models, compared with those of the same model unquantised.
 
 python benchmarks/prm_scores.py [--checkpoint PATH ... --format FORMAT] [--policy PATH --tasks FILE] [--problems 40]
     [--n 8] [--kv int8 xquant-4 ...] [--write NAME]
 
-Texts are completions that the demo's policy samples for its own problems, right and wrong ones, or a policy of yours
-for yours; verifiers are the demo's, or checkpoints of yours. With --kv the forms are those of keys and values. For each
-step: how far its score is from that of the model as it is. For each problem: whether the best completion by the last
-step's score is the same one, a tie going to the first.
+Texts are completions, right and wrong ones, that the demo's policy samples for its own problems, or your policy for
+your problems. Verifiers are the demo's, or your checkpoints. With --kv, the keys and values are quantised. For each
+step: the difference of its score to that of the unquantised model. For each problem: whether the best completion by the
+last step's score is the same; ties go to the first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes and reads files of measurements (``benchmarks/results``; its README says what they hold)."""
+"""Writes and reads files of measurements (``benchmarks/results``; its README describes them)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records what ``tts-search study-code`` left in its folder::
+"""Records the results of ``tts-search study-code`` from its folder::
 
 tts-search study-code --policy PATH --dtype bfloat16 --out FOLDER
 python benchmarks/study_code.py FOLDER --beside "nothing"

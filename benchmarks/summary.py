@@ -1,4 +1,4 @@
-"""A table and plots of what `make bench` measured::
+"""A table and plots of the results of `make bench`::
 
     python benchmarks/summary.py build/bench/bench.json build/bench
 

@@ -1,9 +1,9 @@
-"""A pytest plugin that runs an op's tests on a GPU, tensors and all.
+"""A pytest plugin that runs an op's tests on a GPU.
 
 ``PYTHONPATH=tests pytest -p on_gpu tests/test_prune.py``: the GPU is torch's default device, so that a test's tensors
-are there unless it says otherwise, and values are checked there as on a CPU. ``--on-backend triton`` chooses among
-implementations; ``--pretend-gpu`` tries the tests themselves where there is no GPU (`pretend_gpu`). Tests of threads,
-of instruction sets and of layouts that only a CPU has do not apply.
+are there unless the test says otherwise, and values are checked as on a CPU. ``--on-backend triton`` chooses the
+implementation; ``--pretend-gpu`` tries the tests themselves on a machine without a GPU (`pretend_gpu`). Tests of
+threads, of instruction sets and of layouts that only exist on a CPU are skipped.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A GPU that is not there: tensors that are on "cuda" for all who ask, with their values on the CPU.
+"""A simulated GPU: tensors report that they are on "cuda", while their values are on the CPU.
 
-Within `PretendGpu` a whole search runs on ``device="cuda"``. What is an error on a real GPU is one here: an operator on
-tensors of two devices. What makes the host wait for a real one, and goes unnoticed there, is one as well: a copy to the
-device from memory that is not pinned, and a look at the device's values outside of the functions made for that.
+Within `PretendGpu` a whole search runs on ``device="cuda"``. An error on a real GPU is an error here: an operator on
+tensors of two devices. So is work that makes the host wait for a real GPU, which would not be noticed there: a copy to
+the device from memory that is not pinned, and a read of the device's values outside of the functions for this purpose.
 
-The operators' CPU kernels stand for those of the GPU, or those of Triton in its interpreter; what they do inside is
-not looked at.
+The operators' CPU kernels, or those of Triton in its interpreter, run in place of the GPU's. What they do inside is not
+checked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every op's test shares: the tolerance rule, the errors that must name their argument."""
+"""The common part of every op's tests: the tolerance rule, and the errors that must name their argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing an implementation, and saying what is there."""
+"""Choosing an implementation, and reporting which ones are available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo models: the tokenizer, and what the shipped checkpoints can do."""
+"""The demo models: the tokenizer, and the abilities of the shipped checkpoints."""
 
 from __future__ import annotations
 

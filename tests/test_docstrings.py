@@ -1,4 +1,4 @@
-"""The examples in the docstrings run and show what they say."""
+"""The examples in the docstrings run and give the results that they show."""
 
 from __future__ import annotations
 

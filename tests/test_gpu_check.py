@@ -1,4 +1,4 @@
-"""tools/gpu_check.py, as far as a machine without a GPU can try it."""
+"""tools/gpu_check.py, as far as it can be tested on a machine without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiler's word on the CUDA kernels: nothing spills, shared memory fits. And what a model predicts from it."""
+"""The compiler's data on the CUDA kernels: nothing spills, shared memory fits. And the predictions of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search API stays thin: imports point down (the contracts stand in pyproject.toml), and its core stays small."""
+"""The search API stays thin: imports point down (the contracts are in pyproject.toml), and its core stays small."""
 
 from __future__ import annotations
 

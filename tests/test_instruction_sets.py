@@ -1,4 +1,4 @@
-"""The kernels' own tests at every instruction set that this processor has, each in a process of its own."""
+"""The kernels' own tests with every instruction set that this processor has, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offsets beyond 2**31 elements: views of memory so large, of which a few pages are ever touched."""
+"""Offsets above 2**31 elements: views of so much memory, of which only a few pages are touched."""
 
 from __future__ import annotations
 

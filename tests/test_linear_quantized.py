@@ -1,4 +1,4 @@
-"""`linear` on weights of 8 and 4 bits: the definition's bits, whatever the instruction set and the company."""
+"""`linear` with weights of 8 and 4 bits: the bits of the definition, for any instruction set and any other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package says of itself: one version, torch as its only requirement, the extras that the documents name."""
+"""The package's metadata: one version, torch as its only requirement, the extras that the documents name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of the pages are those of benchmarks/results: the files are whole, and no page says something else."""
+"""Numbers in the pages are those of benchmarks/results: the files are complete, and no page has other numbers."""
 
 from __future__ import annotations
 

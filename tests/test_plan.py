@@ -1,4 +1,4 @@
-"""Attention plans against brute force: each row reads each of its keys exactly once, by tasks that are sound."""
+"""Attention plans against brute force: each row reads each of its keys exactly once, in valid tasks."""
 
 from __future__ import annotations
 

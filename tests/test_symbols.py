@@ -1,4 +1,4 @@
-"""The operator library as a file: what it needs, what it shows, and that no instruction set leaks into another."""
+"""The operator library as a file: what it needs, which symbols it exports, and that instruction sets stay separate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees of KV pages for tests, and a planner by brute force that shares nothing with the one under test."""
+"""Trees of KV pages for tests, and a brute-force planner that shares no code with the tested one."""
 
 from __future__ import annotations
 

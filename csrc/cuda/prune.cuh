@@ -32,7 +32,7 @@ __device__ inline uint32_t sum_before(uint32_t count, uint32_t* warps, uint32_t&
         const uint32_t lower = __shfl_up_sync(kAllLanes, sum, step);
         if (lane() >= step) sum += lower;
     }
-    __syncthreads();  // the sums of the last call are no longer needed
+    __syncthreads();  // the last call's sums have been read
     if (lane() == kWarp - 1) warps[warp()] = sum;
     __syncthreads();
     sum -= count;

@@ -332,7 +332,7 @@ __device__ void weigh_pieces(const Row<T>& row, const Cut& cut, float top, int b
     });
     above = reduce_lanes(above, Add{});
     ties = reduce_lanes(ties, Add{});
-    __syncthreads();  // the previous pieces are no longer needed
+    __syncthreads();  // the last pieces have been read
     if (lane() == 0) shared.pieces[warp()] = {above, ties};
     __syncthreads();
 }

@@ -1,4 +1,4 @@
-"""What these tests share with others: small models, scripted drivers, and how a framework's source is imported."""
+"""Shared with other tests: small models, scripted drivers, and the import of a framework's source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""crucible-ttc on us: its ports, and its own strategies where the package is installed."""
+"""crucible-ttc with our models: its ports, and its own strategies if the package is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search that docs/kernels.md writes with tts_kernels alone."""
+"""The search in docs/kernels.md, which uses only tts_kernels."""
 
 from __future__ import annotations
 

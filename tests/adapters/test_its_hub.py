@@ -1,4 +1,4 @@
-"""its_hub on us: its interface as it is called, without the package, and its own algorithms where that is installed."""
+"""its_hub with our models: calls of its interface without the package, and its own algorithms if it is installed."""
 
 from __future__ import annotations
 

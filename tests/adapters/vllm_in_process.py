@@ -1,4 +1,4 @@
-"""What test_vllm_policy.py runs where vLLM is installed: prints what VLLMPolicy did, as one line of JSON."""
+"""The script that test_vllm_policy.py runs if vLLM is installed. It prints what VLLMPolicy did, as one line of JSON."""
 
 from __future__ import annotations
 

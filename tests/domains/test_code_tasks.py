@@ -1,4 +1,4 @@
-"""Code in chat text, tasks in the published shapes, programs on tests, and the verifier and votes made of that."""
+"""Code in chat text, tasks in the published shapes, programs on tests, and their use in the verifier and in votes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that a policy wrote: CodeT's rule against the vote that stands for it, and what hostile tests can do."""
+"""Tests that a policy wrote: CodeT's rule against the vote that implements it, and the effect of hostile tests."""
 
 from __future__ import annotations
 

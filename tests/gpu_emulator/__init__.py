@@ -1,9 +1,9 @@
-"""Runs CUDA kernels without a GPU: PTX translated to C++, threads as fibers, every access and every barrier checked.
+"""Runs CUDA kernels without a GPU: PTX is translated to C++, threads are fibers, and accesses and barriers are checked.
 
 >>> kernel = load("softmax.cu", "softmax")                                        # doctest: +SKIP
 >>> kernel.launch(grid=4, block=128, args=[x, y, 1000], dynamic_smem=4000)        # doctest: +SKIP
 
-See README.md in this folder for what is covered and how it judges.
+README.md in this folder describes what is supported and how faults are judged.
 """
 
 from __future__ import annotations

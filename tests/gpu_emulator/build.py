@@ -1,7 +1,7 @@
-"""Find the compilers; turn .cu into PTX, and PTX into a library or, under a sanitizer, a program. All of it is cached.
+"""Finds the compilers; compiles .cu to PTX, and PTX to a library or, under a sanitizer, a program. Results are cached.
 
-The cache lies in ``$XDG_CACHE_HOME/tts_kernels/gpu_emulator`` (or ``~/.cache/...``), one folder for each hash of what
-went in: source, options, compiler, the runtime. Nothing is ever written beside the sources.
+The cache is in ``$XDG_CACHE_HOME/tts_kernels/gpu_emulator`` (or ``~/.cache/...``), with one folder for each hash of the
+inputs: source, options, compiler, the runtime. Nothing is written beside the sources.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can go wrong: PTX that the emulator does not know, and faults of a kernel that it caught."""
+"""Errors: PTX that the emulator does not know, and faults of a kernel that it found."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One C++ statement for each PTX instruction.
 
-Every modifier must be taken by the instruction's rule: what is left over raises `UnsupportedPTX`, so nothing is ever
-ignored that could change a result. Modifiers that only hint (caches, prefetches) are named in `HINTS`.
+The rule of an instruction must use every modifier; unused ones raise `UnsupportedPTX`. So nothing is ignored that could
+change a result. Modifiers that are only hints (caches, prefetches) are listed in `HINTS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What only launches show: how many an operator takes, and that they end; run by test_operators.py, emulated."""
+"""Properties of launches: how many an operator needs, and that they end. Run by test_operators.py in the emulator."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The CUDA operators on CPU tensors: their glue and host code as they are, their kernels in the emulator.
+"""The CUDA operators on CPU tensors: their glue and host code unchanged, their kernels in the emulator.
 
-The library of csrc/ops/cuda, csrc/cuda's host code and cudart.cpp registers its operators for the CPU and so takes the
-place of the CPU's kernels in this process. `plugin.py` does that for pytest.
+The library consists of csrc/ops/cuda, csrc/cuda's host code and cudart.cpp. It registers its operators for the CPU, and
+so replaces the CPU's kernels in this process. `plugin.py` does this for pytest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`linear` as a GPU does it: floats by our kernel (`deterministic`), whole numbers dequantised.
+"""`linear` as on a GPU: floats by our kernel (`deterministic`), whole numbers dequantised.
 
-Run by test_operators.py and test_triton.py, emulated.
+Run by test_operators.py and test_triton.py in the emulator.
 """
 
 from __future__ import annotations

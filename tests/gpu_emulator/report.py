@@ -1,4 +1,4 @@
-"""Read what a sanitizer printed: who touched which memory, at which line of the PTX."""
+"""Reads the output of a sanitizer: which threads touched which memory, at which line of the PTX."""
 
 from __future__ import annotations
 

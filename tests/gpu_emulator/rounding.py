@@ -1,9 +1,9 @@
-"""Find products and sums whose rounding a kernel leaves to the compiler.
+"""Finds products and sums whose rounding a kernel leaves to the compiler.
 
-A ``mul`` without a rounding modifier, and an ``add`` or ``sub`` of its result without one, may become one ``fma``,
-which rounds once, when PTX is compiled for a GPU (PTX ISA, "mul"), and mostly do: there the emulator, which takes PTX
-as it is written, says nothing of what a GPU computes. Source that says how it rounds, by ``fmaf`` or ``__fmul_rn``,
-leaves none.
+When PTX is compiled for a GPU, a ``mul`` without a rounding modifier and an ``add`` or ``sub`` of its result without
+one may become one ``fma``, which rounds once (PTX ISA, "mul"); usually they do. The emulator runs PTX as it is written,
+so for such code its results do not tell what a GPU computes. Source code that fixes the rounding, by ``fmaf`` or
+``__fmul_rn``, has no such places.
 """
 
 from __future__ import annotations

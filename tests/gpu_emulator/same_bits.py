@@ -1,4 +1,4 @@
-"""A row of attention has the same bits in any company; run by test_operators.py, emulated."""
+"""The bits of a row of attention do not depend on the other rows. Run by test_operators.py in the emulator."""
 
 from __future__ import annotations
 

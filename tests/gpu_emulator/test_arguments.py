@@ -1,4 +1,4 @@
-"""Arguments: structs, tables of pointers, views, and messages about what does not fit."""
+"""Arguments: structs, tables of pointers, views, and messages about invalid ones."""
 
 from __future__ import annotations
 

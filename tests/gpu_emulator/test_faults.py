@@ -1,4 +1,4 @@
-"""Kernels broken on purpose: each fault is caught, and the message says who did it and where."""
+"""Kernels with faults on purpose: each fault is found, and the message names the thread and the place."""
 
 from __future__ import annotations
 

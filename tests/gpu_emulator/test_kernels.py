@@ -1,4 +1,4 @@
-"""Kernels that are right run right, in any order of threads and blocks, and under both sanitizers."""
+"""Correct kernels run without errors, in any order of threads and blocks, and under both sanitizers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The CPU's own tests, run on the CUDA operators: glue, host code and kernels, the kernels in the emulator.
+"""The CPU's own tests, run on the CUDA operators: glue and host code, and the kernels in the emulator.
 
-A process for each operator, since the emulated library takes the place of the CPU's kernels in it (`plugin.py`).
+There is a process for each operator, because the emulated library replaces the CPU's kernels in it (`plugin.py`).
 """
 
 from __future__ import annotations

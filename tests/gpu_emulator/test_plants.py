@@ -1,7 +1,7 @@
-"""Faults planted in copies of our own kernels: the operators' tests, emulated, must name each.
+"""Faults planted in copies of our own kernels: the operators' tests in the emulator must find each.
 
-A race is named by ThreadSanitizer, not by a wrong value that it may lead to: a lost barrier need not change a value in
-the order in which threads happen to run.
+A race must be found by ThreadSanitizer, not by a wrong value: without a barrier, values may still be right in the order
+in which threads happen to run.
 """
 
 from __future__ import annotations

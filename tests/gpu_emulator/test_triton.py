@@ -1,4 +1,4 @@
-"""Triton's PTX, compiled ahead of time: what runs here is what would run on the GPU, not Triton's interpreter."""
+"""Triton's PTX, compiled ahead of time: these tests run the code for a GPU, not Triton's interpreter."""
 
 from __future__ import annotations
 

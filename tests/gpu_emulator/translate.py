@@ -1,4 +1,4 @@
-"""Write a PTX module as C++: one function a function, one statement an instruction, registers as local words."""
+"""Writes a PTX module as C++: a function for each function, a statement for each instruction, registers as locals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders with weights of few bits as their formats are published, written here by themselves."""
+"""Folders with quantised weights in the published formats, written here without the formats' libraries."""
 
 from __future__ import annotations
 

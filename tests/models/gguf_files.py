@@ -1,4 +1,4 @@
-"""GGUF files of small models, written by PyPI's gguf, and the weights that they stand for, by its own dequantising."""
+"""GGUF files of small models, written by PyPI's gguf, and their weights as dequantised by gguf."""
 
 from __future__ import annotations
 

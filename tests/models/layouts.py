@@ -1,11 +1,11 @@
-"""Checkpoints in the layouts of published verifiers, with small random models, and what their authors compute on them.
+"""Checkpoints in the layouts of published verifiers, with small random models, and the authors' computation on them.
 
 A layout is the config, the tensors' names, the tokenizer's kind with its special tokens, and the chat template. The
-tokenizers cut text as those of the families do (their regular expressions, their marks of white space and bytes that
-are no tokens), with a handful of merges; the ids that matter are the published ones where small vocabularies hold them
-("+" is 10 and "-" 12 in Llama 3 and Qwen).
+tokenizers split text like those of the families (their regular expressions, their marks of white space, bytes that are
+no tokens), with a few merges. The ids that matter are the published ones if they fit in a small vocabulary ("+" is 10
+and "-" 12 in Llama 3 and Qwen).
 
-What the authors compute is done here plainly: the whole text in one forward of transformers in float64, all logits.
+The authors' computation is done in a simple way: the whole text in one forward of transformers in float64, all logits.
 """
 
 from __future__ import annotations

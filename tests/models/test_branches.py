@@ -1,4 +1,4 @@
-"""The branch pool: whatever is evicted, released or cut short, each branch's output is that of its own full text."""
+"""The branch pool: each branch's output is that of its full text, whatever is evicted, released or cut."""
 
 from __future__ import annotations
 

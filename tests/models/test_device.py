@@ -1,4 +1,4 @@
-"""Searches on ``device="cuda"`` without a GPU: where tensors are, and how often the host waits for them."""
+"""Searches on ``device="cuda"`` without a GPU: the device of tensors, and how often the host waits for the device."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Every code block of the README and of docs/ runs; what a shell block calls is there.
+"""Every code block of the README and of docs/ runs, and the commands in shell blocks exist.
 
-The Python blocks of a page run one after the other in one namespace, in an empty folder. Checkpoints of the hub have
-stand-ins. A block that another test runs says so in a comment before it (``<!-- tested by FILE -->``), one that needs a
-package that is not installed everywhere names it (``<!-- needs PACKAGE -->``).
+The Python blocks of a page run one after the other in one namespace, in an empty folder. Checkpoints of the hub are
+replaced by small ones. A comment before a block says that another test runs it (``<!-- tested by FILE -->``), or that
+it needs a package that is not installed everywhere (``<!-- needs PACKAGE -->``).
 """
 
 from __future__ import annotations

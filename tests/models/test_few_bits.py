@@ -1,4 +1,4 @@
-"""Checkpoints of compressed-tensors, GPTQ and AWQ against the same weights in float, and what is refused by name."""
+"""Checkpoints of compressed-tensors, GPTQ and AWQ against the same weights as floats; unsupported ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model may be for a forest to follow it: contexts, rotary embeddings, refusals and the test while loading."""
+"""Which models can run over a forest: contexts, rotary embeddings, refusals and the test while loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text behind any tokens, token by token: stops, log-probabilities, streaming, cancelling, beside searches."""
+"""Text after any tokens, token by token: stops, log-probabilities, streaming, cancelling, together with searches."""
 
 from __future__ import annotations
 

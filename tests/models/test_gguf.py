@@ -1,4 +1,4 @@
-"""GGUF files: every type of weights against the same weights in transformers, tokenizers, and what is refused."""
+"""GGUF files: every type of weights against the same weights in transformers; tokenizers; refused files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads of verifiers: found by name in the checkpoint, never unpickled, refused with the name that was looked for."""
+"""Heads of verifiers: found by name in the checkpoint, never unpickled, refused with the missing name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generative formats: analyses forked from the question behind a step, the verdict read behind each."""
+"""Generative formats: analyses forked from the question after a step, and the verdict read after each."""
 
 from __future__ import annotations
 

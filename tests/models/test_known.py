@@ -1,4 +1,4 @@
-"""KnownBranches: the text decides, the number only among equals; the root is always there."""
+"""KnownBranches: the text decides, and the number only among equal texts; the root is always there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values in few bits: what a pool holds, what comes out, and that searches are what they are in any room."""
+"""Quantised keys and values: the size of a pool, the outputs, and the same results in a pool of any size."""
 
 from __future__ import annotations
 

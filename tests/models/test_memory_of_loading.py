@@ -1,4 +1,4 @@
-"""Loading holds the packed weights and little else: peaks of whole processes, against the sizes of files."""
+"""Loading needs memory for the packed weights and little else: peaks of processes, compared with sizes of files."""
 
 from __future__ import annotations
 

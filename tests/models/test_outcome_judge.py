@@ -1,4 +1,4 @@
-"""A judge of whole solutions: what it asks, who meets whom, and that neither order nor letters decide."""
+"""A judge of whole solutions: its questions, its tournaments, and that neither order nor letters decide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix cache: what it finds is the longest there is, it makes room when it must, and it changes no result."""
+"""The prefix cache: it finds the longest prefix, gives up room when needed, and changes no result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every published discriminative format against what its authors compute on the whole text."""
+"""Every published discriminative format against the authors' computation on the whole text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits of a branch of the lean decoder are the same bits, whatever runs beside it and in whichever forwards."""
+"""Logits of a branch of the lean decoder are the same bits for any other rows, and in any division into forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores given before are given again without reading for them, and a text that goes on costs what is new in it."""
+"""Known scores are given again without reading; a text that continues a known one costs only its new part."""
 
 from __future__ import annotations
 

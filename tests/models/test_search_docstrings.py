@@ -1,7 +1,7 @@
-"""The examples in the docstrings of tts_search run and show what they say.
+"""The examples in the docstrings of tts_search run and give the results that they show.
 
-An example that names a checkpoint of the hub is marked as skipped, for whoever runs docstrings without this. Here it
-has a stand-in: a demo model, or a small one with the vocabulary of a language.
+An example with a checkpoint of the hub is marked as skipped, for other programs that run docstrings. Here the
+checkpoint is replaced by a demo model, or a small one with the vocabulary of a language.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page of models says what the sweep finds."""
+"""The page of models agrees with the results of the sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts as tokens: special ones are ids, and what follows others is read as what follows."""
+"""Texts as tokens: special tokens are ids, and a text after others is encoded as their continuation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken files are errors that name them: never a crash, a hang or memory beyond the size of the file."""
+"""Broken files give errors with their name: never a crash, a hang or more memory than the size of the file."""
 
 from __future__ import annotations
 

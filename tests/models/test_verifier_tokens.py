@@ -1,4 +1,4 @@
-"""What a verifier forwards in whole searches: the problem once, and each text and boundary of the tree once."""
+"""The tokens that a verifier forwards in whole searches: the problem once, each text and boundary of the tree once."""
 
 from __future__ import annotations
 

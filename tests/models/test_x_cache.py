@@ -1,4 +1,4 @@
-"""The X cache: what it keeps, that it is exact where nothing is lost, and the same bits however a text was read."""
+"""The X cache: what it stores, exact results without quantisation, and the same bits in any division into forwards."""
 
 from __future__ import annotations
 

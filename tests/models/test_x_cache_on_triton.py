@@ -1,4 +1,4 @@
-"""The X cache with its memory on a GPU: a pretended one, on which Triton's kernels run in Triton's interpreter."""
+"""The X cache with its memory on a simulated GPU, where Triton's kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 

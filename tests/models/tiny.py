@@ -1,4 +1,4 @@
-"""Small models with random weights and a small tokenizer: what the tests of this folder run on."""
+"""Small models with random weights and a small tokenizer, for the tests of this folder."""
 
 from __future__ import annotations
 

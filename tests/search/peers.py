@@ -1,9 +1,9 @@
-"""The loops and votes of other frameworks, retold in plain Python from descriptions of their behaviour.
+"""The loops and votes of other frameworks, written again in plain Python from descriptions of their behaviour.
 
-Of ours they know the step that a policy returns, and the seed of its draws, from which a random tree's step follows;
-how a text is cut into steps, what an aggregate is and every decision are told here anew. Where a peer leaves an order
-open (an unstable sort, a heap's equal entries), the earlier candidate wins; docs/semantics.md lists such places. A
-search returns its entries, (text, step scores) in the peer's order, and the index of the one that the peer selects.
+From our code they use only the step that a policy returns, and the seed of its draws, which gives a random tree's step.
+Splitting a text into steps, aggregates and every decision are written independently. If a peer leaves an order open (an
+unstable sort, a heap's equal entries), the earlier candidate wins; docs/semantics.md lists such places. A search
+returns its entries, (text, step scores) in the peer's order, and the index of the one that the peer selects.
 """
 
 from __future__ import annotations

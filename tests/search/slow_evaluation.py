@@ -1,4 +1,4 @@
-"""An evaluation that takes a while, for the tests that kill it: 40 tasks, one after the other."""
+"""A slow evaluation, for the tests that kill it: 40 tasks, one after the other."""
 
 from __future__ import annotations
 

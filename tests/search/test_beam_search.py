@@ -1,4 +1,4 @@
-"""What beam search, DVTS and best-of-N decide, on trees small enough to follow by hand."""
+"""The decisions of beam search, DVTS and best-of-N, on trees that are small enough to follow by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says about mistakes: one line that names the option, and an exit status that is not 0."""
+"""Mistakes on the command line: one line that names the option, and an exit status that is not 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: merged calls, seeds that nothing disturbs, failures that stay with their problem, nothing leaked."""
+"""The engine: merged calls, seeds independent of other problems, failures of single problems, no leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: every finished task is on disk, a broken run goes on, the tables say what the records say."""
+"""Evaluation: every finished task is on disk, an interrupted run continues, and tables agree with the records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation's files under whatever happens to files: many writers, kills, full disks, other versions."""
+"""An evaluation's files in adverse conditions: many writers, kills, full disks, other versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local models on a CPU: to the bit the same search, whoever else runs, and whatever room there is."""
+"""Local models on a CPU: the same search to the bit, for any other searches and any size of the pool."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The its_hub presets against the package its_hub itself, driven by the same scripts.
 
-It needs the package (``pip install --no-deps 'its-hub==1.2.*'``: these parts of it use numpy alone), which the extra
+It needs the package (``pip install --no-deps 'its-hub==1.2.*'``: the parts used here only need numpy), which the extra
 `test` does not install.
 """
 

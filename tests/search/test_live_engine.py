@@ -1,4 +1,4 @@
-"""The engine with a thread of its own: searches from any thread, at any time, told as they happen, freed at once."""
+"""The engine with its own thread: searches from any thread, at any time, with events, and memory freed at once."""
 
 from __future__ import annotations
 

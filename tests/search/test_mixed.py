@@ -1,4 +1,4 @@
-"""Several verifiers as one, and what that gains over one of them when nobody knows a right answer."""
+"""Several verifiers combined into one, and the gain over a single one without any known answers."""
 
 from __future__ import annotations
 

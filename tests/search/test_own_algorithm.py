@@ -1,4 +1,4 @@
-"""An algorithm of a user's own, and options that a method does not use."""
+"""A user's own algorithm, and options that a method does not use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The presets decide as the peers do: thousands of random trees against independent re-tellings of their loops."""
+"""The presets decide like the peers: thousands of random trees against independent versions of their loops."""
 
 from __future__ import annotations
 

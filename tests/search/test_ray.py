@@ -1,4 +1,4 @@
-"""An evaluation on a local Ray cluster of two one-core workers: the results of one machine, whatever is killed."""
+"""An evaluation on a local Ray cluster of two one-core workers: the results of one machine, even if workers die."""
 
 from __future__ import annotations
 

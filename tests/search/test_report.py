@@ -1,4 +1,4 @@
-"""Reports: tables that say what the records say, plots, and the page of search trees, clicked through in a browser."""
+"""Reports: tables that agree with the records, plots, and the page of search trees, tested in a browser."""
 
 from __future__ import annotations
 

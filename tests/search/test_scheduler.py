@@ -1,4 +1,4 @@
-"""The scheduler: whatever is answered when, and whoever else is there, a search comes to the same."""
+"""The scheduler: a search has the same result for any order of answers and any other searches."""
 
 from __future__ import annotations
 

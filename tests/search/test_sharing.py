@@ -1,4 +1,4 @@
-"""Equal texts are one branch to the verifier; no search notices."""
+"""Equal texts are one branch for the verifier, and this changes no search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search on trees of hidden quality: what should be better is, by more than chance."""
+"""Search on trees of hidden quality: what should be better is better, by more than chance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speculation: what is sampled ahead, what becomes of it, and that no search notices."""
+"""Speculation: which steps are sampled ahead, what happens to them, and that no result changes."""
 
 from __future__ import annotations
 

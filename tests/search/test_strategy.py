@@ -1,4 +1,4 @@
-"""Strategies: the paper's rules, what is learned from an evaluation, and searching by either; costs of models."""
+"""Strategies: the paper's rules, rules fitted to an evaluation, and searching with both; costs of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks from files and from the hub (whose library is played by a stand-in)."""
+"""Tasks from files and from the hub (whose library is replaced by a stand-in)."""
 
 from __future__ import annotations
 

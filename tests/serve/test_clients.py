@@ -1,4 +1,4 @@
-"""Clients as they come from PyPI, unmodified, against a server on a socket of this machine."""
+"""Clients from PyPI, unmodified, against a server on a socket of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions and chats: what the engine generates, cut where a request says, told as OpenAI's clients expect it."""
+"""Completions and chats: the engine's output, cut as a request asks, in the form that OpenAI's clients expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that nobody means are refused by status 4xx, never 5xx, and what comes after them is served as ever."""
+"""Invalid requests are refused with status 4xx, never 5xx, and later requests are served as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server says of itself, and tokens of texts and conversations."""
+"""A server's information about itself, and tokens of texts and conversations."""
 
 from __future__ import annotations
 

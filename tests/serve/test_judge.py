@@ -1,4 +1,4 @@
-"""A judge behind a server says what the same model says in this process; what goes wrong there is named."""
+"""A judge behind a server gives the same scores as the model in this process; errors of the server are named."""
 
 from __future__ import annotations
 

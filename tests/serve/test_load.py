@@ -1,4 +1,4 @@
-"""Many clients at once, some of which hang up or talk nonsense: every answer is its own, and nothing is left behind."""
+"""Many clients at once, some of which disconnect or send nonsense: all answers are right, and nothing leaks."""
 
 from __future__ import annotations
 

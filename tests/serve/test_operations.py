@@ -1,4 +1,4 @@
-"""Keys, limits, logs, clients that go away, signals: what surrounds every request."""
+"""Keys, limits, logs, disconnected clients, signals: everything around a request."""
 
 from __future__ import annotations
 

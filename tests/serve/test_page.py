@@ -1,4 +1,4 @@
-"""The page: nothing from elsewhere, and in a browser a tree that grows, can be walked, cancelled and read."""
+"""The page: it loads nothing from elsewhere, and in a browser a tree grows, can be walked, cancelled and read."""
 
 from __future__ import annotations
 

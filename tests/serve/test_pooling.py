@@ -1,4 +1,4 @@
-"""The verifier over HTTP scores as it does in process, and nobody can write the scores himself."""
+"""The verifier over HTTP gives the same scores as in process, and a client's text cannot forge scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searches over HTTP are those of the engine: the same results to the bit, told as they happen, or refused by name."""
+"""Searches over HTTP equal those of the engine to the bit; events come as they happen; errors name the field."""
 
 from __future__ import annotations
 

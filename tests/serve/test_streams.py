@@ -1,4 +1,4 @@
-"""Streams of events end with what went wrong, and what they wait for ends with them."""
+"""Streams of events end with the error, if there is one, and the work that they wait for ends with them."""
 
 from __future__ import annotations
 

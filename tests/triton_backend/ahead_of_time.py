@@ -1,8 +1,8 @@
-"""Triton kernels as they would be launched on a GPU, compiled for it here.
+"""Triton kernels compiled here in the form in which they would be launched on a GPU.
 
-`recorded` calls the ops' Triton functions on CPU tensors and writes down every launch instead of running it;
-`compiled` compiles a launch for a target, specialised as Triton's own launcher specialises it: 1 is a constant, and
-multiples of 16 are known to be such, but for what a kernel names in ``do_not_specialize``.
+`recorded` calls the ops' Triton functions on CPU tensors and records every launch instead of running it. `compiled`
+compiles a launch for a target. It specialises the launch as Triton's own launcher does: 1 is a constant, and multiples
+of 16 are known to be such, except for arguments that a kernel names in ``do_not_specialize``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A pytest plugin that runs an op's tests on its Triton kernels as compiled for a GPU, in the GPU emulator.
 
 ``PYTHONPATH=tests pytest -p triton_backend.emulated tests/test_prune.py [--emulate-seed 3] [--emulate-sanitize
-thread]``. Each launch is compiled for sm_80 as Triton's own launcher would, and its PTX runs on the CPU's tensors.
-Every tensor is a buffer with bounds. A launch of another specialisation is compiled anew, twice: choose few tests.
+thread]``. Each launch is compiled for sm_80 as Triton's own launcher would do, and its PTX runs on the CPU's tensors.
+Every tensor is a buffer with bounds. A launch with another specialisation is compiled again, twice, so few tests should
+be chosen.
 """
 
 from __future__ import annotations

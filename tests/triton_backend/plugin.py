@@ -1,8 +1,8 @@
 """A pytest plugin that runs an op's tests on its Triton kernels, in Triton's interpreter.
 
 ``TRITON_INTERPRET=1 PYTHONPATH=tests pytest -p triton_backend.plugin tests/test_prune.py``. The interpreter takes
-milliseconds a program, so of tables of sizes only the small ones are kept, unless ``--triton-all`` says so. Tests
-of threads, of instruction sets and of the C++ operators themselves do not apply.
+milliseconds for a program, so only the small sizes of tables are tested, unless ``--triton-all`` is given. Tests of
+threads, of instruction sets and of the C++ operators themselves do not apply.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama.cpp: one KV buffer, the prompt's cells given to every sequence, one batch a step."""
+"""llama.cpp: one KV buffer, the prompt's cells given to every sequence, one batch for each step."""
 
 from __future__ import annotations
 

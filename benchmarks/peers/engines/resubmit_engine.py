@@ -1,9 +1,9 @@
 """Beam search as search-and-learn does it.
 
-Each round the whole text of every beam goes to vLLM (with prefix caching), which answers with one step, and to a
-verifier. That is one of transformers, which reads the text from the start, in batches of 4, and gives the logits of all
-its tokens, as search-and-learn has it; or ("vllm") the strongest that a user could put in its place: vLLM again, whose
-prefix cache holds what the beams had in the round before, asked for the next token's log-probabilities alone.
+In each round the whole text of every beam is sent to vLLM (with prefix caching), which answers with one step, and to a
+verifier. This is a transformers model, which reads the text from the start, in batches of 4, and computes the logits of
+all its tokens, as in search-and-learn. Or ("vllm") it is the fastest that a user could use instead: vLLM again, whose
+prefix cache has the beams of the round before, and which returns only the log-probabilities of the next token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the engines' scripts share: jobs come in as JSON lines on stdin, results leave as JSON lines on stdout."""
+"""The common part of the engines' scripts: they read jobs as JSON lines from stdin and write results to stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our engine: a request for N texts behind a prompt, which is forked after it was read once."""
+"""Our engine: a request for N texts after a prompt. The prompt is read once and then forked."""
 
 from __future__ import annotations
 
