@@ -21,8 +21,8 @@ def aggregate_steps(scores: Tensor, indptr: Tensor, how: str) -> Tensor:
     indptr
         [C + 1] int: candidate c owns ``scores[indptr[c]:indptr[c + 1]]``.
     how
-        "last", "min", "prod", "mean", "max" or "sum". Products are taken in float64. NaN propagates
-        (except that "last" reads the last score alone).
+        "last", "min", "prod", "mean", "max" or "sum". Products are computed in float64. NaN propagates (except that
+        "last" only reads the last score).
 
     Returns
     -------

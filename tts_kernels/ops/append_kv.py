@@ -22,11 +22,11 @@ def append_kv_(
 ) -> None:
     """Write the keys and values of new tokens into a layer's pages, in place.
 
-    ``k_cache[slots[t] // page_size, slots[t] % page_size] = k[t]``, and v alike. Quantised caches get whole numbers, by
-    a scale of its own for each head of a token: int8 ``x / scale`` with ``scale = max |x| / 127``; int4 ``(x - zero) /
-    scale`` with ``zero = min x``, ``scale = (max x - min x) / 15``. Scale and zero are rounded to float16 before they
-    are used. A head with an element, scale or zero that is not finite is NaN. fp8 caches get the nearest number of 8
-    bits, beyond 448 that, and NaN for NaN.
+    ``k_cache[slots[t] // page_size, slots[t] % page_size] = k[t]``, and the same for v. Quantised caches get whole
+    numbers; each head of a token has its own scale. int8: ``x / scale`` with ``scale = max |x| / 127``. int4: ``(x -
+    zero) / scale`` with ``zero = min x``, ``scale = (max x - min x) / 15``. Scale and zero are rounded to float16
+    before they are used. If an element, scale or zero of a head is not finite, the head is NaN. fp8 caches get the
+    nearest number of 8 bits; numbers beyond 448 become 448, and NaN stays NaN.
 
     Parameters
     ----------
@@ -38,18 +38,18 @@ def append_kv_(
         [T, Hkv, D], of the caches' dtype, or any float dtype where they are fp8 or quantised. Rows and heads may be
         strided.
     slots
-        [T] int: page * page_size + offset, as `KVForest.append` returns them. All different: which of two tokens
-        a slot of both ends up with is undefined.
+        [T] int: page * page_size + offset, as `KVForest.append` returns them. All must be different: if two tokens have
+        the same slot, the result is undefined.
     k_scale, v_scale, k_zero, v_zero
-        What lies beside quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4 ones
-        zeros too; plain caches have none.
+        The scales and zeros of quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4
+        caches also zeros, plain caches neither.
 
     Raises
     ------
     TypeError
-        For a wrong dtype, or scales or zeros that the caches' format lacks or does not have.
+        For a wrong dtype, or if scales or zeros do not match the caches' format.
     ValueError
-        For a wrong shape or device, or an expanded cache; under `debug_checks` for a slot that is there twice.
+        For a wrong shape or device, or an expanded cache; under `debug_checks` for a slot that occurs twice.
     IndexError
         For a slot outside [0, P * page_size).
 

@@ -26,7 +26,7 @@ def copy_pages_(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     TypeError
         For a wrong dtype, or caches that are not tensors.
     ValueError
-        For a wrong shape or device, or a page in `dst` that is there twice or in `src` too.
+        For a wrong shape or device, or a page in `dst` that occurs twice or also in `src`.
     IndexError
         For a page outside [0, P).
 

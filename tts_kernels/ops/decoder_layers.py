@@ -24,16 +24,16 @@ from .tree_attention import check_window, tree_attention_op
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """The weights of one layer of the Llama family; all of one dtype, but for projections that are quantised.
+    """The weights of one layer of the Llama family. All have one dtype, except for quantised projections.
 
     Attributes
     ----------
     input_norm, post_norm
-        [H]: of the RMSNorms before the attention and before the MLP.
+        [H]: RMSNorms before the attention and before the MLP.
     qkv, o
-        Packed [(Hq + 2 Hkv) D, H] and [H, Hq D]: the projections into and out of the attention.
+        Packed [(Hq + 2 Hkv) D, H] and [H, Hq D]: the projections before and after the attention.
     gate_up, down
-        Packed [2 I, H] and [H, I]: of the MLP; the gate's rows come first.
+        Packed [2 I, H] and [H, I]: the MLP; the gate's rows come first.
     qkv_bias, o_bias, gate_up_bias, down_bias
         [rows of the projection], or None.
     q_norm, k_norm
@@ -58,17 +58,17 @@ class DecoderLayer:
 
 
 class DecoderLayers:
-    """Layers as `decoder_layers_` takes them: made once, when a model is loaded.
+    """The layers for `decoder_layers_`. Made once, when a model is loaded.
 
     Parameters
     ----------
     layers
-        In their order, at least one; all of the same sizes.
+        In order, at least one; all of the same sizes.
 
     Raises
     ------
     TypeError
-        For anything but a `DecoderLayer` of `PackedLinear` projections.
+        If a layer is no `DecoderLayer` of `PackedLinear` projections.
     ValueError
         For projections that do not fit each other or those of the first layer, or a window below 1.
     """
@@ -139,16 +139,16 @@ def decoder_layers_(
     k_zeros: Sequence[Tensor] = (),
     v_zeros: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run hidden states through decoder layers over a paged KV cache, which gets their keys and values.
+    """Run hidden states through decoder layers over a paged KV cache, and write their keys and values to the cache.
 
-    In each layer, ``x = x + o(attend(rope(qkv(norm(x)))))``, then ``x = x + down(swiglu(gate_up(norm(x))))``, each of
-    these by the operator of its name and so with its results to the bit: `rms_norm`, `linear`, `rope_append_`,
-    `tree_attention`, `swiglu`.
+    In each layer, ``x = x + o(attend(rope(qkv(norm(x)))))``, then ``x = x + down(swiglu(gate_up(norm(x))))``. Each part
+    is computed by the operator of its name, with the same bits: `rms_norm`, `linear`, `rope_append_`, `tree_attention`,
+    `swiglu`.
 
     Parameters
     ----------
     x
-        [T, H] float: the embeddings, or what an earlier stack gave.
+        [T, H] float: the embeddings, or the output of an earlier stack.
     layers
         Their weights, of x's dtype.
     k_caches, v_caches
@@ -160,10 +160,10 @@ def decoder_layers_(
     eps
         Of every norm.
     rows
-        [R] int, or None: the rows that the result has, all of them by default. The last layer spares the others what
-        comes after its attention.
+        [R] int, or None: the rows of the result, by default all. For other rows, the last layer skips the work after
+        its attention.
     k_scales, v_scales, k_zeros, v_zeros
-        What lies beside quantised caches, as in `append_kv_`, one for each layer; else empty.
+        The scales and zeros of quantised caches, as in `append_kv_`, one for each layer; else empty.
 
     Returns
     -------
@@ -177,13 +177,13 @@ def decoder_layers_(
     ValueError
         For a wrong shape, device or number of caches.
     IndexError
-        For a position, slot, row or page that is not there.
+        For a position, slot, row or page that does not exist.
 
     Notes
     -----
-    What it saves is the interpreter's time between operators. Beside weights that stream through the caches a call from
-    Python takes 10 us and more, which was a fifth of a decode step of 16 branches of SmolLM2-135M. After an error some
-    layers' slots may have been written.
+    It saves the interpreter's time between operators. While weights stream through the caches, a call from Python takes
+    10 us and more, which was a fifth of a decode step of 16 branches of SmolLM2-135M. After an error, the slots of some
+    layers may have been written.
 
     Examples
     --------
@@ -297,7 +297,7 @@ def _check(
 def _check_layer(
     layer: str, parts: dict[str, Tensor], x: Tensor, q_width: int, kv_width: int, head_dim: int, intermediate: int
 ) -> None:
-    """Shapes of a layer's weights; TypeError, ValueError that name the layer and its part."""
+    """Check the shapes of a layer's weights. TypeError, ValueError that name the layer and its part."""
     hidden = x.shape[1]
     sizes = {
         "qkv": (q_width + 2 * kv_width, hidden),

@@ -31,12 +31,12 @@ class PackedLinear:
     ----------
     weight
         [ceil(N / 16), ceil(K / s), 16, s]: panels of 16 rows of W, K outermost; s = 2 for bfloat16, else 1. The padding
-        is zero. The layout is the same for every instruction set. On a GPU it is W itself, [N, K], as its libraries
-        read it.
+        is zero. The layout is the same for every instruction set. On a GPU it is W itself, [N, K], for torch's
+        libraries.
 
-        Quantised: whole numbers as uint8, 128 or 8 above their values, s = 4, K padded to a multiple of 64. In 4 bits
-        the second dimension is half as long: a byte holds a number of an even step, and one of the next in its high
-        half. On a GPU the same.
+        Quantised: whole numbers as uint8, with 128 or 8 added, s = 4, K padded to a multiple of 64. In 4 bits the
+        second dimension is half as long: a byte has a number of an even step, and in its high half one of the next
+        step. On a GPU the layout is the same.
     in_features, out_features
         K and N.
     scale, zero
@@ -53,7 +53,7 @@ class PackedLinear:
     def from_quantized(
         cls, q: Tensor, scale: Tensor, zero: Tensor | None = None, group_size: int | None = None
     ) -> PackedLinear:
-        """Pack weights that are quantised already, with their own scales.
+        """Pack weights that are already quantised, with their own scales.
 
         Parameters
         ----------
@@ -62,9 +62,9 @@ class PackedLinear:
         scale
             [N, groups] float, kept in float32.
         zero
-            [N, groups], what the number of a weight of 0 is, a whole one or not; None: 0, in 4 bits 8.
+            [N, groups]: the number of a weight of 0, which need not be whole; None: 0, in 4 bits 8.
         group_size
-            32, 64 or 128 columns that share a scale, the last group may be short; None: all of them.
+            32, 64 or 128 columns that share a scale (the last group may be shorter); None: all columns.
 
         Returns
         -------
@@ -120,7 +120,7 @@ class PackedLinear:
         return None if self.scale is None else reference.quantized_group(self.scale, self.in_features)
 
     def unpack(self) -> Tensor:
-        """The weight [N, K]; in float32 what the quantised one stands for."""
+        """The weight [N, K]; a quantised one is decoded to float32."""
         if self.scale is None:
             return reference.unpack_linear(self.weight, self.in_features, self.out_features)
         return reference.dequantize_linear(self.weight, self.in_features, self.out_features, self.scale, self.zero)
@@ -140,23 +140,24 @@ pytree.register_pytree_node(PackedLinear, _flatten, _unflatten, serialized_type_
 
 
 def pack_linear(weight: Tensor, *, quantize: Quantize | None = None, group_size: int | None = None) -> PackedLinear:
-    """Pack the weight of a linear layer for `linear`, as it is or in 8 or 4 bits.
+    """Pack the weight of a linear layer for `linear`, unchanged or in 8 or 4 bits.
 
     Parameters
     ----------
     weight
-        [N, K] float, as ``torch.nn.Linear`` holds it.
+        [N, K] float, as in ``torch.nn.Linear``.
     quantize
         None: keep the weight. "int8", "int4": whole numbers of 8 or 4 bits and scales, no zero points.
     group_size
-        Of a quantised weight: 32, 64 or 128 columns that share a scale, the last group may be short; None: a whole row.
+        For a quantised weight: 32, 64 or 128 columns that share a scale (the last group may be shorter); None: a whole
+        row.
 
     Returns
     -------
     PackedLinear
-        About the same number of bytes: on a CPU N is padded to a multiple of 16, K to an even number in bfloat16. On a
-        GPU it is the weight, uncopied if it is contiguous. Quantised, K is padded to a multiple of 64, and a scale
-        takes 4 bytes.
+        It has about the same number of bytes: on a CPU N is padded to a multiple of 16, K to an even number in
+        bfloat16. On a GPU it is the weight, not copied if it is contiguous. If quantised, K is padded to a multiple of
+        64, and a scale takes 4 bytes.
 
     Raises
     ------
@@ -167,9 +168,9 @@ def pack_linear(weight: Tensor, *, quantize: Quantize | None = None, group_size:
 
     Notes
     -----
-    Reads and writes the weight once; meant to be done once, when a model is loaded. Quantised it takes a few float32
-    copies meanwhile. The scale of a group is its largest magnitude over 127; in 4 bits the value of that magnitude over
-    -8 (as GGUF's Q4_0 has it), so that all 16 numbers are of use. A group that holds NaN or an infinity is NaN.
+    Reads and writes the weight once; to be done once, when a model is loaded. Quantising needs memory for a few copies
+    in float32. The scale of a group is its largest magnitude over 127; in 4 bits it is the value of this magnitude over
+    -8 (as in GGUF's Q4_0), so that all 16 numbers are used. A group with NaN or an infinity is NaN.
 
     Examples
     --------
@@ -209,15 +210,15 @@ def _check_depth(name: str, depth: int) -> None:
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias + residual``, summed in float32 and rounded once.
 
-    On a weight of 8 or 4 bits each row of x becomes whole numbers: of 8 bits, by a scale of its own that reaches to 8
-    mean magnitudes of the row (or to the largest one), and of up to 15 bits and a sign where an element is beyond that.
-    Their products are summed exactly in each group of columns, groups are added in float32 in ascending order: every
-    instruction set gives the same bits. A row with NaN or an infinity is NaN. On a GPU the rows stay as they are and
-    meet dequantised weights.
+    With a weight of 8 or 4 bits, each row of x is converted to whole numbers with its own scale. The scale lets 8 bits
+    cover 8 times the mean magnitude of the row (or the largest magnitude if that is smaller); larger elements get up to
+    15 bits and a sign. Products are summed exactly in each group of columns, and groups are added in float32 in
+    ascending order, so every instruction set gives the same bits. A row with NaN or an infinity is NaN. On a GPU, rows
+    are not converted, and are multiplied with dequantised weights.
 
     On a CPU a row's result does not depend on the other rows, on their number, or on the number of threads, to the bit.
-    On a GPU torch's library multiplies, which may choose another order of summation for another number of rows: not so
-    under `deterministic`, nor with a quantised weight.
+    On a GPU torch's library multiplies, which may choose another order of summation for another number of rows. This
+    does not happen under `deterministic` or with a quantised weight.
 
     Parameters
     ----------
@@ -244,7 +245,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None, residual
 
     Notes
     -----
-    2 T N K operations; reads the weight from memory once for each 256 rows (it is the bound below 25 rows or so). In
+    2 T N K operations. Reads the weight from memory once for each 256 rows, which is the bound below about 25 rows. In
     bfloat16 with AVX512-BF16, products of subnormal numbers count as zero.
 
     Examples

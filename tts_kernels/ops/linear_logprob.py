@@ -15,7 +15,7 @@ from .linear import PackedLinear, check_weight
 def linear_logprob(
     hidden: Tensor, weight: Tensor | PackedLinear, targets: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probability of one token for each row under a language-model head, with no row of logits.
+    """Log-probability of one token for each row under a language-model head, without storing a row of logits.
 
     ``out[n] = log softmax(hidden[n] @ weight.T / temperature)[targets[n]]``
 
@@ -24,8 +24,8 @@ def linear_logprob(
     hidden
         [N, H] float: hidden states. Rows may be strided.
     weight
-        [V, H] float: the LM head, which may differ from ``hidden`` in dtype. Rows may be strided. Or one of 8 or 4 bits
-        (`pack_linear`), whose logits are those of `linear`, unrounded.
+        [V, H] float: the LM head, which may differ from ``hidden`` in dtype. Rows may be strided. Or a weight of 8 or 4
+        bits (`pack_linear`), whose logits are those of `linear`, unrounded.
     targets
         [N] int: a token for each row, in [0, V).
     temperature
@@ -34,7 +34,7 @@ def linear_logprob(
     Returns
     -------
     Tensor
-        [N] float32, at most 0. NaN where the row's logits hold NaN or +inf, as in torch.
+        [N] float32, at most 0. NaN if the row's logits have NaN or +inf, as in torch.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def linear_logprob(
 
     Notes
     -----
-    Under torch.compile each new temperature compiles anew.
+    Under torch.compile each new temperature is compiled again.
 
     Reads ``weight`` from memory once, whatever N is; 2 N H V operations. Takes O(N V / 1000) bytes of memory (and a
     float32 copy of ``hidden`` if it is float16, or bfloat16 with a weight of another dtype). The sum is kept online in

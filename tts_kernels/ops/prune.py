@@ -12,14 +12,14 @@ from ..op import Op
 
 
 class Pruned(NamedTuple):
-    """What `prune` keeps.
+    """The result of `prune`.
 
     Attributes
     ----------
     indices
         [G, K] int64: positions in ``scores``, best first (or in candidate order), padded with -1.
     counts
-        [G] int32: how many of each row are there.
+        [G] int32: how many candidates each row has.
     """
 
     indices: Tensor
@@ -40,7 +40,7 @@ def prune(
     indptr
         [G + 1] int: group g owns ``scores[indptr[g]:indptr[g + 1]]``; groups may be empty.
     k
-        How many to keep of every group, at least 1; or of each one, [G] int of values of at least 0.
+        How many to keep in every group, at least 1; or a tensor [G] of ints >= 0, one for each group.
     max_k
         The width K of the result where ``k`` is a tensor (with an int it is that int); no value of ``k`` may be above
         it. By default the largest value of ``k``, which must then be on the CPU and not under torch.compile.
@@ -62,8 +62,8 @@ def prune(
 
     Notes
     -----
-    O(S) operations for K up to 16, O(S + G K log K) above; one launch. The result is a function of the scores alone:
-    no tie is left to chance, as torch.topk leaves it.
+    O(S) operations for K up to 16, O(S + G K log K) above; one launch. The result depends only on the scores: ties are
+    not left to chance, as in torch.topk.
 
     Examples
     --------

@@ -15,11 +15,11 @@ MOST_IN_GROUP: Final = 128
 
 
 def quantize_rows(x: Tensor, bits: int, group_size: int) -> Tensor:
-    """Rows as whole numbers of few bits: each group of columns between its least and its greatest element.
+    """Rows as whole numbers of few bits: each group of columns is mapped from its smallest to its largest element.
 
     ``zero = min x``, ``scale = (max x - min x) / (2**bits - 1)``, both rounded to float16 before they are used, and
-    ``code = (x - zero) / scale`` rounded to the nearest even whole number. A group with an element, scale or zero that
-    is not finite is NaN.
+    ``code = (x - zero) / scale`` rounded to the nearest even whole number. If an element, scale or zero of a group is
+    not finite, the group is NaN.
 
     Parameters
     ----------
@@ -34,8 +34,9 @@ def quantize_rows(x: Tensor, bits: int, group_size: int) -> Tensor:
     -------
     Tensor
         [N, bytes] uint8, with ``bytes = row_bytes(W, bits, group_size)``: the codes, the scales of the groups, their
-        zeros. Codes stand in planes: one of as many bits as they have; 3 bits in one of 2, for their low bits, and one
-        of 1. In a plane of b bits byte i has columns i, i + w, i + 2 w, ... for w = W b / 8, from its low end on.
+        zeros. Codes are stored in planes: 2, 4 and 8 bits in one plane each, 3 bits in a plane of 2 bits for their low
+        bits and a plane of 1 bit. In a plane of b bits, byte i has columns i, i + w, i + 2 w, ... for w = W b / 8, from
+        its low end on.
 
     Raises
     ------
@@ -63,7 +64,7 @@ def quantize_rows(x: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def dequantize_rows(rows: Tensor, width: int, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The numbers that rows of `quantize_rows` stand for: ``code * scale + zero``.
+    """Decode rows of `quantize_rows`: ``code * scale + zero``.
 
     Parameters
     ----------
@@ -72,9 +73,9 @@ def dequantize_rows(rows: Tensor, width: int, bits: int, group_size: int, dtype:
     width
         W, the columns that the rows had.
     bits, group_size
-        As they were quantised.
+        As given to `quantize_rows`.
     dtype
-        Of the result: float32, bfloat16 or float16; rounded once.
+        The dtype of the result: float32, bfloat16 or float16; rounded once.
 
     Returns
     -------

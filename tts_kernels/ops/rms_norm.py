@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     normed
         [T, H] of x's dtype.
     new_residual
-        h [T, H], rounded to x's dtype before it is normed; x itself without a residual.
+        h [T, H], rounded to x's dtype before the norm; x itself without a residual.
 
     Raises
     ------

@@ -39,10 +39,10 @@ def rope_append_(
         [P, page_size, Hkv, D] of qkv's dtype, or quantised as in `append_kv_`; last dimension contiguous, not expanded.
         Written in place, as by `append_kv_`.
     positions
-        [T] int: the row of ``cos_sin`` that a token takes.
+        [T] int: the row of ``cos_sin`` for each token.
     cos_sin
-        [max_position, D] float32: the cosines of the D / 2 angles of a position, then their sines, with whatever factor
-        a scaled rope puts on them. D is even.
+        [max_position, D] float32: the cosines of the D / 2 angles of a position, then their sines, including the factor
+        of a scaled rope. D is even.
     slots
         [T] int: where a token's key and value go, ``page * page_size + offset``; no two the same.
     num_q_heads, num_kv_heads
@@ -50,10 +50,10 @@ def rope_append_(
     q_norm, k_norm
         [D] of qkv's dtype, or None: RMSNorm weights of each head before the rotation (Qwen3).
     eps
-        Of these norms.
+        The epsilon of these norms.
     k_scale, v_scale, k_zero, v_zero
-        What lies beside quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4 ones
-        zeros too; plain caches have none.
+        The scales and zeros of quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4
+        caches also zeros, plain caches neither.
 
     Returns
     -------
@@ -63,9 +63,9 @@ def rope_append_(
     Raises
     ------
     TypeError
-        For a wrong dtype, or scales or zeros that the caches' format lacks or does not have.
+        For a wrong dtype, or if scales or zeros do not match the caches' format.
     ValueError
-        For a wrong shape, stride, device or number; under `debug_checks` for a slot that is there twice.
+        For a wrong shape, stride, device or number; under `debug_checks` for a slot that occurs twice.
     IndexError
         For a position outside [0, max_position) or a slot outside [0, P * page_size).
 
@@ -113,7 +113,7 @@ def _check(
     checks.tensor("qkv", qkv, shape=["T", "(Hq + 2 Hkv) D"])
     checks.integer("num_q_heads", num_q_heads, 1, 2**31)
     checks.integer("num_kv_heads", num_kv_heads, 1, 2**31)
-    tokens, device = qkv.shape[0], qkv.device  # an int(...) here would compile anew for every number of tokens
+    tokens, device = qkv.shape[0], qkv.device  # an int(...) here would be compiled again for every number of tokens
     checks.tensor("cos_sin", cos_sin, (torch.float32,), ["max_position", "D"], device)
     head_dim = cos_sin.shape[1]
     if head_dim % 2:

@@ -19,7 +19,7 @@ MOST_TOP = 128
 
 
 class Sampled(NamedTuple):
-    """What `sample` drew.
+    """The result of `sample`.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Sampled(NamedTuple):
 
 
 class SampledTop(NamedTuple):
-    """What `sample` drew, and the likeliest tokens in its place.
+    """The result of `sample`, with the likeliest tokens at its place.
 
     Attributes
     ----------
@@ -95,13 +95,13 @@ def sample(
 ) -> Sampled | SampledTop:
     """Draw one token for each row.
 
-    The draw depends on the row's logits and options, its seed and its offset alone: not on its index, on other rows,
-    on the number of threads or on the instruction set.
+    The draw depends only on the row's logits and options, its seed and its offset: not on its index, other rows, the
+    number of threads or the instruction set.
 
     Parameters
     ----------
     logits
-        [B, V] float, V from 1 to 2**24. -inf masks a token; one that is +inf is certain (several share the
+        [B, V] float, V from 1 to 2**24. -inf masks a token; +inf makes it certain (several of them share the
         probability). Rows may be strided.
     temperature
         A finite number >= 0 or [B] float. The distribution is ``softmax(logits / temperature)``; 0 takes the largest
@@ -109,17 +109,17 @@ def sample(
     top_k
         An int >= 0 or [B] int. Keeps the k largest logits and all that equal the k-th; 0 keeps all.
     top_p
-        A number in (0, 1] or [B] float. Of what top_k left, renormalised, keeps the smallest set, best first and
-        lower id first on ties, whose probability reaches top_p; 1 keeps all.
+        A number in (0, 1] or [B] float. Keeps the smallest set of the tokens left by top_k (renormalised; best first,
+        the lower id first on ties) whose probability reaches top_p; 1 keeps all.
     min_p
-        A number in [0, 1] or [B] float. Of what is left, keeps tokens at least min_p times as likely as the
-        likeliest.
+        A number in [0, 1] or [B] float. Keeps those of the remaining tokens that are at least min_p times as likely as
+        the likeliest.
     seeds
         [B] int64: the stream of each row.
     offsets
-        [B] int64: which draw of that stream.
+        [B] int64: the number of the draw in this stream.
     top_logprobs
-        k, from 0 to the smaller of V and 128: how many of the likeliest tokens to tell beside each draw.
+        k, from 0 to the smaller of V and 128: how many of the likeliest tokens to return with each draw.
 
     Returns
     -------
@@ -136,15 +136,16 @@ def sample(
 
     Notes
     -----
-    Under torch.compile an option that changes from call to call is best a tensor: each new number compiles anew.
+    Under torch.compile, an option that changes from call to call should be a tensor: each new number is compiled again.
 
-    ``exp((logit - max) / temperature)`` is rounded to a multiple of 2**-39, so sums are exact integers, alike in any
-    order, and a token less likely than 2**-40 times the likeliest is never drawn. 64 bits r of Philox4x32-10 (key
-    ``seed``, counter ``offset``) take the first id at which the running sum of kept weights exceeds ``r / 2**64`` of
+    ``exp((logit - max) / temperature)`` is rounded to a multiple of 2**-39. So sums are exact integers, independent of
+    the order, and a token less likely than 2**-40 times the likeliest is never drawn. 64 bits r of Philox4x32-10 (key
+    ``seed``, counter ``offset``) select the first id at which the running sum of kept weights exceeds ``r / 2**64`` of
     their total. Options are read in float32.
 
-    O(V) a row, without sorting: the row is read from memory once, and about twice from the cache; V exponentials, 2 V
-    unless the temperature is 0 or 1. The k likeliest cost O(V + k log(V / k)) more on a CPU, O(k V) on a GPU.
+    O(V) for each row, without sorting: the row is read from memory once, and about twice from the cache; V
+    exponentials, 2 V unless the temperature is 0 or 1. The k likeliest cost O(V + k log(V / k)) more on a CPU, O(k V)
+    on a GPU.
     Philox: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
     Top-p: Holtzman et al., arXiv 1904.09751. Min-p: Nguyen et al., arXiv 2407.01082.
 
@@ -173,7 +174,7 @@ _DTYPES = (torch.float32, None, torch.float32, torch.float32)
 
 
 def _as(value: Any, dtype: torch.dtype | None) -> Tensor:
-    """Options in the kernel's dtype; a wrong dtype is left for the check to name."""
+    """Options in the kernel's dtype. A wrong dtype is left unchanged, so that the check names it."""
     tensor: Tensor = value
     if dtype is not None and tensor.dtype in checks.FLOAT:
         tensor = tensor.to(dtype)

@@ -15,14 +15,14 @@ from .prune import check_survivors, survivors
 
 
 class ScoredPruned(NamedTuple):
-    """What `score_and_prune` returns.
+    """The result of `score_and_prune`.
 
     Attributes
     ----------
     indices
         [G, K] int64: candidates, best first (or in candidate order), padded with -1.
     counts
-        [G] int32: how many of each row are there.
+        [G] int32: how many candidates each row has.
     candidate_scores
         [C] float32: the aggregates.
     step_scores
@@ -51,8 +51,8 @@ def score_and_prune(
 ) -> ScoredPruned:
     """Score new steps, continue each candidate's aggregate with them, keep the k best of each group.
 
-    The same as `step_scores`, `aggregate_steps` and `prune` after each other, where an aggregate can be continued
-    without the scores that it was taken over.
+    The same as `step_scores`, `aggregate_steps` and `prune` one after another, but an aggregate can be continued
+    without its earlier scores.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def score_and_prune(
     prior
         [C] float: each candidate's aggregate over its earlier steps; needs ``prior_counts``.
     prior_counts
-        [C] int: over how many steps; 0: there is no earlier step, and ``prior`` is not read.
+        [C] int: the number of these steps; 0: there is no earlier step, and ``prior`` is not read.
 
     Returns
     -------

@@ -9,7 +9,7 @@ from ..op import Op
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` for gate and up next to each other, as one projection gives them.
+    """``silu(gate) * up`` for gate and up next to each other, as they come from one projection.
 
     Parameters
     ----------

@@ -69,7 +69,7 @@ def tree_attention(
     k_zero: Tensor | None = None,
     v_zero: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend each query row to the keys of its branch, reading a token that many branches share once for all of them.
+    """Attend each query row to the keys of its branch. A token that many branches share is read once for all of them.
 
     ``out[r, h] = softmax(cap(scale * q[r, h] @ K.T)) @ V`` over the keys that row r sees: those of its branch at
     positions up to its own, and after its own - window.
@@ -82,33 +82,33 @@ def tree_attention(
         [P, page_size, Hkv, D], of q's dtype, or fp8 or quantised as in `append_kv_`: one layer's pages. May be strided
         views, last dimension contiguous. Slots that no row sees may hold anything, NaN included.
     plan
-        What `KVForest.plan` or `plan_attention` made; it serves every layer.
+        A plan from `KVForest.plan` or `plan_attention`. One plan can be used for every layer.
     scale
         Factor of the scores; D**-0.5 by default.
     softcap
-        s > 0: scores x become ``s * tanh(x / s)``; 0: they do not.
+        s > 0: scores x become ``s * tanh(x / s)``; 0: scores stay unchanged.
     window
         w: a row at position i sees positions i - w + 1 to i; None: all up to i. At most the plan's, if that has one.
     sinks
-        [Hq] float32: a logit of each query head that takes part in its softmax and has no value (GPT-OSS); None: none.
+        [Hq] float32: for each query head, a logit that is part of its softmax but has no value (GPT-OSS); None: none.
     return_lse
-        Return the log-sum-exp too.
+        Whether to return the log-sum-exp, too.
     k_scale, v_scale, k_zero, v_zero
-        What lies beside quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4 ones
-        zeros too; plain caches have none.
+        The scales and zeros of quantised caches: [P, page_size, Hkv] float16, contiguous. int8 caches have scales, int4
+        caches also zeros, plain caches neither.
 
     Returns
     -------
     out : Tensor
         [T, Hq, D] of q's dtype; 0 for a row without keys.
     lse : Tensor
-        [T, Hq] float32, natural log, after scale and softcap, the sink counted; -inf for a row without keys, or its
-        sink. With `return_lse` only.
+        [T, Hq] float32, natural log, after scale and softcap, including the sink; for a row without keys it is -inf, or
+        the sink. Only with `return_lse`.
 
     Raises
     ------
     TypeError
-        For a wrong dtype, or scales or zeros that the caches' format lacks or does not have.
+        For a wrong dtype, or if scales or zeros do not match the caches' format.
     ValueError
         For a wrong shape, device or option, or a plan made for other sizes.
     IndexError

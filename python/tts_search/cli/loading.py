@@ -17,7 +17,7 @@ from tts_search.search.protocol import Policy, Verifier
 __all__ = ["EXECUTION", "JUDGE", "execution_verifier", "load_checkpoints"]
 
 EXECUTION: Final = "execution"  # the verifier that runs public tests
-JUDGE: Final = "judge:"  # stands before the checkpoint or the server of a judge of whole solutions
+JUDGE: Final = "judge:"  # prefix of the checkpoint or the server of a judge of whole solutions
 
 
 def load_checkpoints(
@@ -37,7 +37,7 @@ def load_checkpoints(
 ) -> tuple[Policy, Verifier | None]:
     """Return the models of the options; the verifier ``execution`` knows the tests of the tasks.
 
-    With `every_token` a verifier scores tokens and not steps.
+    With `every_token`, a verifier scores tokens instead of steps.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def load_checkpoints(
         "quantize": quantize,
         "self_test": self_test,
     }
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says about retries is said by the error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our error repeats its messages about retries
     with naming(f"--policy: {policy}"):
         loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
     if verifier is None:
@@ -85,7 +85,7 @@ def execution_verifier(tasks: Sequence[Task]) -> Verifier:
     Raises
     ------
     SearchError
-        If not all of them are tasks of programming.
+        If some tasks are not tasks of programming.
     """
     from tts_search.domains.code.tasks import PROGRAMS
     from tts_search.verifiers.execution import ExecutionVerifier

@@ -16,12 +16,12 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line: the exit status is 0 if it did what was asked, 2 if the options are no such, else 1."""
+    """Run the command line. The exit status is 0 after success, 2 for invalid options, else 1."""
     with _errors_as_text():
         typer = require("typer", "search")
         from tts_search.cli.serving import app
 
-        usage_error = typer.BadParameter.__base__  # what the parser has to say about options
+        usage_error = typer.BadParameter.__base__  # the parser's errors about options
         try:
             status = app(_with_ray_address(sys.argv[1:] or ["--help"]), standalone_mode=False)
         except usage_error as error:
@@ -31,14 +31,14 @@ def main() -> None:
 
 
 def _with_ray_address(arguments: Sequence[str]) -> list[str]:
-    """Give ``--ray`` without an address the one that means Ray's own choice: typer has no options of optional value."""
+    """Give ``--ray`` without an address the value for Ray's own choice: typer has no options with an optional value."""
     without = [one == "--ray" and after.startswith("-") for one, after in pairwise([*arguments, "-"])]
     return [f"{one}=" if bare else one for one, bare in zip(arguments, without, strict=True)]
 
 
 @contextmanager
 def _errors_as_text() -> Iterator[None]:
-    """End the program with a line about an error that the user can mend, not with a traceback."""
+    """End the program with one line for an error that the user can correct, without a traceback."""
     try:
         yield
     except (SearchError, MissingExtraError, ValueError, OSError) as error:
@@ -51,6 +51,6 @@ def _end(message: str, status: int) -> NoReturn:
     print(f"tts-search: {sanitize(' '.join(message.split()))}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # what is still to be printed cannot be, and would be tried once more at the very end
+    except OSError:  # the remaining output cannot be written, and would be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

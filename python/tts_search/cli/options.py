@@ -44,7 +44,7 @@ __all__ = [
 
 
 def _checked_by(check: Callable[[str], object]) -> Callable[[Any], Any]:
-    """Return the callback of an option whose value, or values, are good if `check` raises no ValueError about them."""
+    """Return a callback for an option. Its value or values are valid if `check` raises no ValueError for them."""
 
     def callback(value: Any) -> Any:
         for one in value if isinstance(value, list) else [value]:
@@ -71,7 +71,7 @@ def _check_format(name: str) -> None:
 
 
 def _check_device(name: str) -> None:
-    """Whether torch knows the device; that it is there is checked where the models are loaded."""
+    """Check that torch knows the device. Whether it exists is checked when models are loaded."""
     import torch
 
     try:
@@ -93,7 +93,7 @@ def method_option(text: str) -> Any:
     return Option("--method", help=text, callback=_checked_by(_check_method), autocompletion=lambda: list(METHODS))
 
 
-# Options of several commands.
+# Options that several commands share.
 PolicyPath = Annotated[str, Option("--policy", help="Checkpoint of the policy: a folder or a hub id.")]
 VerifierPath = Annotated[
     str | None,
@@ -150,15 +150,15 @@ Out = Annotated[Path, Option(help="Folder of the results.", file_okay=False)]
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Name the option that an error is about.
+    """Name the option in errors of this context.
 
-    Whatever loads a checkpoint or a data set raises errors of its own (of the hub, of formats, of torch): all of them
-    are about what the option names.
+    Loading a checkpoint or a data set may raise any error (of the hub, of formats, of torch). The cause is the value of
+    the option.
     """
     try:
         yield
     except MissingExtraError:
-        raise  # says what to install
+        raise  # its message says what to install
     except Exception as error:
         text = str(error) or type(error).__name__
         kind = "" if isinstance(error, (ValueError, OSError, SearchError)) else f"{type(error).__name__}: "
@@ -187,12 +187,12 @@ def make_config(
 ) -> SearchConfig:
     """Return the config of the options; `settings` are NAME=VALUE for its other fields, values as JSON or plain text.
 
-    A setting that this method does not use may be meant for another one of `methods`.
+    A setting that this method does not use may be for another one of `methods`.
 
     Raises
     ------
     SearchError
-        If there is no such field, or a value is one that a field cannot have; the message names the option.
+        If a field does not exist, or has an invalid value; the message names the option.
     """
     values: dict[str, Any] = {"method": method, "n": n, "seed": seed, "temperature": temperature}
     options = {name: f"--{name}" for name in values}
@@ -216,5 +216,5 @@ def make_config(
 
 
 def elected_vote(vote: str | None, verifier: str | None) -> str:
-    """The name of the vote that was asked for, or of the usual one."""
+    """The name of the given vote, or of the default."""
     return canonical(vote or ("prm_max" if verifier else "majority"))
