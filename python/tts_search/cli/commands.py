@@ -61,7 +61,7 @@ __all__ = ["app"]
 app = Typer(
     help="Search over reasoning steps with a policy and a process verifier.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # an error is one line
+    rich_markup_mode=None,  # errors in one line
     pretty_exceptions_enable=False,
 )
 
@@ -231,7 +231,7 @@ def evaluate_(
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)
 
     def place(verifier: str | None) -> tuple[tuple[Policy | None, Verifier | None], Runner]:
-        """The models, if they are here, and what runs an experiment with them."""
+        """The models, if they are loaded here, and the function that runs an experiment with them."""
         known = list(tasks) if verifier == EXECUTION else ()
         load = partial(load_checkpoints, policy, verifier, *options, tasks=known)
         if ray is None:
@@ -259,7 +259,7 @@ def evaluate_(
     except KeyboardInterrupt:
         print(f"interrupted; finished tasks are in {out / 'results.jsonl'}, run it again to go on", file=sys.stderr)
         raise Exit(130) from None
-    print(sanitize(f"{accuracy_table(rows)}\n\n{cost_table(rows)}"))  # levels are the data set's words
+    print(sanitize(f"{accuracy_table(rows)}\n\n{cost_table(rows)}"))  # levels are text from the data set
     print(f"\n{len(tasks)} tasks; results: {out / 'results.jsonl'}")
     for fact in facts.values():
         print(fact)
@@ -336,14 +336,14 @@ def study_code(
         loaded = HFPolicy(
             policy, dtype=dtype, device=device, kv_memory=kv_memory, quantize=quantize, self_test=self_test
         )
-    loaded.max_rows = 128  # programs differ in length: those that end make room for others
+    loaded.max_rows = 128  # programs differ in length: when one ends, another one starts
     about = ", ".join(filter(None, (Path(policy).name, dtype, quantize)))
     found = run_code_study(tasks, loaded, out, n=n, seed=seed, about=about)
     print("\n\n".join(f"{name}\n{table_as_text(rows)}" for name, rows in found.items()))
 
 
 def _check_verifier(verifier: str | None, configs: list[SearchConfig], vote: str | None, format: str) -> None:
-    """Raise the error of options that need a verifier where there is none."""
+    """Raise an error for options that need a verifier if there is none."""
     if verifier is not None:
         return
     for config in configs:
@@ -363,7 +363,7 @@ def _check_device_is_there(device: str | None) -> None:
 
 
 def _check_folder(out: Path) -> None:
-    """Raise the error of a folder that cannot be written or holds a broken manifest, before models are loaded."""
+    """Raise an error for a folder that cannot be written or has a broken manifest, before models are loaded."""
     with naming("--out"):
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
@@ -373,7 +373,7 @@ def _check_folder(out: Path) -> None:
 
 
 def result_as_text(result: SearchResult, vote: str, *, show_tree: bool = False) -> str:
-    """Return a result for a terminal; what the model wrote is stripped of control sequences."""
+    """Return a result as text for a terminal. Control sequences in the model's text are removed."""
     best, stats = result.best, result.stats
     scores = " ".join(f"{score:.3f}" for score in best.step_scores) or "none"
     lines = [
