@@ -195,7 +195,7 @@ def _levels(levels: Sequence[str]) -> str:
 
 
 def _one_tree(models: Models, rows: Mapping[str, Row]) -> str:
-    """Show the tree of a problem that the smallest policy fails alone and solves by beam search; empty if none."""
+    """Show a tree, if possible of a problem that the smallest policy solves by beam search but not alone."""
     smallest = next(iter(models.policies))
     row = rows.get(label(smallest, METHODS["beam_search"], _TREE_BUDGET))
     if row is None:
