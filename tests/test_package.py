@@ -37,6 +37,22 @@ def test_extras(project: dict) -> None:
     assert named <= set(project["optional-dependencies"])
 
 
+def test_a_wheel_has_the_demo_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = pytest.importorskip("setuptools.config.pyprojecttoml")
+    from setuptools import Distribution
+    from setuptools.command.build_py import build_py
+
+    monkeypatch.chdir(ROOT)
+    whole = Distribution()
+    pyproject.apply_configuration(whole, "pyproject.toml")
+    command = build_py(whole)
+    command.finalize_options()
+    packed = {name for package, _, _, names in command.data_files if package == "tts_search" for name in names}
+    folder = ROOT / "python" / "tts_search"
+    models = {str(path.relative_to(folder)) for path in (folder / "lab" / "models").rglob("*") if path.is_file()}
+    assert {f"lab/models/{name}/model.safetensors" for name in ("policy-0.1m", "prm-strong")} <= models <= packed
+
+
 @pytest.mark.parametrize("package", ["tts_kernels", "tts_search"])
 def test_imports_with_torch_alone(package: str) -> None:
     third = "transformers, tokenizers, safetensors, rich, typer, math_verify, matplotlib, datasets, ray, triton, vllm"

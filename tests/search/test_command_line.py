@@ -198,6 +198,27 @@ def test_weights_that_are_none(run, content):
     check_line(status, err, "--policy")
 
 
+def test_models_of_the_package_have_names(run):
+    status, named, _ = run(*SOLVE[:2], "--policy", "policy-0.1m", "--verifier", "prm-strong")
+    assert status == 0
+    assert named.partition(" rounds")[0] == run(*SOLVE)[1].partition(" rounds")[0]
+    status, _, err = run("solve", "p", "--policy", "policy-0.1m", "--verifier", "judge:policy-0.6m")
+    assert "judge:policy-0.6m: We couldn't" not in err
+    Path("policy-0.1m").mkdir()  # a folder of one's own goes before
+    status, _, err = run("solve", "p", "--policy", "policy-0.1m", "--method", "best_of_n")
+    check_line(status, err, "--policy: policy-0.1m")
+
+
+def test_who_mistypes_a_model_is_told_which_ones_there_are(run):
+    known = "The package has these models: policy-0.1m, policy-0.6m, policy-3m, prm-strong, prm-weak[.]$"
+    status, _, err = run("solve", "p", "--policy", "policy-01m", "--method", "best_of_n")
+    check_line(status, err, f"--policy: policy-01m: .* {known}")
+    status, _, err = run("solve", "p", "--policy", POLICY, "--verifier", "prm-stronger")
+    check_line(status, err, f"--verifier: prm-stronger: .* {known}")
+    status, _, err = run("solve", "p", "--policy", "someone/policy-0.1m", "--method", "best_of_n")
+    assert "The package has" not in err
+
+
 def test_a_broken_manifest_is_found_before_models_are_loaded(run):
     Path("out").mkdir()
     Path("out/manifest.json").write_text("{")

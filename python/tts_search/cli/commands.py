@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from typer import Argument, Exit, Option, Typer
 
 from tts_search.api import search
-from tts_search.cli.loading import EXECUTION, execution_verifier, load_checkpoints
+from tts_search.cli.loading import EXECUTION, checkpoint_of, execution_verifier, load_checkpoints
 from tts_search.cli.options import (
     SPECULATE,
     Budgets,
@@ -332,9 +332,9 @@ def study_code(
     from tts_search.policies.hf import HFPolicy
 
     tasks = humaneval()[:limit]
-    with naming(f"--policy: {policy}"):
+    with checkpoint_of("--policy", policy) as where:
         loaded = HFPolicy(
-            policy, dtype=dtype, device=device, kv_memory=kv_memory, quantize=quantize, self_test=self_test
+            where, dtype=dtype, device=device, kv_memory=kv_memory, quantize=quantize, self_test=self_test
         )
     loaded.max_rows = 128  # programs differ in length: when one ends, another one starts
     about = ", ".join(filter(None, (Path(policy).name, dtype, quantize)))

@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from tts_search.cli.options import naming
-from tts_search.errors import SearchError
+from tts_search.errors import MissingExtraError, SearchError
 from tts_search.evaluation.tasks import Task
+from tts_search.lab import MODELS_DIR
+from tts_search.lab.checkpoints import POLICIES, VERIFIERS
 from tts_search.search.protocol import Policy, Verifier
 
-__all__ = ["EXECUTION", "JUDGE", "execution_verifier", "load_checkpoints"]
+__all__ = ["EXECUTION", "JUDGE", "checkpoint_of", "execution_verifier", "load_checkpoints"]
 
 EXECUTION: Final = "execution"  # the verifier that runs public tests
 JUDGE: Final = "judge:"  # prefix of the checkpoint or the server of a judge of whole solutions
+_BUNDLED: Final = (*POLICIES, *VERIFIERS)
 
 
 def load_checkpoints(
@@ -56,16 +61,36 @@ def load_checkpoints(
         "self_test": self_test,
     }
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our error repeats its messages about retries
-    with naming(f"--policy: {policy}"):
-        loaded = HFPolicy(policy, system_prompt=system_prompt, **own)
+    with checkpoint_of("--policy", policy) as where:
+        loaded = HFPolicy(where, system_prompt=system_prompt, **own)
     if verifier is None:
         return loaded, None
-    with naming(f"--verifier: {verifier}"):
+    with checkpoint_of("--verifier", verifier) as where:
         if verifier == EXECUTION:
             return loaded, execution_verifier(tasks)
         if verifier.startswith(JUDGE):
-            return loaded, _judge(verifier.removeprefix(JUDGE), format, own)
-        return loaded, HFVerifier(verifier, format=format, every_token=every_token, **own)
+            return loaded, _judge(where, format, own)
+        return loaded, HFVerifier(where, format=format, every_token=every_token, **own)
+
+
+@contextmanager
+def checkpoint_of(option: str, name: str) -> Iterator[str]:
+    """Find the checkpoint that an option names, while it is loaded.
+
+    The name is that of a folder, of a model that comes with the package, or on the hub; the first that exists is taken.
+    Errors name the option; if there is no such model, they list those of the package.
+    """
+    where = name.removeprefix(JUDGE)
+    is_bundled = where in _BUNDLED and not Path(where).exists()
+    try:
+        with naming(f"{option}: {name}"):
+            yield str(MODELS_DIR / where) if is_bundled else where
+    except MissingExtraError:
+        raise
+    except SearchError as error:
+        if is_bundled or where == EXECUTION or "/" in where or Path(where).exists():
+            raise
+        raise SearchError(f"{error.message} The package has these models: {', '.join(_BUNDLED)}.") from error
 
 
 def _judge(where: str, format: str, options: dict[str, Any]) -> Verifier:

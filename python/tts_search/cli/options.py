@@ -94,13 +94,19 @@ def method_option(text: str) -> Any:
 
 
 # Options that several commands share.
-PolicyPath = Annotated[str, Option("--policy", help="Checkpoint of the policy: a folder or a hub id.")]
+PolicyPath = Annotated[
+    str,
+    Option(
+        "--policy", help="Checkpoint of the policy: a folder, a hub id, or a model of the package, such as policy-0.1m."
+    ),
+]
 VerifierPath = Annotated[
     str | None,
     Option(
         "--verifier",
-        help="Checkpoint of the process verifier; judge:WHERE: a chat model, a checkpoint or the http:// address of a "
-        "server, that chooses among whole solutions (with --format outcome: says whether each is right).",
+        help="Checkpoint of the process verifier: as for --policy, such as prm-strong; judge:WHERE: a chat model, a "
+        "checkpoint or the http:// address of a server, that chooses among whole solutions (with --format outcome: "
+        "says whether each is right).",
     ),
 ]
 Temperature = Annotated[float, Option(help="0 takes the most likely token.")]

@@ -33,7 +33,7 @@ from tts_search.errors import SearchError, require
 __all__ = ["app", "serve"]
 
 
-@app.command(epilog="Example: tts-search serve --policy path/to/policy --verifier path/to/prm, then open the address")
+@app.command(epilog="Example: tts-search serve --policy policy-0.1m --verifier prm-strong, then open the address")
 def serve(
     policy: PolicyPath,
     verifier: VerifierPath = None,
