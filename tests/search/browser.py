@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -12,11 +13,43 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 def find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+def pictures_in(folder: Path) -> Path:
+    """Where pictures go: `make pictures` says docs/img, else the test's own folder."""
+    return ROOT / named if (named := os.environ.get("TTS_DOCS_IMAGES")) else folder
+
+
+CONTRASTS = """(() => {
+  const parse = text => [...text.match(/[\\d.]+/g).map(Number), 1].slice(0, 4);
+  const over = ([r, g, b, a], below) => [r, g, b].map((one, i) => a * one + (1 - a) * below[i]);
+  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ratio = (one, other) => (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  const background = one => {
+    const below = one === document.documentElement ? [255, 255, 255] : background(one.parentElement);
+    return over(parse(getComputedStyle(one).backgroundColor), below);
+  };
+  const opacity = one => one ? Number(getComputedStyle(one).opacity) * opacity(one.parentElement) : 1;
+  const found = [];
+  for (const one of document.body.querySelectorAll("*")) {
+    const own = [...one.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    const part = one.placeholder && !one.value ? "::placeholder" : null;
+    if (!(own || part || one.value) || !one.checkVisibility()) continue;
+    if (one.matches("svg *, option, script, :disabled, [type=range], [type=checkbox]")) continue;
+    const [r, g, b, a] = parse(getComputedStyle(one, part).color), below = background(one);
+    const text = over([r, g, b, a * opacity(one)], below);
+    found.push([one.tagName + (one.id && "#" + one.id) + (part || ""), ratio(light(text), light(below))]);
+  }
+  return found;
+})()"""
+"""How far each text on a page is from what is behind it, as WCAG counts: [element, ratio]."""
 
 
 class Page:
@@ -128,8 +161,36 @@ class Page:
             "ArrowRight": 39,
             "ArrowDown": 40,
         }
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+        text = {"text": "\r"} if key == "Enter" else {}  # without it a button is not pressed
+        for kind, more in (("keyDown", text), ("keyUp", {})):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **more)
+
+    def emulate(self, scheme: str, width: int = 1280, height: int = 800) -> None:
+        """Have the page drawn for those who prefer this colour scheme, without motion, in a window of this size."""
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce"},
+        ]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def assert_readable(self, scheme: str) -> None:
+        """The page is as bright or dark as is wanted, and each text stands out from what is behind it."""
+        found = self.evaluate(CONTRASTS)
+        assert len(found) > 10
+        faint = [(name, round(ratio, 2)) for name, ratio in found if ratio < 4.5]
+        assert not faint, faint
+        colours = self.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.documentElement))")
+        behind, text = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in colours)
+        assert (behind > 0.9 and text < 0.1) if scheme == "light" else (behind < 0.1 and text > 0.9)
+
+    def named(self) -> dict[str, list[str]]:
+        """The names that a screen reader has for what is on the page, by role."""
+        names: dict[str, list[str]] = {}
+        for node in self.call("Accessibility.getFullAXTree")["nodes"]:
+            if not node["ignored"]:
+                names.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+        return names
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

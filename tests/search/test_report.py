@@ -9,7 +9,7 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
-from browser import Page, find_chromium
+from browser import Page, find_chromium, pictures_in
 from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, Step
 from tts_search.evaluation.evaluate import Experiment, Record, evaluate, write_manifest
@@ -18,6 +18,8 @@ from tts_search.evaluation.report import write_report
 from tts_search.evaluation.rows import Difficulty, read_folder, rows_of, strategy_map
 from tts_search.evaluation.tables import comparisons_table, report_tables, rivals_table, strategy_table
 from tts_search.evaluation.tasks import Task
+from tts_search.lab.arithmetic import generate
+from tts_search.lab.checkpoints import load_models
 from tts_search.terminal import sanitize
 
 HOSTILE = [
@@ -289,6 +291,38 @@ def test_the_page_in_a_browser(chromium, folder, tmp_path):
             "var s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s)"
         )
         assert page.evaluate("document.title") == "Report"  # the policy lets no other script run
+
+
+@pytest.mark.slow
+def test_the_page_can_be_read_in_both_schemes(chromium, tmp_path):
+    """Of a small evaluation of the demo's models."""
+    loaded = load_models()
+    models = loaded.policies["policy-0.1m"], loaded.verifiers["prm-weak"]
+    tasks = [Task(str(i), one.problem, one.answer, "4") for i, one in enumerate(generate("test", 4, 4, 0))]
+    experiments = [
+        Experiment(
+            f"{method}, n={n}",
+            SearchConfig(max_step_tokens=64, seed=2).with_method(method, n=n),
+            *models,
+            ("policy-0.1m", "prm-weak"),
+            keep_trees=True,
+        )
+        for method in ("best_of_n", "beam_search", "dvts")
+        for n in (4, 8)
+    ]
+    evaluate(tasks, experiments, tmp_path / "results.jsonl", progress=False)
+    write_manifest(tmp_path / "manifest.json", experiments, "random")
+    write_report(tmp_path, tmp_path / "report", plots=False)
+    with Page(chromium, tmp_path / "report" / "index.html", tmp_path / "profile") as page:
+        page.emulate("dark")
+        page.assert_readable("dark")
+        page.emulate("light")
+        page.type("#find", "dvts, n=8: 0")
+        page.evaluate("view.choose(bestLeaf(current.nodes).id)")
+        page.assert_readable("light")
+        page.evaluate("document.activeElement.blur()")
+        page.evaluate("at('trees').scrollIntoView()")
+        page.screenshot(pictures_in(tmp_path) / "report.png")
 
 
 def test_the_page_knows_when_a_node_was_pruned(chromium, tmp_path):

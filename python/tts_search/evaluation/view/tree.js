@@ -4,7 +4,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const HIDDEN = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u061c\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]/g;
-const COLUMN = 44, MARGIN = 18, RADIUS = 6;
+const COLUMN = [44, 110], ROW = [9, 26], TALLEST = 17, MARGIN = 18, RADIUS = 6;  // columns and rows at least and at most
 
 /** A text with the characters shown that could hide or reorder others. */
 const visible = text => text.replace(/[\ud800-\udbff][\udc00-\udfff]|[^]/g, one => one.length > 1 ? one : one.replace(HIDDEN, "\ufffd"));
@@ -68,7 +68,7 @@ class TreeView {
 
   /** Look at a node. */
   choose(id, focus = false) {
-    const before = this.drawn.get(this.chosen), now = this.drawn.get(id);
+    const before = this.drawn.get(this.chosen ?? 0), now = this.drawn.get(id);  // as yet the root can be reached by Tab
     if (!now) return;
     if (before) this._attributes(before.shape, {tabindex: -1, "aria-selected": "false"});
     this._attributes(now.shape, {tabindex: 0, "aria-selected": "true"});
@@ -112,9 +112,14 @@ class TreeView {
       else stack.push([id, depth, true]);
       for (const child of [...below].reverse()) stack.push([child, depth + 1, false]);
     }
-    const row = Math.max(9, Math.min(26, (this.box.clientHeight - 2 * MARGIN) / Math.max(1, leaves)));
-    this._attributes(this.svg, {width: deepest * COLUMN + 2 * MARGIN + RADIUS, height: leaves * row + 2 * MARGIN});
-    for (const id of this.order) this._draw(id, places, row, (children.get(id) || []).length);
+    const fit = ([least, most], room, count) => Math.max(least, Math.min(most, room / Math.max(1, count)));
+    const row = fit(ROW, this.box.clientHeight - 2 * MARGIN, leaves);
+    const column = fit(COLUMN, this.box.clientWidth - 2 * MARGIN - RADIUS, deepest);
+    this._attributes(this.svg, {width: deepest * column + 2 * MARGIN + RADIUS, height: leaves * row + 2 * MARGIN});
+    const at = ({depth, row: line}) => [MARGIN + depth * column, MARGIN + (line + 0.5) * row];
+    const scale = Math.min(1, row / TALLEST);  // so that neighbours do not overlap
+    for (const id of this.order) this._draw(id, places, at, scale, (children.get(id) || []).length);
+    this._arrange();
     for (const [id, {shape, edge}] of this.drawn) {
       if (places.has(id)) continue;
       shape.remove();
@@ -123,9 +128,19 @@ class TreeView {
     }
   }
 
-  _draw(id, places, row, size) {
-    const node = this.nodes.get(id), [edges, group] = this.svg.children;
-    const at = place => [MARGIN + place.depth * COLUMN, MARGIN + (place.row + 0.5) * row];
+  /** Bring the nodes into the order in which they are read. None is moved without need: it would lose the focus. */
+  _arrange() {
+    const group = this.svg.children[1];
+    let next = group.firstChild;
+    for (const id of this.order) {
+      const {shape} = this.drawn.get(id);
+      if (shape === next) next = next.nextSibling;
+      else group.insertBefore(shape, next);
+    }
+  }
+
+  _draw(id, places, at, scale, size) {
+    const node = this.nodes.get(id), [edges] = this.svg.children;
     if (!this.drawn.has(id)) {
       const shape = this._make("path", {role: "treeitem", tabindex: this.drawn.size ? -1 : 0, "data-id": id, "aria-selected": "false"});
       shape.addEventListener("click", () => this.choose(id, true));
@@ -133,11 +148,10 @@ class TreeView {
       this.drawn.set(id, {shape, edge: node.parent === null ? null : this._make("path", {})});
     }
     const {shape, edge} = this.drawn.get(id), [x, y] = at(places.get(id));
-    group.append(shape);  // in the order in which it is read
     const state = node.parent === null ? "expanded" : node.state;
     this._attributes(shape, {
       d: SHAPES[state],
-      transform: `translate(${x.toFixed(1)},${y.toFixed(1)})`,
+      transform: `translate(${x.toFixed(1)},${y.toFixed(1)}) scale(${scale.toFixed(2)})`,
       class: `node ${state}${this.path.has(id) ? " best" : ""}`,
       fill: state === "open" ? "none" : this._colour(node.score),
       stroke: this._colour(node.score),
@@ -181,7 +195,7 @@ class TreeView {
       Enter: at,
       " ": at,
     };
-    if (!(event.key in to)) return;
+    if (!(event.key in to) || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     if (to[event.key] !== undefined && to[event.key] !== null) this.choose(to[event.key], true);
   }

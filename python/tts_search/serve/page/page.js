@@ -4,7 +4,8 @@
 const at = id => document.getElementById(id);
 const FIELDS = ["problem", "method", "n", "temperature", "max_steps", "max_step_tokens", "seed"];
 const WHOLE = ["best_of_n", "budget_forcing"];  // methods that have no steps to bound
-let view = null, running = null, begun = 0, clock = null;
+const NOTHING = {policy_tokens: 0, verifier_tokens: 0, unique_kv_tokens: 0, logical_kv_tokens: 0, peak_unique_kv_tokens: 0, peak_logical_kv_tokens: 0};
+let view = null, running = null, begun = 0, clock = null, scored = false;
 
 const headers = () => at("key").value ? {Authorization: `Bearer ${at("key").value}`} : {};
 
@@ -43,8 +44,7 @@ async function search() {
   view.update([{id: 0, parent: null, round: 0, text: "", scores: [], score: null, state: "expanded", num_tokens: 0}]);
   at("answer").replaceChildren();
   at("detail").replaceChildren(...stepDetail(null, []));
-  at("read").textContent = "-";
-  count(0);
+  count(0, NOTHING);
   running = new AbortController();
   begun = performance.now();
   clock = setInterval(tick, 100);
@@ -70,14 +70,13 @@ function show(event, data) {
   if (event === "error") throw new Error(data.error.message);
   if (event === "result") return finish(data);
   view.update(data.nodes);
-  count(data.round);
+  count(data.round, data.usage);
   if (event === "round") say(`Round ${data.round}: ${view.nodes.size - 1} steps so far.`);
 }
 
 function finish(result) {
   view.update(result.tree.nodes);
-  count(result.stats.rounds);
-  at("read").textContent = result.stats.verifier_tokens;
+  count(result.stats.rounds, {...NOTHING, ...result.stats});  // the search holds no KV any more
   const make = (tag, text) => Object.assign(document.createElement(tag), {textContent: text});
   const leaf = result.best_node === null ? null : view.nodes.get(result.best_node);
   if (leaf) view.mark(leaf.id);
@@ -87,13 +86,14 @@ function finish(result) {
   say(`Done: ${result.completions.length} completions. Answer: ${visible(result.answer) || "none"}.`);
 }
 
-function count(round) {
-  const nodes = [...view.nodes.values()].sort((one, other) => one.id - other.id), {unique, logical} = tokenCounts(nodes);
+/** Show what the search has cost so far, as the server counts it. */
+function count(round, usage) {
   at("round").textContent = round;
   at("steps").textContent = view.nodes.size - 1;
-  at("tokens").textContent = unique;
-  at("unique").textContent = unique;
-  at("logical").textContent = logical;
+  at("tokens").textContent = usage.policy_tokens;
+  at("unique").textContent = `${usage.unique_kv_tokens}, at most ${usage.peak_unique_kv_tokens}`;
+  at("logical").textContent = `${usage.logical_kv_tokens}, at most ${usage.peak_logical_kv_tokens}`;
+  at("read").textContent = scored ? usage.verifier_tokens : "-";
 }
 
 function tick() {
@@ -101,8 +101,10 @@ function tick() {
 }
 
 function busy(is) {
-  at("start").disabled = is;
-  at("cancel").disabled = !is;
+  const [off, on] = is ? [at("start"), at("cancel")] : [at("cancel"), at("start")], held = document.activeElement === off;
+  on.disabled = false;
+  off.disabled = true;
+  if (held) on.focus();  // who works with the keyboard stays at the buttons
 }
 
 async function setUp() {
@@ -110,12 +112,13 @@ async function setUp() {
   at("detail").replaceChildren(...stepDetail(null, []));
   const about = await (await fetch("page/about.json")).json();
   at("model").textContent = about.verifier ? `${about.policy}, scored by ${about.verifier}` : `${about.policy}, without a verifier`;
+  scored = about.verifier !== null;
   at("key-label").hidden = !about.needs_key;
   for (const method of about.methods) at("method").append(new Option(method.replaceAll("_", " "), method));
-  for (const name of FIELDS) {
+  for (const name of FIELDS) {  // a reload keeps what was typed; a search that ran is cancelled, and can be started again
     const kept = sessionStorage.getItem(name);
-    if (kept !== null) at(name).value = kept;
-    at(name).addEventListener("change", () => sessionStorage.setItem(name, at(name).value));
+    if (kept !== null && (name !== "method" || about.methods.includes(kept))) at(name).value = kept;
+    at(name).addEventListener("input", () => sessionStorage.setItem(name, at(name).value));
   }
   at("max_steps").disabled = WHOLE.includes(at("method").value);
   at("method").addEventListener("change", () => { at("max_steps").disabled = WHOLE.includes(at("method").value); });
