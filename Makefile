@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate triton test-all adapters ray docs bench test-gpu lint sanitize soak cuda gpu-tools wheel clean
+.PHONY: help demo test emulate triton test-all pictures adapters ray docs bench test-gpu lint sanitize soak cuda gpu-tools wheel clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -39,6 +39,9 @@ triton: $(VENV)/.built  ## Test the Triton kernels: compiled for each target, in
 
 test-all: $(VENV)/.built  ## Run every Python test, the slow ones too
 	$(PYTEST) -m "not gpu"
+
+pictures: $(VENV)/.built  ## Make the pictures of the pages in docs/img anew, in headless Chromium (apt-get install chromium)
+	TTS_DOCS_IMAGES=docs/img OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -k can_be_read tests/serve/test_page.py tests/search/test_report.py
 
 ray: $(VENV)/.built  ## Test `tts-search eval --ray` on a local cluster, killing a worker (installs Ray)
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[ray]'
