@@ -61,16 +61,21 @@ void ThreadPool::run(int64_t count, int64_t threads, RunItem item, const void* c
 
 void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, RunItem item, const void* context) {
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-    // The old job is closed first: then a late worker that reads a new field can no longer claim an item of
-    // the old job. Its loads of the fields acquire what these stores release.
-    claim_.store(claim_of(epoch, kClosed));
+    // The shares of the old job are closed first: then a late worker that reads a new field can no longer
+    // claim an item of the old job. Its loads of the fields acquire what these stores release.
+    const int64_t old = std::min(threads_.load(std::memory_order_relaxed), kMaxShares);
+    const int64_t shares = std::min(threads, kMaxShares);
+    for (int64_t i = 0; i < std::max(old, shares); ++i) shares_[i].claim.store(claim_of(epoch, kClosed));
     item_.store(item, std::memory_order_release);
     context_.store(context, std::memory_order_release);
     begin_.store(begin, std::memory_order_release);
-    count_.store(static_cast<uint64_t>(count), std::memory_order_release);
+    count_.store(count, std::memory_order_release);
     threads_.store(threads, std::memory_order_release);
     done_.store(0, std::memory_order_relaxed);
-    claim_.store(claim_of(epoch, 0), std::memory_order_release);
+    for (int64_t i = 0; i < shares; ++i) {
+        const auto first = static_cast<uint64_t>(i * count / shares);
+        shares_[i].claim.store(claim_of(epoch, first), std::memory_order_release);
+    }
     epoch_.store(epoch);
     epoch_.notify_all();
 
@@ -79,24 +84,32 @@ void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, RunItem
         wait_for_change(done_, done);
 }
 
-// Works on the current job until every item is claimed; returns how many items this thread ran.
+// Works on the current job until every item is claimed, first in this thread's own share; returns how many
+// items this thread ran.
 int64_t ThreadPool::help(int64_t who) {
-    uint64_t claim = claim_.load(std::memory_order_acquire);
-    const uint64_t epoch = claim >> kEpochShift;
+    const uint64_t epoch = shares_[0].claim.load(std::memory_order_acquire) >> kEpochShift;
     const RunItem item = item_.load(std::memory_order_acquire);
     const void* context = context_.load(std::memory_order_acquire);
     const int64_t begin = begin_.load(std::memory_order_acquire);
-    const uint64_t count = count_.load(std::memory_order_acquire);
-    if (who >= threads_.load(std::memory_order_acquire)) return 0;
+    const int64_t count = count_.load(std::memory_order_acquire);
+    const int64_t threads = threads_.load(std::memory_order_acquire);
+    if (who >= threads) return 0;
+    const int64_t shares = std::min(threads, kMaxShares);
     int64_t helped = 0;
-    while (claim >> kEpochShift == epoch && (claim & kClosed) < count) {
-        if (!claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel,
-                                          std::memory_order_acquire)) {
-            continue;
+    for (int64_t i = 0; i < shares; ++i) {
+        const int64_t share = (who + i) % shares;
+        const auto end = static_cast<uint64_t>((share + 1) * count / shares);
+        std::atomic<uint64_t>& next = shares_[share].claim;
+        uint64_t claim = next.load(std::memory_order_acquire);
+        while (claim >> kEpochShift == epoch && (claim & kClosed) < end) {
+            if (!next.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel,
+                                            std::memory_order_acquire)) {
+                continue;
+            }
+            item(context, begin + static_cast<int64_t>(claim & kClosed), who);
+            ++helped;
+            claim = next.load(std::memory_order_acquire);
         }
-        item(context, begin + static_cast<int64_t>(claim & kClosed), who);
-        ++helped;
-        claim = claim_.load(std::memory_order_acquire);
     }
     return helped;
 }

@@ -42,6 +42,26 @@ void each_item_runs_once() {
             CHECK(times_run(pool, count, threads) == std::vector<int>(static_cast<size_t>(count), 1));
         }
     }
+    CHECK(times_run(pool, 1000, 70) == std::vector<int>(1000, 1));  // more threads than shares
+}
+
+// Where nobody helps, the caller takes its own share from the front, then the others'.
+void each_thread_begins_in_its_share() {
+    ThreadPool pool;
+    for (int64_t threads : {2, 3, 8}) {
+        std::vector<int64_t> first(static_cast<size_t>(threads), -1);  // of each thread
+        run(pool, 240, threads, [&](int64_t item, int64_t who) {
+            int64_t& own = first[static_cast<size_t>(who)];
+            if (own < 0) own = item;
+            usleep(100);
+        });
+        for (int64_t who = 0; who < threads; ++who) {  // a worker that came late found its share taken
+            const int64_t begin = who * 240 / threads, end = (who + 1) * 240 / threads,
+                          own = first[static_cast<size_t>(who)];
+            CHECK(who == 0 ? own == 0 : own == -1 || own >= begin);
+            if (own >= 0 && own < end) CHECK(own == begin || who != 0);
+        }
+    }
 }
 
 // Jobs of a few items, one straight after the other: late workers meet fields that are being written.
@@ -116,6 +136,7 @@ void a_forked_child_has_threads_of_its_own() {
 
 int main() {
     each_item_runs_once();
+    each_thread_begins_in_its_share();
     short_jobs_do_not_mix();
     who_is_below_the_threads_and_one_at_a_time();
     a_call_in_an_item_and_a_second_caller_work_alone();

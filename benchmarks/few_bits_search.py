@@ -1,12 +1,12 @@
-"""Searches over quantised keys and values, compared with the model's dtype and with another seed.
+"""Searches in few bits, compared with the model's dtype and with another seed.
 
-    python benchmarks/kv_search.py [--count 60] [--n 64] [--kv int8 int4] [--write NAME]
-    python benchmarks/kv_search.py --policy PATH --verifier PATH --format yes_no --tasks math500.jsonl --limit 40 --n 4
+    python benchmarks/few_bits_search.py --kv int8 int4 [--count 60] [--n 64] [--write NAME]      # keys and values
+    python benchmarks/few_bits_search.py --weights int8 int4 [--count 60] [--n 16] [--write NAME]
+    python benchmarks/few_bits_search.py --kv int8 --policy PATH --verifier PATH --format yes_no --tasks FILE --limit 40
 
 Without --tasks: the demo's problems, its smallest policy and its strong verifier. Policy and verifier have the same
-kv_dtype. The seed fixes the draws, so a result differs only if the rounding of keys and values changed a draw, or
-changed which candidates survive. The last row shows how much such differences matter: the same search in the model's
-dtype with other draws.
+form. The seed fixes the draws, so a result differs only if rounding changed a draw, or changed which candidates
+survive. The last row shows how much such differences matter: the same search in the model's dtype with other draws.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import record
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchResult, search
@@ -36,11 +36,11 @@ Tokens = Callable[[str], int]
 
 
 def results(
-    options: argparse.Namespace, tasks: Sequence[Task], config: SearchConfig, kv_dtype: KvDtype | None
+    options: argparse.Namespace, tasks: Sequence[Task], config: SearchConfig, **form: Any
 ) -> list[SearchResult]:
-    """The searches of all problems."""
-    policy = HFPolicy(options.policy, system_prompt=options.system_prompt, kv_dtype=kv_dtype)
-    verifier = HFVerifier(options.verifier, format=options.format, kv_dtype=kv_dtype)
+    """The searches of all problems, both models loaded in a form."""
+    policy = HFPolicy(options.policy, system_prompt=options.system_prompt, **form)
+    verifier = HFVerifier(options.verifier, format=options.format, **form)
     problems = [task.problem for task in tasks]
     return search(problems, policy, verifier, config, extract_answer=answer_of, progress=False)
 
@@ -108,34 +108,40 @@ def main() -> None:
     parser.add_argument("--method", default="beam_search")
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=CONFIG.max_tokens)
-    parser.add_argument("--kv", nargs="+", default=["int8", "int4"], choices=get_args(KvDtype))
+    forms = parser.add_mutually_exclusive_group(required=True)
+    forms.add_argument("--kv", nargs="+", default=[], choices=get_args(KvDtype))
+    forms.add_argument("--weights", nargs="+", default=[], choices=["int8", "int4"])
     parser.add_argument("--write", help="write benchmarks/results/NAME.json")
     options = parser.parse_args()
     tasks = list(load_tasks(options.tasks))[: options.limit] if options.tasks else make_tasks(LEVELS, options.count, 0)
     base = CONFIG if options.tasks is None else SearchConfig()
     config = replace(base.with_method(options.method, n=options.n), max_tokens=options.max_tokens)
-    plain = results(options, tasks, config, None)
+    plain = results(options, tasks, config)
     tokenizer = HFPolicy(options.policy, self_test=False).tokenizer
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
+    column = "weights" if options.weights else "kv"
     rows: dict[str, dict[str, record.Cell]] = {}
-    for kind in (None, *options.kv, "other draws"):
-        name = kind or "bfloat16"
-        if kind == "other draws":
-            name, found = "bfloat16, other draws", results(options, tasks, replace(config, seed=1), None)
-        else:
-            found = plain if kind is None else results(options, tasks, config, kind)
-        rows[name] = {"kv": name, **compare(tasks, found, plain, count)}
+
+    def enter(name: str, found: Sequence[SearchResult]) -> None:
+        rows[name] = {column: name, **compare(tasks, found, plain, count)}
         print(rows[name], flush=True)
+
+    enter("bfloat16", plain)
+    for kind in options.kv:
+        enter(kind, results(options, tasks, config, kv_dtype=kind))
+    for kind in options.weights:
+        enter(kind, results(options, tasks, config, quantize=kind))
+    enter("bfloat16, other draws", results(options, tasks, replace(config, seed=1)))
     if options.write:
         titles = " with ".join(Path(path).name for path in (options.policy, options.verifier))
         record.write(
             options.write,
             what=f"{titles}, {options.method}, n = {options.n}: {len(tasks)} problems of "
             f"{Path(options.tasks).stem if options.tasks else 'the demo'}",
-            command=f"python benchmarks/kv_search.py {shlex.join(map(record.hidden, sys.argv[1:]))}",
+            command=f"python benchmarks/few_bits_search.py {shlex.join(map(record.hidden, sys.argv[1:]))}",
             beside="other work (what is found does not depend on it)",
             tables={"search": rows},
             packages=("torch", "transformers"),
