@@ -29,6 +29,7 @@ from fastapi.testclient import TestClient
 from tts_search import Engine
 from tts_search.lab.checkpoints import load_models
 from tts_search.serve.app import create_app
+from tts_search.serve.server import server_config
 from tts_search.serve.service import Service
 from tts_search.serve.settings import Settings
 
@@ -86,9 +87,7 @@ class Live:
     """
 
     def __init__(self, service: Service) -> None:
-        self.server = uvicorn.Server(
-            uvicorn.Config(create_app(service), port=0, access_log=False, log_config=None, timeout_keep_alive=75)
-        )
+        self.server = uvicorn.Server(server_config(service))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self) -> Live:

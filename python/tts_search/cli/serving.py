@@ -58,6 +58,7 @@ def serve(
         ),
     ] = "steps",
     timeout: Annotated[float, Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    client_timeout: Annotated[float, Option(min=0.1, help="Seconds that a client may take to send a request.")] = 60.0,
     drain: Annotated[int, Option(min=0, help="Seconds to wait for answers under way when it is to end.")] = 600,
     allow_chat_template: Annotated[
         bool, Option("--allow-chat-template", help="Let requests bring a chat template, which is a program.")
@@ -94,6 +95,7 @@ def serve(
         max_queue=max_queue,
         max_n=max_n,
         timeout_s=timeout,
+        client_timeout_s=client_timeout,
         allow_chat_template=allow_chat_template,
     )
     options = (system_prompt, format, dtype, device, kv_memory, kv_dtype, quantize, self_test)

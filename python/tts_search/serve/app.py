@@ -9,7 +9,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tts_search.serve import chat, compat, completions, info, page, pooling, searching
 from tts_search.serve.access import AccessLog
 from tts_search.serve.errors import add_handlers
-from tts_search.serve.guards import Deadline, admitted, authorised
+from tts_search.serve.guards import Deadline, HeaderLimit, admitted, authorised
 from tts_search.serve.service import Service
 
 __all__ = ["create_app"]
@@ -33,5 +33,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.settings.max_body)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts), www_redirect=False)
     app.add_middleware(Deadline, timeout_s=service.settings.timeout_s)
+    app.add_middleware(HeaderLimit, count=service.settings.max_headers, size=service.settings.max_header_bytes)
     app.add_middleware(AccessLog)
     return app

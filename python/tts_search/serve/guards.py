@@ -16,13 +16,31 @@ from tts_search.errors import ConfigError, SearchError
 from tts_search.serve.errors import ApiError, error_body
 from tts_search.serve.service import Served
 
-__all__ = ["GONE", "Deadline", "admitted", "authorised", "refusal", "while_wanted"]
+__all__ = ["GONE", "Deadline", "HeaderLimit", "admitted", "authorised", "refusal", "while_wanted"]
 
 T = TypeVar("T")
 
 GONE = 499  # status in the log if the client closed the connection
 _GRACE_S = 5.0
 _bearer = HTTPBearer(auto_error=False)
+
+
+class HeaderLimit:
+    """Refuses requests with too many headers, before anything reads them."""
+
+    def __init__(self, app: ASGIApp, count: int, size: int) -> None:
+        self.app = app
+        self.count, self.size = count, size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it."""
+        headers = scope.get("headers", ())
+        if len(headers) > self.count or sum(len(name) + len(value) for name, value in headers) > self.size:
+            message = f"expected at most {self.count} headers, and {self.size} bytes of them"
+            answer = JSONResponse(error_body(431, message), 431, {"Connection": "close"})
+            await answer(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
 
 class Deadline:

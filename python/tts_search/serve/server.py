@@ -11,9 +11,10 @@ from typing import Final
 import uvicorn
 
 from tts_search.serve.app import create_app
+from tts_search.serve.connection import protocol
 from tts_search.serve.service import Service
 
-__all__ = ["LOOPBACK", "serve"]
+__all__ = ["LOOPBACK", "serve", "server_config"]
 
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _MOST_CONNECTIONS: Final = 4096
@@ -42,10 +43,18 @@ def serve(service: Service, *, host: str, port: int, drain_s: int = 600) -> None
     _set_up_logs()
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises these again when it has ended
         signal.signal(number, _end)
-    config = uvicorn.Config(
+    uvicorn.Server(server_config(service, host=host, port=port, drain_s=drain_s)).run()
+
+
+def server_config(service: Service, *, host: str = "127.0.0.1", port: int = 0, drain_s: int = 600) -> uvicorn.Config:
+    """How uvicorn serves a service; the parameters are those of `serve`, and port 0 is any free one."""
+    return uvicorn.Config(
         create_app(service),
         host=host,
         port=port,
+        ws="none",
+        http=protocol(service.settings.client_timeout_s),
+        h11_max_incomplete_event_size=service.settings.max_header_bytes,
         access_log=False,
         log_config=None,
         server_header=False,
@@ -53,7 +62,6 @@ def serve(service: Service, *, host: str, port: int, drain_s: int = 600) -> None
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s,
     )
-    uvicorn.Server(config).run()
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

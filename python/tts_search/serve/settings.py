@@ -27,6 +27,12 @@ class Settings:
         The largest number of requests that run or wait. More requests get status 429.
     max_body : int
         The largest size of a request's body in bytes.
+    max_headers, max_header_bytes : int
+        The largest number of a request's headers, and the largest size of all of them together. More get status 431,
+        or 400 if even a part of them is larger.
+    client_timeout_s : float
+        Seconds within which a request has to arrive with its body, and within which a client has to read what was sent
+        to it. After this time the connection is closed.
     max_n : int
         The largest number of answers of a request, and of candidates of a search.
     timeout_s : float
@@ -41,6 +47,9 @@ class Settings:
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]", "0.0.0.0")
     max_queue: int = 256
     max_body: int = 8 << 20
+    max_headers: int = 128
+    max_header_bytes: int = 64 << 10
+    client_timeout_s: float = 60.0
     max_n: int = 256
     timeout_s: float = 600.0
     allow_chat_template: bool = False
