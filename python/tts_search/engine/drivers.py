@@ -1,12 +1,17 @@
-"""Makes a driver that answers whole batches behave like one that answers request by request."""
+"""Makes drivers that answer whole batches, or on an event loop, behave like ones that answer request by request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol
 
+from tts_search.policies.background import LoopThread
 from tts_search.search.protocol import (
+    Concurrent,
     Expand,
     Policy,
     PruningVerifier,
@@ -17,7 +22,7 @@ from tts_search.search.protocol import (
     usage_of,
 )
 
-__all__ = ["Driver", "Lifted", "lift"]
+__all__ = ["Driver", "Lifted", "Opened", "lift", "rests"]
 
 
 class Driver(Protocol):
@@ -46,9 +51,16 @@ class Driver(Protocol):
 
 
 def lift(driver: Any) -> Driver:
-    """A driver unchanged, if it answers request by request; else `Lifted`."""
-    whole = all(hasattr(driver, name) for name in ("submit", "step", "cancel"))
-    return driver if whole else Lifted(driver)
+    """A driver unchanged, if it answers request by request; else `Opened` or `Lifted`."""
+    if all(hasattr(driver, name) for name in ("submit", "step", "cancel")):
+        return driver  # type: ignore[no-any-return]
+    return Opened(driver) if getattr(driver, "is_concurrent", False) else Lifted(driver)
+
+
+def rests(driver: Driver, num_waiting: int) -> bool:
+    """Whether a step of a driver with so many requests would bring nothing, since its answers come from elsewhere."""
+    says: bool = getattr(driver, "is_idle", not num_waiting)
+    return says
 
 
 class Lifted:
@@ -84,11 +96,7 @@ class Lifted:
         TypeError
             If the driver cannot answer such requests.
         """
-        for request in requests:
-            if type(request) not in self._calls:
-                raise TypeError(
-                    f"expected a policy of a local model for a {type(request).__name__}, got another driver"
-                )
+        _refuse(requests, self._calls)
         self._waiting += requests
 
     def step(self) -> list[tuple[Any, Any]]:
@@ -103,6 +111,102 @@ class Lifted:
     def cancel(self, problem: int) -> None:
         """Forget the unanswered requests of a problem."""
         self._waiting = [request for request in self._waiting if request.problem != problem]
+
+
+class Opened:
+    """Makes a driver of one that keeps many requests open on an event loop, in a thread that runs until `close`.
+
+    What is submitted is under way at once. A policy's requests are answered apart. Those of a problem to a verifier,
+    which may compete, are answered together.
+
+    Parameters
+    ----------
+    driver : Concurrent
+        If it raises, or gives another number of answers than it was asked for, that is the answer to these requests.
+
+    Attributes
+    ----------
+    on_arrival : callable or None
+        Called when there is an answer, from any thread; `step` never waits then. None: it waits for one.
+    """
+
+    def __init__(self, driver: Concurrent) -> None:
+        self.begin, self.release, self.end = driver.begin, driver.release, driver.end
+        self.usage = partial(usage_of, driver)
+        self.on_arrival: Callable[[], None] | None = None
+        self._driver = driver
+        self._kinds = [kind for kind, its in ((Expand, Policy), (Score, Verifier)) if isinstance(driver, its)]
+        self._loop = LoopThread(driver.hang_up)
+        self._open: dict[Future[Sequence[Any]], list[Any]] = {}  # what each call is to answer
+        self._arrived: SimpleQueue[Future[Sequence[Any]]] = SimpleQueue()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would bring nothing now."""
+        return self._arrived.empty()
+
+    def submit(self, requests: Sequence[Any]) -> None:
+        """Take requests in.
+
+        Raises
+        ------
+        TypeError
+            If the driver has no answer to such requests.
+        """
+        _refuse(requests, self._kinds)
+        for batch in _batches(requests):
+            call = asyncio.run_coroutine_threadsafe(self._driver.answer(batch), self._loop.get())
+            self._open[call] = batch
+            call.add_done_callback(self._arrive)
+
+    def step(self) -> list[tuple[Any, Any]]:
+        """What has been answered, in the order in which the answers came."""
+        answered: list[tuple[Any, Any]] = []
+        while not self._arrived.empty() or (self.on_arrival is None and self._open and not answered):
+            call = self._arrived.get()
+            if (batch := self._open.pop(call, None)) is not None:  # or it was cancelled
+                answered += zip(batch, _answers(partial(_result, call), batch), strict=True)
+        return answered
+
+    def cancel(self, problem: int) -> None:
+        """Break off the requests of a problem that are not answered yet."""
+        for call in [call for call, batch in self._open.items() if batch[0].problem == problem]:
+            del self._open[call]
+            call.cancel()
+
+    def close(self) -> None:
+        """Break off all requests; end the thread. Another request starts it again."""
+        for call in self._open:
+            call.cancel()
+        self._open.clear()
+        self._loop.close()
+
+    def _arrive(self, call: Future[Sequence[Any]]) -> None:
+        self._arrived.put(call)
+        if self.on_arrival is not None:
+            self.on_arrival()
+
+
+def _result(call: Future[Sequence[Any]], _: Any) -> Sequence[Any]:
+    return call.result()
+
+
+def _batches(requests: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the requests that are answered together."""
+    problems: dict[int, list[Any]] = {}
+    for request in requests:
+        if isinstance(request, Expand):
+            yield [request]
+        else:
+            problems.setdefault(request.problem, []).append(request)
+    yield from problems.values()
+
+
+def _refuse(requests: Sequence[Any], kinds: Container[type]) -> None:
+    """Raise the error of a request that is of none of these kinds."""
+    for request in requests:
+        if type(request) not in kinds:
+            raise TypeError(f"expected a policy of a local model for a {type(request).__name__}, got another driver")
 
 
 def _answers(call: Callable[[Any], Sequence[Any]], batch: list[Any]) -> Sequence[Any]:

@@ -113,7 +113,7 @@ class Engine:
         self._calls: deque[Callable[[], None]] = deque()  # actions that other threads ask for
         self._news: dict[Handle[Any, Any], None] = {}  # those with something new to report after this step
         self._posts: dict[asyncio.AbstractEventLoop, Post] = {}
-        self._wake = threading.Condition()
+        self._wake = self._scheduler.wake
         self._closed = False
         self._load = (time.monotonic(), self._scheduler.load)
         self._thread = threading.Thread(target=self._work, name="tts_search.Engine", daemon=True)
@@ -241,13 +241,19 @@ class Engine:
         """Wait for work, and run the actions of other threads; False if the engine is to end."""
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._calls or self._waiting or self._begun)
+                self._wake.wait_for(lambda: self._closed or self._calls or self._has_work)
                 if self._closed:
                     return False
                 if not self._calls:
                     return True
                 action = self._calls.popleft()
             action()
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether something can be started, or a step would bring something."""
+        can_start = bool(self._waiting) and self._scheduler.has_room
+        return can_start or (bool(self._begun) and not self._scheduler.is_idle)
 
     def _spread(self) -> None:
         """Report the news of a step, with one call for all parts of a text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Literal
 
-from tts_search.engine.drivers import Driver, Lifted, lift
+from tts_search.engine.drivers import Driver, Lifted, Opened, lift, rests
 from tts_search.engine.sharing import SharedVerifier
 from tts_search.engine.speculation import AUTO_ROWS, Speculation, can_speculate
 from tts_search.errors import SearchError
@@ -41,6 +42,7 @@ from tts_search.search.types import Messages
 __all__ = ["Costs", "Scheduler", "SearchOutcome", "Speculate"]
 
 MAX_ROWS: Final = 1024
+_PATIENCE: Final = 0.1  # seconds without an answer after which `run` looks whether it is stopped
 
 Costs = Callable[[], tuple[Usage, Usage]]
 """Returns the cost of a problem so far, for the policy and for the verifier."""
@@ -90,7 +92,8 @@ class Scheduler:
 
     A problem advances when its own requests are answered. The models take steps in turn; a step is a forward of a local
     model. A policy that answers batches is called until no problem waits for it, and only then the verifier, so that
-    batches are as large as possible. A verifier gets equal texts of a problem only once.
+    batches are as large as possible. A step of a model on a server takes the answers that have come, and never waits;
+    the caller waits for `wake` while `is_idle`. A verifier gets equal texts of a problem only once.
 
     If a failure belongs to one problem, only that problem ends. If a driver raises an error, all problems that wait for
     it fail.
@@ -125,6 +128,8 @@ class Scheduler:
     ----------
     num_streams, num_candidates : int
         Steps and texts that run or wait at the policy, and candidates at the verifier.
+    wake : Condition
+        Notified when a server has answered.
     """
 
     def __init__(
@@ -154,6 +159,11 @@ class Scheduler:
         self._described = (time.perf_counter(), 0 if load is None else load.tokens)  # when `describe` was called last
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
+        self.wake = threading.Condition()
+        drivers: tuple[object, ...] = (self.policy, getattr(self.verifier, "verifier", None))
+        self._opened = [driver for driver in drivers if isinstance(driver, Opened)]
+        for opened in self._opened:
+            opened.on_arrival = self._ring
         self.speculation: Speculation | None = None
         if self.verifier is not None and can_speculate(policy, verifier, speculate):
             rows = min(self.max_rows, AUTO_ROWS) if speculate == "auto" else self.max_rows
@@ -177,6 +187,15 @@ class Scheduler:
             streams = min(streams, load.rows + load.waiting)
         waiting = max(streams, self.num_candidates)
         return waiting < self.max_rows and self.num_problems < (self.max_in_flight or math.inf)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would bring nothing, since only servers are at work."""
+        if not self._opened or (self.speculation is not None and self.speculation.is_busy):
+            return False
+        return rests(self.policy, self.num_streams) and (
+            self.verifier is None or rests(self.verifier, self.num_candidates)
+        )
 
     @property
     def load(self) -> Load | None:
@@ -206,6 +225,8 @@ class Scheduler:
                     yield from self.start(*entry, config)
                 if not self.num_problems:
                     return
+                with self.wake:
+                    self.wake.wait_for(lambda: not self.is_idle, _PATIENCE)
                 yield from self.step()
         finally:
             self.close()
@@ -279,9 +300,15 @@ class Scheduler:
                 self.policy.cancel(number)
 
     def close(self) -> None:
-        """End everything that is in flight."""
+        """End everything that is in flight, and the threads of drivers."""
         for number in [*self._flights, *self._generations]:
             self.cancel(number)
+        for opened in self._opened:
+            opened.close()
+
+    def _ring(self) -> None:
+        with self.wake:
+            self.wake.notify_all()
 
     def _serve(self, driver: Driver) -> Iterator[SearchOutcome]:
         """Let a driver take a step, and continue the algorithms that have all their answers."""

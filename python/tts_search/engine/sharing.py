@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import starmap, zip_longest
 from typing import Any, Final
 
-from tts_search.engine.drivers import lift
+from tts_search.engine.drivers import lift, rests
 from tts_search.search.protocol import (
     PruningVerifier,
     Score,
@@ -50,6 +50,11 @@ class SharedVerifier:
         self._asked: list[_Asked] = []
         self._on_the_way: dict[int, _Asked | _Reading] = {}  # by the identity of the verifier's request
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would bring nothing now."""
+        return rests(self.verifier, len(self._asked)) and not any(asked.is_answered for asked in self._asked)
+
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem."""
         self.verifier.begin(problem, text)
@@ -88,7 +93,8 @@ class SharedVerifier:
         self._problems[problem].forget_questions()
 
     def _ask(self) -> None:
-        """Ask the verifier for the texts that requests need and that it was not asked for."""
+        """Ask the verifier, all at once, for the texts that requests need and that it was not asked for."""
+        questions: list[Score | ScoreAndPrune] = []
         for asked in self._asked:
             if asked.is_sent:
                 continue
@@ -97,15 +103,17 @@ class SharedVerifier:
             for reading in fresh:
                 reading.is_sent = True
             if fresh and not waits and self._prunes and isinstance(asked.request, ScoreAndPrune):
-                self._send(asked.folded(asked.request), asked)
+                questions.append(self._question(asked.folded(asked.request), asked))
             else:
-                for reading in fresh:
-                    self._send(reading.request, reading)
+                questions += [self._question(reading.request, reading) for reading in fresh]
+        if questions:
+            self.verifier.submit(questions)
 
-    def _send(self, request: Score | ScoreAndPrune, taker: _Asked | _Reading) -> None:
+    def _question(self, request: Score | ScoreAndPrune, taker: _Asked | _Reading) -> Score | ScoreAndPrune:
+        """A request whose answer somebody takes."""
         taker.sent = request
         self._on_the_way[id(request)] = taker
-        self.verifier.submit([request])
+        return request
 
     def release(self, problem: int, branches: Iterable[int]) -> None:
         """Forget branches that were scored. The verifier forgets a text with its last branch."""

@@ -68,6 +68,11 @@ class Speculation:
         self._numbers = itertools.count(_FIRST)
         self.used = self.in_vain = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether steps are on their way, asked for or not."""
+        return bool(self._steps or self._answered)
+
     def follow(self, run: Run) -> None:
         """Start to predict the requests of a search, if that is possible."""
         if run.config.method in _FORESEEN and not run.config.lookahead:
@@ -205,14 +210,16 @@ class Speculation:
         unread = [candidate for candidate in search.ended.values() if not candidate.is_asked]
         if not search.num_waiting or len(unread) < max(1, search.run.config.n // _SHARES):
             return
+        scores = []
         for candidate in unread:
             branch, parent = candidate.branch, candidate.branch.parent
             assert parent is not None
             if len(branch.steps) > len(parent.steps):
-                score = Score(search.run.problem, branch.id, branch.steps, parent.scored_id)
-                self._reads[id(score)] = score, candidate
-                self._verifier.submit([score])
+                scores.append(Score(search.run.problem, branch.id, branch.steps, parent.scored_id))
+                self._reads[id(scores[-1])] = scores[-1], candidate
             candidate.is_asked = True
+        if scores:
+            self._verifier.submit(scores)
 
     def _foreseen(self, search: _Search) -> Iterator[Expand]:
         """Yield requests for steps below likely survivors, the best first.

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tts_search.engine.drivers import lift
+from tts_search.engine.drivers import Opened, lift
 from tts_search.errors import SearchError
 from tts_search.search.protocol import Expand, Policy
 from tts_search.search.seeds import Seeds
@@ -150,6 +150,8 @@ def _drawn(
     finally:
         for number in running:
             driver.end(number)
+        if isinstance(driver, Opened):
+            driver.close()
 
 
 def read_samples(path: str | Path, head: Mapping[str, Any] | None = None) -> list[Drawn]:

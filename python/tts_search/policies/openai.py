@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 from tts_search.errors import ServerError, require
 from tts_search.policies.text import TextPolicy
+from tts_search.search.protocol import Expand
 from tts_search.search.types import Step, StepRequest
 
 __all__ = ["OpenAIPolicy"]
@@ -26,9 +30,12 @@ class OpenAIPolicy(TextPolicy):
     r"""Samples steps from a server with OpenAI's API.
 
     The children of a branch are the samples of one request (``n``). All requests of a round are sent at the same time,
-    and the server finds their common prefix in its cache. A step ends at the delimiter (``stop``). If a server does not
-    report whether it stopped there or at the end of the answer, the policy reads the text as it is generated, with one
-    request for each child, and closes the connection at the delimiter.
+    and the server finds their common prefix in its cache. In an engine, a problem continues when its own requests are
+    answered, even if other problems wait. A search that is cancelled closes its connections.
+
+    A step ends at the delimiter (``stop``). If a server does not report whether it stopped there or at the end of the
+    answer, the policy reads the text as it is generated, with one request for each child, and closes the connection at
+    the delimiter.
 
     Chat templates such as Llama 3's trim a message. Then the delimiter at the end of the steps so far does not reach
     the model, and the model writes it again. At the first step that begins with the delimiter, the policy asks the
@@ -85,6 +92,8 @@ class OpenAIPolicy(TextPolicy):
     >>> policy = OpenAIPolicy("Qwen/Qwen2.5-1.5B-Instruct", base_url="http://localhost:8000/v1")  # doctest: +SKIP
     """
 
+    is_concurrent: Final = True
+
     def __init__(
         self,
         model: str,
@@ -125,24 +134,46 @@ class OpenAIPolicy(TextPolicy):
         self.max_retries = max_retries
         self.extra_body = dict(extra_body or {})
         self.continue_body = dict(continue_body)
-        self._client = self._openai.AsyncOpenAI(
-            api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=max_retries
+        self._new_client = partial(
+            self._openai.AsyncOpenAI,
+            api_key=key or "none",
+            base_url=base_url,
+            timeout=timeout,
+            max_retries=max_retries,
         )
-        self._slots = asyncio.Semaphore(concurrency)
+        self._server = str(self._new_client().base_url)
+        self._concurrency = concurrency
+        self._lines: WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = WeakKeyDictionary()
         self._says_where: bool | None = None  # whether the server reports what it stopped at; None: not known yet
         self._trims: bool | None = None  # whether it trims a delimiter at a message's end; None: not known yet
         self._streams = True  # whether the server sends text while it is generated
-        self._asking = asyncio.Lock()
+
+    async def answer(self, requests: Sequence[Expand]) -> list[Any]:
+        """Answer requests, all at the same time: a list of steps for each request, or its error."""
+        return self._counted(requests, await self._answer([self._asked(request) for request in requests]))
+
+    async def hang_up(self) -> None:
+        """Close the connections of the running event loop."""
+        if (line := self._lines.pop(asyncio.get_running_loop(), None)) is not None:
+            await line.client.close()
+
+    @property
+    def _line(self) -> _Line:
+        """The client and locks of the running event loop, to which they are bound."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._lines:
+            self._lines[loop] = _Line(self._new_client(), asyncio.Semaphore(self._concurrency), asyncio.Lock())
+        return self._lines[loop]
 
     async def _answer(self, requests: list[StepRequest]) -> list[Any]:
         """The function of a `TextPolicy`: a list of steps for each request, or its error."""
-        return list(await asyncio.gather(*(self._children(request) for request in requests)))
+        return await _together(self._children(request) for request in requests)
 
     async def _children(self, request: StepRequest) -> list[Step] | ServerError:
         width = self.samples_per_request or request.num_samples
         parts = [request.seeds[i : i + width] for i in range(0, request.num_samples, width)]
         try:
-            steps = await asyncio.gather(*(self._samples(request, seeds) for seeds in parts))
+            steps = await _together(self._samples(request, seeds) for seeds in parts)
         except ServerError as error:
             return error
         return [step for part in steps for step in part]
@@ -154,9 +185,9 @@ class OpenAIPolicy(TextPolicy):
             steps = await self._tried(partial(self._at_once, request, seeds))
             if steps is not None and not await self._were_trimmed(request, steps):
                 missing = seeds[len(steps) :]  # a server may not know n
-                rest = await asyncio.gather(*(self._samples(request, (seed,)) for seed in missing))
+                rest = await _together(self._samples(request, (seed,)) for seed in missing)
                 return [*steps, *(step for part in rest for step in part)]
-        return list(await asyncio.gather(*(self._tried(partial(self._read, request, seed)) for seed in seeds)))
+        return await _together(self._tried(partial(self._read, request, seed)) for seed in seeds)
 
     def _may_be_trimmed(self, request: StepRequest) -> bool:
         so_far = "".join(request.steps)
@@ -164,13 +195,13 @@ class OpenAIPolicy(TextPolicy):
 
     async def _ask_whether_it_trims(self) -> bool | None:
         """Whether "a" and "a" with a blank line after it are the same message; None if the server cannot tell."""
-        url = f"{str(self._client.base_url).rstrip('/').removesuffix('/v1')}/tokenize"
+        url = f"{self._server.rstrip('/').removesuffix('/v1')}/tokenize"
         tokens: list[Any] = []
         for content in ("a", "a\n\n"):
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
             body = {"model": self.model, "messages": messages, **self.continue_body}
             try:
-                answer = await self._client.post(url, cast_to=object, body=body, options={"max_retries": 0})
+                answer = await self._line.client.post(url, cast_to=object, body=body, options={"max_retries": 0})
             except self._openai.OpenAIError:
                 return None
             tokens.append(answer.get("tokens") if isinstance(answer, Mapping) else None)
@@ -183,7 +214,7 @@ class OpenAIPolicy(TextPolicy):
         so_far = "".join(request.steps)
         if not any(step.text.startswith(so_far[len(so_far.rstrip()) :]) for step in steps):
             return False
-        async with self._asking:
+        async with self._line.asking:
             if self._trims is None:
                 answer = await self._ask_whether_it_trims()
                 self._trims = True if answer is None else answer
@@ -191,7 +222,7 @@ class OpenAIPolicy(TextPolicy):
 
     async def _at_once(self, request: StepRequest, seeds: tuple[int, ...]) -> list[Step] | None:
         """The steps of one request; None if the server does not report where they stopped."""
-        async with self._slots:
+        async with self._line.slots:
             response = await self._create(request, seeds[0], n=len(seeds), stop=request.params.delimiter)
         choices = sorted(response.choices, key=lambda choice: choice.index)[: len(seeds)]
         if not choices:
@@ -208,29 +239,30 @@ class OpenAIPolicy(TextPolicy):
 
     async def _read(self, request: StepRequest, seed: int) -> Step:
         """One step, read as it is generated. It ends at the delimiter, or at the end of the answer."""
-        async with self._slots:
+        async with self._line.slots:
             return await self._read_stream(request, seed)
 
     async def _read_stream(self, request: StepRequest, seed: int) -> Step:
         text, reason, tokens, logprob = "", None, 0, 0.0
         delimiter = request.params.delimiter
         try:
-            async for choice in self._parts(request, seed):
-                text += self._text(choice)
-                reason = choice.finish_reason or reason
-                count, own = _counted(choice, 1 if self._text(choice) else 0)
-                tokens, logprob = tokens + count, logprob + (own or 0.0)
-                at = -1 if delimiter is None else text.find(delimiter, len(text) - len(text.lstrip()) + 1)
-                if delimiter is not None and at >= 0:
-                    known = logprob if self.logprobs else None
-                    return Step(self._own(request, text[: at + len(delimiter)]), False, tokens, known, "stop")
+            async with aclosing(self._parts(request, seed)) as parts:
+                async for choice in parts:
+                    text += self._text(choice)
+                    reason = choice.finish_reason or reason
+                    count, own = _counted(choice, 1 if self._text(choice) else 0)
+                    tokens, logprob = tokens + count, logprob + (own or 0.0)
+                    at = -1 if delimiter is None else text.find(delimiter, len(text) - len(text.lstrip()) + 1)
+                    if delimiter is not None and at >= 0:
+                        known = logprob if self.logprobs else None
+                        return Step(self._own(request, text[: at + len(delimiter)]), False, tokens, known, "stop")
         except self._openai.APIConnectionError as error:  # which the client does not try again by itself
             raise ConnectionError(f"the stream broke off: {error}") from error
         if reason is None:
             raise ConnectionError("the stream ended without a finish_reason")
         return _step(self._own(request, text), False, reason, tokens, logprob if self.logprobs else None, None)
 
-    async def _parts(self, request: StepRequest, seed: int) -> AsyncIterator[Any]:
+    async def _parts(self, request: StepRequest, seed: int) -> AsyncGenerator[Any, None]:
         """The parts of a text as they are generated; all at once from a server that does not stream."""
         if self._streams:
             stream = await self._create(request, seed, n=1, stop=None, stream=True)
@@ -270,7 +302,7 @@ class OpenAIPolicy(TextPolicy):
             if self.logprobs:
                 options["logprobs"] = 0
             prompt = self._prompt(request.problem) + so_far
-            return await self._client.completions.create(prompt=prompt, extra_body=body, **options)
+            return await self._line.client.completions.create(prompt=prompt, extra_body=body, **options)
         if self.logprobs:
             options["logprobs"] = True
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
@@ -278,7 +310,7 @@ class OpenAIPolicy(TextPolicy):
         if so_far:
             messages.append({"role": "assistant", "content": so_far})
             body = {**self.continue_body, **body}
-        return await self._client.chat.completions.create(messages=messages, extra_body=body, **options)
+        return await self._line.client.chat.completions.create(messages=messages, extra_body=body, **options)
 
     def _prompt(self, problem: str) -> str:
         return self.template.replace("{problem}", problem) if isinstance(self.template, str) else self.template(problem)
@@ -289,16 +321,16 @@ class OpenAIPolicy(TextPolicy):
             try:
                 return await send()
             except self._openai.APIStatusError as error:
-                raise ServerError(f"{self._client.base_url}: status {error.status_code}: {_short(error)}") from error
+                raise ServerError(f"{self._server}: status {error.status_code}: {_short(error)}") from error
             except self._openai.APIConnectionError as error:  # timeouts too
                 tries = f"after {self.max_retries + 1} tries" if self.max_retries else "at the only try"
-                raise ServerError(f"{self._client.base_url}: {_short(error)} {tries}") from error
+                raise ServerError(f"{self._server}: {_short(error)} {tries}") from error
             except ServerError:
                 raise
             except Exception as error:
                 if attempt == self.max_retries:
                     raise ServerError(
-                        f"{self._client.base_url}: expected an answer of OpenAI's API, got {type(error).__name__}: "
+                        f"{self._server}: expected an answer of OpenAI's API, got {type(error).__name__}: "
                         f"{_short(error)}"
                     ) from error
                 await asyncio.sleep(min(0.5 * 2**attempt, 8.0))
@@ -319,6 +351,35 @@ class OpenAIPolicy(TextPolicy):
             self._says_where = True
             return bool(extra[field] == delimiter)
         return False if self._says_where else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What is bound to one event loop.
+
+    Attributes
+    ----------
+    client : openai.AsyncOpenAI
+        Its connections.
+    slots : Semaphore
+        As many as requests may be under way.
+    asking : Lock
+        Held while the server is asked whether it trims.
+    """
+
+    client: Any
+    slots: asyncio.Semaphore
+    asking: asyncio.Lock
+
+
+async def _together(each: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of coroutines that run at the same time; if one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in each]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _step(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import threading
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+from tts_search.policies.background import wait_for
 from tts_search.search.checks import unused
 from tts_search.search.protocol import Expand, Score, Usage
 from tts_search.search.types import Messages, Step, StepRequest
 
 __all__ = ["TextPolicy", "TextVerifier"]
 
-T = TypeVar("T")
 PolicyFn = Callable[[list[StepRequest]], "Sequence[Sequence[Step]] | Awaitable[Sequence[Sequence[Step]]]"]
 VerifierFn = Callable[
     [list[tuple[str, tuple[str, ...]]]], "Sequence[Sequence[float]] | Awaitable[Sequence[Sequence[float]]]"
@@ -88,24 +86,40 @@ class TextPolicy(_TextDriver):
         super().__init__(fn)
         self._tokens: dict[int, int] = {}
 
+    def begin(self, problem: int, text: str | Messages) -> None:
+        """Announce a problem.
+
+        Raises
+        ------
+        TypeError
+            If it is a conversation.
+        ValueError
+            If the number belongs to a problem in flight.
+        """
+        super().begin(problem, text)
+        self._tokens[problem] = 0
+
     def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
         """Answer requests of any number of problems by one call of the function."""
-        items = [
-            StepRequest(
-                self._texts[request.problem],
-                request.steps,
-                len(request.children),
-                request.branch,
-                request.seeds,
-                request.params,
-            )
-            for request in requests
-        ]
-        answers = self._ask([request.problem for request in requests], items)
+        answers = self._ask([request.problem for request in requests], [self._asked(request) for request in requests])
+        return self._counted(requests, answers)
+
+    def _asked(self, request: Expand) -> StepRequest:
+        """A request in the words of a function of text."""
+        return StepRequest(
+            self._texts[request.problem],
+            request.steps,
+            len(request.children),
+            request.branch,
+            request.seeds,
+            request.params,
+        )
+
+    def _counted(self, requests: Sequence[Expand], answers: list[Any]) -> list[Any]:
+        """The answers, whose tokens are counted."""
         for request, steps in zip(requests, answers, strict=True):
             if not isinstance(steps, Exception):
-                tokens = sum(step.num_tokens for step in steps if isinstance(step, Step))
-                self._tokens[request.problem] = self._tokens.get(request.problem, 0) + tokens
+                self._tokens[request.problem] += sum(step.num_tokens for step in steps if isinstance(step, Step))
         return answers
 
     def usage(self, problem: int) -> Usage:
@@ -157,44 +171,8 @@ def _call(fn: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
     is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(target)
     answers = fn(items)
     if is_async or inspect.isawaitable(answers):
-        answers = _wait_for(answers)
+        answers = wait_for(answers)
     answers = list(answers)
     if len(answers) != len(items):
         raise ValueError(f"fn: expected {len(items)} lists, one per request, got {len(answers)}")
     return answers
-
-
-class _Loop:
-    """An event loop in its own thread; there is one in a process.
-
-    It works even if the caller has a running loop (a notebook, a server). A client that is bound to its loop works in
-    every round, because the loop stays the same.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None or self._thread is None or not self._thread.is_alive():  # not alive: after a fork
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="tts_search", daemon=True)
-                self._thread.start()
-            return self._loop
-
-
-_LOOP = _Loop()
-
-
-def _wait_for(awaitable: Awaitable[T]) -> T:
-    async def run() -> T:
-        return await awaitable
-
-    future = asyncio.run_coroutine_threadsafe(run(), _LOOP.get())
-    try:
-        return future.result()
-    except BaseException:  # Ctrl-C
-        future.cancel()
-        raise

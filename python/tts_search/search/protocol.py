@@ -28,6 +28,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from tts_search.search.types import Step, StepParams
 
 __all__ = [
+    "Concurrent",
     "Expand",
     "Generate",
     "GenerateParams",
@@ -404,6 +405,36 @@ class PruningVerifier(Verifier, Protocol):
 
     def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> Sequence[Scored | Exception]:
         """Answer requests of any number of problems, in order."""
+
+
+class Concurrent(Protocol):
+    """A policy or a verifier, usually on a server, that answers many requests at the same time on an event loop.
+
+    An engine calls `answer` of it in place of ``expand`` or ``score``. So no problem waits for another, and a request
+    that is cancelled is broken off.
+    """
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether it does so; False: it is used like any other policy or verifier."""
+
+    def begin(self, problem: int, text: str) -> None:
+        """Announce a problem; its root is node 0."""
+
+    async def answer(self, requests: Sequence[Any]) -> Sequence[Any]:
+        """Answer one request to a policy, or those that a problem has to a verifier, in order.
+
+        It is called again before the calls before have ended. A call that is cancelled frees what it holds.
+        """
+
+    async def hang_up(self) -> None:
+        """Free what the running event loop is used for, such as connections; there may be another loop later."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget these branches."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of the problem and say what it cost."""
 
 
 class Stepwise(Protocol[Asked]):
