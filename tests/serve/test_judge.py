@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tiny import save_checkpoint, tiny_model
-from tts_search import HFPolicy, OutcomeJudge, SearchConfig, SearchError, Step, TextPolicy, search
+from tts_search import Engine, HFPolicy, OutcomeJudge, SearchConfig, SearchError, Step, TextPolicy, search
 from tts_search.errors import ServerError
 from tts_search.search.protocol import Score
 from tts_search.verifiers import server
@@ -177,6 +177,71 @@ def test_what_may_pass_is_tried_again(pretend):
     (failed,) = scores(OutcomeJudge(ServerLabels(url, max_retries=2), "outcome"), solutions=["a"])
     assert "status 503" in str(failed)
     assert sum(path == "/generative_scoring" for path, _ in asked) == 3
+
+
+class Held:
+    """Holds back the scores of a problem called ``held``."""
+
+    def __init__(self) -> None:
+        self.came, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, body: dict[str, Any]) -> Reply:
+        if b"held" in bytes([*body["query"], *body["items"][0]]):
+            self.came.set()
+            self.opened.wait(120)
+        return GOOD["/generative_scoring"](body)
+
+
+def numbers(requests):
+    return [[Step(f"{seed % 99}", True) for seed in request.seeds] for request in requests]
+
+
+@pytest.mark.parametrize("ask", ["choice", "outcome"])
+def test_a_problem_that_the_server_holds_back_keeps_no_other_waiting(pretend, ask):
+    held, config = Held(), SearchConfig("best_of_n", n=3)
+    url, _ = pretend({**GOOD, "/generative_scoring": held})
+    with Engine(TextPolicy(numbers), OutcomeJudge(ServerLabels(url), ask)) as engine:
+        slow, quick = engine.submit("held", config), engine.submit("other", config)
+        assert held.came.wait(60)
+        assert quick.result().completions
+        assert not slow.done()
+        held.opened.set()
+        found = slow.result()
+    (alone,) = search(["held"], TextPolicy(numbers), OutcomeJudge(ServerLabels(url), ask), config)
+    assert found.tree.to_json() == alone.tree.to_json()
+
+
+def test_what_is_cancelled_is_broken_off(pretend):
+    """The engine, which waits for its threads, is closed before the server answers."""
+    held, config = Held(), SearchConfig("best_of_n", n=3)
+    url, _ = pretend({**GOOD, "/generative_scoring": held})
+    before = set(threading.enumerate())
+    with Engine(TextPolicy(numbers), OutcomeJudge(ServerLabels(url))) as engine:
+        first, second = engine.submit("held", config), engine.submit("held, too", config)
+        assert held.came.wait(60)
+        first.cancel()
+    with pytest.raises(SearchError, match="closed"):
+        second.result()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("tts_search")]
+    held.opened.set()
+
+
+def test_no_more_requests_of_all_problems_are_open_than_allowed(pretend):
+    lock, now, most = threading.Lock(), [], []
+
+    def counted(body: dict[str, Any]) -> Reply:
+        with lock:
+            now.append(body)
+            most.append(len(now))
+        threading.Event().wait(0.005)
+        with lock:
+            now.pop()
+        return GOOD["/generative_scoring"](body)
+
+    url, _ = pretend({**GOOD, "/generative_scoring": counted})
+    judge = OutcomeJudge(ServerLabels(url, concurrency=2))
+    search(["a", "b", "c", "d"], TextPolicy(numbers), judge, SearchConfig("best_of_n", n=4))
+    assert max(most) <= 2
 
 
 def test_servers_that_cannot_be_used(pretend):

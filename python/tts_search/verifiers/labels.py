@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -22,7 +22,7 @@ from tts_search.verifiers.reader import Reader
 if TYPE_CHECKING:
     from tts_search.models.decoder import KvDtype
 
-__all__ = ["Labels", "LocalLabels", "Question", "common_prefix", "distinct_labels"]
+__all__ = ["Labels", "LocalLabels", "Question", "RemoteLabels", "common_prefix", "distinct_labels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,17 @@ class Labels(Protocol):
         self, entry: VerifierFormat, labels: tuple[str, ...], questions: Sequence[Question]
     ) -> list[list[float] | Exception]:
         """Return for each question the probability of each label among the labels as the next token, or an error."""
+
+
+@runtime_checkable
+class RemoteLabels(Labels, Protocol):
+    """A model on a server, which answers many threads at the same time."""
+
+    def line(self) -> RemoteLabels:
+        """Return the same labels over connections of their own, which can be hung up."""
+
+    def hang_up(self) -> None:
+        """Break off the requests of other threads over these connections; they raise errors."""
 
 
 class LocalLabels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from string import ascii_uppercase
@@ -10,7 +12,7 @@ from typing import Any, Final, Literal
 from tts_search.search.checks import unused
 from tts_search.search.protocol import Score, Usage, usage_of
 from tts_search.verifiers.formats import FORMATS, VerifierFormat
-from tts_search.verifiers.labels import Labels, Question
+from tts_search.verifiers.labels import Labels, Question, RemoteLabels
 
 __all__ = ["CHOICE", "OutcomeJudge", "tournament"]
 
@@ -93,6 +95,24 @@ class OutcomeJudge:
         self.most = most
         self.rotate = rotate
         self._texts: dict[int, str] = {}
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether problems are judged at the same time, each by a call of its own: if the model is on a server."""
+        return isinstance(self.labels, RemoteLabels)
+
+    async def answer(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
+        """Judge the candidates of a problem in a thread; if it is cancelled, its requests are broken off."""
+        assert isinstance(self.labels, RemoteLabels)
+        judge = copy.copy(self)
+        judge.labels = line = self.labels.line()
+        try:
+            return await asyncio.to_thread(judge.score, requests)
+        finally:
+            line.hang_up()
+
+    async def hang_up(self) -> None:
+        """Do nothing: each call has connections of its own."""
 
     def begin(self, problem: int, text: str) -> None:
         """Announce a problem.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
+import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -18,6 +19,7 @@ from tts_search.errors import ServerError
 from tts_search.search.protocol import Usage
 from tts_search.verifiers.formats import PROBLEM, STEPS, VerifierFormat
 from tts_search.verifiers.labels import Question, common_prefix, distinct_labels, too_long
+from tts_search.verifiers.line import Line
 
 __all__ = ["ServerLabels"]
 
@@ -26,6 +28,7 @@ U = TypeVar("U")
 _MARKS: Final = re.compile(f"({re.escape(PROBLEM)}|{re.escape(STEPS)})")
 _PASSING: Final = frozenset({408, 409, 429})  # and 5xx: failures that may be over soon
 _PART: Final = 64  # questions in one request
+_NAP: Final = 0.1  # seconds after which one who waits for another try looks whether it is cancelled
 
 
 class ServerLabels:
@@ -35,7 +38,8 @@ class ServerLabels:
     there is one request for each label except one, with each label first in turn. With a prefix cache, the server reads
     the texts only for the first request.
 
-    Requests of one call are sent at the same time. The caller waits for them, and so do local models.
+    Requests of one call are sent at the same time. An engine judges each problem by a call of its own, so no problem
+    waits for another, and a search that is cancelled closes its connections.
 
     Parameters
     ----------
@@ -79,6 +83,7 @@ class ServerLabels:
         self._root = base_url.rstrip("/").removesuffix("/v1")
         self._key = os.environ.get(api_key_env)
         self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries
+        self._slots, self._line = threading.BoundedSemaphore(concurrency), Line()
         self.model: str = model or self._sent("/v1/models", None, lambda reply: str(reply["data"][0]["id"]))
         body = {"model": self.model, "prompt": "a"}
         self.max_length: int = self._sent("/tokenize", body, lambda reply: int(reply["max_model_len"]))
@@ -96,6 +101,16 @@ class ServerLabels:
     def end(self, problem: int) -> Usage:
         """Forget a problem; return the number of tokens that the server read for it."""
         return self._usage.pop(problem)
+
+    def line(self) -> ServerLabels:
+        """Return the same labels over connections of their own, which can be hung up."""
+        labels = copy.copy(self)
+        labels._line = Line()
+        return labels
+
+    def hang_up(self) -> None:
+        """Break off the requests of other threads over these connections; they raise errors."""
+        self._line.cut()
 
     def lengths(self, entry: VerifierFormat, questions: Sequence[Question]) -> list[int]:
         """Return the number of tokens of each question in a format.
@@ -195,7 +210,7 @@ class ServerLabels:
 
     def _all(self, send: Callable[[T], U], each: Sequence[T]) -> list[U]:
         """The results of `send` for each item, all at the same time."""
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        with ThreadPoolExecutor(self._concurrency, "tts_search.ServerLabels") as pool:
             return list(pool.map(send, each))
 
     def _sent(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], T]) -> T:
@@ -208,7 +223,9 @@ class ServerLabels:
         """
         for attempt in range(self._max_retries + 1):
             if attempt:
-                time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
+                self._pause(min(0.5 * 2 ** (attempt - 1), 8.0))
+            if self._line.is_cut:
+                raise ServerError(f"{self._root}{path}: the request was cancelled")
             try:
                 return read(self._answer(path, body))
             except urllib.error.HTTPError as error:
@@ -223,15 +240,18 @@ class ServerLabels:
                 )
         raise fault
 
+    def _pause(self, seconds: float) -> None:
+        """Wait before another try, unless nobody wants it any more."""
+        for _ in range(round(seconds / _NAP)):
+            if not self._line.is_cut:
+                time.sleep(_NAP)
+
     def _answer(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"content-type": "application/json"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(
-            urllib.request.Request(self._root + path, data, headers), timeout=self._timeout
-        ) as reply:
-            return json.loads(reply.read())
+        with self._slots:
+            return self._line.send(self._root + path, body, headers, self._timeout)
 
 
 def _complete(shares: Sequence[float]) -> list[float]:
