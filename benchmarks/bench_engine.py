@@ -2,6 +2,7 @@
 
     python benchmarks/bench_engine.py host          # Python of a decode step: what is left of it without the kernels
     python benchmarks/bench_engine.py simulated     # problems on a device whose step costs the same for up to 256 rows
+    python benchmarks/bench_engine.py served        # problems on a server that answers after random times
     python benchmarks/bench_engine.py rows          # a decode step of 1 to 64 rows: where speculation is cheap
     python benchmarks/bench_engine.py speculation   # one problem, with speculation and without
 
@@ -15,12 +16,17 @@ lognormal distribution with the median, mean and 99th percentile of Qwen2.5-1.5B
 tokens, at most 800; 11 steps for a solution). Time is counted in device steps of at most 256 rows. The baseline is the
 same search in lock-step: a round lasts as long as its longest step, and 16 problems run at a time.
 
+``served``: 16 problems of the same search with a policy that only waits. A request (a branch with all of its children)
+is answered after a time from a lognormal distribution with a median of 50 ms and sigma 0.8, however many are open. The
+baseline is the same driver as a batch driver: all problems wait for the slowest request. The trees are the same.
+
 ``rows`` and ``speculation`` use the policy and verifier in ``--policy`` and ``--verifier``; by default the demo's.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import operator
@@ -36,6 +42,7 @@ from typing import Any
 import record
 import torch
 from tts_search import HFPolicy, HFVerifier, SearchConfig, Step, StepParams, Usage, search
+from tts_search.engine.drivers import Lifted
 from tts_search.engine.scheduler import Scheduler
 from tts_search.search.protocol import Expand, Score
 
@@ -217,6 +224,27 @@ class Batches:
         self.release, self.end = self.device.release, self.device.end
 
 
+class Served:
+    """A policy on a server that answers each request after a random time, however many are open."""
+
+    is_concurrent = True
+    begin = Device.begin
+    release = Device.release
+    end = Device.end
+
+    async def answer(self, requests: Sequence[Expand]) -> list[list[Step]]:
+        """Wait for the slowest of the requests."""
+        await asyncio.sleep(max(latency(request) for request in requests))
+        return [[step_of(request, seed) for seed in request.seeds] for request in requests]
+
+    async def hang_up(self) -> None:
+        """Nothing is open."""
+
+    def expand(self, requests: Sequence[Expand]) -> list[list[Step]]:
+        """The same as a batch."""
+        return asyncio.run(self.answer(requests))
+
+
 class Scorer:
     """Random scores; a verifier that costs nothing."""
 
@@ -227,6 +255,11 @@ class Scorer:
     def score(self, requests: Sequence[Score]) -> list[list[float]]:
         """A score for each step, by its text."""
         return [[random.Random(step).random() for step in request.steps] for request in requests]
+
+
+def latency(request: Expand) -> float:
+    """The seconds after which a server answers."""
+    return random.Random(f"latency {request.seeds[0]}").lognormvariate(math.log(0.05), 0.8)
 
 
 def step_of(request: Expand, seed: int) -> Step:
@@ -251,6 +284,29 @@ def simulate(policy: Any, problems: int, in_flight: int) -> None:
         list(scheduler.step())
 
 
+def serve(policy: Any, problems: int) -> tuple[dict[str, float], list[str]]:
+    """The seconds that a search of so many problems takes, and their trees."""
+    scheduler = Scheduler(policy, Scorer(), lambda _: None, operator.eq)
+    begin = time.perf_counter()
+    texts = [f"problem {number}" for number in range(problems)]
+    outcomes: dict[int, Any] = dict(scheduler.run(texts, SearchConfig(n=16, max_steps=40), lambda: False))
+    seconds = {
+        "seconds": time.perf_counter() - begin,
+        "median of a problem": statistics.median(result.stats.wall_s for result in outcomes.values()),
+    }
+    return seconds, [json.dumps(outcomes[number].tree.to_json()) for number in range(problems)]
+
+
+def served(problems: int) -> Iterator[dict[str, Any]]:
+    """Each at its own pace, and by batches."""
+    ours, trees = serve(Served(), problems)
+    theirs, same = serve(Lifted(Served()), problems)
+    assert trees == same, "the order of answers has changed a result"
+    for name, seconds in (("one by one", ours), ("by batches", theirs)):
+        times = round(seconds["seconds"] / ours["seconds"], 2)
+        yield {"answers": name, **{key: round(value, 2) for key, value in seconds.items()}, "times the seconds": times}
+
+
 def lines_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The measurements that were asked for, one by one."""
     if options.what == "rows":
@@ -260,13 +316,16 @@ def lines_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     elif options.what == "speculation":
         models = HFPolicy(options.policy), HFVerifier(options.verifier, format=options.format)
         yield from one_problem(*models, options.problem, SearchConfig(n=16, max_steps=8, max_step_tokens=256))
+    elif options.what == "served":
+        yield from served(options.problems or 16)
     elif options.what == "host":
         torch.set_num_threads(1)
         yield from (host_cost(streams, options.tokens) for streams in options.streams)
     else:
         ours, theirs = Device(), LockStep()
-        simulate(ours, options.problems, options.problems)
-        simulate(Batches(theirs), options.problems, 16)
+        problems = options.problems or 40
+        simulate(ours, problems, problems)
+        simulate(Batches(theirs), problems, 16)
         for name, device in (("continuous", ours), ("lock-step, 16 problems", theirs)):
             use = round(device.rows / device.steps / ROWS, 3)
             times = round(device.steps / ours.steps, 2)
@@ -276,10 +335,10 @@ def lines_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Run one of them and print JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["host", "simulated", "rows", "speculation"])
+    parser.add_argument("what", choices=["host", "simulated", "served", "rows", "speculation"])
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--problems", type=int, default=40)
+    parser.add_argument("--problems", type=int, help="40 on the simulated device, 16 on the server")
     parser.add_argument("--policy", default=str(MODELS / "policy-0.1m"))
     parser.add_argument("--verifier", default=str(MODELS / "prm-weak"))
     parser.add_argument("--format", default="auto")
