@@ -134,6 +134,73 @@ def test_its_hub_searches_over_http(its_hub, live):  # noqa: ARG001
     assert "20 + 5" in found.the_one["content"]
 
 
+def test_its_hub_takes_the_best_of_n_over_http(its_hub, live):  # noqa: ARG001
+    """The server is the policy, and scores whole solutions by `/score`, or as its_hub's own judge by a chat."""
+    import httpx2
+    from its_hub.api import AbstractOutcomeRewardModel
+    from its_hub.core.algorithms.bon import BestOfN
+    from its_hub.core.lms.openai_lm import OpenAICompatibleLanguageModel
+    from its_hub.core.reward_models.llm_judge import LLMJudge
+
+    class Verifier(AbstractOutcomeRewardModel):
+        def score(self, messages, **_):
+            solutions = [turns[-1].content for turns in messages]
+            body = {"queries": messages[0][0].content, "documents": solutions, "aggregate": "min"}
+            reply = httpx2.post(f"{live}/score", json=body)
+            return [entry["score"] for entry in reply.raise_for_status().json()["data"]]
+
+        async def ascore(self, messages, **_):
+            return self.score(messages)
+
+    async def run(rewards):
+        model = OpenAICompatibleLanguageModel(f"{live}/v1", "none", "policy", max_completion_tokens=64, temperature=2.0)
+        found = await BestOfN(rewards(model)).ainfer(model, PROBLEM, budget=8, return_response_only=False)
+        await model.close()
+        return found
+
+    found = asyncio.run(run(lambda _: Verifier()))
+    assert len(found.responses) == len(found.scores) == 8
+    assert found.scores[found.selected_index] == max(found.scores)
+    assert len({one["content"] for one in found.responses}) > 1
+    judged = asyncio.run(run(lambda model: LLMJudge(model, response_format=None)))
+    assert judged.scores == [5.0] * 8  # what it takes where the answer has no score: the demo's policy only counts
+
+
+@pytest.mark.parametrize("needs_logprobs", [False, True])
+def test_thinkbooster_calls(client, needs_logprobs):
+    """What its model asks for (thinkbooster/models/blackboxmodel_with_streaming.py at 9ad8191), by the same client."""
+    asked = {
+        "model": "policy",
+        "max_tokens": 48,
+        "temperature": 0.7,
+        "logprobs": needs_logprobs,
+        "top_logprobs": 20 if needs_logprobs else None,
+    }
+    begun = [*TURNS, {"role": "assistant", "content": "20 + 5 = 25\n\n", "prefix": True}]
+    for messages in (TURNS, begun):
+        reply = client.chat.completions.create(**asked, messages=messages, n=4, stream=False, stop=["\n\n", "</think>"])
+        assert len(reply.choices) == 4
+        for choice in reply.choices:
+            assert choice.finish_reason in ("stop", "length")
+            assert "\n\n" not in choice.message.content
+            tokens = choice.logprobs.content if needs_logprobs else []
+            assert all(len(token.top_logprobs) == 20 for token in tokens)
+            assert "".join(token.token for token in tokens).startswith(choice.message.content if needs_logprobs else "")
+        text, count, reason = "", 0, None
+        for chunk in client.chat.completions.create(**asked, messages=messages, stream=True, stop=None):
+            (choice,) = chunk.choices
+            text += choice.delta.content or ""
+            count += len(choice.logprobs.content) if needs_logprobs and choice.logprobs else 0
+            if (reason := choice.finish_reason) is not None:
+                break
+        assert text
+        assert reason in ("stop", "length")
+        assert (count > 0) == needs_logprobs
+        stream = client.chat.completions.create(**asked, messages=messages, stream=True, stop=None)
+        next(iter(stream))  # a step is over: it stops to read
+        stream.close()
+
+
 @pytest.fixture(scope="module")
 def qwen_prm(tmp_path_factory):
     """A small checkpoint in the format of the one that reward_hub's client is written for."""
