@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from tts_search import HFVerifier
 from tts_search.models.decoder import Batch
-from tts_search.search.protocol import Score
+from tts_search.search.protocol import Score, ScoreAndPrune, Scored
 
 import tts_kernels as tk
 
@@ -281,6 +281,21 @@ def test_texts_that_do_not_fit_fail_alone(tmp_path: Path) -> None:
     assert len(fine) == 1
     (again,) = verifier.score([Score(0, 3, ("x",), 0)])
     assert again == fine
+
+
+@pytest.mark.parametrize("how", ["last", "min", "sum"])
+def test_where_no_new_text_fits_earlier_scores_compete(tmp_path: Path, how: str) -> None:
+    verifier = HFVerifier(save_checkpoint(tmp_path, model_of("separator"), verifier=FORMATS["separator"]))
+    verifier.begin(0, PROBLEM)
+    long = Score(0, 1, ("x" * 600,), 0)
+    groups = ((3, 0, 1), (2, 4))
+    request = ScoreAndPrune(0, (long, 0.25, 0.5, 0.75, 0.5), groups, (2, 1), how)
+    (answer,) = verifier.score_and_prune([request])
+    assert isinstance(answer, Scored)
+    assert isinstance(answer.scores[0], ValueError)
+    assert answer.survivors == (None if how == "sum" else [[3, 1], [2]])
+    (second,) = verifier.score_and_prune([ScoreAndPrune(0, (long, 0.25), ((0, 1),), (2,), how)])
+    assert second.survivors == (None if how == "sum" else [[1, 0]])  # who has no score comes last
 
 
 @pytest.mark.parametrize("step", ["", " \n\n"])

@@ -86,6 +86,13 @@ class Contest:
     sizes: list[int] = field(default_factory=list)
     keep: list[int] = field(default_factory=list)
 
+    def best_so_far(self) -> list[list[int]]:
+        """The best of each group by earlier steps alone, as indices of all candidates; ties go to the earlier one."""
+        ends = list(accumulate(self.sizes))
+        groups = [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        ranked = [sorted(group, key=lambda number: -self.prior[number]) for group in groups]
+        return [best[:count] for best, count in zip(ranked, self.keep, strict=True)]
+
 
 class HeadScorer:
     """Scores places by a head over their hidden states. There are no logits, and the head runs only at these places."""
@@ -144,8 +151,8 @@ class HeadScorer:
             The survivors of each group, best first, by their numbers among all candidates.
         """
         owners, places, hidden = _collected(jobs)
-        if not places:  # no text could be read
-            return [[] for _ in contest.keep]
+        if not places:  # no text could be read: only earlier scores compete
+            return contest.best_so_far()
         row_of = {place: row for row, place in enumerate(places)}
         rows = [[row_of[place] for place in asked if place in row_of] for asked in contest.places]
 
