@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -260,3 +261,42 @@ def test_treequest_searches_over_http(client, live):
     assert best
     assert 0 < score < 1
     assert len(tree.tree.get_nodes()) == 9
+
+
+@pytest.fixture(scope="module")
+def chat_model():
+    path = os.environ.get("TTS_CHAT_MODEL")
+    if not path:
+        pytest.skip("TTS_CHAT_MODEL names no checkpoint, such as HuggingFaceTB/SmolLM2-135M-Instruct")
+    return path
+
+
+@pytest.mark.slow
+def test_a_chat_model_answers_judges_and_searches(openai, live_over, chat_model):
+    """A real model, by its own chat template, is the policy, and as a judge of steps by yes and no the verifier."""
+    from tts_search import HFPolicy, HFVerifier, SearchConfig, search
+
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    fields = {"n": 4, "expand": 2, "max_step_tokens": 24, "max_steps": 2, "seed": 5}
+    policy = HFPolicy(chat_model, kv_memory="512MiB")
+    verifier = HFVerifier(chat_model, format="yes_no", kv_memory="512MiB")
+    config = SearchConfig("beam_search", **fields)
+    (alone,) = search([turns[0]["content"]], policy, verifier, config, progress=False)
+    url, _ = live_over(policy, verifier)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as one:
+        asked = {"model": "policy", "messages": turns, "max_tokens": 24}
+        best = one.chat.completions.create(**asked, temperature=0.0).choices[0].message.content
+        assert "Paris" in best
+        stream = one.chat.completions.create(**asked, temperature=0.0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == best
+        begun = [*turns, {"role": "assistant", "content": best[:20], "prefix": True}]
+        more = one.chat.completions.create(model="policy", messages=begun, max_tokens=24, temperature=0.0)
+        assert more.choices[0].message.content
+        several = one.chat.completions.create(**asked, n=16, seed=1, temperature=1.0)
+        assert len({choice.message.content for choice in several.choices}) > 8
+        assert several.usage.prompt_tokens_details.cached_tokens > 0
+        found = one.chat.completions.create(
+            model="policy", messages=turns, extra_body={"search": {"method": "beam_search", **fields}}
+        )
+    assert found.choices[0].message.content == alone.best.text
+    assert found.choices[0].model_extra["score"] == alone.best.score
