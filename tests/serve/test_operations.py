@@ -17,15 +17,15 @@ from pathlib import Path
 
 import arithmetic_models
 import pytest
-from conftest import SETTINGS
 from fastapi.testclient import TestClient
 from tiny import small_pool
 from tts_search import Engine, HFPolicy, Step, TextPolicy
 from tts_search.lab import MODELS_DIR
 from tts_search.serve.app import create_app
 from tts_search.serve.service import Service
-from tts_search.serve.settings import default_name, read_keys
+from tts_search.serve.settings import Settings, default_name, read_keys
 
+SETTINGS = Settings(names=("policy",))
 PROBLEM = {"problem": "Start with 20, add 5. What is the result modulo 100?", "method": "best_of_n", "n": 2}
 
 
@@ -162,7 +162,7 @@ def test_metrics_count_what_is_sampled_ahead_and_who_waited(models):
     config = {**PROBLEM, "method": "beam_search", "n": 8, "expand": 2, "max_step_tokens": 24, "max_steps": 6}
     config |= {"temperature": 3.0, "seed": 1}  # so that steps are as they come, and the best ones change
     with Engine(*models, speculate=True) as engine:
-        client = TestClient(create_app(Service(engine, *models, SETTINGS)), base_url="http://127.0.0.1")
+        client = TestClient(create_app(Service(engine, models[0], models[1], SETTINGS)), base_url="http://127.0.0.1")
         stats = client.post("/v1/search", json=config).json()["stats"]
         client.post("/v1/completions", json={"prompt": ["1 + 2", "3 + 4"], "max_tokens": 4})
         now = told(client)
