@@ -9,7 +9,6 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from tts_search.policies.background import LoopThread
 from tts_search.search.protocol import (
     Concurrent,
     Expand,
@@ -136,6 +135,8 @@ class Opened:
         self.on_arrival: Callable[[], None] | None = None
         self._driver = driver
         self._kinds = [kind for kind, its in ((Expand, Policy), (Score, Verifier)) if isinstance(driver, its)]
+        from tts_search.policies.background import LoopThread  # only for those who call servers
+
         self._loop = LoopThread(driver.hang_up)
         self._open: dict[Future[Sequence[Any]], list[Any]] = {}  # what each call is to answer
         self._arrived: SimpleQueue[Future[Sequence[Any]]] = SimpleQueue()
