@@ -87,7 +87,10 @@ void ThreadPool::run_part(int64_t begin, int64_t count, int64_t threads, RunItem
 // Works on the current job until every item is claimed, first in this thread's own share; returns how many
 // items this thread ran.
 int64_t ThreadPool::help(int64_t who) {
-    const uint64_t epoch = shares_[0].claim.load(std::memory_order_acquire) >> kEpochShift;
+    // The first share is opened when all fields of a job are written. While it is closed, they may still be
+    // those of the old job.
+    const uint64_t first = shares_[0].claim.load(std::memory_order_acquire), epoch = first >> kEpochShift;
+    if ((first & kClosed) == kClosed) return 0;
     const RunItem item = item_.load(std::memory_order_acquire);
     const void* context = context_.load(std::memory_order_acquire);
     const int64_t begin = begin_.load(std::memory_order_acquire);

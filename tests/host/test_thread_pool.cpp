@@ -73,6 +73,30 @@ void short_jobs_do_not_mix() {
     }
 }
 
+// A worker must never run an item with what belonged to the job before: here that is gone.
+void old_jobs_are_not_run_again() {
+    struct Job {
+        std::atomic<bool> is_on{true};
+        std::atomic<int64_t> ran{0}, late{0};
+    };
+    ThreadPool pool;
+    std::vector<Job> jobs(4);
+    int64_t late = 0;
+    for (int64_t number = 0; number < 1000000; ++number) {
+        Job& job = jobs[static_cast<size_t>(number % 4)];
+        late += job.late.exchange(0);
+        job.is_on = true, job.ran = 0;
+        const int64_t count = 2 + number % 3;
+        run(pool, count, 2 + number % 2, [&job](int64_t, int64_t) {
+            if (!job.is_on) job.late.fetch_add(1);
+            job.ran.fetch_add(1);
+        });
+        CHECK(job.ran == count);
+        job.is_on = false;
+    }
+    CHECK(late == 0);
+}
+
 void who_is_below_the_threads_and_one_at_a_time() {
     ThreadPool pool;
     for (int64_t threads : {8, 2, 5}) {
@@ -138,6 +162,7 @@ int main() {
     each_item_runs_once();
     each_thread_begins_in_its_share();
     short_jobs_do_not_mix();
+    old_jobs_are_not_run_again();
     who_is_below_the_threads_and_one_at_a_time();
     a_call_in_an_item_and_a_second_caller_work_alone();
     sleeping_workers_wake_up();
