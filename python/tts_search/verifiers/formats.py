@@ -110,7 +110,7 @@ class VerifierFormat:
         * ``"two_class"``: tensors ``weight`` [2, H] and ``bias`` [2]; ``"scalar"``: ``weight`` [1, H], ``bias`` [1].
         * ``"mlp"``: ``inner_weight`` [H1, H], ``inner_bias`` [H1], ReLU, ``weight`` [2, H1] and ``bias`` [2].
         * ``"log_ratio"``: no head. The log-probability of the steps' tokens under this model minus that under a
-        reference model, times ``beta``, summed from the first step on.
+          reference model, times ``beta``, summed from the first step on.
     source : str
         Where the format is published.
     prompt : str
