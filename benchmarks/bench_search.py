@@ -1,25 +1,35 @@
 """Many problems in the engine at once: the total time, the latency of a problem, the use of the policy's rows.
 
     python benchmarks/bench_search.py --policy PATH --verifier PATH --format yes_no --tasks FILE [--record NAME]
+    python benchmarks/bench_search.py ... --engines "64 rows" --turns "in turn" "verifier first" ...
 
 Each engine searches the same problems in turn, ``--rounds`` times; a number is the median of its runs. The lock-step
 baseline works like a loop over a batching server: all problems in flight wait for the longest step and for the last
 score of each round. It has the same models and kernels, but a call returns only when everything has been answered. A
 problem's latency is counted from its admission, its end from the start of the run. Slot use counts a decode step's rows
 until the last problem was admitted; if all start at once, there is no such time.
+
+``--turns`` compares rules for the model that takes the next step. "In turn" is the engine's: a step of the policy, a
+step of the verifier. "Verifier first" reads all that waits before the policy samples its next token. "Verifier in
+batches" lets the verifier wait until 16 candidates are there, or until the policy has nothing to do; "policy first",
+until the policy has nothing to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import record
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError, search_iter
+from tts_search.engine.scheduler import Scheduler, SearchOutcome
 from tts_search.evaluation.tasks import load_tasks
 
 import tts_kernels as tk
@@ -49,10 +59,40 @@ ENGINES: dict[str, dict[str, int]] = {
     "lock-step, 4 problems": {"max_in_flight": 4},
     "lock-step, all problems": {},
 }
+BATCH = 16  # candidates
+
+
+def verifier_first(scheduler: Scheduler) -> Iterator[SearchOutcome]:
+    """Read all that waits, then sample a token."""
+    assert scheduler.verifier is not None
+    while scheduler.num_candidates:
+        yield from scheduler._serve(scheduler.verifier)
+    yield from scheduler._serve(scheduler.policy)
+
+
+def policy_until(enough: float) -> Callable[[Scheduler], Iterator[SearchOutcome]]:
+    """Sample tokens until so many candidates wait, or nothing is left to sample; then read all of them."""
+
+    def step(scheduler: Scheduler) -> Iterator[SearchOutcome]:
+        assert scheduler.verifier is not None
+        yield from scheduler._serve(scheduler.policy)
+        if scheduler.num_candidates >= enough or not scheduler.num_streams:
+            while scheduler.num_candidates:
+                yield from scheduler._serve(scheduler.verifier)
+
+    return step
+
+
+TURNS: dict[str, Callable[[Scheduler], Iterator[SearchOutcome]]] = {
+    "in turn": Scheduler.step,
+    "verifier first": verifier_first,
+    "verifier in batches": policy_until(BATCH),
+    "policy first": policy_until(math.inf),
+}
 
 
 def run(
-    models: tuple[HFPolicy, HFVerifier], problems: Sequence[str], config: SearchConfig, engine: str
+    models: tuple[HFPolicy, HFVerifier], problems: Sequence[str], config: SearchConfig, engine: str, turns: str
 ) -> tuple[dict[str, float | None], list[str]]:
     """Search them all: the numbers, and the trees."""
     rows: list[tuple[float, int]] = []
@@ -73,18 +113,15 @@ def run(
     for model in models:
         model.max_rows = 1024
     drivers = (Policy(policy), Verifier(verifier)) if engine.startswith("lock-step") else models
-    tk.sample = counted
     ends: dict[int, float] = {}
     results = {}
     begin = time.perf_counter()
-    try:
+    with patch.object(tk, "sample", counted), patch.object(Scheduler, "step", TURNS[turns]):
         for number, result in search_iter(entries(), *drivers, config, progress=False, **ENGINES[engine]):
             if isinstance(result, SearchError):
                 raise result
             ends[number] = time.perf_counter()
             results[number] = result
-    finally:
-        tk.sample = sample
     last = max(admitted.values())
     most = ENGINES[engine].get("max_rows") or ENGINES[engine].get("max_in_flight", len(problems)) * config.n
     before = [min(1.0, count / most) for when, count in rows if when < last]
@@ -118,6 +155,7 @@ def main() -> None:
     parser.add_argument("--max-step-tokens", type=int, default=256)
     parser.add_argument("--kv-memory", default="3GiB", help="of each model")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), metavar="ENGINE")
+    parser.add_argument("--turns", nargs="+", choices=list(TURNS), default=["in turn"], metavar="RULE")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--record", help="write benchmarks/results/NAME.json")
     parser.add_argument("--beside", default="other work", help="what else ran, for --record")
@@ -132,17 +170,18 @@ def main() -> None:
         method=options.method, n=options.n, max_steps=options.max_steps, max_step_tokens=options.max_step_tokens
     )
     problems = [task.problem for task in load_tasks(options.tasks, options.limit)]
-    run(load(), problems[:1], config, "64 rows")  # whatever is done once
-    found: dict[str, list[dict[str, float | None]]] = {engine: [] for engine in options.engines}
+    run(load(), problems[:1], config, "64 rows", "in turn")  # whatever is done once
+    cases = list(itertools.product(options.engines, options.turns))
+    found: dict[tuple[str, str], list[dict[str, float | None]]] = {case: [] for case in cases}
     first: list[str] = []
     for _ in range(options.rounds):
-        for engine in options.engines:
-            numbers, trees = run(load(), problems, config, engine)
+        for engine, turns in cases:
+            numbers, trees = run(load(), problems, config, engine, turns)
             first = first or trees
             if trees != first:
-                raise SystemExit(f"{engine}: another result than the first engine's")
-            found[engine].append(numbers)
-            print(json.dumps({"engine": engine, **numbers}), flush=True)
+                raise SystemExit(f"{engine}, {turns}: another result than the first engine's")
+            found[engine, turns].append(numbers)
+            print(json.dumps({"engine": engine, "turns": turns, **numbers}), flush=True)
     if options.record:
         record.write(
             options.record,
@@ -153,13 +192,18 @@ def main() -> None:
             f"--limit {options.limit} --method {options.method} --n {options.n}"
             + (f" --quantize {options.quantize}" if options.quantize else ""),
             beside=options.beside,
-            tables={"engines": {engine: medians(engine, runs) for engine, runs in found.items()}},
+            tables={"engines": {name(*case): medians(case, runs) for case, runs in found.items()}},
         )
 
 
-def medians(engine: str, runs: Sequence[dict[str, float | None]]) -> dict[str, record.Cell]:
+def name(engine: str, turns: str) -> str:
+    """Of a row: the rule only where it is not the engine's own."""
+    return engine if turns == "in turn" else f"{engine}, {turns}"
+
+
+def medians(case: tuple[str, str], runs: Sequence[dict[str, float | None]]) -> dict[str, record.Cell]:
     """A row of the table."""
-    row: dict[str, record.Cell] = {"engine": engine}
+    row: dict[str, record.Cell] = dict(zip(("engine", "turns"), case, strict=True))
     for name in runs[0]:
         values = [value for each in runs if (value := each[name]) is not None]
         median = float(f"{statistics.median(values):.4g}") if values else None

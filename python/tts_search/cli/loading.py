@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +60,7 @@ def load_checkpoints(
         "quantize": quantize,
         "self_test": self_test,
     }
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our error repeats its messages about retries
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our error says what the hub's messages about retries say
     with checkpoint_of("--policy", policy) as where:
         loaded = HFPolicy(where, system_prompt=system_prompt, **own)
     if verifier is None:
