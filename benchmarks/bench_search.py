@@ -52,8 +52,9 @@ class Verifier:
 
 
 COUNTS = {"decode steps", "tokens", "speculated"}
-ENGINES: dict[str, dict[str, int]] = {
+ENGINES: dict[str, dict[str, Any]] = {
     "64 rows": {"max_rows": 64},
+    "64 rows, no speculation": {"max_rows": 64, "speculate": False},
     "4 problems": {"max_in_flight": 4},
     "as many as there is room for": {},
     "lock-step, 4 problems": {"max_in_flight": 4},
