@@ -208,6 +208,79 @@ def test_bytes_of_a_token_are_those_of_the_formula(decoders: dict[str, LlamaDeco
     assert 2.9 * 2**20 < pool.kv.nbytes <= 3 * 2**20
 
 
+def written_bytes(pool: XPool) -> int:
+    """Bytes of the tensors' rows that have been written since `poison`."""
+    windows = ((tensor.flatten(0, 1), tensor[0, 0].nbytes) for tensor in pool.kv.tensors())
+    blocks = ((tensor, tensor[0].nbytes) for tensor in (*pool.kv.block_rows, *pool.kv.block_keys))
+    rows = ((tensor.reshape(len(tensor), -1).view(torch.uint8), size) for tensor, size in (*windows, *blocks))
+    return sum(int((row != 0xA5).any(1).sum()) * size for row, size in rows)
+
+
+def poison(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.view(torch.uint8).fill_(0xA5)
+
+
+@pytest.mark.parametrize("kind", ["xquant-4", "xquant-cl-2"])
+@pytest.mark.parametrize("name", ["one KV head", "all heads"])
+def test_held_bytes_are_those_of_the_tensors(decoders: dict[str, LlamaDecoder], name: str, kind: str) -> None:
+    decoder = decoders[name]
+    pool = pool_of(decoder, kind, blocks=4)
+    poison(*pool.kv.tensors(), *pool.kv.block_rows, *pool.kv.block_keys)
+    root = pool.forest.add_root()
+
+    def measured(*branches: int) -> int:
+        assert pool.held_bytes(branches) == written_bytes(pool)
+        return pool.held_bytes(branches)
+
+    assert measured(root) == 0
+    read(decoder, pool, root, text(100))
+    growing = measured(root)
+    read(decoder, pool, root, text(28))
+    assert measured(root) > growing / 100 * BLOCK  # a full block, and its window
+    poison(*pool.kv.tensors())  # the next token frees the window
+    read(decoder, pool, root, text(40))
+    before = measured(root)
+    children = pool.forest.fork([root, root])
+    assert measured(root, *children) == before
+    for child in children:
+        read(decoder, pool, child, text(10, child))
+    slot = sum(tensor[0, 0].nbytes for tensor in pool.kv.tensors())
+    assert measured(root, *children) == before + 2 * (8 + 10) * slot  # 32 of 40 tokens are in full pages
+    assert pool.held_bytes(children[:1]) == before + 10 * slot
+
+
+def test_a_full_pool_holds_all_bytes_but_the_room_to_restore(decoders: dict[str, LlamaDecoder]) -> None:
+    pool = pool_of(decoders["qwen2"], "xquant-3", blocks=1)
+    root = pool.forest.add_root()
+    read(decoders["qwen2"], pool, root, text(BLOCK))
+    room = sum(pages[pool.kv.first :].nbytes for pages in pool.kv.pages)
+    assert pool.held_bytes([root]) == pool.kv.nbytes - room
+
+
+@pytest.mark.parametrize("length", [20, 119])
+def test_stats_have_the_largest_number_of_bytes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = HFPolicy(str(MODELS / "policy-0.1m"), kv_memory="4MiB", kv_dtype="xquant-4", self_test=False)
+    pool = policy._pool.pool
+    assert isinstance(pool, XPool)
+    held: list[int] = []
+    kv, forest, run = pool.kv, pool.forest, pool.kv.run
+    block = sum(tensor.nbytes for tensor in (*kv.block_rows, *kv.block_keys)) // forest.blocks.stats().pages_total
+    page = sum(tensor.nbytes for tensor in kv.tensors()) // kv.num_windows
+
+    def noted(*args: Any) -> Tensor:
+        blocks, windows = forest.blocks.stats().unique_tokens, forest.windows.stats().unique_tokens
+        held.append(blocks // BLOCK * block + windows * page // 16)
+        return run(*args)
+
+    monkeypatch.setattr(kv, "run", noted)
+    config = SearchConfig("best_of_n", n=4, max_tokens=40, temperature=1.5)
+    (result,) = search([f"12+34{'-5' * length}"], policy, None, config, progress=False, prefix_cache=False)
+    assert result.stats.peak_kv_bytes == max(held) > result.stats.peak_unique_kv_tokens * pool.token_bytes
+    both = search([f"12+34{'-5' * length}"] * 2, policy, None, config, progress=False, prefix_cache=False)
+    assert {one.stats.peak_kv_bytes for one in both} == {result.stats.peak_kv_bytes}
+
+
 def test_the_model_of_the_issue_in_bytes() -> None:
     """SmolLM2-135M: 30 layers, hidden states of 576, keys of 192 elements."""
     assert [round(sum(form.token_bytes for form in formats_of(kind, 30, 576, 192))) for kind in KINDS] == [

@@ -10,7 +10,7 @@ from tts_search.search.protocol import Usage
 __all__ = ["Meter"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Meter:
     """The cost of one problem so far.
 
@@ -31,6 +31,9 @@ class Meter:
         The number of forwards of running branches that are included in these counts.
     unique, logical, peak_unique, peak_logical : int
         KV tokens now, and their largest numbers so far: each token counted once, and the sum of the branches' lengths.
+    peak_bytes : int
+        The largest number of bytes in an X cache so far, which is not proportional to the number of tokens; 0 for other
+        pools.
     """
 
     prompt: int = 0
@@ -47,6 +50,7 @@ class Meter:
     logical: int = 0
     peak_unique: int = 0
     peak_logical: int = 0
+    peak_bytes: int = 0
 
     def settle(self, ticks: int) -> None:
         """Add what running branches did since the last call.
@@ -79,7 +83,7 @@ class Meter:
             flops=pool.shape.flops(forwarded, self.keys, self.logit_rows),
             peak_unique_kv_tokens=self.peak_unique,
             peak_logical_kv_tokens=self.peak_logical,
-            peak_kv_bytes=self.peak_unique * pool.token_bytes,
+            peak_kv_bytes=self.peak_bytes or self.peak_unique * pool.token_bytes,
             recomputed_tokens=self.recomputed,
             waves=self.waves,
             cached_tokens=self.cached,

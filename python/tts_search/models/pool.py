@@ -20,6 +20,7 @@ from tts_search.models.decoder import Batch, KVPool
 from tts_search.models.device import upload
 from tts_search.models.meter import Meter
 from tts_search.models.prefix import PrefixCache
+from tts_search.models.x_cache import XPool
 from tts_search.search.protocol import Usage
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ class BranchPool:
                 pages = len(rows.kv) + sum(1 + take // self.pool.forest.page_size for take in takes.values())
                 if not (self._make_free(pages) or self._evict(branches, takes)):
                     raise
+        if isinstance(self.pool, XPool):
+            self._note_bytes(self.pool)
         try:
             done = [branch for branch in branches if not branch.pending]
             places = [(branch, place) for branch in branches for place in _reached(branch, takes.get(branch, 0))]
@@ -403,6 +406,14 @@ class BranchPool:
             meter.note_peaks()
         for node, _ in logit_rows:
             node.meter.logit_rows += 1
+
+    def _note_bytes(self, pool: XPool) -> None:
+        """Update each problem's peak of bytes. A forward holds the most: a block that becomes full, and its window."""
+        held: dict[Meter, list[int]] = {}
+        for node in self._kv.resident:
+            held.setdefault(node.meter, []).append(kv_of(node))
+        for meter, branches in held.items():
+            meter.peak_bytes = max(meter.peak_bytes, pool.held_bytes(branches))
 
     def _evict(self, branches: Sequence[TokenBranch], takes: dict[TokenBranch, int]) -> bool:
         """Free the KV of an idle branch; False if there is none.

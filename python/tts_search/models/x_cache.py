@@ -14,6 +14,7 @@ no code for the X cache. Layers differ in the page numbers of their windows.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -136,6 +137,15 @@ class XForest:
         tokens = zip(blocks[3:], windows[3:], strict=True)
         return tk.ForestStats(blocks.branches, total, int(total * free), *(sum(pair) for pair in tokens))
 
+    def read_by(self, branches: Sequence[int]) -> tuple[int, int]:
+        """How many blocks, and how many slots of windows, some of these branches read."""
+        blocks, _ = self.blocks.page_table(branches)
+        pages, held = self.windows.page_table(branches)
+        used = (held[:, None] - PAGE_SIZE * torch.arange(pages.shape[1])).clamp(max=PAGE_SIZE)
+        unique, which = torch.unique(pages[pages >= 0], return_inverse=True)
+        most = torch.zeros(len(unique), dtype=used.dtype).scatter_reduce_(0, which, used[pages >= 0], "amax")
+        return len(torch.unique(blocks[blocks >= 0])), int(most.sum())
+
     def _window(self, branch: int) -> tuple[int, int]:
         """The position where a branch's window begins, and the number of its tokens."""
         held = self.windows.length(branch)
@@ -196,6 +206,16 @@ class XCache(tk.KVCache):
     def nbytes(self) -> int:
         """Number of bytes of all tensors."""
         return sum(t.nbytes for t in (*self.pages, *self.window_rows, *self.block_rows, *self.block_keys))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Number of bytes for a token of a window."""
+        return sum(tensor[0, 0].nbytes for tensor in self.tensors())
+
+    @property
+    def block_bytes(self) -> int:
+        """Number of bytes for a full block."""
+        return sum(tensor[0].nbytes for tensor in (*self.block_rows, *self.block_keys))
 
     def tensors(self) -> list[Tensor]:
         """The tensors of a window's pages."""
@@ -293,11 +313,16 @@ class XPool(KVPool):
         forest = XForest(num_blocks, num_windows)
         cache = XCache(layers, shape, num_blocks, num_windows, dtype, name, device)
         self._take(shape, forest, cache)  # type: ignore[arg-type]  # it has all of a forest that is asked for
+        self._bytes = cache.block_bytes, cache.slot_bytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes for a token of a full block, without the room in which its keys and values are restored."""
         return round(sum(layer.format.token_bytes for layer in self.kv.layers))
+
+    def held_bytes(self, branches: Sequence[int]) -> int:
+        """Bytes of the blocks and of the slots of windows that some of these branches read, each counted once."""
+        return sum(map(operator.mul, self.forest.read_by(branches), self._bytes))
 
     @property
     def num_tokens(self) -> int:

@@ -36,7 +36,8 @@ class SearchStats:
     verifier_peak_unique_kv_tokens, verifier_peak_logical_kv_tokens : int
         The same of the verifier's cache.
     peak_kv_bytes, verifier_peak_kv_bytes : int
-        Bytes of those slots of the policy's and of the verifier's cache.
+        Bytes of those slots of the policy's and of the verifier's cache. With an X cache: the most bytes in use at
+        once, for full blocks and for tokens that are not quantised.
     recomputed_tokens : int
         Tokens that either model forwarded again because memory had run out.
     waves : int
