@@ -31,6 +31,7 @@ OPS = {
     "linear_logprob": "large_logits or test_equals_the_definition[dtype1-size3]",
     "merge_states": "empty_state or nan_shows",
     "prune": "saturated or nothing_kept or strided",
+    "quantize_rows": "odd_groups or strided or whole_numbers",
     "rms_norm": "zero_rows or strided",
     "rope_append": "other_slots or non_finite or what_append_makes_of_the_rotated_keys[34-int4-dtype1",
     "sample": "kth_stay or min_p_is or smallest_set or renormalises or greedy_takes or ties_at_the_lower_id[5"
@@ -44,6 +45,7 @@ OPS = {
 }
 # What takes a sanitizer, a process for each launch, too long of these is left out or replaced.
 FEW = {
+    "quantize_rows": "strided",
     "linear": "test_zero_points[4-dtype1",
     "sample": "greedy_takes or exactly_the_definition[37-all or exactly_the_definition[1025-all-dtype1"
     " or likeliest_tokens_of",
@@ -151,6 +153,14 @@ def test_kernels_of_the_ops(op: str, way: str) -> None:
         pytest.skip("no clang")
     only = FEW.get(op, OPS[op]) if way in ("address", "thread") else OPS[op]
     run_tests([*EMULATED, *WAYS[way]], file_of(op), only, ())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("only", ["is_restored", "without_loss and llama", "near_those_of_a_cpu and xquant-3"])
+def test_the_x_cache(only: str) -> None:
+    """A block's keys and values from its stored bytes; logits of a text beyond a block, without loss and with."""
+    run_tests(EMULATED, str(HERE.parent / "models/test_x_cache_on_triton.py"), only, ())
 
 
 @pytest.mark.slow

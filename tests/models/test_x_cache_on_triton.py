@@ -1,15 +1,19 @@
-"""The X cache with its memory on a simulated GPU, where Triton's kernels run in Triton's interpreter."""
+"""The X cache with its memory on a simulated GPU, where Triton's kernels run.
+
+They run in Triton's interpreter (tests/test_triton.py), or as PTX in the emulator (tests/gpu_emulator/test_triton.py).
+"""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET is not set: tests/test_triton.py runs these", allow_module_level=True)
+from tts_kernels import triton as backend
+
+if "cpu" not in backend.DEVICES:
+    pytest.skip("Triton's kernels do not run here: tests/test_triton.py runs these", allow_module_level=True)
 
 from pretend_gpu import CUDA, PretendGpu
 from test_llama_decoder import model_of
@@ -79,6 +83,38 @@ def on_device(path: str, kind: str | None, quantiser: type[Quantiser] = Quantise
         assert {tensor.device for tensor in pool.kv.tensors()} == {CUDA}
         found: Tensor = logits(decoder, pool).values_  # type: ignore[attr-defined]
     return found
+
+
+def restored(decoder: LlamaDecoder, pool: KVPool, blocks: list[list[Tensor]]) -> list[Tensor]:
+    """Keys and values of a block in each layer, made of these bytes [rows of each layer, keys of each layer]."""
+    assert isinstance(pool, XPool)
+    kv, root = pool.kv, pool.forest.add_root()
+    pool.pack([root], [text(BLOCK)])
+    kept = pool.pack([root], [[5]]).kept
+    for target, stored in zip((kv.block_rows, kv.block_keys), blocks, strict=True):
+        for tensor, source in zip(target, stored, strict=True):
+            tensor.copy_(source)
+    made, before = [], None
+    for number, layer in enumerate(kv.layers):
+        before = kv.restore(number, layer, kept, decoder.config.cos_sin, decoder.config.eps, before)
+        made += [pages[kv.first : kv.first + BLOCK // 16].clone() for pages in kv.pages]
+    return made
+
+
+@pytest.mark.parametrize(("kind", "name"), [("xquant-3", "all heads"), ("xquant-4", "qwen3"), ("xquant-cl-2", "llama")])
+def test_a_block_is_restored_as_by_the_definition(paths: dict[str, str], name: str, kind: str) -> None:
+    decoder = loaded(paths[name], "cpu")
+    pool = pool_of(decoder, kind)
+    assert isinstance(pool, XPool)
+    read(decoder, pool, pool.forest.add_root(), text(BLOCK))
+    blocks = [pool.kv.block_rows, pool.kv.block_keys]
+    with tk.use_backend("reference"), torch.inference_mode():
+        want = restored(decoder, pool_of(decoder, kind), blocks)
+    with PretendGpu(watches=False, triton=True):
+        decoder = loaded(paths[name], "cuda")
+        got = [each.values_ for each in restored(decoder, pool_of(decoder, kind), blocks)]  # type: ignore[attr-defined]
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("all heads", "xquant-4"), ("llama", "xquant-cl-4"), ("qwen3", "xquant-4")])
