@@ -119,7 +119,7 @@ def _merged(options: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def _short(error: Exception) -> str:
     """The reason in an error, on one line of a table."""
-    text = re.sub(r"^models of type .* do not run over a forest: ", "", " ".join(str(error).split()))
+    text = re.sub(r"^.*models of type .* do not run over a forest: ", "", " ".join(str(error).split()))
     return text.replace("|", "\\|").replace("<", "&lt;")[:160]
 
 

@@ -324,7 +324,7 @@ def saved(folder: Path, kind: str, options: dict[str, Any]) -> str:
 def test_what_cannot_be_followed_is_refused_with_a_reason(name: str, tmp_path: Path) -> None:
     kind, options, reason = REFUSED[name]
     path = saved(tmp_path, kind, options)
-    with pytest.raises(ValueError, match=f"models of type '{kind}' do not run over a forest: .*{reason}"):
+    with pytest.raises(ValueError, match=f"^{path}: models of type '{kind}' do not run over a forest: .*{reason}"):
         load_decoder(path)
 
 

@@ -47,10 +47,14 @@ def small_gptq(folder: Path) -> Path:
 KINDS = {"opened gguf": (1, small_gguf), "loaded gguf": (20, small_gguf), "safetensors": (1, small_gptq)}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("opened gguf", 1000), ("loaded gguf", 100), ("safetensors", 500)])
-def test_mutated_files(kind: str, count: int, tmp_path: Path) -> None:
-    found = fuzz(kind, KINDS[kind][1](tmp_path), range(count))
-    assert min(found.values()) > count // 100
+# Seeds, and those beyond them that were found to fail once.
+FEW = {"opened gguf": [*range(1000), 9829], "loaded gguf": [*range(100), 410], "safetensors": [*range(500)]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_files(kind: str, tmp_path: Path) -> None:
+    found = fuzz(kind, KINDS[kind][1](tmp_path), FEW[kind])
+    assert min(found.values()) > len(FEW[kind]) // 100
 
 
 @pytest.mark.slow

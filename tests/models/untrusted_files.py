@@ -13,7 +13,7 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ def only_errors_that_name(path: Path, found: dict[str, int]) -> Iterator[None]:
         found["refused"] += 1
 
 
-def fuzz(reader: str, path: Path, seeds: range) -> dict[str, int]:
+def fuzz(reader: str, path: Path, seeds: Iterable[int]) -> dict[str, int]:
     """Read a mutation of the file for each seed."""
     read, end, mutate, named = READERS[reader]
     data, header, name = path.read_bytes(), end(path), named(path)

@@ -334,7 +334,8 @@ def following(config: Any) -> Iterator[None]:
     Raises
     ------
     ValueError
-        With the model's type and the reason. File errors, lack of memory and Ctrl-C are not changed.
+        With the model's path if it has one, its type and the reason. File errors, lack of memory and Ctrl-C are not
+        changed.
     """
     try:
         yield
@@ -346,7 +347,8 @@ def following(config: Any) -> Iterator[None]:
             reason = NOT_PLUGGABLE
         elif isinstance(error, (ValueError, RuntimeError)):
             reason = str(error).partition(". ")[0]
-        raise ValueError(f"models of type {config.model_type!r} do not run over a forest: {reason}") from error
+        where = f"{config.name_or_path}: " if config.name_or_path else ""
+        raise ValueError(f"{where}models of type {config.model_type!r} do not run over a forest: {reason}") from error
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:

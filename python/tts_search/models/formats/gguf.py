@@ -173,7 +173,11 @@ def gguf_config(header: GGUFHeader) -> Any:
         options["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if family == "llama":
         options["mlp_bias"] = "blk.0.ffn_gate.bias" in header.tensors
-    return transformers.AutoConfig.for_model(family, **options)
+    try:
+        # The name is for errors that come later.
+        return transformers.AutoConfig.for_model(family, **options, name_or_path=header.path)
+    except Exception as error:  # its checks have errors of their own
+        raise ValueError(f"{header.path}: no configuration of a {family} model: {error}") from error
 
 
 def _rope(says: _Metadata, head_dim: int) -> dict[str, Any]:
