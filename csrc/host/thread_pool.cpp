@@ -119,10 +119,12 @@ int64_t ThreadPool::help(int64_t who) {
 
 void ThreadPool::start_workers(int64_t number) {
     if (static_cast<int64_t>(workers_.size()) >= number) return;
-    // Signals are handled by the program's own threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    // Signals are handled by the program's own threads, except those that an instruction raises: their
+    // handlers, which may say where it was, run in the thread that met it, or not at all.
+    sigset_t others, before;
+    sigfillset(&others);
+    for (const int raised : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP}) sigdelset(&others, raised);
+    pthread_sigmask(SIG_SETMASK, &others, &before);
     try {
         while (static_cast<int64_t>(workers_.size()) < number) {
             const auto who = static_cast<int64_t>(workers_.size()) + 1;

@@ -1,4 +1,5 @@
 // Threads that claim items: each item once, whoever calls, whatever else runs, in a forked child too.
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -43,6 +44,22 @@ void each_item_runs_once() {
         }
     }
     CHECK(times_run(pool, 1000, 70) == std::vector<int>(1000, 1));  // more threads than shares
+}
+
+// What an instruction raises in a worker reaches its handler; other signals go to the program's own threads.
+void workers_handle_only_what_they_raise() {
+    ThreadPool pool;
+    std::atomic<int> helped{0};
+    run(pool, 1000, 2, [&](int64_t, int64_t who) {
+        usleep(100);
+        if (who == 0) return;
+        ++helped;
+        sigset_t blocked;
+        pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
+        for (const int raised : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) CHECK(!sigismember(&blocked, raised));
+        for (const int sent : {SIGINT, SIGTERM, SIGUSR1}) CHECK(sigismember(&blocked, sent));
+    });
+    CHECK(helped > 0);
 }
 
 // Where nobody helps, the caller takes its own share from the front, then the others'.
@@ -160,6 +177,7 @@ void a_forked_child_has_threads_of_its_own() {
 
 int main() {
     each_item_runs_once();
+    workers_handle_only_what_they_raise();
     each_thread_begins_in_its_share();
     short_jobs_do_not_mix();
     old_jobs_are_not_run_again();
