@@ -44,7 +44,7 @@ run "${files[@]}"
 # AMX tiles are software here (CMakeLists.txt), so that level is tested on processors without them, too. They are slow:
 # test_linear_quantized.py and test_tree_attention.py take many minutes at this level, so they are run by hand.
 levels=$(PYTHONPATH=$PWD/python "$python" -c "import tts_kernels as tk; i = tk.backend_info(); print(i.cpu_isa, *i.cpu_isas)")
-if [ "$sanitizer" != thread ] && [[ $levels != amx* ]] && [[ $levels == *avx512_vnni* ]]; then
+if [ "$sanitizer" != thread ] && [[ $levels != amx* ]] && [[ $levels == *avx512_bf16* ]]; then
   echo "== -fsanitize=$sanitizer: the level amx"
   TTS_KERNELS_CPU_ISA=amx run tests/test_linear.py
 fi

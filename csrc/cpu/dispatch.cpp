@@ -17,6 +17,12 @@
 #include <unistd.h>
 #endif
 
+#if defined(TTS_HAS_X86_ISAS)
+// True if AMX's instructions are executed in software. Nothing that is installed defines it: a test's library
+// that is preloaded does (tests/host/amx_by_sigill.cpp), and so does the build for sanitizers.
+extern "C" __attribute__((weak, visibility("default"))) bool tts_amx_in_software();
+#endif
+
 namespace tts {
 
 #if defined(TTS_HAS_X86_ISAS)
@@ -69,7 +75,7 @@ uint32_t saved_state() {
 }
 
 // On Linux a process must ask before it may use tiles.
-[[maybe_unused]] bool may_use_tiles() {
+bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -93,13 +99,9 @@ struct Features {
         avx_vnni = avx2 && bit(more.eax, 4);
         avx512_vnni = avx512 && bit(extended.ecx, 11);
         avx512_bf16 = avx512_vnni && bit(more.eax, 5);
-#if defined(TTS_AMX_IN_SOFTWARE)
-        amx = avx512_vnni;
-#else
-        const bool tiles = (state & 0x60000) == 0x60000;
-        amx = avx512_bf16 && tiles && bit(extended.edx, 22) && bit(extended.edx, 24) &&
-              bit(extended.edx, 25) && may_use_tiles();  // BF16, TILE, INT8
-#endif
+        const bool tiles = (state & 0x60000) == 0x60000 && bit(extended.edx, 22) && bit(extended.edx, 24) &&
+                           bit(extended.edx, 25) && may_use_tiles();  // BF16, TILE, INT8
+        amx = avx512_bf16 && (tiles || (tts_amx_in_software && tts_amx_in_software()));
     }
 };
 
