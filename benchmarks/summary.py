@@ -1,8 +1,9 @@
 """A table and plots of the results of `make bench`::
 
-    python benchmarks/summary.py build/bench/bench.json build/bench
+    python benchmarks/summary.py build/bench/bench.json build/bench [--write ops]
 
-Writes table.md, and with matplotlib installed speedup.svg, roofline.svg and scaling.svg.
+Writes table.md, and with matplotlib installed speedup.svg, roofline.svg and scaling.svg. ``--write`` also writes a
+measurement of benchmarks/results; run it on the machine and at the commit of the benchmarks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import record
+
 FASTER, FRACTION = "times faster than ", "fraction of "
 
 
@@ -20,11 +23,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="what pytest-benchmark wrote")
     parser.add_argument("folder", type=Path, help="where the table and the plots go")
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--beside", default="nothing", help="what else ran, for --write")
     options = parser.parse_args()
     results = json.loads(options.json.read_text())
     table = options.folder / "table.md"
     table.write_text(markdown(results))
     print(table.read_text())
+    if options.write:
+        record.write(
+            options.write,
+            what="The operators' microbenchmarks; medians, ours and the baselines in turn",
+            command="make bench; python benchmarks/summary.py build/bench/bench.json build/bench --write ops",
+            beside=options.beside,
+            tables={"ops": dict(map(row_of, timed(results)))},
+            packages=("torch", "transformers"),
+        )
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -42,15 +56,32 @@ def markdown(results: dict[str, Any]) -> str:
     devices = {entry["extra_info"]["device"] for entry in results["benchmarks"] if "device" in entry["extra_info"]}
     lines = [f"{', '.join(sorted(devices))} of {cpu}, commit {commit}, {results['datetime'][:10]}", ""]
     lines += ["| benchmark | us | times faster than | fraction of |", "| --- | --- | --- | --- |"]
-    for entry in results["benchmarks"]:
+    for entry in timed(results):
         info = entry["extra_info"]
-        if "us" not in info or isinstance(info["us"], dict):
-            continue
         lines.append(f"| {title(entry)} | {info['us']:.4g} | {part(info, FASTER)} | {part(info, FRACTION)} |")
     for entry in results["benchmarks"]:
         if entry["group"] == "scaling":
             lines.append(f"\n{', '.join(f'{name}: {value}' for name, value in entry['extra_info'].items())}")
     return "\n".join(lines) + "\n"
+
+
+def timed(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The benchmarks of one time each."""
+    return [entry for entry in results["benchmarks"] if isinstance(entry["extra_info"].get("us"), float)]
+
+
+def row_of(entry: dict[str, Any]) -> tuple[str, dict[str, record.Cell]]:
+    """A benchmark's name, and its time beside the best baseline and the bound that it comes closest to."""
+    info = entry["extra_info"]
+    row: dict[str, record.Cell] = {"what": title(entry), "ours, us": float(f"{info['us']:.3g}")}
+    for prefix, (name, value), choose in (
+        (FASTER, ("against", "times faster"), min),
+        (FRACTION, ("bound", "of the bound"), max),
+    ):
+        found = {key.removeprefix(prefix): each for key, each in info.items() if key.startswith(prefix)}
+        best = choose(found, key=found.__getitem__, default=None)
+        row |= {name: best, value: None if best is None else float(f"{found[best]:.3g}")}
+    return title(entry).replace("/", " over "), row
 
 
 def title(entry: dict[str, Any]) -> str:
