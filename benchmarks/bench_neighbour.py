@@ -4,17 +4,20 @@
     python benchmarks/bench_neighbour.py --checkpoint PATH --levels avx512 avx512_bf16 --neighbours 0
     python benchmarks/bench_neighbour.py --checkpoint PATH --work prefill verifier demo
 
-A neighbour is a process of normal priority in its own session. With T threads on T cores and K neighbours, a step takes
-at least (T + K) / T times as long: this is the bound of the ratio. Each case runs `bench_decode.py` in a process of its
+A neighbour is a process of normal priority in its own session. Where Linux gives each session the same share of the
+machine (sched_autogroup), K neighbours leave a process with as many threads as cores 1 / (1 + K) of it; without, T
+threads on T cores keep T / (T + K). Each case runs `bench_decode.py` in a process of its
 own, in turn: each of ``--neighbours`` at each of ``--levels`` (instruction sets) with each of ``--weights``.
 
 Other ``--work``: a prefill of 2,048 tokens; a forward of a verifier that reads 32 new tokens of each of 64 candidates
-on 512 shared ones; and `tts-search demo` with five problems of each level.
+on 512 shared ones; `tts-search demo` with five problems of each level; and "share", two threads that never wait for
+anything, whose ratio is what the scheduler takes away.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -23,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +89,23 @@ def forwards(checkpoint: str | None, weights: str, shared: int, branches: int, n
     return run
 
 
+def share() -> float:
+    """Milliseconds of two threads that compute without a lock and without each other."""
+    data = bytes(1 << 20)
+
+    def hashed() -> None:
+        for _ in range(1000):
+            hashlib.sha256(data).digest()
+
+    begin = time.perf_counter()
+    threads = [threading.Thread(target=hashed) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return 1000 * (time.perf_counter() - begin)
+
+
 def demo() -> float:
     """Milliseconds of the whole command."""
     with tempfile.TemporaryDirectory() as folder:
@@ -101,6 +122,7 @@ def works(options: argparse.Namespace) -> dict[str, dict[str, str | int | float]
         "prefill": lambda: forwards(options.checkpoint, weights, 0, 1, 2048),
         "verifier": lambda: forwards(options.checkpoint, weights, 512, 64, 32),
         "demo": lambda: demo,
+        "share": lambda: share,
     }
     table: dict[str, dict[str, str | int | float]] = {}
     for work in options.work:
@@ -130,7 +152,7 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", default=[tk.backend_info().cpu_isa])
     parser.add_argument("--weights", nargs="+", default=["none"], choices=["none", "int8", "int4"], help="quantised")
     parser.add_argument(
-        "--work", nargs="+", choices=["prefill", "verifier", "demo"], help="this instead of decode steps"
+        "--work", nargs="+", choices=["prefill", "verifier", "demo", "share"], help="this instead of decode steps"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--record", help="write benchmarks/results/NAME.json")
