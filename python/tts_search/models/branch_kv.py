@@ -176,12 +176,14 @@ class BranchKV:
         node.meter.settle(self.ticks)
         node.meter.logical += cached - node.cached
         node.cached = cached
-        lower: TokenBranch | None = node
-        while lower is not None:
+        lower = node
+        while True:
             held = max(lower.cached, *(child.start for child in lower.holders), lower.start) - lower.start
             lower.meter.unique += held - lower.held
             lower.held = held
             if lower.kv is not None or lower.holders or (above := self.above(lower)) is None:
                 return
             above.holders.discard(lower)
-            lower = above if above.kv is None else None
+            if above.kv is not None or any(child.start >= lower.start for child in above.holders):
+                return  # it holds as much as before; siblings start at the same token, so the first one says so
+            lower = above
