@@ -41,6 +41,11 @@ def append_kv(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Bound
     return Bound(4 * tokens * kv_heads * dim * dtype.itemsize)
 
 
+def rope_append(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Bound:
+    """Queries, keys and values, read and written."""
+    return Bound(2 * tokens * (heads + 2 * kv_heads) * dim * dtype.itemsize)
+
+
 def copy_pages(pages: int, caches: int, page_bytes: int) -> Bound:
     """Read and written."""
     return Bound(2 * pages * caches * page_bytes)

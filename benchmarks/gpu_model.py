@@ -226,6 +226,13 @@ def append_kv(tokens: int, kv_heads: int, dim: int) -> list[Launch]:
     return [Launch(r"^append_kv_kernel<uint4", tokens, min(row, 128 * 16), 4 * tokens * row)]
 
 
+def rope_append(tokens: int, heads: int, kv_heads: int, dim: int) -> list[Launch]:
+    """A warp for each head of a token, four a block; at most two pairs of a lane under way."""
+    bytes_ = costs.rope_append(tokens, heads, kv_heads, dim, BF16).bytes
+    blocks = tokens * ceil_div(heads + 2 * kv_heads, 4)
+    return [Launch(r"^rope_append_kernel<bf16", blocks, 4 * 2 * min(dim, 128), bytes_)]
+
+
 def copy_pages(pages: int, caches: int, page_bytes: int) -> list[Launch]:
     """A block of 256 threads for each page of a cache, up to 448 caches a launch."""
     counts = [min(448, caches - begin) for begin in range(0, caches, 448)]
@@ -388,6 +395,15 @@ def cases() -> list[Case]:
         ),
         *(
             Case("append_kv_", f"{n} tokens, 8 x 128", costs.append_kv(n, 8, 128, BF16), append_kv(n, 8, 128))
+            for n in (64, 2048)
+        ),
+        *(
+            Case(
+                "rope_append_",
+                f"{n} tokens, 32 and 8 x 128",
+                costs.rope_append(n, 32, 8, 128, BF16),
+                rope_append(n, 32, 8, 128),
+            )
             for n in (64, 2048)
         ),
         Case("copy_pages_", "48 pages, 64 caches", costs.copy_pages(48, 64, page), copy_pages(48, 64, page)),

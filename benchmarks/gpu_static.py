@@ -52,6 +52,7 @@ REGISTERS, WARP, REGISTER_UNIT, SHARED_UNIT, SHARED_OF_THE_SYSTEM = 65536, 32, 2
 
 # Bytes of dynamic shared memory by kernel; kernels not listed have none. TensorTile and ScalarTile: kSharedBytes of
 # csrc/cuda/matmul_nt.cuh. Attention: MmaShape, and FmaShape with the longest rows that each form is for (319; 1024).
+# rope_append_: heads of 256.
 DYNAMIC_SHARED = {
     r"TensorTile": 73728,
     r"QuantizedTile<\w+, 32": 40960,
@@ -59,6 +60,8 @@ DYNAMIC_SHARED = {
     r"ScalarTile<64>": 27648,
     r"ScalarTile<32>": 23040,
     r"ScalarTile<16>": 20736,
+    r"rope_append_quantized_kernel<float>": 4096,
+    r"rope_append_quantized_kernel<b?f16>": 2048,
     r"tree_attention_mma<\w+, 64, 4, false>": 41472,
     r"tree_attention_mma<\w+, 96, 4, false>": 71168,
     r"tree_attention_mma<\w+, 128, 4, false>": 91648,

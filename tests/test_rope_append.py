@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -244,7 +245,7 @@ def test_a_quantised_cache_gets_what_append_makes_of_the_rotated_keys(
     ours, expected = (tk.KVCache(1, 9, 2, head_dim, dtype=stored) for _ in range(2))
     for t in (*ours.tensors(), *expected.tensors()):
         t.zero_()
-    expected.append(0, k, v, case.slots)
+    reference.append_kv_(expected.k[0], expected.v[0], k, v, case.slots, **expected.beside(0))
     options = dict(list(vars(case).items())[6:]) | ours.beside(0)
     got = tk.rope_append_(case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots, **options)
     assert torch.equal(got, q)
@@ -255,6 +256,25 @@ def test_a_quantised_cache_gets_what_append_makes_of_the_rotated_keys(
         ours.beside(0),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", [None, "int8", "int4", "fp8"])
+def test_a_token_has_the_same_bits_in_any_company(stored: str | None, dtype: torch.dtype) -> None:
+    case = Case.random(30, 5, 2, 34, dtype, norms=True)
+    options = dict(list(vars(case).items())[6:])
+    together, alone = (tk.KVCache(1, 9, 2, 34, dtype=stored or dtype) for _ in range(2))
+    for t in (*together.tensors(), *alone.tensors()):
+        t.zero_()
+
+    def run(cache: tk.KVCache, rows: slice) -> Tensor:
+        args = (case.qkv[rows], cache.k[0], cache.v[0], case.positions[rows], case.cos_sin, case.slots[rows])
+        return tk.rope_append_(*args, **options, **cache.beside(0))
+
+    with reading_fp8("rope_append_") if stored == "fp8" else nullcontext():
+        q = run(together, slice(None))
+        assert torch.equal(torch.cat([run(alone, slice(i, i + 1)) for i in range(30)]), q)
+    assert all(torch.equal(a, b) for a, b in zip(together.tensors(), alone.tensors(), strict=True))
 
 
 def test_scales_of_a_quantised_cache_that_are_missing_are_named() -> None:
@@ -277,7 +297,7 @@ def test_an_fp8_cache_gets_what_append_makes_of_the_rotated_keys(dtype: torch.dt
     with reading_fp8("rope_append_"):
         q = case.run()
         k, v = (cache.flatten(0, 1)[case.slots.long()] for cache in (case.k_cache, case.v_cache))
-        expected.append(0, k, v, case.slots)
+        reference.append_kv_(expected.k[0], expected.v[0], k, v, case.slots)
         options = dict(list(vars(case).items())[6:])
         got = tk.rope_append_(case.qkv, ours.k[0], ours.v[0], case.positions, case.cos_sin, case.slots, **options)
     assert torch.equal(got, q)

@@ -4,15 +4,13 @@
 //
 // One launch with a block of 128 threads for each token: at 8 heads of 128 bfloat16 a thread moves 16 bytes
 // of k and 16 of v. Heads that are contiguous on both sides are copied as one row; one head's row is always
-// contiguous. For quantised caches (format and rounding: csrc/include/quantized_kv.h) a warp handles one head
-// at a time. It reads the head once for the range, and again, from L1, for the codes. For e4m3 caches it
-// writes the nearest bytes, without a range.
+// contiguous. For quantised and e4m3 caches a warp handles one head at a time (quantize_head.cuh). It reads
+// the head for the codes from L1.
 #include "append_kv.h"
 #include "block_size.cuh"
 #include "copy_rows.cuh"
-#include "e4m3.cuh"
-#include "kv_numbers.h"
 #include "launch.cuh"
+#include "quantize_head.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -47,67 +45,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- quantised caches ------------------------------------------------------------------------------------
 
-struct Least {
-    __device__ float operator()(float a, float b) const { return fminf(a, b); }
-};
-struct Greatest {
-    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
 template <class T>
-__device__ HeadRange range_of(const T* x, int dim) {
-    float low = to_float(x[0]), high = low;
-    bool finite = true;
-    for (int d = lane(); d < dim; d += kWarp) {
-        const float v = to_float(x[d]);
-        low = fminf(v, low), high = fmaxf(v, high), finite = finite && v - v == 0.0f;
-    }
-    return {reduce_lanes(low, Least()), reduce_lanes(high, Greatest()), __all_sync(kAllLanes, finite) != 0};
-}
-
-// The code of an element, rounded to nearest even; 0 if the scale is 0 or NaN.
-struct Encode {
-    float scale, zero, low, high;
-
-    template <class T>
-    __device__ int operator()(T element) const {
-        if (!(scale > 0.0f)) return 0;
-        const float x = __fdiv_rn(__fsub_rn(to_float(element), zero), scale);
-        return __float2int_rn(fminf(fmaxf(x, low), high));
-    }
-};
-
-// Quantises a head of a token, with one warp.
-template <class T>
-__device__ void quantize_head(const AppendKvArgs& args, int64_t token, int64_t slot, int head) {
-    const int dim = static_cast<int>(args.head_dim);
-    const bool four = args.format == KvFormat::int4;
-    const T* x = reinterpret_cast<const T*>(args.from + token * args.from_token + head * args.from_head);
-    char* codes = slot_of(args.to, slot) + head * args.to.head_stride;
-    if (args.format == KvFormat::e4m3) {
-        for (int d = lane(); d < dim; d += kWarp) codes[d] = static_cast<char>(to_e4m3(to_float(x[d])));
-        return;
-    }
-    const HeadRange range = range_of(x, dim);
-    const float span = four ? __fsub_rn(range.high, range.low) : fmaxf(range.high, -range.low);
-    const Affine numbers =
-        affine_of(range.finite, from_float<f16>(__fdiv_rn(span, four ? kMostInt4 : kMostInt8)),
-                  four ? from_float<f16>(range.low) : f16{0});
-    if (lane() == 0) {
-        const int64_t index = slot * args.to.heads + head;
-        args.scales.scale[index] = numbers.scale;
-        if (four) args.scales.zero[index] = numbers.zero;
-    }
-    const Encode encode{to_float(numbers.scale), to_float(numbers.zero), four ? 0.0f : -kMostInt8,
-                        four ? kMostInt4 : kMostInt8};
-    if (four) {
-        const int half = dim / 2;
-        for (int d = lane(); d < half; d += kWarp) {
-            codes[d] = static_cast<char>(encode(x[d]) | encode(x[half + d]) << 4);
-        }
-    } else {
-        for (int d = lane(); d < dim; d += kWarp) codes[d] = static_cast<char>(encode(x[d]));
-    }
+__device__ void append_head(const AppendKvArgs& args, int64_t token, int64_t slot, int head) {
+    const auto* x = reinterpret_cast<const T*>(args.from + token * args.from_token + head * args.from_head);
+    quantize_head(x, static_cast<int>(args.head_dim), args.format,
+                  slot_of(args.to, slot) + head * args.to.head_stride, args.scales,
+                  slot * args.to.heads + head);
 }
 
 template <class T>
@@ -116,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t token = blockIdx.x, slot = at(k.slots, token);
     const int heads = static_cast<int>(k.to.heads);
     for (int i = warp(); i < 2 * heads; i += kThreads / kWarp) {
-        i < heads ? quantize_head<T>(k, token, slot, i) : quantize_head<T>(v, token, slot, i - heads);
+        i < heads ? append_head<T>(k, token, slot, i) : append_head<T>(v, token, slot, i - heads);
     }
 }
 

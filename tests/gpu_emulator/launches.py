@@ -98,6 +98,13 @@ def append_kv() -> Any:
     return gpu_model.append_kv(7, 2, 64)
 
 
+def rope_append() -> Any:
+    cache = tk.KVCache(1, 6, 2, 64, dtype=torch.bfloat16)
+    args = (half(7, 8 * 64), cache.k[0], cache.v[0], torch.arange(7), torch.rand(9, 64), torch.arange(7))
+    tk.rope_append_(*args, num_q_heads=4, num_kv_heads=2)
+    return gpu_model.rope_append(7, 4, 2, 64)
+
+
 def merge_states() -> Any:
     tk.merge_states(half(3, 5, 64), torch.rand(3, 5), half(3, 5, 64), torch.rand(3, 5))
     return gpu_model.merge_states(3, 5, 64)
@@ -147,6 +154,7 @@ CALLS = [
     hidden_layer,
     copy_pages,
     append_kv,
+    rope_append,
     merge_states,
     score_and_prune,
     step_scores,

@@ -35,6 +35,7 @@ FEW = {
     "append_kv": "strided or nan",
     "copy_pages": "strided or codes",
     "merge_states": "empty_state or nan_shows",
+    "rope_append": "strided or non_finite or what_append_makes_of_the_rotated_keys[34",
     "step_scores": "test_equals_the_definition and 3-17",
     "prune": "test_sizes or groups_of_nan or saturated",
     "score_and_prune": "equals_its_parts and last",

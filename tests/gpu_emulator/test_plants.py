@@ -73,6 +73,9 @@ PLANTS = {
     "elements are written over codes that others have yet to read": Plant(
         "tree_attention_mma.cuh", "__syncwarp();  // the codes have been read", "", "tree_attention", QUANTISED
     ),
+    "keys are quantised before other lanes have rotated them": Plant(
+        "rope_append.cu", "__syncwarp();", "", "rope_append", "rotated_keys[34-int4-dtype1"
+    ),
     "copy_pages takes a cache more than there is room for": Plant(
         "copy_pages.cu", "end - begin < kMaxCaches", "end - begin <= kMaxCaches", "copy_pages", "more_caches",
         "out-of-bounds", None,
