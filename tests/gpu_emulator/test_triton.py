@@ -33,7 +33,8 @@ OPS = {
     "prune": "saturated or nothing_kept or strided",
     "quantize_rows": "odd_groups or strided or whole_numbers",
     "rms_norm": "zero_rows or strided",
-    "rope_append": "other_slots or non_finite or what_append_makes_of_the_rotated_keys[34-int4-dtype1",
+    "rope_append": "other_slots or non_finite or what_append_makes_of_the_rotated_keys[34-int4-dtype1"
+    " or what_append_makes_of_the_rotated_keys[34-int8-dtype0 or fp8",
     "sample": "kth_stay or min_p_is or smallest_set or renormalises or greedy_takes or ties_at_the_lower_id[5"
     " or random_rows or infinite_logits or extreme_temperatures or exactly_the_definition[1025-all"
     " or likeliest_tokens_of or stable_sort[37",
@@ -41,7 +42,7 @@ OPS = {
     "step_scores": "nan_passes or difference_of_labels",
     "swiglu": "extreme_gates or strided",
     "tree_attention": "rows_without_keys or test_head_sizes[64-dtype1 or test_head_sizes[96-dtype2"
-    " or attend_as_a_plain_cache_of_their_elements[int4-dtype1",
+    " or attend_as_a_plain_cache_of_their_elements[int4-dtype1 or fp8_cache_attends_as_a_plain_cache_of_its_elements",
 }
 # What takes a sanitizer, a process for each launch, too long of these is left out or replaced.
 FEW = {

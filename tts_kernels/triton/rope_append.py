@@ -2,7 +2,8 @@
 
 One program for each token; its Hq + 2 Hkv heads are a tile. Heads of q and k are normed (if there are weights) and
 rotated in float32, and rounded once; the pairs that are rotated are the halves of a head. q goes to the output, k and v
-go to the token's slot, and v is copied bit for bit. A cache of fp8 or codes gets the same bytes as from append_kv_.
+go to the token's slot, and v is copied bit for bit. Sums of two products say which of them is rounded: left to the
+compiler, that could differ from cache to cache. A cache of fp8 or codes gets the same bytes as from append_kv_.
 Bytes: each element once.
 """
 
@@ -40,7 +41,7 @@ def rope_kernel(
     high = raw_high.to(tl.float32)
 
     if q_norm is not None or k_norm is not None:
-        scale = 1.0 / tl.sqrt_rn(tl.sum(low * low + high * high, 1)[:, None] / (2 * HALF) + eps)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(tl.fma(low, low, high * high), 1)[:, None] / (2 * HALF) + eps)
         if q_norm is not None:
             weight_low = tl.load(q_norm + d, mask=column, other=0.0).to(tl.float32)
             weight_high = tl.load(q_norm + HALF + d, mask=column, other=0.0).to(tl.float32)
@@ -55,8 +56,8 @@ def rope_kernel(
     angle = cos_sin + tl.load(positions + t).to(tl.int64) * (2 * HALF) + d
     cos = tl.load(angle, mask=column, other=0.0)
     sin = tl.load(angle + HALF, mask=column, other=0.0)
-    rotated_low = narrow(low * cos - high * sin, dtype)
-    rotated_high = narrow(high * cos + low * sin, dtype)
+    rotated_low = narrow(tl.fma(low, cos, -(high * sin)), dtype)
+    rotated_high = narrow(tl.fma(low, sin, high * cos), dtype)
 
     query = out + (t * num_q_heads + head) * (2 * HALF) + d
     tl.store(query, rotated_low, mask=column & is_q)
