@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -164,13 +165,14 @@ def _outcomes(
         if verifier is None and own.needs_verifier:
             raise SearchError(f"verifier: {own.method} needs one, got None; only best_of_n works without")
     scheduler = Scheduler(policy, verifier, extract_answer, equal or default_equality(), **engine)
+    note = LoadNote(scheduler)
 
     def searched(problems: Iterable[str], config: SearchConfig) -> Iterator[SearchOutcome]:
         total = len(problems) if isinstance(problems, Sized) else None
         with progress_bar(total, enabled=progress, label=config.method_name) as bar:
 
             def is_over() -> bool:
-                bar.tell(scheduler.describe)
+                bar.tell(note)
                 return stopped()
 
             with closing(scheduler.run(problems, config, is_over)) as outcomes:
@@ -179,6 +181,29 @@ def _outcomes(
                     yield outcome
 
     return searched(problems, config) if isinstance(config, SearchConfig) else _by_strategy(problems, config, searched)
+
+
+class LoadNote:
+    """The load of a scheduler as a few words; its tokens a second are those since the note before."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._before = self._now()
+
+    def __call__(self) -> str:
+        load = self._scheduler.load
+        if load is None:
+            return f"{self._scheduler.num_streams} steps on their way"
+        now, before = self._now(), self._before
+        self._before = now
+        speed = (now[1] - before[1]) / max(1e-9, now[0] - before[0])
+        kv = load.kv_tokens / load.max_kv_tokens
+        return f"{speed:,.0f} tokens/s, {load.rows} of {load.max_rows} rows, KV {kv:.0%}"
+
+    def _now(self) -> tuple[float, int]:
+        """The time, and the tokens so far."""
+        load = self._scheduler.load
+        return time.perf_counter(), 0 if load is None else load.tokens
 
 
 def _configs_of(strategy: Strategy) -> Iterator[SearchConfig]:

@@ -35,6 +35,7 @@ from tts_search import (
     search,
     search_iter,
 )
+from tts_search.api import LoadNote
 from tts_search.engine.engine import together
 from tts_search.engine.post import Post
 from tts_search.engine.scheduler import Scheduler
@@ -493,19 +494,20 @@ class TestProgress:
     def test_a_local_model_says_how_busy_it_is(self):
         tree = RandomTree(1, end=0.2)
         scheduler = Scheduler(self.Busy(tree.step), ScriptedVerifier(tree.scores), boxed, operator.eq, max_rows=8)
+        note = LoadNote(scheduler)
         list(scheduler.start(0, "p", CONFIG))
         list(scheduler.step())
-        speed, of, kv = scheduler.describe().split(", ")
+        speed, of, kv = note().split(", ")
         assert speed.endswith(" tokens/s")
         assert int(speed.split()[0].replace(",", "")) > 0
         assert (of, kv) == ("3 of 8 rows", "KV 25%")
-        assert scheduler.describe().startswith("0 tokens/s")  # since the last time
+        assert note().startswith("0 tokens/s")  # since the last time
         scheduler.close()
 
     def test_others_say_what_is_on_its_way(self):
         scheduler = Scheduler(*drivers(RandomTree(1)), boxed, operator.eq)
         list(scheduler.start(0, "p", CONFIG))
-        assert scheduler.describe() == "4 steps on their way"
+        assert LoadNote(scheduler)() == "4 steps on their way"
         scheduler.close()
 
     def test_the_engine_tells_it(self):

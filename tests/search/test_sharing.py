@@ -12,7 +12,8 @@ from scripted import RandomTree, ScriptedPolicy, ScriptedVerifier, by_name, scor
 from test_engine import CONFIGS, PROBLEMS, TREES, Pruner, outcome
 from tts_search import SearchConfig, SearchError, Step, Usage, search, search_iter
 from tts_search.engine.sharing import SharedVerifier
-from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Verifier
+from tts_search.evaluation.smaller_n import with_smaller_n
+from tts_search.search.protocol import Score, ScoreAndPrune, Scored, Verifier, answers_of
 
 
 class Apart:
@@ -102,9 +103,7 @@ def test_ties_go_to_the_earlier_of_equal_candidates():
     shared = SharedVerifier(Looking(score_names({"a": 0.9, "b": 0.5, "c": 0.5})))
     shared.begin(0, "p")
     candidates = tuple(Score(0, number, (text,), 0) for number, text in enumerate(texts, 1))
-    (answer,) = shared.score_and_prune(
-        [ScoreAndPrune(0, (*candidates, 0.5), ((0, 1, 2, 3, 6, 4), (5,)), (5, 1), "last")]
-    )
+    (answer,) = answers_of(shared, [ScoreAndPrune(0, (*candidates, 0.5), ((0, 1, 2, 3, 6, 4), (5,)), (5, 1), "last")])
     assert answer == Scored([[0.5], [0.9], [0.9], [0.5], [0.9], [0.5]], [[1, 2, 4, 0, 3], [5]])
     (request,) = folded
     assert [each.branch if isinstance(each, Score) else each for each in request.candidates] == [1, 2, 6, 0.5]
@@ -115,11 +114,11 @@ def test_a_text_that_is_known_is_a_candidate_with_its_score():
     verifier = Pruner(score_names({"a": 0.9, "b": 0.95}))
     shared = SharedVerifier(verifier)
     shared.begin(0, "p")
-    assert shared.score([Score(0, 1, ("a",), 0)]) == [[0.9]]
+    assert answers_of(shared, [Score(0, 1, ("a",), 0)]) == [[0.9]]
     known, new = Score(0, 2, ("a",), 0), Score(0, 3, ("b",), 0)
-    (answer,) = shared.score_and_prune([ScoreAndPrune(0, (known, new), ((0, 1),), (1,), "min")])
+    (answer,) = answers_of(shared, [ScoreAndPrune(0, (known, new), ((0, 1),), (1,), "min")])
     assert answer == Scored([[0.9], [0.95]], [[1]])
-    (answer,) = shared.score_and_prune([ScoreAndPrune(0, (Score(0, 4, ("a",), 0),), ((0,),), (1,), "min")])
+    (answer,) = answers_of(shared, [ScoreAndPrune(0, (Score(0, 4, ("a",), 0),), ((0,),), (1,), "min")])
     assert answer == Scored([[0.9]])  # there was nothing to ask
     assert [[request.branch for request in call] for call in verifier.calls] == [[1], [3]]
 
@@ -128,15 +127,15 @@ def test_a_text_is_released_with_its_last_branch():
     verifier = Watching(score_names({}))
     shared = SharedVerifier(verifier)
     shared.begin(0, "p")
-    shared.score([Score(0, 1, ("a",), 0), Score(0, 2, ("a",), 0), Score(0, 3, ("a",), 0, ("b",))])
+    answers_of(shared, [Score(0, 1, ("a",), 0), Score(0, 2, ("a",), 0), Score(0, 3, ("a",), 0, ("b",))])
     live = verifier.problems[0].live
     shared.release(0, [0, 1, 7])  # the root and a branch without a step were never scored
     assert set(live) == {0, 1, 3}
-    shared.score([Score(0, 4, ("a", "c"), 2)])
+    answers_of(shared, [Score(0, 4, ("a", "c"), 2)])
     assert verifier.calls[-1][0].parent == 1
     shared.release(0, [2])
     assert set(live) == {0, 3, 4}
-    assert shared.score([Score(0, 5, ("a",), 0)]) == [[0.0]]  # forgotten, so read anew
+    assert answers_of(shared, [Score(0, 5, ("a",), 0)]) == [[0.0]]  # forgotten, so read anew
     assert set(live) == {0, 3, 4, 5}
     shared.end(0)
     assert not verifier.problems
@@ -149,7 +148,7 @@ def test_the_failure_of_a_text_is_that_of_all_its_branches():
 
     shared = SharedVerifier(Failing(score_names({})))
     shared.begin(0, "p")
-    answers = shared.score([Score(0, number, (text,), 0) for number, text in enumerate("aba", 1)])
+    answers = answers_of(shared, [Score(0, number, (text,), 0) for number, text in enumerate("aba", 1)])
     assert [str(answer) for answer in answers] == ["a", "[1.0]", "a"]
 
 
@@ -193,7 +192,7 @@ def test_the_first_completions_cost_what_they_would_have_cost_alone():
     )
     assert few.stats.verifier_tokens == 2 * sum({one.text: len(one.steps) for one in few.completions}.values())
     assert 0 < many.stats.verifier_tokens < 16 / 4 * few.stats.verifier_tokens
-    assert many.first(4).stats.verifier_tokens == few.stats.verifier_tokens
+    assert with_smaller_n(many, 4).stats.verifier_tokens == few.stats.verifier_tokens
 
 
 def test_nan_fails_whoever_shares_it():

@@ -8,7 +8,7 @@ import pytest
 from scripted import ScriptedPolicy, ScriptedVerifier
 from tts_search import SearchConfig, SearchError, Step, TextPolicy, TextVerifier, Thinking, equivalent, search
 from tts_search.evaluation.evaluate import Experiment, read_configs, read_records, run_here
-from tts_search.lab.study import Grid, Memo, cells, plan_as_text, run_study, share_out
+from tts_search.lab.study import Grid, Memo, cells, part_of, plan_as_text, run_study, share_out
 from tts_search.search.config import METHODS
 from tts_search.search.protocol import Usage
 
@@ -81,8 +81,8 @@ def test_memo_counts_what_was_asked_for():
 
 def test_a_part_of_what_was_sampled_costs_its_share():
     usage = Usage(100, 7, 3.0, 50, 60, 4, 2)
-    assert usage.part(0.5) == Usage(50, 7, 1.5, 25, 30, 2, 1)
-    assert usage.part(1.0) == usage
+    assert part_of(usage, 0.5) == Usage(50, 7, 1.5, 25, 30, 2, 1)
+    assert part_of(usage, 1.0) == usage
 
 
 def test_a_tiny_study(tmp_path):

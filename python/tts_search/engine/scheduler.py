@@ -18,6 +18,7 @@ from tts_search.engine.speculation import AUTO_ROWS, Speculation, can_speculate
 from tts_search.errors import SearchError
 from tts_search.search.algorithms import algorithm_of
 from tts_search.search.answers import Equality
+from tts_search.search.checks import integer
 from tts_search.search.config import SearchConfig
 from tts_search.search.moves import Moves
 from tts_search.search.protocol import (
@@ -144,7 +145,9 @@ class Scheduler:
         prefix_cache: bool = True,
         speculate: Speculate = "auto",
     ) -> None:
-        _check(max_rows=max_rows, max_in_flight=max_in_flight)
+        for name, bound in (("max_rows", max_rows), ("max_in_flight", max_in_flight)):
+            if bound is not None:
+                integer(name, bound, at_least=1)
         if speculate not in ("auto", True, False):
             raise SearchError(f"speculate: expected 'auto', True or False, got {speculate!r}")
         self.max_rows = max_rows or MAX_ROWS
@@ -155,8 +158,6 @@ class Scheduler:
                 if hasattr(driver, name):
                     setattr(driver, name, value)
         self._driver = policy
-        load = self.load
-        self._described = (time.perf_counter(), 0 if load is None else load.tokens)  # when `describe` was called last
         self.policy = lift(policy)
         self.verifier = None if verifier is None else lift(SharedVerifier(verifier))
         self.wake = threading.Condition()
@@ -202,17 +203,6 @@ class Scheduler:
         """The policy's load, if it is a local model."""
         load: Load | None = getattr(self._driver, "load", None)
         return load
-
-    def describe(self) -> str:
-        """The load as a few words."""
-        load = self.load
-        if load is None:
-            return f"{self.num_streams} steps on their way"
-        now, before = (time.perf_counter(), load.tokens), self._described
-        self._described = now
-        speed = (now[1] - before[1]) / max(1e-9, now[0] - before[0])
-        kv = load.kv_tokens / load.max_kv_tokens
-        return f"{speed:,.0f} tokens/s, {load.rows} of {load.max_rows} rows, KV {kv:.0%}"
 
     def run(
         self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]
@@ -448,10 +438,3 @@ def _text_of(problem: str | Messages) -> str:
     if not isinstance(text, str) or not text.strip():
         raise SearchError(f"expected a problem that is not empty, got {problem!r:.200}")
     return text
-
-
-def _check(**bounds: int | None) -> None:
-    """Raise the error of a bound that is neither None nor an int of at least 1."""
-    for name, bound in bounds.items():
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-            raise SearchError(f"{name}: expected an int >= 1, got {bound!r}")

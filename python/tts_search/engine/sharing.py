@@ -16,7 +16,6 @@ from tts_search.search.protocol import (
     Scored,
     Usage,
     Verifier,
-    answers_of,
     usage_of,
 )
 from tts_search.search.voting import aggregate
@@ -59,14 +58,6 @@ class SharedVerifier:
         """Announce a problem."""
         self.verifier.begin(problem, text)
         self._problems[problem] = _Problem()
-
-    def score(self, requests: Sequence[Score]) -> list[Sequence[float] | Exception]:
-        """Answer requests of any number of problems. The verifier is not asked for texts that it knows."""
-        return answers_of(self, requests)
-
-    def score_and_prune(self, requests: Sequence[ScoreAndPrune]) -> list[Scored | Exception]:
-        """Answer rounds of any number of problems in the same way, for a verifier that cannot prune given scores."""
-        return answers_of(self, requests)
 
     def submit(self, requests: Sequence[Score | ScoreAndPrune]) -> None:
         """Take requests in. A text that is already being scored for another request is not asked for again."""

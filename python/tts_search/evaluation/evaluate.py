@@ -17,6 +17,7 @@ from tts_search.errors import SearchError
 from tts_search.evaluation.experiment import Experiment, instruction_set
 from tts_search.evaluation.manifest import read_configs, write_manifest
 from tts_search.evaluation.records import Journal, Record, Stored, read_records
+from tts_search.evaluation.smaller_n import with_smaller_n
 from tts_search.evaluation.tasks import Task, Tasks
 from tts_search.search.result import SearchResult
 from tts_search.search.types import Completion
@@ -179,7 +180,7 @@ def run_here(
         for variant in experiment.variants:
             own = outcome
             if isinstance(outcome, SearchResult) and variant.config.n < experiment.config.n:
-                own = outcome.first(variant.config.n)
+                own = with_smaller_n(outcome, variant.config.n)
             yield replace(_record(variant, task, own, grader), seconds=seconds if variant.timed else None)
 
 

@@ -7,7 +7,7 @@ once, a smaller budget uses the first of these samples, and both verifiers read 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tts_search.search.config import Method
 from tts_search.search.protocol import Expand, Policy, Usage
 from tts_search.search.types import Step
 
-__all__ = ["Cell", "Grid", "Memo", "cells", "plan_as_text", "run_study"]
+__all__ = ["Cell", "Grid", "Memo", "cells", "part_of", "plan_as_text", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,14 @@ class Memo:
         if problem in self._asked:
             self._asked.remove(problem)
             self._usage[text], self._sampled[text] = self._policy.end(problem), asked_for
-        return self._usage.get(text, Usage()).part(asked_for / max(1, self._sampled.get(text, asked_for)))
+        return part_of(self._usage.get(text, Usage()), asked_for / max(1, self._sampled.get(text, asked_for)))
 
     def _keys(self, request: Expand) -> list[tuple[object, ...]]:
         text = self._texts[request.problem]
         return [(text, request.steps, seed, request.params) for seed in request.seeds]
+
+
+def part_of(usage: Usage, share: float) -> Usage:
+    """Return what this share of the samples cost; the prompt is read for any of them."""
+    counts = {name: share * value for name, value in asdict(usage).items() if name != "prefill_tokens"}
+    return replace(usage, **{name: value if name == "flops" else round(value) for name, value in counts.items()})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from tts_search.search.answers import Equality, same
 from tts_search.search.config import SearchConfig
@@ -15,7 +15,7 @@ from tts_search.search.types import Completion
 from tts_search.search.voting import Ballot
 from tts_search.search.voting import vote as elect
 
-__all__ = ["SearchResult", "build_result", "node_of"]
+__all__ = ["SearchResult", "best_of", "build_result", "node_of"]
 
 
 @dataclass(frozen=True)
@@ -72,46 +72,9 @@ class SearchResult:
         default = (ballot.vote_aggregate if vote == "prm_vote" else None) or self.config.aggregate
         return elect(ballot.voters(self.completions), vote, default, exact=ballot.exact, equal=self.equal)
 
-    def first(self, n: int) -> SearchResult:
-        """Return the result that best-of-N with a smaller n would have had: that of the first n completions.
 
-        It has no tree. Tokens are those of the n completions, equal ones counted once for the verifier; other costs of
-        the models are taken in proportion to them, and the time is not known (NaN).
-
-        Raises
-        ------
-        ValueError
-            If this is no best-of-N in order of sampling, or has less than n completions.
-        """
-        config = self.config
-        if not config.is_best_of_n or config.sort_completed or not 1 <= n <= len(self.completions):
-            raise ValueError(f"n: expected 1 to {len(self.completions)} of the completions of a best-of-N, got {n!r}")
-        config = replace(config, n=n)
-        completions = self.completions[:n]
-        share, verifier_share = (
-            count(completions) / max(1, count(self.completions)) for count in (_tokens_sampled, _tokens_read)
-        )
-        best = _best(self.ballot.voters(completions))
-        return replace(
-            self,
-            completions=completions,
-            best=best,
-            tree=SearchTree(self.tree.nodes[:1]),
-            stats=self.stats.part(share, verifier_share=verifier_share, branches=n),
-            config=config,
-        )
-
-
-def _tokens_sampled(completions: Iterable[Completion]) -> int:
-    return sum(one.num_tokens for one in completions)
-
-
-def _tokens_read(completions: Iterable[Completion]) -> int:
-    """A verifier reads equal texts once."""
-    return sum({one.text: one.num_tokens for one in completions}.values())
-
-
-def _best(voters: Sequence[Completion]) -> Completion:
+def best_of(voters: Sequence[Completion]) -> Completion:
+    """Return the one with the highest score, the earliest on ties; without scores, the first one."""
     return voters[0] if math.isnan(voters[0].score) else max(voters, key=lambda completion: completion.score)
 
 
@@ -132,7 +95,7 @@ def build_result(
     if not branches:
         raise run.error("the search ended without any completion")
     completions = [_completion(branch, extract_answer) for branch in branches]
-    best = _best(run.ballot.voters(completions))
+    best = best_of(run.ballot.voters(completions))
     tree = SearchTree(tuple(node_of(branch) for branch in run.branches))
     return SearchResult(problem, completions, best, tree, stats, run.config, ballot=run.ballot, equal=run.equal)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
 
 from tts_search.search.protocol import Usage
 
@@ -94,18 +92,6 @@ class SearchStats:
             cached_tokens=policy.cached_tokens + verifier.cached_tokens,
             speculated_tokens=policy.speculated_tokens,
         )
-
-    def part(self, share: float, *, verifier_share: float, branches: int) -> SearchStats:
-        """Return what a part of the branches cost that holds these shares of the tokens of each model.
-
-        Its time is not known (NaN).
-        """
-        kept = {name: getattr(self, name) for name in ("rounds", "policy_prefill_tokens")}
-        counts: dict[str, Any] = {}
-        for name, value in asdict(self).items():
-            part = (verifier_share if "verifier" in name else share) * value
-            counts[name] = round(part) if isinstance(value, int) else part
-        return SearchStats(**{**counts, **kept, "branches": branches, "wall_s": math.nan})
 
     def __add__(self, other: SearchStats) -> SearchStats:
         """Return what two searches of a problem cost, one after the other: sums, but the larger of the peaks."""
