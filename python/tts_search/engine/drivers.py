@@ -12,11 +12,12 @@ from typing import Any, Protocol
 from tts_search.search.protocol import (
     Concurrent,
     Expand,
+    Lifetime,
     Policy,
     PruningVerifier,
     Score,
     ScoreAndPrune,
-    Usage,
+    Stepwise,
     Verifier,
     usage_of,
 )
@@ -24,29 +25,8 @@ from tts_search.search.protocol import (
 __all__ = ["Driver", "Lifted", "Opened", "lift", "rests"]
 
 
-class Driver(Protocol):
-    """A policy or a verifier that takes requests at any time, and answers each when it is done.
-
-    `problem` is a number: the same from `begin` to `end`, unique among the problems in flight.
-    """
-
-    def begin(self, problem: int, text: Any) -> None:
-        """Announce a problem: a text or, for a policy, messages. Its root is node 0."""
-
-    def submit(self, requests: Sequence[Any]) -> None:
-        """Take requests in."""
-
-    def step(self) -> Sequence[tuple[Any, Any]]:
-        """Advance the work; return pairs of a request (the same object) and its answer or an exception."""
-
-    def cancel(self, problem: int) -> None:
-        """Forget the unanswered requests of a problem."""
-
-    def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget these branches."""
-
-    def end(self, problem: int) -> Usage:
-        """Forget what is left of the problem, and return its cost."""
+class Driver(Lifetime, Stepwise[Any], Protocol):
+    """A policy or a verifier that takes requests at any time, and answers each when it is done."""
 
 
 def lift(driver: Any) -> Driver:

@@ -7,7 +7,7 @@ from collections.abc import Container
 
 from tts_search.errors import ConfigError
 
-__all__ = ["integer", "is_finite", "one_of", "unused"]
+__all__ = ["integer", "is_finite", "is_int", "is_text", "one_of", "unused"]
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -16,11 +16,20 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def integer(name: str, value: object, *, at_least: int | None) -> None:
+def integer(name: str, value: object, *, at_least: int) -> None:
     """Raise the error of a value that is no int, or too small a one."""
-    if not isinstance(value, int) or isinstance(value, bool) or (at_least is not None and value < at_least):
-        bound = "" if at_least is None else f" >= {at_least}"
-        raise ConfigError(f"{name}: expected an int{bound}, got {value!r}")
+    if not is_int(value, at_least):
+        raise ConfigError(f"{name}: expected an int >= {at_least}, got {value!r}")
+
+
+def is_int(value: object, at_least: int | None = 1) -> bool:
+    """Whether a value is an int (a bool is none), and not too small a one."""
+    return isinstance(value, int) and not isinstance(value, bool) and (at_least is None or value >= at_least)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that is not empty."""
+    return isinstance(value, str) and bool(value)
 
 
 def is_finite(value: object) -> bool:

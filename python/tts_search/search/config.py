@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from tts_search.errors import ConfigError
-from tts_search.search.checks import integer, is_finite, one_of
+from tts_search.search.checks import integer, is_finite, is_int, is_text, one_of
 from tts_search.search.presets import Presets
 from tts_search.search.types import StepParams
 from tts_search.search.voting import AGGREGATES
@@ -48,6 +49,20 @@ _ANY_OPTION = _EVERY_METHOD.union(*_USES.values())
 _BEST_OF_N = frozenset(name for name in _USES if name.endswith("best_of_n"))
 _WHOLE = _BEST_OF_N | {"budget_forcing"}  # they sample a completion at once
 
+_VALUES: tuple[tuple[str, tuple[str, ...], Callable[[Any], bool]], ...] = (
+    ("an int >= 1", ("n", "expand", "max_steps", "max_step_tokens"), is_int),
+    ("an int >= 1", ("keep", "max_tokens", "agree_margin", "budget_tokens"), lambda v: v is None or is_int(v)),
+    ("an int >= 0", ("lookahead", "top_k"), partial(is_int, at_least=0)),
+    ("an int", ("seed",), partial(is_int, at_least=None)),
+    ("a bool", ("dedupe", "sort_completed", "stop_when_full"), lambda v: isinstance(v, bool)),
+    ("a finite number >= 0", ("temperature", "kv_weight", "exploration"), lambda v: is_finite(v) and v >= 0),
+    ("a finite number > 0", ("reward_temperature",), lambda v: is_finite(v) and v > 0),
+    ("a number in (0, 1]", ("top_p",), lambda v: is_finite(v) and 0 < v <= 1),
+    ("a text that is not empty", ("delimiter",), is_text),
+    ("a text that is not empty, or None", ("stop_text",), lambda v: v is None or is_text(v)),
+)
+"""What the value of an option has to be: in words, for which options, and as a check."""
+
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
@@ -80,7 +95,7 @@ class Thinking:
 
     def __post_init__(self) -> None:
         for name in ("end", "extend"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+            if not is_text(getattr(self, name)):
                 raise ConfigError(f"thinking.{name}: expected a text that is not empty, got {getattr(self, name)!r}")
         integer("thinking.min_tokens", self.min_tokens, at_least=0)
         integer("thinking.max_tokens", self.max_tokens, at_least=1)
@@ -199,30 +214,10 @@ class SearchConfig(Presets):
         if self.aggregate == "avg":
             object.__setattr__(self, "aggregate", "mean")
         one_of("aggregate", self.aggregate, tuple(AGGREGATES))
-        for name in ("n", "expand", "max_steps", "max_step_tokens"):
-            integer(name, getattr(self, name), at_least=1)
-        for name in ("keep", "max_tokens", "agree_margin", "budget_tokens"):
-            if getattr(self, name) is not None:
-                integer(name, getattr(self, name), at_least=1)
-        for name in ("lookahead", "top_k"):
-            integer(name, getattr(self, name), at_least=0)
-        integer("seed", self.seed, at_least=None)
-        for name in ("dedupe", "sort_completed", "stop_when_full"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if not is_finite(self.temperature) or self.temperature < 0:
-            raise ConfigError(f"temperature: expected a finite number >= 0, got {self.temperature!r}")
-        if not is_finite(self.top_p) or not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
-        if not isinstance(self.delimiter, str) or not self.delimiter:
-            raise ConfigError(f"delimiter: expected a text that is not empty, got {self.delimiter!r}")
-        if self.stop_text is not None and (not isinstance(self.stop_text, str) or not self.stop_text):
-            raise ConfigError(f"stop_text: expected a text that is not empty, or None, got {self.stop_text!r}")
-        if not is_finite(self.reward_temperature) or self.reward_temperature <= 0:
-            raise ConfigError(f"reward_temperature: expected a finite number > 0, got {self.reward_temperature!r}")
-        for name in ("kv_weight", "exploration"):
-            if not is_finite(getattr(self, name)) or getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected a finite number >= 0, got {getattr(self, name)!r}")
+        for expected, names, holds in _VALUES:
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise ConfigError(f"{name}: expected {expected}, got {value!r}")
         if isinstance(self.thinking, dict):  # from JSON
             unknown = set(self.thinking) - set(Thinking.__dataclass_fields__)
             if unknown:

@@ -238,7 +238,7 @@ def _look_ahead(
     run: Run, branches: Sequence[Branch], ends: Callable[[Branch], bool] | None
 ) -> Moves[dict[int, tuple[str, ...]]]:
     """Continue branches greedily by up to `lookahead` steps; return, by branch, the steps that this gave."""
-    tips = {branch.id: branch for branch in branches if not branch.stopped}
+    tips = {branch: branch for branch in branches if not branch.stopped}
     for _ in range(run.config.lookahead):
         requests = []
         children = {}
@@ -247,7 +247,8 @@ def _look_ahead(
             if tip.stopped or (tokens_left is not None and tokens_left <= 0):
                 continue
             children[origin] = child = run.add_lookahead(tip)
-            params = _greedy(run.config.step_params(last=False, tokens_left=tokens_left))
+            params = run.config.step_params(last=False, tokens_left=tokens_left)
+            params = replace(params, temperature=0.0, top_p=1.0, top_k=0)  # greedy
             seeds = (run.seed_of(child),)
             requests.append(Expand(run.problem, tip.id, (child.id,), tip.texts, seeds, params))
         if not requests:
@@ -259,19 +260,7 @@ def _look_ahead(
             run.grow(child, steps[0], request.params.delimiter, last=False)
             child.stopped = child.stopped or not child.text or bool(ends and ends(child))  # empty: and would stay so
             tips[origin] = child
-    return {origin: _steps_after(origin, tip) for origin, tip in tips.items()}
-
-
-def _greedy(params: StepParams) -> StepParams:
-    return replace(params, temperature=0.0, top_p=1.0, top_k=0)
-
-
-def _steps_after(origin: int, tip: Branch) -> tuple[str, ...]:
-    start = tip
-    while start.id != origin:
-        assert start.parent is not None
-        start = start.parent
-    return tip.steps[len(start.steps) :]
+    return {origin.id: tip.steps[len(origin.steps) :] for origin, tip in tips.items()}
 
 
 def release(run: Run, live: Iterable[Branch]) -> Moves[None]:

@@ -21,7 +21,7 @@ the root: the problem itself, without any step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -33,6 +33,7 @@ __all__ = [
     "Generate",
     "GenerateParams",
     "Generated",
+    "Lifetime",
     "Load",
     "Policy",
     "PruningVerifier",
@@ -41,6 +42,7 @@ __all__ = [
     "Score",
     "ScoreAndPrune",
     "Scored",
+    "Stepwise",
     "Usage",
     "Verifier",
     "answers_of",
@@ -332,12 +334,6 @@ class Usage:
         """Return what both cost, held side by side: the peaks add up, too."""
         return Usage(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
 
-    def part(self, share: float) -> Usage:
-        """Return what this share of the branches cost; the prompt is read for any of them."""
-        counts = {name: share * value for name, value in asdict(self).items() if name != "prefill_tokens"}
-        whole = {name: value if name == "flops" else round(value) for name, value in counts.items()}
-        return replace(self, **whole)
-
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -366,38 +362,36 @@ class Load:
     waves: int = 0
 
 
-@runtime_checkable
-class Policy(Protocol):
-    """Generates steps. `problem` is a number: the same from `begin` to `end`, unique among the problems in flight."""
+class Lifetime(Protocol):
+    """How a policy or a verifier hears of a problem and of its branches, and forgets them.
 
-    def begin(self, problem: int, text: str) -> None:
-        """Announce a problem; its root is node 0. Who can read conversations gets these as messages, too."""
+    `problem` is a number: the same from `begin` to `end`, unique among the problems in flight.
+    """
+
+    def begin(self, problem: int, text: Any) -> None:
+        """Announce a problem: a text or, for a policy that reads conversations, messages. Its root is node 0."""
+
+    def release(self, problem: int, branches: Sequence[int]) -> None:
+        """Forget these branches."""
+
+    def end(self, problem: int) -> Usage:
+        """Forget what is left of the problem and say what it cost."""
+
+
+@runtime_checkable
+class Policy(Lifetime, Protocol):
+    """Generates steps."""
 
     def expand(self, requests: Sequence[Expand]) -> Sequence[Sequence[Step] | Exception]:
         """Answer requests of any number of problems, in order."""
 
-    def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget these branches."""
-
-    def end(self, problem: int) -> Usage:
-        """Forget what is left of the problem and say what it cost."""
-
 
 @runtime_checkable
-class Verifier(Protocol):
-    """Scores steps; otherwise as :class:`Policy`. It is asked to release only branches that it has scored."""
-
-    def begin(self, problem: int, text: str) -> None:
-        """Announce a problem; its root is node 0."""
+class Verifier(Lifetime, Protocol):
+    """Scores steps. It is asked to release only branches that it has scored."""
 
     def score(self, requests: Sequence[Score]) -> Sequence[Sequence[float] | Exception]:
         """Answer requests of any number of problems, in order."""
-
-    def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget these branches."""
-
-    def end(self, problem: int) -> Usage:
-        """Forget what is left of the problem and say what it cost."""
 
 
 @runtime_checkable
@@ -408,7 +402,7 @@ class PruningVerifier(Verifier, Protocol):
         """Answer requests of any number of problems, in order."""
 
 
-class Concurrent(Protocol):
+class Concurrent(Lifetime, Protocol):
     """A policy or a verifier, usually on a server, that answers many requests at the same time on an event loop.
 
     An engine calls `answer` of it in place of ``expand`` or ``score``. So no problem waits for another, and a request
@@ -419,9 +413,6 @@ class Concurrent(Protocol):
     def is_concurrent(self) -> bool:
         """Whether it does so; False: it is used like any other policy or verifier."""
 
-    def begin(self, problem: int, text: str) -> None:
-        """Announce a problem; its root is node 0."""
-
     async def answer(self, requests: Sequence[Any]) -> Sequence[Any]:
         """Answer one request to a policy, or those that a problem has to a verifier, in order.
 
@@ -430,12 +421,6 @@ class Concurrent(Protocol):
 
     async def hang_up(self) -> None:
         """Free what the running event loop is used for, such as connections; there may be another loop later."""
-
-    def release(self, problem: int, branches: Sequence[int]) -> None:
-        """Forget these branches."""
-
-    def end(self, problem: int) -> Usage:
-        """Forget what is left of the problem and say what it cost."""
 
 
 class Stepwise(Protocol[Asked]):

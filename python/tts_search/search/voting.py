@@ -23,7 +23,6 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "max": max,
     "sum": sum,
 }
-_ALIASES = {"avg": "mean"}
 _VOTE_AGGREGATES = ("min", "last", "mean", "prod")
 
 VOTES = (
@@ -48,9 +47,7 @@ def canonical(name: str) -> str:
     >>> canonical("prm_avg_max")
     'prm_mean_max'
     """
-    meant = name
-    for alias, how in _ALIASES.items():
-        meant = meant.replace(f"_{alias}_", f"_{how}_")
+    meant = name.replace("_avg_", "_mean_")
     if meant not in VOTES:
         raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {name!r}")
     return meant
@@ -165,9 +162,5 @@ def _parse(how: str, default: str) -> tuple[str, str | None]:
     """Split a vote's name into its rule (max or vote) and its aggregate (None: every voter counts 1)."""
     if how == "majority":
         return "vote", None
-    prefix, _, rest = how.partition("_")
-    aggregated, _, rule = rest.rpartition("_")
-    aggregated = _ALIASES.get(aggregated, aggregated)
-    if prefix != "prm" or rule not in ("max", "vote") or aggregated not in ("", *_VOTE_AGGREGATES):
-        raise ValueError(f"vote: expected one of {', '.join(VOTES)}, got {how!r}")
-    return rule, aggregated or default
+    _, *aggregated, rule = canonical(how).split("_")
+    return rule, aggregated[0] if aggregated else default
