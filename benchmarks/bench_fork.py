@@ -20,7 +20,7 @@ SURVIVORS, BRANCHES = 16, 64
 
 @pytest.mark.parametrize("length", [1024, 8192, 8197])
 def test_fork_and_append(benchmark: Any, length: int) -> None:
-    """A length that is not a multiple of 16, the page size, makes 48 copies of tail pages in each cache."""
+    """A length that is not a multiple of 16, the page size, makes 64 copies of last pages in each cache."""
     forest = tk.KVForest(2048)
     root = forest.add_root()
     forest.append([root], [length - 512])

@@ -1,12 +1,12 @@
 """Reading a search with a verifier: incrementally over a forest, or by encoding every candidate's text again.
 
     python benchmarks/bench_verifier.py --shape smollm2 --layers 3
-    python benchmarks/bench_verifier.py --shape qwen2-1.5b --layers 2 --candidates 64 --steps 10
+    python benchmarks/bench_verifier.py --shape qwen2-1.5b --layers 2 --sizes 64x10
 
-A search of C candidates and S rounds: in every round each candidate is one of the C / 4 survivors of the previous
-round, extended by a step of 50 tokens, and all are scored. Weights are random, in the layout of Skywork's verifiers (a
-value head on the last token of each step); ``--layers`` uses fewer layers of the shape. Each method runs in a process
-of its own:
+``--sizes CxS`` names searches of C candidates and S rounds: in every round each candidate is one of the C / 4
+survivors of the previous round, extended by a step of 50 tokens, and all are scored. Weights are random, in the layout
+of Skywork's verifiers (a value head on the last token of each step); ``--layers`` uses fewer layers of the shape. Each
+method runs in a process of its own:
 
 ``incremental``    `HFVerifier`.
 ``batched``        the whole text of all candidates again each round, padded, one forward of the body, the head where a
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from pathlib import Path
 from string import ascii_letters
 from typing import Any
 
+import record
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,8 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sizes", nargs="+", default=["16x20"], help="candidates x steps of each search")
     parser.add_argument("--step-tokens", type=int, default=50)
     parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -73,39 +74,73 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, help="the most tokens of one of our forwards")
     parser.add_argument("--sampled-rounds", type=int, default=4, help="rounds at which the baselines are run")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
+    parser.add_argument("--beside", default="other work", help="what else ran, for --write")
     parser.add_argument("--run", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--candidates", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.run:
         print(json.dumps(measure(options)))
         return
+    rows: dict[str, dict[str, record.Cell]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), options)
-        found = {mode: in_process(mode, folder) for mode in options.modes}
-    report(found, options)
+        for size in options.sizes:
+            candidates, steps = map(int, size.split("x"))
+            found = {mode: in_process(mode, folder, candidates, steps) for mode in options.modes}
+            rows |= rows_of(found, f"{candidates} x {steps}")
+    report(rows, options)
+    if options.write:
+        record.write(
+            options.write,
+            what=f"Reading a search: random weights of the models' shapes, {options.dtype}, steps of "
+            f"{options.step_tokens} tokens behind a prompt of {options.prompt_tokens}",
+            command=f"python benchmarks/bench_verifier.py {shlex.join(sys.argv[1:])}",
+            beside=options.beside,
+            tables={options.shape: rows},
+            packages=("torch", "transformers"),
+        )
 
 
-def in_process(mode: str, folder: str) -> dict[str, float]:
+def in_process(mode: str, folder: str, candidates: int, steps: int) -> dict[str, float]:
     """Run one way in a process of its own, for its memory."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", mode, "--checkpoint", folder]
+    size = ["--candidates", str(candidates), "--steps", str(steps)]
+    command = [sys.executable, __file__, *sys.argv[1:], *size, "--run", mode, "--checkpoint", folder]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
 
-def report(found: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
-    """Print a table; ratios are to the first way."""
+def rows_of(found: dict[str, dict[str, float]], size: str) -> dict[str, dict[str, record.Cell]]:
+    """The rows of a size; times are relative to the first way."""
+    first = next(iter(found.values()))
+    return {
+        f"{size}, {mode}": {
+            "candidates x steps": size,
+            "way": mode,
+            "tokens forwarded": round(one["tokens"]),
+            "CPU s": float(f"{one['cpu']:.3g}"),
+            "clock s": float(f"{one['clock']:.3g}"),
+            "times ours": round(one["clock"] / first["clock"], 1),
+            "peak MiB above the weights": round(one["memory"]),
+        }
+        for mode, one in found.items()
+    }
+
+
+def report(rows: dict[str, dict[str, record.Cell]], options: argparse.Namespace) -> None:
+    """Print a table."""
     layers = options.layers or SHAPES[options.shape]["num_hidden_layers"]
     print(
-        f"{options.shape}, {layers} layers, {options.dtype}, {options.threads} threads, prompt {options.prompt_tokens}"
+        f"{options.shape}, {layers} layers, {options.dtype}, {options.threads} threads, prompt of "
+        f"{options.prompt_tokens} tokens, steps of {options.step_tokens}"
     )
-    print(f"{options.candidates} candidates x {options.steps} steps x {options.step_tokens} tokens")
-    print("| way | tokens forwarded | CPU s | clock s | peak MiB above the weights |\n| --- | --- | --- | --- | --- |")
-    first = next(iter(found.values()))
-    for mode, one in found.items():
-        cells = [f"{one[key]:,.4g} ({one[key] / first[key]:.1f}x)" for key in ("tokens", "cpu", "clock", "memory")]
-        print(f"| {mode} | {' | '.join(cells)} |")
+    columns = list(next(iter(rows.values())))
+    for cells in (columns, ["---"] * len(columns), *(list(row.values()) for row in rows.values())):
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def write(folder: Path, options: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def main() -> None:
             what="The operators' microbenchmarks; medians, ours and the baselines in turn",
             command="make bench; python benchmarks/summary.py build/bench/bench.json build/bench --write ops",
             beside=options.beside,
-            tables={"ops": dict(map(row_of, timed(results)))},
+            tables=tables(timed(results)),
             packages=("torch", "transformers"),
         )
     try:
@@ -70,18 +70,27 @@ def timed(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in results["benchmarks"] if isinstance(entry["extra_info"].get("us"), float)]
 
 
-def row_of(entry: dict[str, Any]) -> tuple[str, dict[str, record.Cell]]:
-    """A benchmark's name, and its time beside the best baseline and the bound that it comes closest to."""
+def tables(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, record.Cell]]]:
+    """A table for each file of benchmarks, that is, for each operator."""
+    found: dict[str, dict[str, dict[str, record.Cell]]] = {}
+    for entry in entries:
+        operator = Path(entry["fullname"].partition("::")[0]).stem.removeprefix("bench_")
+        found.setdefault(operator, {})[title(entry).replace("/", " over ")] = row_of(entry)
+    return found
+
+
+def row_of(entry: dict[str, Any]) -> dict[str, record.Cell]:
+    """A benchmark's time beside the best baseline and the bound that it comes closest to."""
     info = entry["extra_info"]
     row: dict[str, record.Cell] = {"what": title(entry), "ours, us": float(f"{info['us']:.3g}")}
     for prefix, (name, value), choose in (
         (FASTER, ("against", "times faster"), min),
         (FRACTION, ("bound", "of the bound"), max),
     ):
-        found = {key.removeprefix(prefix): each for key, each in info.items() if key.startswith(prefix)}
-        best = choose(found, key=found.__getitem__, default=None)
-        row |= {name: best, value: None if best is None else float(f"{found[best]:.3g}")}
-    return title(entry).replace("/", " over "), row
+        each = {key.removeprefix(prefix): number for key, number in info.items() if key.startswith(prefix)}
+        best = choose(each, key=each.__getitem__, default=None)
+        row |= {name: best, value: None if best is None else float(f"{each[best]:.3g}")}
+    return row
 
 
 def title(entry: dict[str, Any]) -> str:

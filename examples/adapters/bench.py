@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--write", help="the name of a measurement in benchmarks/results: the tokens")
     parser.add_argument("--only", default="", help="run those whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -173,6 +176,7 @@ def main() -> None:
     }
     loaded = {chat: load(args, chat=chat) for chat in (False, True)}
     print(f"{args.problems} problems, n = {args.n}, {args.dtype}, {args.threads} threads; tokens: policy + verifier")
+    rows = {}
     for name, (theirs, ours, chat) in jobs.items():
         if args.only not in name:
             continue
@@ -183,6 +187,41 @@ def main() -> None:
             for way, (job, drivers) in ways.items():
                 runs[way].append(measure(job, drivers))
         report(name, runs)
+        rows[name] = row_of(name, runs)
+    if args.write:
+        write(rows, args)
+
+
+def row_of(name: str, runs: dict[str, list[Measured]]) -> dict[str, str]:
+    """The tokens that both models were given, before and after; medians."""
+    before, after = (
+        [int(statistics.median(getattr(run, model) for run in runs[way])) for model in ("policy", "verifier")]
+        for way in ("before", "after")
+    )
+    return {
+        "search": name,
+        "before": f"{before[0]} + {before[1]}",
+        "after": f"{after[0]} + {after[1]}",
+        "tokens": f"{sum(before) / sum(after):.1f}x fewer",
+    }
+
+
+def write(rows: dict[str, dict[str, str]], args: argparse.Namespace) -> None:
+    """Write a measurement."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import record
+
+    record.write(
+        args.write,
+        what="Tokens that both models were given in frameworks' own searches, policy + verifier, padding left out: "
+        f"n = {args.n}, {Path(args.policy).name} and {Path(args.verifier).name}, {args.problems} problems of eight to "
+        f"ten steps, {args.dtype}; medians of {args.repeat}",
+        command="PYTHONPATH=build/adapters python examples/adapters/bench.py --search-and-learn search-and-learn/src "
+        f"--problems {args.problems}",
+        beside="other work (counts do not depend on it)",
+        tables={"tokens": rows},
+        packages=("torch", "transformers", "its-hub", "crucible-ttc"),
+    )
 
 
 if __name__ == "__main__":
