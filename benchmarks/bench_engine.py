@@ -42,6 +42,7 @@ from typing import Any
 import record
 import torch
 from tts_search import HFPolicy, HFVerifier, SearchConfig, Step, StepParams, Usage, search
+from tts_search.api import search_with
 from tts_search.engine.drivers import Lifted
 from tts_search.engine.scheduler import Scheduler
 from tts_search.search.protocol import Expand, Score
@@ -289,7 +290,7 @@ def serve(policy: Any, problems: int) -> tuple[dict[str, float], list[str]]:
     scheduler = Scheduler(policy, Scorer(), lambda _: None, operator.eq)
     begin = time.perf_counter()
     texts = [f"problem {number}" for number in range(problems)]
-    outcomes: dict[int, Any] = dict(scheduler.run(texts, SearchConfig(n=16, max_steps=40), lambda: False))
+    outcomes: dict[int, Any] = dict(search_with(scheduler, texts, SearchConfig(n=16, max_steps=40), lambda: False))
     seconds = {
         "seconds": time.perf_counter() - begin,
         "median of a problem": statistics.median(result.stats.wall_s for result in outcomes.values()),

@@ -88,8 +88,9 @@ def row_of(entry: dict[str, Any]) -> dict[str, record.Cell]:
         (FRACTION, ("bound", "of the bound"), max),
     ):
         each = {key.removeprefix(prefix): number for key, number in info.items() if key.startswith(prefix)}
-        best = choose(each, key=each.__getitem__, default=None)
-        row |= {name: best, value: None if best is None else float(f"{each[best]:.3g}")}
+        if each:
+            best = choose(each, key=each.__getitem__)
+            row |= {name: best, value: float(f"{each[best]:.3g}")}
     return row
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from tts_search.engine.engine import default_equality
 from tts_search.engine.scheduler import Scheduler, SearchOutcome, Speculate
@@ -31,6 +31,7 @@ from tts_search.terminal import progress_bar
 __all__ = ["asearch_iter", "beam_search", "best_of_n", "dvts", "search", "search_iter", "vote"]
 
 _DEFAULT = SearchConfig()
+_PATIENCE: Final = 0.1  # seconds without an answer after which `search_with` looks whether it is stopped
 
 
 def search_iter(
@@ -175,12 +176,30 @@ def _outcomes(
                 bar.tell(note)
                 return stopped()
 
-            with closing(scheduler.run(problems, config, is_over)) as outcomes:
+            with closing(search_with(scheduler, problems, config, is_over)) as outcomes:
                 for outcome in outcomes:
                     bar.advance()
                     yield outcome
 
     return searched(problems, config) if isinstance(config, SearchConfig) else _by_strategy(problems, config, searched)
+
+
+def search_with(
+    scheduler: Scheduler, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]
+) -> Generator[SearchOutcome, None, None]:
+    """Search problems, each read when there is room. At the end, or when `stopped`, end those in flight."""
+    waiting = enumerate(problems)
+    try:
+        while not stopped():
+            while scheduler.has_room and (entry := next(waiting, None)) is not None:
+                yield from scheduler.start(*entry, config)
+            if not scheduler.num_problems:
+                return
+            with scheduler.wake:
+                scheduler.wake.wait_for(lambda: not scheduler.is_idle, _PATIENCE)
+            yield from scheduler.step()
+    finally:
+        scheduler.close()
 
 
 class LoadNote:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tts_search import HFPolicy, HFVerifier, SearchConfig, SearchError
+from tts_search.api import search_with
 from tts_search.engine.scheduler import Scheduler
 from tts_search.models.decoder import KVPool
 from tts_search.models.pool import BranchPool
@@ -57,7 +58,7 @@ def alone(dtype: str, number: int, config: int) -> Any:
     drivers = models(dtype)
     give_pools(drivers, 2000, 2000)
     scheduler = Scheduler(*drivers, boxed, operator.eq, prefix_cache=False, speculate=False)
-    ((_, outcome),) = scheduler.run([PROBLEMS[number]], CONFIGS[config], lambda: False)
+    ((_, outcome),) = search_with(scheduler, [PROBLEMS[number]], CONFIGS[config], lambda: False)
     return content(outcome)
 
 

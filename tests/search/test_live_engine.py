@@ -36,8 +36,6 @@ from tts_search import (
     search_iter,
 )
 from tts_search.api import LoadNote
-from tts_search.engine.engine import together
-from tts_search.engine.post import Post
 from tts_search.engine.scheduler import Scheduler
 from tts_search.search.answers import boxed
 from tts_search.search.protocol import Load
@@ -270,7 +268,7 @@ class TestEvents:
             engine.submit("before", CONFIG)
             gate.entered.acquire()
             one, told = engine.submit("p", CONFIG), queue.SimpleQueue[Any]()
-            one._listen(lambda news: [told.put(event) for event in news or [None]])  # before it begins
+            one.listen(lambda news: [told.put(event) for event in news or [None]])  # before it begins
             gate.open.release()
             kinds = [told.get(timeout=20).kind for _ in range(2)]
             assert kinds == ["expanded", "round"]
@@ -318,56 +316,6 @@ class TestAsyncio:
         results, events = asyncio.run(main())
         assert list(map(content, results)) == alone(tree, CONFIG)
         assert {node.id for event in events for node in event.nodes} == {node.id for node in results[0].tree.nodes}
-
-    def test_several_are_watched_together(self):
-        tree = RandomTree(5, end=0.1)
-
-        async def main() -> tuple[list[list[Any]], list[Any]]:
-            with Engine(*drivers(tree)) as engine:
-                searches = [engine.submit(problem, CONFIG) for problem in PROBLEMS]
-                told: list[list[Any]] = [[] for _ in searches]
-                async for news in together(searches):
-                    assert news
-                    for place, event in news:
-                        told[place].append(event)
-                return told, [one.result(20) for one in searches]
-
-        told, results = asyncio.run(main())
-        assert list(map(content, results)) == alone(tree, CONFIG)
-        for events, result in zip(told, results, strict=True):
-            assert {node.id for event in events for node in event.nodes} == {node.id for node in result.tree.nodes}
-
-    def test_what_comes_at_once_is_told_at_once_and_in_order(self):
-        """A thread tells ten listeners; whatever it says before the loop gets to it is one list for each of them."""
-
-        async def main() -> None:
-            post, queues = Post(asyncio.get_running_loop()), [asyncio.Queue[list[int]]() for _ in range(10)]
-            for item in range(100):  # the loop has no turn meanwhile
-                for told in queues:
-                    post.put(told, item)
-            assert [await told.get() for told in queues] == [list(range(100))] * 10
-
-            def talk() -> None:
-                for item in range(1000):
-                    for told in queues:
-                        post.put(told, item)
-
-            talking = asyncio.create_task(asyncio.to_thread(talk))
-            for told in queues:
-                items: list[int] = []
-                while len(items) < 1000:
-                    items += await asyncio.wait_for(told.get(), 20)
-                assert items == list(range(1000))
-            await talking
-
-        asyncio.run(main())
-
-    def test_nothing_is_carried_to_a_closed_loop(self):
-        loop = asyncio.new_event_loop()
-        post = Post(loop)
-        loop.close()
-        with pytest.raises(RuntimeError, match="closed"):
-            post.put(asyncio.Queue(), 1)
 
     def test_a_task_that_is_cancelled_cancels_its_search(self):
         async def main(gate: Gate, engine: Engine) -> None:

@@ -17,6 +17,7 @@ from scripted import ScriptedPolicy, ScriptedVerifier, by_name, score_names
 from test_engine import CONFIGS, PROBLEMS, TREES
 from test_scheduler import alone, content
 from tts_search import Engine, SearchConfig, SearchError, TextVerifier, asearch_iter, search, search_iter
+from tts_search.api import search_with
 from tts_search.engine.drivers import Lifted, Opened, lift
 from tts_search.engine.scheduler import Scheduler
 from tts_search.search.answers import boxed
@@ -275,5 +276,5 @@ def test_a_scheduler_can_be_used_again_after_its_threads_have_ended():
     policy = AwayPolicy(ScriptedPolicy(by_name()))
     scheduler = Scheduler(policy, ScriptedVerifier(score_names({})), boxed, operator.eq)
     for turn in (1, 2):
-        assert len(list(scheduler.run(["a", "b"], CONFIG, lambda: False))) == 2
+        assert len(list(search_with(scheduler, ["a", "b"], CONFIG, lambda: False))) == 2
         assert policy.num_hung_up == turn

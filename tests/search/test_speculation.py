@@ -15,6 +15,7 @@ from scripted import ScriptedPolicy, ScriptedVerifier
 from test_engine import CONFIGS, PROBLEMS, TREES, Pruner
 from test_scheduler import Shuffled, ShuffledPruner, alone, content, run
 from tts_search import SearchConfig, SearchError, Step, TextVerifier, Usage
+from tts_search.api import search_with
 from tts_search.engine.scheduler import Scheduler
 from tts_search.engine.speculation import AUTO_ROWS, can_speculate
 from tts_search.search.answers import boxed
@@ -136,7 +137,7 @@ SCORES = {"0": 0.1, "1": 0.9, "2": 0.5, "3": 0.4}
 def searched(policy: Timed, speculate: Any = True, config: SearchConfig = CONFIG, verifier: Any = None) -> Any:
     verifier = verifier or Scores(SCORES)
     scheduler = Scheduler(policy, verifier, boxed, operator.eq, speculate=speculate)
-    ((_, outcome),) = scheduler.run(["p"], config, lambda: False)
+    ((_, outcome),) = search_with(scheduler, ["p"], config, lambda: False)
     return outcome
 
 

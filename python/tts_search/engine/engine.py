@@ -9,17 +9,16 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as WaitingTooLong  # not the builtin one before Python 3.11
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
 from tts_search.engine.events import SearchEvent, Watch
-from tts_search.engine.post import Post
 from tts_search.engine.scheduler import Costs, Scheduler, Speculate
 from tts_search.errors import SearchError
 from tts_search.search.answers import Equality, boxed
@@ -29,7 +28,7 @@ from tts_search.search.result import SearchResult
 from tts_search.search.run import Run
 from tts_search.search.types import Messages
 
-__all__ = ["Engine", "Generation", "Handle", "Search", "default_equality", "together"]
+__all__ = ["Engine", "Generation", "Handle", "Listener", "Search", "default_equality"]
 
 _PERIOD: Final = 1.0  # seconds between two measurements of the policy's load
 
@@ -112,7 +111,6 @@ class Engine:
         self._begun: dict[int, Handle[Any, Any]] = {}
         self._calls: deque[Callable[[], None]] = deque()  # actions that other threads ask for
         self._news: dict[Handle[Any, Any], None] = {}  # those with something new to report after this step
-        self._posts: dict[asyncio.AbstractEventLoop, Post] = {}
         self._wake = self._scheduler.wake
         self._closed = False
         self._load = (time.monotonic(), self._scheduler.load)
@@ -261,12 +259,6 @@ class Engine:
         for handle in news:
             handle._notify()
 
-    def _post(self, loop: asyncio.AbstractEventLoop) -> Post:
-        """The object that carries news to an event loop. All listeners in the loop share it."""
-        with self._wake:
-            self._posts = {other: post for other, post in self._posts.items() if not other.is_closed()}
-            return self._posts.setdefault(loop, Post(loop))
-
     def _start(self, handle: Handle[Any, Any]) -> None:
         self._begun[handle.number] = handle
         handle.waited_s = time.monotonic() - handle._made
@@ -336,31 +328,33 @@ class Handle(ABC, Generic[Result, News]):
         A caller that begins late misses nothing: the first events tell what has happened before.
         """
         told: queue.SimpleQueue[list[News] | None] = queue.SimpleQueue()
-        self._listen(told.put)
+        self.listen(told.put)
         try:
             while (news := told.get()) is not None:
                 yield from news
         finally:
-            self._ignore(told.put)
+            self.ignore(told.put)
 
     async def __aiter__(self) -> AsyncIterator[News]:
-        async with aclosing(together([self])) as told:
-            async for news in told:
-                for _, event in news:
+        told, loop = asyncio.Queue[list[News] | None](), asyncio.get_running_loop()
+
+        def listener(news: list[News] | None) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, news)
+
+        self.listen(listener)
+        try:
+            while (news := await told.get()) is not None:
+                for event in news:
                     yield event
+        finally:
+            self.ignore(listener)
 
-    def __await__(self) -> Generator[Any, None, Result]:
-        return asyncio.wrap_future(self._future).__await__()
+    def listen(self, listener: Listener) -> None:
+        """Call a function with each list of new events, and with None at the end, in the engine's thread.
 
-    @abstractmethod
-    def _begin(self, scheduler: Scheduler) -> None:
-        """Start the work, in the engine's thread."""
+        It must return at once. A RuntimeError of it (its event loop is closed) means that it wants no more.
+        """
 
-    @abstractmethod
-    def _reader(self) -> NewsReader[News]:
-        """A function that yields the news since its last call."""
-
-    def _listen(self, listener: Listener) -> None:
         def begin() -> None:
             self._listeners[listener] = self._reader()
             self._notify()
@@ -373,9 +367,21 @@ class Handle(ABC, Generic[Result, News]):
             self._engine._thread.join()
             begin()
 
-    def _ignore(self, listener: Listener) -> None:
+    def ignore(self, listener: Listener) -> None:
+        """Call a function no more that listens."""
         with suppress(SearchError):
             self._engine._call(partial(self._drop, listener))
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.wrap_future(self._future).__await__()
+
+    @abstractmethod
+    def _begin(self, scheduler: Scheduler) -> None:
+        """Start the work, in the engine's thread."""
+
+    @abstractmethod
+    def _reader(self) -> NewsReader[News]:
+        """A function that yields the news since its last call."""
 
     def _drop(self, listener: Listener) -> None:
         self._listeners.pop(listener, None)
@@ -475,37 +481,6 @@ class Generation(Handle["list[Generated]", Generated]):
             samples = range(self.request.num_samples)
             whole = [Generated.joined([part for part in self._parts if part.sample == one]) for one in samples]
             self._engine._settle(self.number, whole)
-
-
-async def together(handles: Sequence[Handle[Any, News]]) -> AsyncGenerator[list[tuple[int, News]], None]:
-    """Yield the events of several handles, each with the index of its handle, until all have ended.
-
-    Events that came since the last request are yielded as one list.
-    """
-    loop = asyncio.get_running_loop()
-    told = asyncio.Queue[list[tuple[int, list[News] | None]]]()
-
-    fresh = set(range(len(handles)))  # handles without any news so far
-
-    def listener(place: int, post: Post, news: list[News] | None) -> None:
-        post.put(told, (place, news), at_once=news is None or place in fresh)
-        fresh.discard(place)
-
-    listeners = [partial(listener, place, one._engine._post(loop)) for place, one in enumerate(handles)]
-    for one, own in zip(handles, listeners, strict=True):
-        one._listen(own)
-    try:
-        left = len(handles)
-        while left:
-            found = await told.get()
-            while not told.empty():
-                found += told.get_nowait()
-            if news := [(place, event) for place, events in found for event in events or ()]:
-                yield news
-            left -= sum(events is None for _, events in found)
-    finally:
-        for one, own in zip(handles, listeners, strict=True):
-            one._ignore(own)
 
 
 def default_equality() -> Equality:

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,7 +43,6 @@ from tts_search.search.types import Messages
 __all__ = ["Costs", "Scheduler", "SearchOutcome", "Speculate"]
 
 MAX_ROWS: Final = 1024
-_PATIENCE: Final = 0.1  # seconds without an answer after which `run` looks whether it is stopped
 
 Costs = Callable[[], tuple[Usage, Usage]]
 """Returns the cost of a problem so far, for the policy and for the verifier."""
@@ -203,23 +202,6 @@ class Scheduler:
         """The policy's load, if it is a local model."""
         load: Load | None = getattr(self._driver, "load", None)
         return load
-
-    def run(
-        self, problems: Iterable[str], config: SearchConfig, stopped: Callable[[], bool]
-    ) -> Generator[SearchOutcome, None, None]:
-        """Search problems, each read when there is room. At the end, or when `stopped`, end those in flight."""
-        waiting = enumerate(problems)
-        try:
-            while not stopped():
-                while self.has_room and (entry := next(waiting, None)) is not None:
-                    yield from self.start(*entry, config)
-                if not self.num_problems:
-                    return
-                with self.wake:
-                    self.wake.wait_for(lambda: not self.is_idle, _PATIENCE)
-                yield from self.step()
-        finally:
-            self.close()
 
     def start(
         self,

@@ -61,6 +61,7 @@ class Speculation:
 
     def __init__(self, policy: Any, verifier: Driver, rows: int) -> None:
         self._policy, self._verifier, self._rows = policy, verifier, rows
+        self.begin = policy.begin
         self._searches: dict[int, _Search] = {}
         self._steps: dict[int, _Step] = {}  # in progress, by the identity of the request
         self._reads: dict[int, tuple[Score, _Candidate]] = {}  # the same
@@ -77,10 +78,6 @@ class Speculation:
         """Start to predict the requests of a search, if that is possible."""
         if run.config.method in _FORESEEN and not run.config.lookahead:
             self._searches[run.problem] = _Search(run)
-
-    def begin(self, problem: int, text: Any) -> None:
-        """Announce a problem."""
-        self._policy.begin(problem, text)
 
     def submit(self, requests: Sequence[Any]) -> None:
         """Take requests in, all of a search's round at once. Steps that were asked ahead are not sampled again."""

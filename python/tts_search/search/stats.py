@@ -8,6 +8,9 @@ from tts_search.search.protocol import Usage
 
 __all__ = ["SearchStats"]
 
+_PEAKS = ("peak_unique_kv_tokens", "peak_logical_kv_tokens", "peak_kv_bytes")  # of each model
+_SUMS = ("recomputed_tokens", "waves", "cached_tokens")  # over both
+
 
 @dataclass(frozen=True, slots=True)
 class SearchStats:
@@ -81,16 +84,10 @@ class SearchStats:
             verifier_tokens=verifier.tokens + verifier.prefill_tokens,
             flops_policy=policy.flops,
             flops_verifier=verifier.flops,
-            peak_unique_kv_tokens=policy.peak_unique_kv_tokens,
-            peak_logical_kv_tokens=policy.peak_logical_kv_tokens,
-            verifier_peak_unique_kv_tokens=verifier.peak_unique_kv_tokens,
-            verifier_peak_logical_kv_tokens=verifier.peak_logical_kv_tokens,
-            peak_kv_bytes=policy.peak_kv_bytes,
-            verifier_peak_kv_bytes=verifier.peak_kv_bytes,
-            recomputed_tokens=policy.recomputed_tokens + verifier.recomputed_tokens,
-            waves=policy.waves + verifier.waves,
-            cached_tokens=policy.cached_tokens + verifier.cached_tokens,
             speculated_tokens=policy.speculated_tokens,
+            **{name: getattr(policy, name) for name in _PEAKS},
+            **{f"verifier_{name}": getattr(verifier, name) for name in _PEAKS},
+            **{name: getattr(policy, name) + getattr(verifier, name) for name in _SUMS},
         )
 
     def __add__(self, other: SearchStats) -> SearchStats:

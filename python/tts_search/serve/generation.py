@@ -8,12 +8,13 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from tts_search.engine.engine import Generation, together
+from tts_search.engine.engine import Generation
 from tts_search.errors import SearchError
 from tts_search.search.protocol import Generate, Generated, GenerateParams
 from tts_search.search.seeds import Seeds
 from tts_search.serve.errors import ApiError
 from tts_search.serve.guards import refusal
+from tts_search.serve.news import together
 from tts_search.serve.schemas import SamplingRequest, fresh_seed
 from tts_search.serve.service import Service
 from tts_search.serve.texts import Texts
@@ -120,7 +121,7 @@ class Answers:
         metrics.prompt_tokens.inc(sum(len(prompt.tokens) for prompt in self._prompts))
         running = self._begin()
         try:
-            async for news in together(running):
+            async for news in together(running, self._service.post):
                 now = time.monotonic()
                 if self._params.stream:
                     (metrics.first_token if last is None else metrics.between_tokens).observe(now - (last or begun))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
 from tts_search.serve.errors import ApiError
 from tts_search.serve.metrics import Metrics
+from tts_search.serve.news import Post
 from tts_search.serve.settings import Settings
 from tts_search.serve.texts import Texts
 
@@ -45,6 +47,7 @@ class Service:
         self.settings = settings
         self.num_requests = 0
         self.metrics = Metrics(self.name, self._activity, self._history)
+        self._posts: dict[asyncio.AbstractEventLoop, Post] = {}
         self._texts = {id(model): _texts_of(model) for model in (policy, verifier)}
 
     @property
@@ -70,6 +73,13 @@ class Service:
             If the policy is no local model.
         """
         return self.texts_of(None)
+
+    @property
+    def post(self) -> Post:
+        """The object that carries news of the engine to the running event loop; all requests in the loop share it."""
+        loop = asyncio.get_running_loop()
+        self._posts = {other: post for other, post in self._posts.items() if not other.is_closed()}
+        return self._posts.setdefault(loop, Post(loop))
 
     def texts_of(self, name: str | None) -> Texts:
         """The tokenizer of the model of this name, or the policy's for None. Raises the same error as `texts`."""

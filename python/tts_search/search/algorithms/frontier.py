@@ -29,10 +29,9 @@ def rebase(run: Run) -> Moves[list[Branch]]:
     SearchError
         If the policy returns nothing, or it or the verifier something else than was asked for.
     """
-    temperature = run.config.reward_temperature
 
     def allocate(branches: Sequence[Branch], width: int) -> list[int]:
-        return proportional([branch.score for branch in branches], width, temperature)
+        return proportional([branch.score for branch in branches], width, run.config.reward_temperature)
 
     return _search(run, allocate)
 

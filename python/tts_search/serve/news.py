@@ -1,13 +1,20 @@
-"""Hands news from the engine's thread to an event loop, without keeping the engine waiting."""
+"""Hands news of many handles from the engine's thread to an event loop, without keeping the engine waiting."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-__all__ = ["Post"]
+if TYPE_CHECKING:
+    from tts_search.engine.engine import Handle
+
+__all__ = ["Post", "together"]
+
+News = TypeVar("News")
 
 # After a message, the loop is left alone for this many times as long as it was busy, but at most this many seconds.
 _REST: Final = 24
@@ -75,3 +82,32 @@ class Post:
             self._is_on_its_way |= waits
         if waits:
             self._deliver()
+
+
+async def together(handles: Sequence[Handle[Any, News]], post: Post) -> AsyncGenerator[list[tuple[int, News]], None]:
+    """Yield the events of several handles, each with the index of its handle, until all have ended.
+
+    Events that came since the last request are yielded as one list.
+    """
+    told = asyncio.Queue[list[tuple[int, list[News] | None]]]()
+    fresh = set(range(len(handles)))  # handles without any news so far
+
+    def listener(place: int, news: list[News] | None) -> None:
+        post.put(told, (place, news), at_once=news is None or place in fresh)
+        fresh.discard(place)
+
+    listeners = [partial(listener, place) for place in range(len(handles))]
+    for one, own in zip(handles, listeners, strict=True):
+        one.listen(own)
+    try:
+        left = len(handles)
+        while left:
+            found = await told.get()
+            while not told.empty():
+                found += told.get_nowait()
+            if news := [(place, event) for place, events in found for event in events or ()]:
+                yield news
+            left -= sum(events is None for _, events in found)
+    finally:
+        for one, own in zip(handles, listeners, strict=True):
+            one.ignore(own)
