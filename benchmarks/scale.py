@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {name: measure(name, keep_trees=True) for name in CONFIGS}
-    timed = {name: measure(name, keep_trees=False) for name in CONFIGS}
+    timed = [{name: measure(name, keep_trees=False) for name in CONFIGS} for _ in range(5)]
     tables = {"counts": counts(found), "host": {"token": host(timed)}}
     print(tables)
     if options.write:
@@ -78,14 +78,14 @@ def size(records: list[Record], *, tree: bool) -> str:
     return f"{mean:.1f} KB" if mean < 10 else f"{mean:.0f} KB"
 
 
-def host(found: dict[str, list[Record]]) -> dict[str, record.Cell]:
-    """Microseconds for each sampled token, of both models and of all that is around them."""
-    return {
-        f"{name}, us": float(
-            f"{1e6 * sum(one.seconds or 0 for one in records) / sum(one.stats['policy_tokens'] for one in records):.2g}"
-        )
-        for name, records in found.items()
-    }
+def host(runs: list[dict[str, list[Record]]]) -> dict[str, record.Cell]:
+    """Microseconds for each sampled token, of both models and of all that is around them; medians of the runs."""
+    return {f"{name}, us": round(statistics.median(microseconds(one[name]) for one in runs)) for name in CONFIGS}
+
+
+def microseconds(records: list[Record]) -> float:
+    """Time of a sampled token."""
+    return 1e6 * sum(one.seconds or 0 for one in records) / sum(one.stats["policy_tokens"] for one in records)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def tables(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, recor
 def row_of(entry: dict[str, Any]) -> dict[str, record.Cell]:
     """A benchmark's time beside the best baseline and the bound that it comes closest to."""
     info = entry["extra_info"]
-    row: dict[str, record.Cell] = {"what": title(entry), "ours, us": float(f"{info['us']:.3g}")}
+    row: dict[str, record.Cell] = {"what": title(entry), "ours, us": rounded(info["us"])}
     for prefix, (name, value), choose in (
         (FASTER, ("against", "times faster"), min),
         (FRACTION, ("bound", "of the bound"), max),
@@ -90,13 +91,26 @@ def row_of(entry: dict[str, Any]) -> dict[str, record.Cell]:
         each = {key.removeprefix(prefix): number for key, number in info.items() if key.startswith(prefix)}
         if each:
             best = choose(each, key=each.__getitem__)
-            row |= {name: best, value: float(f"{each[best]:.3g}")}
+            row |= {name: best, value: rounded(each[best])}
     return row
 
 
 def title(entry: dict[str, Any]) -> str:
-    parameters = entry["name"].partition("[")[2].rstrip("]")
-    return f"{entry['group']} ({parameters})" if parameters else str(entry["group"])
+    """The benchmark's group, and those of its parameters that the group does not say."""
+    group = str(entry["group"])
+    said, parts = set(re.findall(r"[\w.]+", group)), [group]
+    for name, value in (entry["params"] or {}).items():
+        if isinstance(value, int) and str(value) not in said:
+            parts.append(f"{name} {value}")
+        elif isinstance(value, str) and value not in group and not value.startswith("UNSERIALIZABLE"):
+            parts.append(value)
+    return ", ".join(parts)
+
+
+def rounded(number: float) -> float | int:
+    """Three digits of a number."""
+    short = float(f"{number:.3g}")
+    return round(short) if short >= 100 else short
 
 
 def part(info: dict[str, Any], prefix: str) -> str:
