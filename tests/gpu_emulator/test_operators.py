@@ -42,9 +42,10 @@ FEW = {
     "linear_logprob": "test_equals_the_definition and (size2 or size3 or size6)",
     "sample": "(draws_exactly or likeliest) and 37 or likeliest_tokens_of or ends_decide and 2051-plain"
     " or ends_decide and 2051-all",
-    # Plain and on tensor cores, over floats and over codes.
-    "tree_attention": "test_head_sizes[7- or test_head_sizes[64- or plain_cache_of_their_elements[int4-dtype1",
+    "tree_attention": "test_head_sizes[7- or test_head_sizes[64-",  # plain and on tensor cores
 }
+# The same over codes, whose kernels take many minutes to compile for a sanitizer.
+CODES = "plain_cache_of_their_elements[int4-dtype1"
 
 
 def file_of(operator: str) -> str:
@@ -115,6 +116,13 @@ def test_attention_has_the_same_bits_in_any_company(only: str) -> None:
 @pytest.mark.parametrize("operator", FEW)
 def test_under_a_sanitizer(operator: str, sanitizer: str) -> None:
     run(operator, "--emulate-sanitize", sanitizer, only=FEW[operator])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(clang() is None, reason="no clang")
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_attention_over_codes_under_a_sanitizer(sanitizer: str) -> None:
+    run("tree_attention", "--emulate-sanitize", sanitizer, only=CODES)
 
 
 @pytest.mark.slow
