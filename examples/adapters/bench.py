@@ -54,6 +54,7 @@ def load(args: argparse.Namespace, *, chat: bool) -> tuple[Drivers, Drivers]:
     """The two ways to run the models: before and after."""
     policy = HFPolicy(args.policy, chat=chat, dtype=args.dtype, kv_memory="512MiB")
     verifier = HFVerifier(args.verifier, dtype=args.dtype, kv_memory="512MiB")
+    policy.prefix_cache = verifier.prefix_cache = False  # a run must not profit from the runs before it
     counts = count_forwarded(policy), count_forwarded(verifier)
     whole = WholeTextPolicy(args.policy, chat=chat, dtype=args.dtype)
     reads = WholeTextVerifier(args.verifier, verifier, dtype=args.dtype)
@@ -88,7 +89,9 @@ def report(name: str, runs: dict[str, list[Measured]]) -> None:
 
 def by_preset(config: SearchConfig, problems: list[str]) -> Job:
     """One search of ours over all problems."""
-    return lambda drivers: search(problems, drivers.policy, drivers.verifier, config, progress=False)
+    return lambda drivers: search(
+        problems, drivers.policy, drivers.verifier, config, progress=False, prefix_cache=False
+    )
 
 
 def jobs_of_search_and_learn(args: argparse.Namespace, problems: list[str]) -> dict[str, tuple[Job, Job | None, bool]]:
