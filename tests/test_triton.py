@@ -32,12 +32,15 @@ OTHER_TESTS = {
     # Of linear a GPU has whole numbers alone, and dequantises them; floats are torch's.
     "linear": ["gpu_emulator/linear.py", "-k", "whole_numbers or zero_points or spoils"],
     "x_cache": ["models/test_x_cache_on_triton.py"],
+    # Hundreds of cases, seconds each.
+    "tree_attention": ["test_tree_attention.py", "-k", "not quantised and not fp8"],
+    "tree_attention over codes": ["test_tree_attention.py", "-k", "quantised or fp8"],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("op", [*OPS, "x_cache"])
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("op", [*OPS, *(name for name in OTHER_TESTS if name not in OPS)])
 def test_the_tests_of_the_op_pass_in_the_interpreter(op: str) -> None:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
