@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def write(name: str, what: str, tables: dict[str, dict[str, dict[str, str | int | float]]]) -> None:
-    command = " ".join(["python benchmarks/bench_neighbour.py", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/bench_neighbour.py", *map(record.hidden, sys.argv[1:])])
     record.write(name, what=what, command=command, beside="as each row says", tables=tables)
 
 
