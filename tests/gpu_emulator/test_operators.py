@@ -53,13 +53,15 @@ def file_of(operator: str) -> str:
     return str(HERE / "linear.py" if operator == "linear" else TESTS / f"test_{operator}.py")
 
 
-def run(operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS) -> None:
+def assert_cases_pass(
+    operator: str, *arguments: str, tests: str = "", only: str = "test_", but: tuple[str, ...] = NOT_OURS
+) -> None:
     """One operator's tests in a process of their own; every one passes, and kernels were launched."""
     options = ["-p", "gpu_emulator.plugin", "--emulate", ",".join([operator, *PARTS.get(operator, ())]), *arguments]
-    run_tests(options, tests or file_of(operator), only, but)
+    assert_passing(options, tests or file_of(operator), only, but)
 
 
-def run_tests(options: Sequence[str], tests: str, only: str, but: Sequence[str]) -> None:
+def assert_passing(options: Sequence[str], tests: str, only: str, but: Sequence[str]) -> None:
     """The same for any plugin that says how many launches it emulated."""
     choice = " and ".join([f"({only})", *(f"not {name}" for name in but)])
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--timeout", "3000", *options]
@@ -78,7 +80,7 @@ def run_tests(options: Sequence[str], tests: str, only: str, but: Sequence[str])
     "operator", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in ALL]
 )
 def test_the_cases_of_the_cpu(operator: str, seed: int) -> None:
-    run(operator, "--emulate-seed", str(seed), but=NOT_OURS + TOO_MANY)
+    assert_cases_pass(operator, "--emulate-seed", str(seed), but=NOT_OURS + TOO_MANY)
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
@@ -93,36 +95,36 @@ def test_no_rounding_is_left_to_the_compiler(source: Path) -> None:
     [(0, "test_ and not dtype2"), *(pytest.param(seed, "test_", marks=pytest.mark.slow) for seed in (3, 11))],
 )
 def test_linear_as_a_gpu_does_it(seed: int, only: str) -> None:
-    run("linear", "--emulate-seed", str(seed), only=only)
+    assert_cases_pass("linear", "--emulate-seed", str(seed), only=only)
 
 
 @pytest.mark.skipif(clang() is None, reason="no clang")
 @pytest.mark.parametrize("sanitizer", [pytest.param("address", marks=pytest.mark.slow), "thread"])
 def test_linear_under_a_sanitizer(sanitizer: str) -> None:
-    run("linear", "--emulate-sanitize", sanitizer, only="zero_points[4-dtype1")
+    assert_cases_pass("linear", "--emulate-sanitize", sanitizer, only="zero_points[4-dtype1")
 
 
 def test_launches() -> None:
-    run(",".join(operators()), tests=str(HERE / "launches.py"))
+    assert_cases_pass(",".join(operators()), tests=str(HERE / "launches.py"))
 
 
 @pytest.mark.parametrize("only", ["64", pytest.param("128 or 20", marks=pytest.mark.slow)])
 def test_attention_has_the_same_bits_in_any_company(only: str) -> None:
-    run("tree_attention,append_kv,copy_pages", tests=str(HERE / "same_bits.py"), only=only)
+    assert_cases_pass("tree_attention,append_kv,copy_pages", tests=str(HERE / "same_bits.py"), only=only)
 
 
 @pytest.mark.skipif(clang() is None, reason="no clang")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("operator", FEW)
 def test_under_a_sanitizer(operator: str, sanitizer: str) -> None:
-    run(operator, "--emulate-sanitize", sanitizer, only=FEW[operator])
+    assert_cases_pass(operator, "--emulate-sanitize", sanitizer, only=FEW[operator])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(clang() is None, reason="no clang")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_attention_over_codes_under_a_sanitizer(sanitizer: str) -> None:
-    run("tree_attention", "--emulate-sanitize", sanitizer, only=CODES)
+    assert_cases_pass("tree_attention", "--emulate-sanitize", sanitizer, only=CODES)
 
 
 @pytest.mark.slow
@@ -130,4 +132,4 @@ def test_attention_over_codes_under_a_sanitizer(sanitizer: str) -> None:
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("head_dim", [96, 128, 256])
 def test_larger_heads_under_a_sanitizer(head_dim: int, sanitizer: str) -> None:
-    run("tree_attention", "--emulate-sanitize", sanitizer, only=f"test_head_sizes[{head_dim}-")
+    assert_cases_pass("tree_attention", "--emulate-sanitize", sanitizer, only=f"test_head_sizes[{head_dim}-")

@@ -10,7 +10,7 @@ import torch
 
 from gpu_emulator import Kernel, clang, load
 from gpu_emulator.build import HERE
-from gpu_emulator.test_operators import file_of, run_tests
+from gpu_emulator.test_operators import assert_passing, file_of
 
 pytest.importorskip("triton", reason="no triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -153,7 +153,7 @@ def test_kernels_of_the_ops(op: str, way: str) -> None:
     if way in ("address", "thread") and clang() is None:
         pytest.skip("no clang")
     only = FEW.get(op, OPS[op]) if way in ("address", "thread") else OPS[op]
-    run_tests([*EMULATED, *WAYS[way]], file_of(op), only, ())
+    assert_passing([*EMULATED, *WAYS[way]], file_of(op), only, ())
 
 
 @pytest.mark.slow
@@ -161,10 +161,10 @@ def test_kernels_of_the_ops(op: str, way: str) -> None:
 @pytest.mark.parametrize("only", ["is_restored", "without_loss and llama", "near_those_of_a_cpu and xquant-3"])
 def test_the_x_cache(only: str) -> None:
     """A block's keys and values from its stored bytes; logits of a text beyond a block, without loss and with."""
-    run_tests(EMULATED, str(HERE.parent / "models/test_x_cache_on_triton.py"), only, ())
+    assert_passing(EMULATED, str(HERE.parent / "models/test_x_cache_on_triton.py"), only, ())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_offsets_beyond_32_bits() -> None:
-    run_tests(EMULATED, str(HERE.parent / "test_large_strides.py"), "test_", ())
+    assert_passing(EMULATED, str(HERE.parent / "test_large_strides.py"), "test_", ())

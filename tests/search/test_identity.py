@@ -82,7 +82,7 @@ def together(
     assert scheduler.num_streams == 0
 
 
-def check(
+def assert_same_alone(
     dtype: str,
     wanted: list[tuple[int, int]],
     cancel: dict[int, int],
@@ -129,7 +129,7 @@ CASES = given(
 
 @pytest.mark.parametrize("examples", [25, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
 def test_a_search_is_the_same_to_the_bit_in_any_company(examples):
-    settings(max_examples=examples, deadline=None)(CASES(check))()
+    settings(max_examples=examples, deadline=None)(CASES(assert_same_alone))()
 
 
 def test_the_pools_of_these_tests_are_too_small_for_all():
