@@ -28,7 +28,7 @@ from tts_search.search.result import SearchResult
 from tts_search.search.run import Run
 from tts_search.search.types import Messages
 
-__all__ = ["Engine", "Generation", "Handle", "Listener", "Search", "default_equality"]
+__all__ = ["Engine", "Generation", "Handle", "Listener", "News", "Search", "default_equality"]
 
 _PERIOD: Final = 1.0  # seconds between two measurements of the policy's load
 

@@ -7,14 +7,11 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from tts_search.engine.engine import Handle
+from tts_search.engine.engine import Handle, News
 
 __all__ = ["Post", "together"]
-
-News = TypeVar("News")
 
 # After a message, the loop is left alone for this many times as long as it was busy, but at most this many seconds.
 _REST: Final = 24
