@@ -185,3 +185,29 @@ def test_kernels_compile_ahead_of_time(name: str, dtype: torch.dtype, monkeypatc
         kernel = aot.compiled(launch, target)
         assert kernel.metadata.shared <= shared_limit, f"{launch.name}: {kernel.metadata.shared} bytes of shared memory"
         assert kernel.asm["amdgcn" if name.startswith("gfx") else "ptx"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "sm_90" else [pytest.mark.slow]) for n in aot.TARGETS]
+)
+def test_products_of_codes_have_the_order_of_a_plain_cache(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensor cores' layouts, and with them the order of all sums, are those of elements that were loaded as such.
+
+    The bits alone would not show it: an output of 8 bits of mantissa seldom tells one order from another.
+    """
+    on_triton(monkeypatch)
+    target, device_class, _ = aot.TARGETS[name]
+    layouts = {}
+    for stored in (None, "int8", "int4", "fp8"):
+        with tk.use_backend("triton"), aot.recorded(monkeypatch, device_class) as launches:
+            attend(dtype, 64, 1, stored)
+        (launch,) = (each for each in launches if each.name == "task_kernel")
+        code = aot.compiled(launch, target).asm["ttgir"]
+        for alias, layout in re.findall(r"^(#mma\d*) = (.*)", code, re.M):
+            code = re.sub(rf"{alias}\b", layout, code)
+        layouts[stored] = set(re.findall(r"tt\.dot .*?(tensor<.*) loc", code))
+    assert layouts[None]
+    assert layouts == dict.fromkeys(layouts, layouts[None])

@@ -28,7 +28,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "matrix_instr_nonkdim")
 
 # Name -> (target, class of device in configs.py, bytes of shared memory that a block may have)
 TARGETS = {

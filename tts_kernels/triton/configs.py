@@ -27,9 +27,9 @@ CONFIGS: dict[str, dict[str, _Config]] = {
         "linear": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         "linear_float32": {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
         "sample": {"BLOCK": 4096, "num_warps": 16},
-        "tree_attention": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-        "tree_attention_wide": {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1},  # float32, or a head above 128
-        "tree_attention_codes": {},  # changes for caches of fp8, int8 or int4
+        "tree_attention": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        # float32, or a head above 128
+        "tree_attention_wide": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},
     },
     "ampere": {},
     "ada": {"linear_logprob": {"BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}},
@@ -39,7 +39,21 @@ CONFIGS: dict[str, dict[str, _Config]] = {
         "hidden_layer": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "linear_logprob": {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "sample": {"BLOCK": 4096, "num_warps": 8},
-        "tree_attention_codes": {"BLOCK_N": 16, "num_warps": 1},  # Triton 3.7 fails to compile more
+        # Several warps need more rows than one instruction of the matrix cores takes, or Triton 3.7 fails to compile.
+        "tree_attention": {
+            "BLOCK_M": 32,
+            "BLOCK_N": 64,
+            "num_warps": 4,
+            "num_stages": 2,
+            "matrix_instr_nonkdim": 16,
+        },
+        "tree_attention_wide": {
+            "BLOCK_M": 32,
+            "BLOCK_N": 16,
+            "num_warps": 4,
+            "num_stages": 1,
+            "matrix_instr_nonkdim": 16,
+        },
     },
     "interpreter": {},
 }

@@ -89,23 +89,31 @@ def put(slot, head, top, total, acc, mask, d, part_out, part_max, part_sum, num_
 
 
 @triton.jit
-def elements(cache, at, d, mask, number, inside, scale, zero, dtype: tl.constexpr, FORMAT: tl.constexpr,
+def elements(cache, at, d, mask, number, inside, some, scale, zero, dtype: tl.constexpr, FORMAT: tl.constexpr,
              HALF: tl.constexpr):  # fmt: skip
-    """Elements d of heads that begin at ``cache + at``. Their scales and zeros are at ``number``."""
+    """Elements d of heads that begin at ``cache + at``. Their scales and zeros are at ``number``.
+
+    ``some`` is true; Triton must not know it. Factors of a product that stem from bytes are otherwise laid out for the
+    tensor cores so that sums have another order than a plain cache's. It does not look for their origin inside an `if`.
+    """
     if FORMAT == PLAIN:
         x = tl.load(cache + at + d, mask=mask, other=0.0)
-    elif FORMAT == E4M3:
-        x = narrow(of_e4m3(tl.load(cache + at + d, mask=mask, other=0)), dtype)
     else:
-        factor = tl.load(scale + number, mask=inside, other=0.0).to(tl.float32)
-        if FORMAT == INT4:
-            pair = tl.load(cache + at + d % HALF, mask=mask, other=0).to(tl.int32)
-            code = (tl.where(d >= HALF, pair >> 4, pair) & 15).to(tl.float32)
-            offset = tl.load(zero + number, mask=inside, other=0.0).to(tl.float32)
-            wide = code * factor + offset  # the product is exact
-        else:
-            wide = tl.load(cache + at + d, mask=mask, other=0).to(tl.float32) * factor
-        x = narrow(tl.where(mask, wide, 0.0), dtype)
+        x = tl.zeros(mask.shape, dtype)
+        if some:
+            if FORMAT == E4M3:
+                wide = of_e4m3(tl.load(cache + at + d, mask=mask, other=0))
+            else:
+                factor = tl.load(scale + number, mask=inside, other=0.0).to(tl.float32)
+                if FORMAT == INT4:
+                    pair = tl.load(cache + at + d % HALF, mask=mask, other=0).to(tl.int32)
+                    code = (tl.where(d >= HALF, pair >> 4, pair) & 15).to(tl.float32)
+                    offset = tl.load(zero + number, mask=inside, other=0.0).to(tl.float32)
+                    wide = code * factor + offset  # the product is exact
+                else:
+                    wide = tl.load(cache + at + d, mask=mask, other=0).to(tl.float32) * factor
+                wide = tl.where(mask, wide, 0.0)
+            x = narrow(wide, dtype)
     return x
 
 
@@ -200,7 +208,7 @@ def task_kernel(
                             number = (page * page_size + slot) * tl.num_programs(1) + kv_head
                             keys = elements(
                                 k_cache, (page * k_page + slot * k_slot + kv_head * k_head)[None, :], d[:, None],
-                                inside[None, :] & (d < DIM)[:, None], number[None, :], inside[None, :],
+                                inside[None, :] & (d < DIM)[:, None], number[None, :], inside[None, :], n0 < length,
                                 k_scale, k_zero, dtype, FORMAT, DIM // 2,
                             )  # fmt: skip
                             raw = dot(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -215,7 +223,7 @@ def task_kernel(
 
                             values = elements(
                                 v_cache, (page * v_page + slot * v_slot + kv_head * v_head)[:, None], d[None, :],
-                                inside[:, None] & (d < DIM)[None, :], number[:, None], inside[:, None],
+                                inside[:, None] & (d < DIM)[None, :], number[:, None], inside[:, None], n0 < length,
                                 v_scale, v_zero, dtype, FORMAT, DIM // 2,
                             )  # fmt: skip
                             weights = narrow(weights, dtype)
@@ -327,16 +335,14 @@ def tree_attention(
     part_max, part_sum = q.new_empty((2, max_slots, num_q_heads), dtype=torch.float32)
     group, block_d = num_q_heads // num_kv_heads, max(16, triton.next_power_of_2(dim))
     wide = block_d > 128 or q.dtype == torch.float32
+    # The same tiles for every plan and format: other sizes might sum in another order.
     options = config("tree_attention_wide" if wide else "tree_attention", q.device)
-    block_m = 16 if wide else 32  # for every plan: other tile sizes might sum in another order
     logits = lse if sinks is None else sinks
     form = PLAIN
     if k_cache.dtype == FP8:
         form, k_cache, v_cache = E4M3, k_cache.view(BITS[1]), v_cache.view(BITS[1])
     elif k_scale is not None:
         form = INT8 if k_zero is None else INT4
-    if form.value != PLAIN.value:
-        options = options | config("tree_attention_codes", q.device)
     if tasks.shape[0]:
         task_kernel[(tasks.shape[0], num_kv_heads)](
             q, k_cache, v_cache, rows, positions, pages, segments, tasks, merge_indptr, sizes, logits,
@@ -344,7 +350,7 @@ def tree_attention(
             page_size, num_q_heads, group, scale, softcap, window,
             *q.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], k_scale, v_scale, k_zero, v_zero,
             SOFTCAP=softcap != 0, WINDOW=window > 0, SINKS=sinks is not None, DIM=dim, BLOCK_D=block_d,
-            BLOCK_M=block_m, FORMAT=form.value, **options,
+            FORMAT=form.value, **options,
         )  # fmt: skip
     block_h = min(8, triton.next_power_of_2(num_q_heads))
     merge_kernel[(num_rows, triton.cdiv(num_q_heads, block_h))](
