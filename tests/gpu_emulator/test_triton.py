@@ -42,7 +42,7 @@ OPS = {
     "step_scores": "nan_passes or difference_of_labels",
     "swiglu": "extreme_gates or strided",
     "tree_attention": "rows_without_keys or test_head_sizes[64-dtype1 or test_head_sizes[96-dtype2"
-    " or attend_as_a_plain_cache_of_their_elements[int4-dtype1 or fp8_cache_attends_as_a_plain_cache_of_its_elements",
+    " or attend_as_a_plain_cache_of_their_elements or fp8_cache_attends_as_a_plain_cache_of_its_elements",
 }
 # What takes a sanitizer, a process for each launch, too long of these is left out or replaced.
 FEW = {
