@@ -626,6 +626,20 @@ def test_non_finite_heads_of_quantised_caches() -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C01, 0x7FFF, -1])
+def test_any_nan_as_a_scale_of_quantised_caches(bits: int, dtype: torch.dtype) -> None:
+    """Rounding must not carry a NaN's bits into its exponent."""
+    tree = star(16, branches=2, prefix=20)
+    plan = brute_plan(tree, [1] * 2, 4, 2, 64)
+    codes, beside, _, _ = quantised_caches("int8", *caches(tree, 2, 64, torch.float32), dtype)
+    beside["v_scale"][tree.pages[0][-1], 0, 1] = torch.tensor(bits, dtype=torch.int16).view(torch.float16)
+    out = tk.tree_attention(torch.randn(2, 4, 64).to(dtype), *codes, plan, **beside)
+    assert out[0, 2:].isnan().all()
+    assert out[0, :2].isfinite().all()
+    assert out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("stored", ["int8", "int4"])
 def test_opcheck_and_bad_input_of_quantised_caches(stored: str) -> None:
     tree = star(16, branches=3)

@@ -180,9 +180,9 @@ inline void store_two(Vec a, Vec b, bf16* to) {
 #endif
 
 // A scale or zero in every element.
-inline Vec kv_number(f16 bits) {
-    const float value = to_float(bits);
-    return Vec::all(is_nan(value) ? __builtin_nanf("") : value);
+inline Vec kv_number(f16 x) {
+    const bool nan = (x.bits & 0x7fffu) > 0x7c00u;
+    return nan ? Vec::all(__builtin_nanf("")) : Vec::all(x);
 }
 
 // Decodes a head's elements from its codes.
@@ -190,8 +190,7 @@ template <class T>
 inline void dequantize_head(const char* codes, int64_t dim, KvFormat format, f16 scale_bits, f16 zero_bits,
                             T* x) {
     constexpr int64_t W = Vec::width;
-    const Vec scale = kv_number(scale_bits), zero = kv_number(zero_bits);
-    // The products are exact in int4, so there is one rounding, fused or not.
+    const Vec scale = kv_number(scale_bits);
     const auto run = [&](const char* from, int64_t count, T* to, auto element) {
         int64_t i = 0;
         for (; i + 2 * W <= count; i += 2 * W) {
@@ -202,6 +201,8 @@ inline void dequantize_head(const char* codes, int64_t dim, KvFormat format, f16
         });
     };
     if (format == KvFormat::int8) return run(codes, dim, x, [&](CodeBytes b) { return b.int8() * scale; });
+    // The products are exact, so there is one rounding, fused or not.
+    const Vec zero = kv_number(zero_bits);
     run(codes, dim / 2, x, [&](CodeBytes b) { return fma(b.low(), scale, zero); });
     run(codes, dim / 2, x + dim / 2, [&](CodeBytes b) { return fma(b.high(), scale, zero); });
 }

@@ -71,6 +71,7 @@ struct Vec {
     __m512 v;
     static Vec zero() { return {_mm512_setzero_ps()}; }
     static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+    static Vec all(f16 x) { return {_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(x.bits)))}; }
     static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
     static Vec load(const f16* p) {
@@ -137,6 +138,7 @@ struct Vec {
     __m256 v;
     static Vec zero() { return {_mm256_setzero_ps()}; }
     static Vec all(float x) { return {_mm256_set1_ps(x)}; }
+    static Vec all(f16 x) { return {_mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(x.bits)))}; }
     static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
     static Vec load(const bf16* p) {
         const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -209,6 +211,7 @@ struct Vec {
     floats v;
     static Vec zero() { return all(0.0f); }
     static Vec all(float x) { return {floats{x, x, x, x}}; }
+    static Vec all(f16 x) { return all(to_float(x)); }
     static Vec load(const float* p) {
         Vec r;
         __builtin_memcpy(&r.v, p, sizeof r.v);
