@@ -90,7 +90,7 @@ void dequantize_row(const uint8_t* row, const RowFormat& format, T* x) {
         Affine affine;
         __builtin_memcpy(&affine.scale, numbers, 2);
         __builtin_memcpy(&affine.zero, numbers + 2 * groups, 2);
-        const Vec scale = kv_number(affine.scale), zero = kv_number(affine.zero);
+        const Vec scale = Vec::all(affine.scale), zero = Vec::all(affine.zero);
         const char* from = reinterpret_cast<const char*>(codes);
         for_vectors(format.group, [&](int64_t i, int n) {
             store(fma(CodeBytes::load(from + i, n).uint8(), scale, zero), x + first + i, n);

@@ -380,9 +380,8 @@ struct Item {
     // Decodes the located keys and values of the current head, once for all lanes. To be called before they
     // are read.
     void dequantize(int64_t count) const {
-        if (!quantized) return;
-        dequantize(args.k, args.k_scales, scratch.k_codes, scratch.k_plain, scratch.k_rows, count);
-        dequantize(args.v, args.v_scales, scratch.v_codes, scratch.v_plain, scratch.v_rows, count);
+        if (args.format == KvFormat::int8) dequantize<KvFormat::int8>(count);
+        if (args.format == KvFormat::int4) dequantize<KvFormat::int4>(count);
     }
     const T* key(int64_t i) const { return static_cast<const T*>(scratch.k_rows[i]) + k_offset; }
     const T* value(int64_t i) const { return static_cast<const T*>(scratch.v_rows[i]) + v_offset; }
@@ -436,14 +435,20 @@ struct Item {
         });
     }
 
-    void dequantize(const PagedCache& cache, KvScales scales, const void* const* codes, float* plain,
-                    const void** rows, int64_t count) const {
-        const int64_t offset = (kv_head - head_begin) * cache.head_stride;
+    template <KvFormat kFormat>
+    void dequantize(int64_t count) const {
+        dequantize<kFormat>(args.k, args.k_scales, scratch.k_codes, scratch.k_plain, scratch.k_rows, count);
+        dequantize<kFormat>(args.v, args.v_scales, scratch.v_codes, scratch.v_plain, scratch.v_rows, count);
+    }
+    template <KvFormat kFormat>
+    [[gnu::noinline]] void dequantize(const PagedCache& cache, KvScales scales, const void* const* codes,
+                                      float* plain, const void** rows, int64_t count) const {
+        const int64_t offset = (kv_head - head_begin) * cache.head_stride, dim = args.head_dim;
+        const int64_t heads = args.num_kv_heads, *slots = scratch.slots;
         T* row = reinterpret_cast<T*>(plain);
         for (int64_t i = 0; i < count; ++i, row += scratch.dim_pad) {
-            const int64_t index = scratch.slots[i] * args.num_kv_heads + kv_head;
-            dequantize_head(static_cast<const char*>(codes[i]) + offset, args.head_dim, args.format,
-                            scales.scale[index], scales.zero ? scales.zero[index] : f16{0}, row);
+            dequantize_head<kFormat>(static_cast<const char*>(codes[i]) + offset, dim, scales,
+                                     slots[i] * heads + kv_head, row);
             rows[i] = row;
         }
     }

@@ -153,8 +153,7 @@ struct CodeBytes {
     }
 };
 
-// Stores two vectors next to each other. A NaN must be the processor's own NaN, which is the only one that
-// occurs here.
+// Stores two vectors next to each other.
 template <class T>
 inline void store_two(Vec a, Vec b, T* to) {
     a.store(to), b.store(to + Vec::width);
@@ -168,10 +167,11 @@ inline void store_two(Vec a, Vec b, bf16* to) {
 template <>
 inline void store_two(Vec a, Vec b, bf16* to) {
     const auto rounded = [](Vec x) {  // to the nearest even, in the upper half of each lane
-        const __m512i bits = _mm512_castps_si512(x.v);
+        const __m512i bits = _mm512_castps_si512(x.v), quiet = _mm512_set1_epi32(0x00400000);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
-                                 16);
+        const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+        return _mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, bits, quiet), 16);
     };
     const __m512i words = _mm512_packus_epi32(rounded(a), rounded(b));  // by blocks of 128 bits: a b a b ...
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
@@ -179,32 +179,30 @@ inline void store_two(Vec a, Vec b, bf16* to) {
 }
 #endif
 
-// A scale or zero in every element.
-inline Vec kv_number(f16 x) {
-    const bool nan = (x.bits & 0x7fffu) > 0x7c00u;
-    return nan ? Vec::all(__builtin_nanf("")) : Vec::all(x);
+// n elements from n codes.
+template <class T, class Element>
+inline void decode(const char* from, int64_t n, T* to, Element element) {
+    constexpr int64_t W = Vec::width;
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        store_two(element(CodeBytes(from + i)), element(CodeBytes(from + i + W)), to + i);
+    }
+    if (i == n) return;
+    for_vectors(n - i,
+                [&](int64_t j, int m) { store(element(CodeBytes::load(from + i + j, m)), to + i + j, m); });
 }
 
 // Decodes a head's elements from its codes.
-template <class T>
-inline void dequantize_head(const char* codes, int64_t dim, KvFormat format, f16 scale_bits, f16 zero_bits,
-                            T* x) {
-    constexpr int64_t W = Vec::width;
-    const Vec scale = kv_number(scale_bits);
-    const auto run = [&](const char* from, int64_t count, T* to, auto element) {
-        int64_t i = 0;
-        for (; i + 2 * W <= count; i += 2 * W) {
-            store_two(element(CodeBytes(from + i)), element(CodeBytes(from + i + W)), to + i);
-        }
-        for_vectors(count - i, [&](int64_t j, int n) {
-            store(element(CodeBytes::load(from + i + j, n)), to + i + j, n);
-        });
-    };
-    if (format == KvFormat::int8) return run(codes, dim, x, [&](CodeBytes b) { return b.int8() * scale; });
-    // The products are exact, so there is one rounding, fused or not.
-    const Vec zero = kv_number(zero_bits);
-    run(codes, dim / 2, x, [&](CodeBytes b) { return fma(b.low(), scale, zero); });
-    run(codes, dim / 2, x + dim / 2, [&](CodeBytes b) { return fma(b.high(), scale, zero); });
+template <KvFormat kFormat, class T>
+inline void dequantize_head(const char* codes, int64_t dim, KvScales from, int64_t index, T* x) {
+    const Vec scale = Vec::all(from.scale[index]);
+    if constexpr (kFormat == KvFormat::int8) {
+        decode(codes, dim, x, [&](CodeBytes b) { return b.int8() * scale; });
+    } else {  // the products are exact, so there is one rounding, fused or not
+        const Vec zero = Vec::all(from.zero[index]);
+        decode(codes, dim / 2, x, [&](CodeBytes b) { return fma(b.low(), scale, zero); });
+        decode(codes, dim / 2, x + dim / 2, [&](CodeBytes b) { return fma(b.high(), scale, zero); });
+    }
 }
 
 TTS_END_ISA
