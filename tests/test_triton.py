@@ -89,6 +89,7 @@ def call_all(dtype: torch.dtype) -> None:
     attend(dtype, 128, 20, softcap=3.0, window=9)
     for stored in ("int8", "int4", "fp8"):
         attend(dtype, 80, 1, stored)
+        attend(dtype, 256, 1, stored)
     state = (torch.randn(4, 8, 128).to(dtype), torch.randn(4, 8))
     tk.merge_states(*state, *state)
     decode(dtype)
@@ -187,14 +188,15 @@ def test_kernels_compile_ahead_of_time(name: str, dtype: torch.dtype, monkeypatc
         assert kernel.asm["amdgcn" if name.startswith("gfx") else "ptx"]
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n == "sm_90" else [pytest.mark.slow]) for n in aot.TARGETS]
 )
 def test_products_of_codes_have_the_order_of_a_plain_cache(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tensor cores' layouts, and with them the order of all sums, are those of elements that were loaded as such.
+    """The tensor cores' layouts, and with them the order of the products' sums, are those of elements loaded as such.
 
     The bits alone would not show it: an output of 8 bits of mantissa seldom tells one order from another.
     """
@@ -203,11 +205,11 @@ def test_products_of_codes_have_the_order_of_a_plain_cache(
     layouts = {}
     for stored in (None, "int8", "int4", "fp8"):
         with tk.use_backend("triton"), aot.recorded(monkeypatch, device_class) as launches:
-            attend(dtype, 64, 1, stored)
+            attend(dtype, head_dim, 1, stored)
         (launch,) = (each for each in launches if each.name == "task_kernel")
         code = aot.compiled(launch, target).asm["ttgir"]
         for alias, layout in re.findall(r"^(#mma\d*) = (.*)", code, re.M):
             code = re.sub(rf"{alias}\b", layout, code)
         layouts[stored] = set(re.findall(r"tt\.dot .*?(tensor<.*) loc", code))
-    assert layouts[None]
+    assert len(layouts[None]) == 2  # scores and values
     assert layouts == dict.fromkeys(layouts, layouts[None])

@@ -440,7 +440,7 @@ struct Item {
         dequantize<kFormat>(args.k, args.k_scales, scratch.k_codes, scratch.k_plain, scratch.k_rows, count);
         dequantize<kFormat>(args.v, args.v_scales, scratch.v_codes, scratch.v_plain, scratch.v_rows, count);
     }
-    // Not inlined: beside it, GCC 12 makes the products of plain caches a fifth slower.
+    // Inlined, it makes GCC 12's code for the products of plain caches a fifth slower.
     template <KvFormat kFormat>
     [[gnu::noinline]] void dequantize(const PagedCache& cache, KvScales scales, const void* const* codes,
                                       float* plain, const void** rows, int64_t count) const {

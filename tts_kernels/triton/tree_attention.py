@@ -93,8 +93,8 @@ def elements(cache, at, d, mask, number, inside, some, scale, zero, dtype: tl.co
              HALF: tl.constexpr):  # fmt: skip
     """Elements d of heads that begin at ``cache + at``. Their scales and zeros are at ``number``.
 
-    ``some`` is true; Triton must not know it. Factors of a product that stem from bytes are otherwise laid out for the
-    tensor cores so that sums have another order than a plain cache's. It does not look for their origin inside an `if`.
+    ``some`` is always true, but Triton must not know. It lays factors that come from bytes out for the tensor cores in
+    another way, so that sums have another order than over a plain cache. It does not trace factors through an `if`.
     """
     if FORMAT == PLAIN:
         x = tl.load(cache + at + d, mask=mask, other=0.0)
