@@ -162,7 +162,7 @@ def main() -> None:
     if options.work:
         table = works(options)
         if options.record:
-            write(options.record, "Prefill, a verifier's forward and the demo beside busy processes", {"work": table})
+            write(options.record, "Prefill, a verifier's forward and the demo beside busy processes", {"times": table})
         return
     cases = list(itertools.product(options.neighbours, options.levels, options.weights))
     found: dict[tuple[int, str, str], list[dict[str, float]]] = {case: [] for case in cases}

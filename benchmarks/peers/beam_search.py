@@ -107,7 +107,7 @@ def main() -> None:
             what=f"A whole beam search: n = {options.n}, {options.expand} children of a survivor, {options.rounds} "
             f"rounds of {options.step_tokens} tokens behind a prompt of {options.prompt_tokens}, SmolLM2-135M-Instruct "
             "as policy and as yes/no verifier, bfloat16",
-            command="python benchmarks/peers/beam_search.py",
+            command=f"python benchmarks/peers/beam_search.py GGUF --verifiers {' '.join(options.verifiers)}",
             beside=options.beside,
             packages=("torch", "transformers"),
             tables={"searches": {str(row["engine"]): row for row in rows}},
