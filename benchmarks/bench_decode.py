@@ -36,11 +36,11 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tts_search import HFPolicy, StepParams
+from tts_search.models.block_cache import BlockPool
 from tts_search.models.branches import TokenBranch
 from tts_search.models.decoder import Batch, Decoder, KvDtype, KVPool
 from tts_search.models.meter import Meter
 from tts_search.models.pool import BranchPool
-from tts_search.models.x_cache import XPool
 from tts_search.policies.jobs import SampledProblem
 from tts_search.search.protocol import Expand
 
@@ -132,9 +132,9 @@ def run_transformers(model: LlamaForCausalLM, case: Case, num_tokens: int, times
 def pool_like(pool: KVPool, case: Case, num_tokens: int) -> KVPool:
     """A pool of the same kind with room for the case."""
     pages = pages_for(case, num_tokens)
-    if isinstance(pool, XPool):
+    if isinstance(pool, BlockPool):
         kv, blocks = pool.kv, case.prefix // 128 + 1 + case.branches * (num_tokens // 128 + 1)
-        return XPool(kv.layers, pool.shape, blocks, pages, kv.pages[0].dtype, kv.dtype)
+        return BlockPool(kv.layers, pool.shape, blocks, pages, kv.pages[0].dtype, kv.dtype)
     return KVPool(pool.shape, pages, 16, pool.kv.dtype)
 
 

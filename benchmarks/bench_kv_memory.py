@@ -26,12 +26,12 @@ import torch
 from bench_decode import checkpoint_of_shape, median_rate
 from bench_tree_attention import grow
 from tts_search import Engine, HFPolicy
+from tts_search.models.block_cache import BlockPool, Kept
+from tts_search.models.block_layers import BLOCK, KINDS
 from tts_search.models.decoder import Batch, KvDtype, KVPool
 from tts_search.models.llama import LlamaDecoder
 from tts_search.models.loading import load_decoder
 from tts_search.models.sizing import pool_for
-from tts_search.models.x_cache import Kept, XPool
-from tts_search.models.x_layers import BLOCK, KINDS
 from tts_search.search.protocol import Generate, GenerateParams
 
 import tts_kernels as tk
@@ -96,7 +96,7 @@ def measure_x(runs: int) -> dict[str, dict[str, record.Cell]]:
     rows: dict[str, dict[str, record.Cell]] = {}
     for kind in KINDS:
         pool = pool_for(decoder, "256MiB", kv_dtype=kind)
-        assert isinstance(pool, XPool)
+        assert isinstance(pool, BlockPool)
         root = pool.forest.add_root()
         for begin in range(0, SHARED, BLOCK):
             decoder.hidden(pool.pack([root], [[10 + begin + i for i in range(BLOCK)]]), pool.kv)

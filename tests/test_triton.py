@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 OTHER_TESTS = {
     # Of linear a GPU has whole numbers alone, and dequantises them; floats are torch's.
     "linear": ["gpu_emulator/linear.py", "-k", "whole_numbers or zero_points or spoils"],
-    "x_cache": ["models/test_x_cache_on_triton.py"],
+    "block_cache": ["models/test_block_cache_on_triton.py"],
     # Hundreds of cases, seconds each.
     "tree_attention": ["test_tree_attention.py", "-k", "not quantised and not fp8"],
     "tree_attention over codes": ["test_tree_attention.py", "-k", "quantised or fp8"],

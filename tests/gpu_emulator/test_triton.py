@@ -158,10 +158,13 @@ def test_kernels_of_the_ops(op: str, way: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("only", ["is_restored", "without_loss and llama", "near_those_of_a_cpu and xquant-3"])
-def test_the_x_cache(only: str) -> None:
+@pytest.mark.parametrize(
+    "only",
+    ["is_restored", "without_loss and llama", *(f"near_those_of_a_cpu and {kind}" for kind in ("xquant-3", "int4"))],
+)
+def test_the_block_cache(only: str) -> None:
     """A block's keys and values from its stored bytes; logits of a text beyond a block, without loss and with."""
-    assert_passing(EMULATED, str(HERE.parent / "models/test_x_cache_on_triton.py"), only, ())
+    assert_passing(EMULATED, str(HERE.parent / "models/test_block_cache_on_triton.py"), only, ())
 
 
 @pytest.mark.slow

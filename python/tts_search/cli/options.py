@@ -131,7 +131,7 @@ Memory = Annotated[
 ]
 KvType = Annotated[
     Literal[
-        "fp8", "int8", "int4",
+        "fp8", "int8", "int4", "int4-channel", "int3-channel", "int2-channel",
         "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2",
     ] | None,
     Option("--kv-dtype", help="Keep keys and values of both models in few bits; by default in the models' dtype."),

@@ -20,8 +20,9 @@ from tts_search.models.device import refill, upload
 PAGE_SIZE: Final = 16
 DecoderKind = Literal["auto", "lean", "transformers"]
 KvDtype = Literal[
-    "fp8", "int8", "int4", "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2"
-]
+    "fp8", "int8", "int4", "int4-channel", "int3-channel", "int2-channel",
+    "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Batch:
     far : Tensor or None
         [T] bool: rows of texts longer than the decoder's switch, if it has one.
     kept : object or None
-        Additional work of the forward for pools of another kind (`models/x_cache.py`).
+        Additional work of the forward for pools of another kind (`models/block_cache.py`).
     """
 
     tokens: Tensor

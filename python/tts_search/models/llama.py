@@ -23,9 +23,9 @@ from torch import Tensor
 
 import tts_kernels as tk
 from tts_search.models.arena import Arena
+from tts_search.models.block_cache import BlockCache
 from tts_search.models.decoder import Batch, DecoderShape
 from tts_search.models.quantised import Loader, Quantised, Weight, join, pack
-from tts_search.models.x_cache import XCache
 
 __all__ = ["INT4_GROUP", "LlamaConfig", "LlamaDecoder", "Quantize"]
 
@@ -128,7 +128,7 @@ class LlamaDecoder:
     def hidden(self, batch: Batch, kv: tk.KVCache, rows: Tensor | None = None) -> Tensor:
         """Final hidden states [R, H] of the batch's rows, after the last norm."""
         eps, x = self.config.eps, self.embed(batch.tokens)
-        if isinstance(kv, XCache):
+        if isinstance(kv, BlockCache):
             return tk.rms_norm(kv.run(x, batch, self.config.cos_sin, eps, rows), self._norm, eps)[0]
         x = tk.decoder_layers_(
             x,

@@ -32,8 +32,8 @@ class Meter:
     unique, logical, peak_unique, peak_logical : int
         KV tokens now, and their largest numbers so far: each token counted once, and the sum of the branches' lengths.
     peak_bytes : int
-        The largest number of bytes in an X cache so far, which is not proportional to the number of tokens; 0 for other
-        pools.
+        The largest number of bytes in a block cache so far, which is not proportional to the number of tokens; 0 for
+        other pools.
     """
 
     prompt: int = 0

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.block_cache import BlockPool
 from tts_search.models.branch_kv import BranchKV
 from tts_search.models.branches import NO_ROWS, Forwarded, Rows, TokenBranch, kv_of
 from tts_search.models.decoder import Batch, KVPool
 from tts_search.models.device import upload
 from tts_search.models.meter import Meter
 from tts_search.models.prefix import PrefixCache
-from tts_search.models.x_cache import XPool
 from tts_search.search.protocol import Usage
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class BranchPool:
                 pages = len(rows.kv) + sum(1 + take // self.pool.forest.page_size for take in takes.values())
                 if not (self._make_free(pages) or self._evict(branches, takes)):
                     raise
-        if isinstance(self.pool, XPool):
+        if isinstance(self.pool, BlockPool):
             self._note_bytes(self.pool)
         try:
             done = [branch for branch in branches if not branch.pending]
@@ -407,7 +407,7 @@ class BranchPool:
         for node, _ in logit_rows:
             node.meter.logit_rows += 1
 
-    def _note_bytes(self, pool: XPool) -> None:
+    def _note_bytes(self, pool: BlockPool) -> None:
         """Update each problem's peak of bytes. A forward holds the most: a block that becomes full, and its window."""
         held: dict[Meter, list[int]] = {}
         for node in self._kv.resident:

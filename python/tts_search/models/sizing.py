@@ -9,10 +9,10 @@ from typing import Final, get_args
 import torch
 
 import tts_kernels as tk
+from tts_search.models.block_cache import BlockPool, block_token_bytes, window_token_bytes
+from tts_search.models.block_layers import BLOCK, KINDS, kept_layers
 from tts_search.models.decoder import PAGE_SIZE, Decoder, KvDtype, KVPool
 from tts_search.models.llama import LlamaDecoder
-from tts_search.models.x_cache import XPool, block_token_bytes, window_token_bytes
-from tts_search.models.x_layers import BLOCK, KINDS, kept_layers
 
 __all__ = ["parse_bytes", "pool_for"]
 
@@ -34,7 +34,7 @@ def pool_for(
     """
     _check_kv_dtype(decoder, kv_dtype)
     if kv_dtype in KINDS:
-        return _x_pool(decoder, kv_memory, kv_dtype)
+        return _block_pool(decoder, kv_memory, kv_dtype)
     dtype = kv_dtype or decoder.dtype
     page_bytes = page_size * decoder.shape.kv_bytes(dtype)
     memory = _memory(decoder, kv_memory, decoder.shape.kv_bytes(dtype), page_size)
@@ -54,7 +54,7 @@ def _memory(decoder: Decoder, kv_memory: int | str | None, token_bytes: float, p
     return page_bytes * max(1, min(wanted, _free_memory(decoder.device) // 4 // page_bytes))
 
 
-def _x_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype) -> XPool:
+def _block_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype) -> BlockPool:
     """Half of the memory is for blocks, and half for windows."""
     if not isinstance(decoder, LlamaDecoder):
         raise ValueError(f"kv_dtype: expected a model of the lean decoder for {kv_dtype}, got {type(decoder).__name__}")
@@ -70,7 +70,7 @@ def _x_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype) ->
         raise ValueError(f"kv_memory: expected room for {BLOCK} tokens ({least} bytes), got {kv_memory!r}")
     num_windows = max(pages, memory // 2 // window)
     num_blocks = max(1, (memory - num_windows * window) // block)
-    return XPool(layers, shape, num_blocks, num_windows, dtype, kv_dtype, decoder.device)
+    return BlockPool(layers, shape, num_blocks, num_windows, dtype, kv_dtype, decoder.device)
 
 
 def _check_kv_dtype(decoder: Decoder, kv_dtype: KvDtype | None) -> None:

@@ -302,8 +302,8 @@ class Usage:
     peak_logical_kv_tokens : int
         The same without sharing: the largest sum of the lengths of the live branches.
     peak_kv_bytes : int
-        The bytes of keys and values in `peak_unique_kv_tokens` slots. With an X cache: the largest number of bytes in
-        use at once, for full blocks and for tokens that are not quantised.
+        The bytes of keys and values in `peak_unique_kv_tokens` slots. With a block cache: the largest number of bytes
+        in use at once, for full blocks and for tokens that are not quantised.
     recomputed_tokens : int
         Tokens forwarded again because their KV cache had to be given up: for lack of memory, or because the branch
         became longer than the length up to which a ``longrope`` model has its first rotary factors.

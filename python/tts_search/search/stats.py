@@ -37,7 +37,7 @@ class SearchStats:
     verifier_peak_unique_kv_tokens, verifier_peak_logical_kv_tokens : int
         The same of the verifier's cache.
     peak_kv_bytes, verifier_peak_kv_bytes : int
-        Bytes of those slots of the policy's and of the verifier's cache. With an X cache: the most bytes in use at
+        Bytes of those slots of the policy's and of the verifier's cache. With a block cache: the most bytes in use at
         once, for full blocks and for tokens that are not quantised.
     recomputed_tokens : int
         Tokens that either model forwarded again because memory had run out.

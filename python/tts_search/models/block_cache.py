@@ -1,15 +1,16 @@
-"""The X cache: a KV pool that stores few bits of each layer's input, and makes keys and values from them.
+"""The block cache: a KV pool that stores blocks of tokens in few bits, and makes keys and values from them.
 
+It is for forms whose scales belong to several tokens, and for those that store a layer's input (see `block_layers`).
 The tokens of a branch are stored in blocks of 128. While a block grows, its keys and values are stored unquantised, in
-pages of their own (windows). When it is full, its quantised form (see `x_layers`) is written to a block of the pool. A
-query reads its own block unquantised and all earlier blocks quantised, whichever forward they came in. So a text gives
-the same bits whether it is read at once (in parts that end with blocks) or token by token. The windows of a block are
-freed when the last branch has gone on to the next block. A branch that goes back into a full block reads the block
-again from its start.
+pages of their own (windows). When it is full, its quantised form is written to a block of the pool. A query reads its
+own block unquantised and all earlier blocks quantised, whichever forward they came in. So a text gives the same bits
+whether it is read at once (in parts that end with blocks) or token by token. The windows of a block are freed when the
+last branch has gone on to the next block. A branch that goes back into a full block reads the block again from its
+start.
 
 Before the attention of a layer, keys and values are made of each block that some branch of the forward reads: once for
 all branches, in memory that all layers share. This memory and the windows are pages of one tensor, so attention needs
-no code for the X cache. Layers differ in the page numbers of their windows.
+no code for the block cache. Layers differ in the page numbers of their windows.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
+from tts_search.models.block_layers import BLOCK, Channels, Format, KeptLayer, formats_of
 from tts_search.models.decoder import PAGE_SIZE, Batch, DecoderShape, KVPool
 from tts_search.models.device import upload
-from tts_search.models.x_layers import BLOCK, KeptLayer, Latents, formats_of
 
-__all__ = ["Kept", "XCache", "XForest", "XPool", "block_token_bytes", "window_token_bytes"]
+__all__ = ["BlockCache", "BlockForest", "BlockPool", "Kept", "block_token_bytes", "turned_back", "window_token_bytes"]
 
 _PAGES: Final = BLOCK // PAGE_SIZE  # the largest number of pages in a window
 
@@ -59,7 +60,7 @@ class Kept:
     full_positions: Tensor
 
 
-class XForest:
+class BlockForest:
     """Two forests in step. For each branch, one holds the full blocks, the other the window of its newest block.
 
     It has the methods of a `tts_kernels.KVForest`, under the same names. A window of 128 tokens belongs to a block that
@@ -157,8 +158,8 @@ class XForest:
         return branches
 
 
-class XCache(tk.KVCache):
-    """The memory of an `XPool`: windows with keys and values, blocks of stored inputs, and room to restore blocks.
+class BlockCache(tk.KVCache):
+    """The memory of a `BlockPool`: windows with keys and values, blocks in few bits, and room to restore blocks.
 
     Parameters
     ----------
@@ -198,7 +199,7 @@ class XCache(tk.KVCache):
             return torch.empty(count, width, dtype=torch.uint8, device=device)
 
         forms = [layer.format for layer in layers]
-        self.window_rows = [room(num_windows * PAGE_SIZE, form.row.nbytes) for form in forms]
+        self.window_rows = [room(num_windows * PAGE_SIZE, form.window_bytes) for form in forms]
         self.block_rows = [room(num_blocks, BLOCK * form.row.nbytes) for form in forms]
         self.block_keys = [room(num_blocks, form.columns * form.key.nbytes if form.key else 0) for form in forms]
 
@@ -219,7 +220,7 @@ class XCache(tk.KVCache):
 
     def tensors(self) -> list[Tensor]:
         """The tensors of a window's pages."""
-        rows = (rows.view(self.num_windows, PAGE_SIZE, 1, -1) for rows in self.window_rows)
+        rows = [rows.view(self.num_windows, PAGE_SIZE, 1, -1) for rows in self.window_rows if rows.numel()]
         return [*self.k, *self.v, *rows]
 
     def run(self, x: Tensor, batch: Batch, cos_sin: Tensor, eps: float, rows: Tensor | None) -> Tensor:
@@ -230,8 +231,7 @@ class XCache(tk.KVCache):
         taken: Tensor | None = None
         for number, keeps in enumerate(self.layers):
             own = number * self.num_windows
-            normed = tk.rms_norm(x, keeps.one.layers[0].input_norm, eps)[0]
-            new, taken = keeps.encode(normed, taken)
+            new, taken = keeps.encode(x, eps, taken)
             self.window_rows[number][batch.slots.long()] = new
             if len(kept.blocks):
                 restored = self.restore(number, keeps, kept, cos_sin, eps, restored)
@@ -267,17 +267,18 @@ class XCache(tk.KVCache):
 
     def _keep(self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor) -> None:
         """Store the blocks that are full now."""
-        rows = self.window_rows[number][kept.full_slots]
-        self.block_rows[number][kept.full] = rows.view(len(kept.full), -1)
-        if isinstance(keeps, Latents):
-            turned = self.k[number].flatten(0, 1)[kept.full_slots].float()
-            keys = _turned_back(turned, cos_sin[kept.full_positions]).flatten(1)
-            columns = [keeps.encode_keys(its).flatten() for its in torch.split(keys, BLOCK)]
-            self.block_keys[number][kept.full] = torch.stack(columns)
+        rows = self.window_rows[number][kept.full_slots].view(len(kept.full), BLOCK, keeps.format.window_bytes)
+        if isinstance(keeps, Channels):
+            k, v = (pages[number].flatten(0, 1)[kept.full_slots] for pages in (self.k, self.v))
+            k = turned_back(k.float(), cos_sin[kept.full_positions])
+            parts = zip(rows, *(torch.split(part.flatten(1), BLOCK) for part in (k, v)), strict=True)
+            rows, keys = map(torch.stack, zip(*(keeps.encode_block(*its) for its in parts), strict=True))
+            self.block_keys[number][kept.full] = keys.flatten(1)
+        self.block_rows[number][kept.full] = rows.flatten(1)
 
 
-class XPool(KVPool):
-    """A pool that stores the inputs of layers as in `x_layers`, instead of keys and values.
+class BlockPool(KVPool):
+    """A pool that stores full blocks of tokens as in `block_layers`.
 
     Parameters
     ----------
@@ -295,8 +296,8 @@ class XPool(KVPool):
         The device of the layers. Branches, blocks and plans are on the host.
     """
 
-    forest: XForest  # type: ignore[assignment]
-    kv: XCache
+    forest: BlockForest  # type: ignore[assignment]
+    kv: BlockCache
     block = BLOCK
     records = False  # the number of blocks that are read differs from step to step
 
@@ -310,8 +311,8 @@ class XPool(KVPool):
         name: str,
         device: torch.device | str = "cpu",
     ) -> None:
-        forest = XForest(num_blocks, num_windows)
-        cache = XCache(layers, shape, num_blocks, num_windows, dtype, name, device)
+        forest = BlockForest(num_blocks, num_windows)
+        cache = BlockCache(layers, shape, num_blocks, num_windows, dtype, name, device)
         self._take(shape, forest, cache)  # type: ignore[arg-type]  # it has all of a forest that is asked for
         self._bytes = cache.block_bytes, cache.slot_bytes
 
@@ -390,20 +391,21 @@ class XPool(KVPool):
 
 def block_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.dtype) -> float:
     """Bytes for a token of a block: its stored form, and the room for a layer's restored keys and values."""
-    width = shape.num_kv_heads * shape.head_dim
     made = shape.kv_bytes(dtype) / shape.num_layers
     carried = hidden * dtype.itemsize if kind.startswith("xquant-cl-") else 0
-    return sum(form.token_bytes for form in formats_of(kind, shape.num_layers, hidden, width)) + made + carried
+    return sum(form.token_bytes for form in _formats(kind, shape, hidden)) + made + carried
 
 
 def window_token_bytes(kind: str, shape: DecoderShape, hidden: int, dtype: torch.dtype) -> int:
     """Bytes for a token of a window: its keys and values, and what will be stored of it."""
-    width = shape.num_kv_heads * shape.head_dim
-    rows = sum(form.row.nbytes for form in formats_of(kind, shape.num_layers, hidden, width))
-    return shape.kv_bytes(dtype) + rows
+    return shape.kv_bytes(dtype) + sum(form.window_bytes for form in _formats(kind, shape, hidden))
 
 
-def _turned_back(k: Tensor, cos_sin: Tensor) -> Tensor:
+def _formats(kind: str, shape: DecoderShape, hidden: int) -> list[Format]:
+    return formats_of(kind, shape.num_layers, hidden, shape.num_kv_heads, shape.head_dim)
+
+
+def turned_back(k: Tensor, cos_sin: Tensor) -> Tensor:
     """Keys [N, Hkv, D] before their rotation by ``cos_sin`` [N, D]."""
     cos, sin = cos_sin[:, None].chunk(2, -1)
     a, b = k.chunk(2, -1)

@@ -1,7 +1,14 @@
-"""What the X cache stores of a token in a layer instead of its keys and values (XQuant, arXiv 2508.10395).
+"""What a block cache stores of a token in a layer instead of its keys and values.
 
-The keys and values of a token are linear in x, the layer's input after its norm. So they can be made again from few
-bits of x. There are three ways to store x:
+Keys and values of few bits, with a scale of its own for each channel of the keys (KVQuant, arXiv 2401.18079; KIVI,
+arXiv 2402.02750):
+
+* ``"channels"``: a few channels of the keys are large for all tokens. They would set the scale of a whole head. So the
+  keys, before their rotation, have a scale and a zero for each channel over a block of tokens; a rotation would mix
+  the large channels with others. The values have a scale and a zero for each head of a token.
+
+The X cache (XQuant, arXiv 2508.10395): keys and values are linear in x, the layer's input after its norm. So they can
+be made again from few bits of x. There are three ways to store x:
 
 * ``"whole"``: x itself, if it is no wider than the keys.
 * ``"latents"``: if there are fewer KV heads than query heads, x is wider than keys and values together. With the
@@ -27,24 +34,28 @@ from torch import Tensor
 
 import tts_kernels as tk
 
-__all__ = ["BLOCK", "KINDS", "Format", "KeptLayer", "Latents", "Quantiser", "formats_of", "kept_layers"]
+__all__ = ["BLOCK", "KINDS", "Channels", "Format", "KeptLayer", "Quantiser", "formats_of", "kept_layers"]
 
 BLOCK: Final = 128  # tokens
-KINDS: Final = ("xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2")
+KINDS: Final = (
+    "int4-channel", "int3-channel", "int2-channel",
+    "xquant-8", "xquant-4", "xquant-3", "xquant-2", "xquant-cl-4", "xquant-cl-3", "xquant-cl-2",
+)  # fmt: skip
 _BASE: Final = 2  # the first change is relative to this layer; it and those before it have 4 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiser:
-    """Stores rows of ``width`` numbers as bytes: `tts_kernels.quantize_rows`."""
+    """Stores rows of ``width`` numbers, in ``parts`` that share no scale, as bytes: `tts_kernels.quantize_rows`."""
 
     width: int
     bits: int
+    parts: int = 1
 
     @property
     def group(self) -> int:
-        """Number of columns that share a scale: the largest divisor of the width, up to 128."""
-        return max(size for size in range(1, 129) if self.width % size == 0)
+        """Number of columns that share a scale: the largest divisor of a part's width, up to 128."""
+        return max(size for size in range(1, 129) if self.width // self.parts % size == 0)
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +77,9 @@ class Format:
 
     Attributes
     ----------
-    kind : {"whole", "latents", "change"}
+    kind : {"channels", "whole", "latents", "change"}
     row : Quantiser
-        How each token is stored.
+        How each token is stored; of ``"channels"`` and ``"latents"`` its values only.
     key : Quantiser or None
         How each column of a block's keys is stored.
     columns : int
@@ -85,9 +96,19 @@ class Format:
         """Bytes for a token, including its share of the block's."""
         return self.row.nbytes + (self.columns * self.key.nbytes / BLOCK if self.key else 0)
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes stored for a token before its block is full, beside its keys and values."""
+        return 0 if self.kind == "channels" else self.row.nbytes
 
-def formats_of(kind: str, num_layers: int, hidden: int, kv_width: int) -> list[Format]:
-    """The format of each layer, for a name of `KINDS`, and numbers of elements of hidden states and keys."""
+
+def formats_of(kind: str, num_layers: int, hidden: int, num_kv_heads: int, head_dim: int) -> list[Format]:
+    """The format of each layer, for a name of `KINDS`, and the number of elements of a hidden state."""
+    kv_width = num_kv_heads * head_dim
+    if kind.endswith("-channel"):
+        bits = int(kind[len("int")])
+        values, keys = Quantiser(kv_width, bits, num_kv_heads), Quantiser(BLOCK, bits)
+        return [Format("channels", values, keys, kv_width)] * num_layers
     bits = int(kind.rpartition("-")[2])
 
     def plain(bits: int) -> Format:
@@ -103,13 +124,16 @@ def formats_of(kind: str, num_layers: int, hidden: int, kv_width: int) -> list[F
 
 
 class KeptLayer(Protocol):
-    """Encodes the input of a layer, and restores its keys and values. ``one`` has only this layer."""
+    """Encodes tokens in a layer, and restores their keys and values. ``one`` has only this layer."""
 
     format: Format
     one: tk.DecoderLayers
 
-    def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bytes of tokens x [T, H], and x as decoded from them; ``before`` is the decoded x of the layer before."""
+    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Bytes [T, window_bytes] of new tokens, and x as decoded from them.
+
+        ``hidden`` [T, H] is the input of the layer, before its norm. ``before`` is the decoded x of the layer before.
+        """
         ...
 
     def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -133,22 +157,89 @@ def kept_layers(
         If sizes do not fit together.
     """
     hidden, width = layers.layers[0].qkv.in_features, num_kv_heads * head_dim
-    for name, size in (("hidden states", hidden), ("keys", width), ("heads", head_dim)):
+    sizes = {"keys": width}
+    if not kind.endswith("-channel"):
+        sizes = {"hidden states": hidden, **sizes, "heads": head_dim}
+    for name, size in sizes.items():
         if size % 16:
             raise ValueError(f"kv_dtype: expected no {kind} for {name} of {size} elements, not a multiple of 16")
     made: list[KeptLayer] = []
-    for layer, form in zip(layers.layers, formats_of(kind, len(layers), hidden, width), strict=True):
+    for layer, form in zip(layers.layers, formats_of(kind, len(layers), hidden, num_kv_heads, head_dim), strict=True):
         key = form.key and quantiser(form.key.width, form.key.bits)
-        form = replace(form, row=quantiser(form.row.width, form.row.bits), key=key)
+        form = replace(form, row=quantiser(form.row.width, form.row.bits, form.row.parts), key=key)
         made.append(_KEPT[form.kind](form, layer, width, head_dim))
     return made
+
+
+class Channels:
+    """Stores keys and values themselves, when a block is full."""
+
+    k_norm = None  # the stored keys are already normalised
+
+    def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:  # noqa: ARG002
+        self.format, self._head_dim, self.dtype = form, head_dim, layer.input_norm.dtype
+        self.one = tk.DecoderLayers([layer])
+
+    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        """No bytes: a token's values wait in the window, as its keys do."""
+        return hidden.new_empty(len(hidden), 0, dtype=torch.uint8), before
+
+    def encode_block(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Bytes of a full block, by tokens [BLOCK, n] and by columns of its keys [columns, m].
+
+        They are made of those from `encode`, of its keys before their rotation, and of its values [BLOCK, Hkv D].
+        """
+        assert self.format.key is not None
+        return self.format.row.encode(v), self.format.key.encode(k.T.contiguous())
+
+    def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A query head that is not used, keys, values."""
+        k, v = self.decode(rows, keys)
+        return torch.cat([k[:, : self._head_dim], k, v], 1), before
+
+    def decode(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, Hkv D] of blocks."""
+        assert self.format.key is not None
+        assert keys is not None
+        columns = self.format.key.decode(keys, self.dtype).view(-1, self.format.columns, BLOCK)
+        k = columns.transpose(1, 2).reshape(-1, self.format.columns)
+        return k, self.format.row.decode(rows, self.dtype)
+
+
+class Latents(Channels):
+    """Stores keys and values in the bases of their singular vectors."""
+
+    def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
+        super().__init__(form, layer, width, head_dim)
+        self._norm = layer.input_norm
+        _, _, key_basis = _svd(_rows(layer.qkv, -2 * width, -width))
+        u, s, value_basis = _svd(_rows(layer.qkv, -width))
+        self._to_keys = tk.pack_linear(key_basis.float().contiguous())
+        self._of_keys = tk.pack_linear(key_basis.T.to(self.dtype).contiguous())
+        self._to_values = tk.pack_linear(u.T.to(self.dtype).contiguous())
+        self._of_values = tk.pack_linear((s[:, None] * value_basis).T.to(self.dtype).contiguous())
+        self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-width:]
+
+    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Bytes of the values, token by token."""
+        x = tk.rms_norm(hidden, self._norm, eps)[0]
+        return self.format.row.encode(tk.linear(x, self._to_values)), before
+
+    def encode_block(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        assert self.format.key is not None
+        return rows, self.format.key.encode(tk.linear(k, self._to_keys).T.contiguous())
+
+    def decode(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        k, v = super().decode(rows, keys)
+        return tk.linear(k, self._of_keys), tk.linear(v, self._of_values, self._bias)
 
 
 class _Whole:
     """Stores x itself."""
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
-        self.format, self.k_norm, self.dtype = form, layer.k_norm, layer.input_norm.dtype
+        self.format, self.k_norm = form, layer.k_norm
+        self._norm, self.dtype = layer.input_norm, layer.input_norm.dtype
         self.one = tk.DecoderLayers([layer])
         # The rows of keys and values, and those of a query head before them, because `rope_append_` needs at least one.
         heads = head_dim + 2 * width
@@ -159,8 +250,8 @@ class _Whole:
         self._heads = replace(layer.qkv, weight=layer.qkv.weight[first:], out_features=heads, scale=scale, zero=zero)
         self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-heads:]
 
-    def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        rows = self.format.row.encode(x)
+    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        rows = self.format.row.encode(tk.rms_norm(hidden, self._norm, eps)[0])
         return rows, self.format.row.decode(rows, self.dtype)
 
     def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
@@ -181,9 +272,9 @@ class _Change(_Whole):
             u = _svd(_rows(layer.qkv, -2 * width))[0]
             self._down, self._up = (tk.pack_linear(part.to(self.dtype).contiguous()) for part in (u.T, u))
 
-    def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert before is not None
-        change = x - before
+        change = tk.rms_norm(hidden, self._norm, eps)[0] - before
         rows = self.format.row.encode(change if self._down is None else tk.linear(change, self._down))
         return rows, self._after(rows, before)
 
@@ -196,42 +287,8 @@ class _Change(_Whole):
         return before + change if self._up is None else tk.linear(change, self._up, residual=before)
 
 
-class Latents:
-    """Stores keys and values in the bases of their singular vectors."""
-
-    k_norm = None  # the stored keys are already normalised
-
-    def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
-        self.format, self._head_dim, self.dtype = form, head_dim, layer.input_norm.dtype
-        self.one = tk.DecoderLayers([layer])
-        _, _, key_basis = _svd(_rows(layer.qkv, -2 * width, -width))
-        u, s, value_basis = _svd(_rows(layer.qkv, -width))
-        self._to_keys = tk.pack_linear(key_basis.float().contiguous())
-        self._of_keys = tk.pack_linear(key_basis.T.to(self.dtype).contiguous())
-        self._to_values = tk.pack_linear(u.T.to(self.dtype).contiguous())
-        self._of_values = tk.pack_linear((s[:, None] * value_basis).T.to(self.dtype).contiguous())
-        self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-width:]
-
-    def encode(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bytes of the values, token by token."""
-        return self.format.row.encode(tk.linear(x, self._to_values)), before
-
-    def encode_keys(self, k: Tensor) -> Tensor:
-        """Bytes [columns, n] of a block's keys [BLOCK, Hkv D] before their rotation."""
-        assert self.format.key is not None
-        return self.format.key.encode(tk.linear(k, self._to_keys).T.contiguous())
-
-    def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A query head that is not used, keys, values."""
-        assert self.format.key is not None
-        assert keys is not None
-        columns = self.format.key.decode(keys, self.dtype).view(-1, self.format.columns, BLOCK)
-        k = tk.linear(columns.transpose(1, 2).reshape(-1, self.format.columns), self._of_keys)
-        v = tk.linear(self.format.row.decode(rows, self.dtype), self._of_values, self._bias)
-        return torch.cat([k[:, : self._head_dim], k, v], 1), before
-
-
 _KEPT: Final[dict[str, Callable[[Format, tk.DecoderLayer, int, int], KeptLayer]]] = {
+    "channels": Channels,
     "whole": _Whole,
     "latents": Latents,
     "change": _Change,

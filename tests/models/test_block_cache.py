@@ -1,4 +1,4 @@
-"""The X cache: what it stores, exact results without quantisation, and the same bits in any division into forwards."""
+"""The block cache: what it stores, exact results without quantisation, the same bits in any division into forwards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from test_llama_decoder import model_of
 from tiny import save_checkpoint
 from torch import Tensor
 from tts_search import HFPolicy, HFVerifier, SearchConfig, search
+from tts_search.models.block_cache import (
+    BlockForest,
+    BlockPool,
+    Kept,
+    block_token_bytes,
+    turned_back,
+    window_token_bytes,
+)
+from tts_search.models.block_layers import BLOCK, KINDS, Quantiser, _svd, formats_of, kept_layers
 from tts_search.models.decoder import KVPool
 from tts_search.models.llama import LlamaDecoder
 from tts_search.models.loading import lean_decoder
 from tts_search.models.sizing import pool_for
-from tts_search.models.x_cache import XForest, XPool, block_token_bytes, window_token_bytes
-from tts_search.models.x_layers import BLOCK, KINDS, Quantiser, _svd, formats_of, kept_layers
 
 import tts_kernels as tk
 
 MODELS = files("tts_search.lab") / "models"
-SOME = ("xquant-8", "xquant-3", "xquant-cl-2")
+SOME = ("int4-channel", "xquant-8", "xquant-3", "xquant-cl-2")
 
 
 class Identity(Quantiser):
@@ -58,9 +65,9 @@ def decoders() -> dict[str, LlamaDecoder]:
     return made
 
 
-def pool_of(decoder: LlamaDecoder, kind: str, quantiser: type[Quantiser] = Quantiser, blocks: int = 24) -> XPool:
+def pool_of(decoder: LlamaDecoder, kind: str, quantiser: type[Quantiser] = Quantiser, blocks: int = 24) -> BlockPool:
     layers = kept_layers(kind, decoder.layers, decoder.shape.num_kv_heads, decoder.shape.head_dim, quantiser)
-    return XPool(layers, decoder.shape, blocks, 8 * blocks, decoder.dtype, kind)
+    return BlockPool(layers, decoder.shape, blocks, 8 * blocks, decoder.dtype, kind)
 
 
 def read(decoder: LlamaDecoder, pool: KVPool, branch: int, tokens: list[int], step: int = BLOCK) -> Tensor:
@@ -73,7 +80,7 @@ def read(decoder: LlamaDecoder, pool: KVPool, branch: int, tokens: list[int], st
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("kind", ["xquant-4", "xquant-cl-4"])
+@pytest.mark.parametrize("kind", ["int4-channel", "xquant-4", "xquant-cl-4"])
 @pytest.mark.parametrize("name", ["llama", "one KV head", "qwen2", "qwen3", "mistral", "all heads"])
 def test_without_loss_the_logits_are_those_of_a_plain_cache(
     decoders: dict[str, LlamaDecoder], name: str, kind: str
@@ -100,6 +107,30 @@ def test_more_bits_are_nearer(decoders: dict[str, LlamaDecoder], name: str, kind
     off, least = ((one - want).norm() / want.norm() for one in (got, best))
     assert 0 < least < 0.03
     assert off == least if kind == "xquant-8" else least < off < 1.3, off
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_keys_have_a_range_for_each_channel_and_values_for_each_head(
+    decoders: dict[str, LlamaDecoder], bits: int
+) -> None:
+    """Each number is off by at most half a step of its range, which is 1 / (2**bits - 1) of it, and by rounding."""
+    decoder, tokens = decoders["qwen3"], text(BLOCK)
+    pool, plain = pool_of(decoder, f"int{bits}-channel"), KVPool(decoder.shape, 8, 16, decoder.dtype)
+    decoder.logits(plain.pack([plain.forest.add_root()], [tokens]), plain.kv)
+    root = pool.forest.add_root()
+    read(decoder, pool, root, tokens)
+    kept, turns = pool.pack([root], [[5]]).kept, decoder.config.cos_sin
+    assert isinstance(kept, Kept)
+    for number, layer in enumerate(pool.kv.layers):
+        pool.kv.restore(number, layer, kept, turns, decoder.config.eps, None)
+        made = [pages[pool.kv.first :][: BLOCK // 16].flatten(0, 1).double() for pages in pool.kv.pages]
+        want = [pages[number].flatten(0, 1).double() for pages in (plain.kv.k, plain.kv.v)]
+        (k, v), (its_k, its_v) = ((turned_back(keys, turns[:BLOCK].double()), values) for keys, values in (made, want))
+        for got, exact, over in ((k, its_k, 0), (v, its_v, 2)):
+            low, high = exact.amin(over, keepdim=True), exact.amax(over, keepdim=True)
+            rounding = 2.0**-10 * torch.maximum(low.abs(), high.abs())
+            assert ((got - exact).abs() <= (high - low) / (2**bits - 1) / 2 + rounding).all()
+            assert (got - exact).abs().max() > 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -148,7 +179,7 @@ def test_the_same_bits_however_branches_were_read(decoders: dict[str, LlamaDecod
 
 
 def test_a_forest_without_room_has_changed_no_length() -> None:
-    forest = XForest(2, 16)
+    forest = BlockForest(2, 16)
     root = forest.add_root()
     forest.append([root], [BLOCK])
     children = forest.fork([root, root])
@@ -169,7 +200,7 @@ def test_a_forest_without_room_has_changed_no_length() -> None:
     assert forest.length(root) in (0, 90)
 
 
-@pytest.mark.parametrize("kind", ["xquant-8", "xquant-2", "xquant-cl-3"])
+@pytest.mark.parametrize("kind", ["int4-channel", "xquant-8", "xquant-2", "xquant-cl-3"])
 def test_a_search_is_the_same_in_any_room(kind: Any) -> None:
     """Forks, truncation, the prefix cache and branches that are read again: to the bit, across the ends of blocks."""
     config = SearchConfig("beam_search", n=4, expand=2, max_steps=5, max_step_tokens=9, lookahead=1, temperature=1.5)
@@ -198,17 +229,29 @@ def test_bytes_of_a_token_are_those_of_the_formula(decoders: dict[str, LlamaDeco
         numbers = hidden if name == "all heads" else 2 * width
         scales = hidden / 64 if name == "all heads" else width / 128 + 1
         expected = shape.num_layers * (numbers * bits + 32 * scales) / 8
-        forms = formats_of(f"xquant-{bits}", shape.num_layers, hidden, width)
+        forms = formats_of(f"xquant-{bits}", shape.num_layers, hidden, shape.num_kv_heads, shape.head_dim)
         assert sum(form.token_bytes for form in forms) == expected
-    pool = pool_for(decoder, "3MiB", kv_dtype="xquant-3")
-    assert isinstance(pool, XPool)
-    window, block = (of("xquant-3", shape, hidden, decoder.dtype) for of in (window_token_bytes, block_token_bytes))
+    for bits in (4, 3, 2):
+        scales = width / 128 + shape.num_kv_heads
+        forms = formats_of(f"int{bits}-channel", shape.num_layers, hidden, shape.num_kv_heads, shape.head_dim)
+        expected = shape.num_layers * (2 * width * bits + 32 * scales) / 8
+        assert sum(form.token_bytes for form in forms) == expected
+
+
+@pytest.mark.parametrize("kind", ["int4-channel", "xquant-3"])
+@pytest.mark.parametrize("name", ["one KV head", "all heads"])
+def test_a_pool_fills_its_memory(decoders: dict[str, LlamaDecoder], name: str, kind: Any) -> None:
+    decoder = decoders[name]
+    shape, hidden = decoder.shape, decoder.hidden_size
+    pool = pool_for(decoder, "3MiB", kv_dtype=kind)
+    assert isinstance(pool, BlockPool)
+    window, block = (of(kind, shape, hidden, decoder.dtype) for of in (window_token_bytes, block_token_bytes))
     assert pool.kv.num_windows == 3 * 2**19 // (16 * window)
     assert pool.kv.nbytes == round(16 * pool.kv.num_windows * window + pool.num_tokens * block)
     assert 2.9 * 2**20 < pool.kv.nbytes <= 3 * 2**20
 
 
-def written_bytes(pool: XPool) -> int:
+def written_bytes(pool: BlockPool) -> int:
     """Bytes of the tensors' rows that have been written since `poison`."""
     windows = ((tensor.flatten(0, 1), tensor[0, 0].nbytes) for tensor in pool.kv.tensors())
     blocks = ((tensor, tensor[0].nbytes) for tensor in (*pool.kv.block_rows, *pool.kv.block_keys))
@@ -221,7 +264,7 @@ def poison(*tensors: Tensor) -> None:
         tensor.view(torch.uint8).fill_(0xA5)
 
 
-@pytest.mark.parametrize("kind", ["xquant-4", "xquant-cl-2"])
+@pytest.mark.parametrize("kind", ["int4-channel", "xquant-4", "xquant-cl-2"])
 @pytest.mark.parametrize("name", ["one KV head", "all heads"])
 def test_held_bytes_are_those_of_the_tensors(decoders: dict[str, LlamaDecoder], name: str, kind: str) -> None:
     decoder = decoders[name]
@@ -262,7 +305,7 @@ def test_a_full_pool_holds_all_bytes_but_the_room_to_restore(decoders: dict[str,
 def test_stats_have_the_largest_number_of_bytes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = HFPolicy(str(MODELS / "policy-0.1m"), kv_memory="4MiB", kv_dtype="xquant-4", self_test=False)
     pool = policy._pool.pool
-    assert isinstance(pool, XPool)
+    assert isinstance(pool, BlockPool)
     held: list[int] = []
     kv, forest, run = pool.kv, pool.forest, pool.kv.run
     block = sum(tensor.nbytes for tensor in (*kv.block_rows, *kv.block_keys)) // forest.blocks.stats().pages_total
@@ -283,8 +326,8 @@ def test_stats_have_the_largest_number_of_bytes(length: int, monkeypatch: pytest
 
 def test_the_model_of_the_issue_in_bytes() -> None:
     """SmolLM2-135M: 30 layers, hidden states of 576, keys of 192 elements."""
-    assert [round(sum(form.token_bytes for form in formats_of(kind, 30, 576, 192))) for kind in KINDS] == [
-        11_940, 6_180, 4_740, 3_300, 6_232, 4_936, 3_640
+    assert [round(sum(form.token_bytes for form in formats_of(kind, 30, 576, 3, 64))) for kind in KINDS] == [
+        6_300, 4_860, 3_420, 11_940, 6_180, 4_740, 3_300, 6_232, 4_936, 3_640
     ]  # fmt: skip
 
 
@@ -295,8 +338,9 @@ def test_what_is_not_possible_is_refused_by_name(tmp_path: Path, decoders: dict[
     with pytest.raises(ValueError, match=r"^kv_memory: expected room for 128 tokens \(\d+ bytes\), got '1KiB'"):
         pool_for(decoders["llama"], "1KiB", kv_dtype="xquant-4")
     path = save_checkpoint(tmp_path / "odd", model_of("one KV head, wide heads"))
-    with pytest.raises(ValueError, match=r"^kv_dtype: expected no xquant-4 for keys of 40 elements, not a multiple"):
-        HFPolicy(path, kv_dtype="xquant-4")
+    for kind in ("xquant-4", "int4-channel"):
+        with pytest.raises(ValueError, match=rf"^kv_dtype: expected no {kind} for keys of 40 elements, not a multiple"):
+            HFPolicy(path, kv_dtype=kind)
 
 
 def test_the_command_line_takes_the_same_names() -> None:

@@ -1,4 +1,4 @@
-"""The X cache with its memory on a simulated GPU, where Triton's kernels run.
+"""The block cache with its memory on a simulated GPU, where Triton's kernels run.
 
 They run in Triton's interpreter (tests/test_triton.py), or as PTX in the emulator (tests/gpu_emulator/test_triton.py).
 """
@@ -16,15 +16,15 @@ if "cpu" not in backend.DEVICES:
     pytest.skip("Triton's kernels do not run here: tests/test_triton.py runs these", allow_module_level=True)
 
 from pretend_gpu import CUDA, PretendGpu
+from test_block_cache import Identity, read, text
 from test_llama_decoder import model_of
-from test_x_cache import Identity, read, text
 from tiny import save_checkpoint
 from torch import Tensor
+from tts_search.models.block_cache import BlockPool
+from tts_search.models.block_layers import BLOCK, KINDS, Quantiser, kept_layers
 from tts_search.models.decoder import KVPool
 from tts_search.models.llama import LlamaDecoder
 from tts_search.models.loading import load_decoder
-from tts_search.models.x_cache import XPool
-from tts_search.models.x_layers import BLOCK, KINDS, Quantiser, kept_layers
 
 import tts_kernels as tk
 
@@ -63,7 +63,7 @@ def pool_of(decoder: LlamaDecoder, kind: str | None, quantiser: type[Quantiser] 
     if kind is None:
         return KVPool(shape, 32, 16, dtype, decoder.device)
     layers = kept_layers(kind, decoder.layers, shape.num_kv_heads, shape.head_dim, quantiser)
-    return XPool(layers, shape, 4, 32, dtype, kind, decoder.device)
+    return BlockPool(layers, shape, 4, 32, dtype, kind, decoder.device)
 
 
 def logits(decoder: LlamaDecoder, pool: KVPool) -> Tensor:
@@ -87,7 +87,7 @@ def on_device(path: str, kind: str | None, quantiser: type[Quantiser] = Quantise
 
 def restored(decoder: LlamaDecoder, pool: KVPool, blocks: list[list[Tensor]]) -> list[Tensor]:
     """Keys and values of a block in each layer, made of these bytes [rows of each layer, keys of each layer]."""
-    assert isinstance(pool, XPool)
+    assert isinstance(pool, BlockPool)
     kv, root = pool.kv, pool.forest.add_root()
     pool.pack([root], [text(BLOCK)])
     kept = pool.pack([root], [[5]]).kept
@@ -101,11 +101,14 @@ def restored(decoder: LlamaDecoder, pool: KVPool, blocks: list[list[Tensor]]) ->
     return made
 
 
-@pytest.mark.parametrize(("kind", "name"), [("xquant-3", "all heads"), ("xquant-4", "qwen3"), ("xquant-cl-2", "llama")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("int4-channel", "qwen3"), ("xquant-3", "all heads"), ("xquant-4", "qwen3"), ("xquant-cl-2", "llama")],
+)
 def test_a_block_is_restored_as_by_the_definition(paths: dict[str, str], name: str, kind: str) -> None:
     decoder = loaded(paths[name], "cpu")
     pool = pool_of(decoder, kind)
-    assert isinstance(pool, XPool)
+    assert isinstance(pool, BlockPool)
     read(decoder, pool, pool.forest.add_root(), text(BLOCK))
     blocks = [pool.kv.block_rows, pool.kv.block_keys]
     with tk.use_backend("reference"), torch.inference_mode():
@@ -117,14 +120,17 @@ def test_a_block_is_restored_as_by_the_definition(paths: dict[str, str], name: s
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("all heads", "xquant-4"), ("llama", "xquant-cl-4"), ("qwen3", "xquant-4")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("all heads", "xquant-4"), ("llama", "xquant-cl-4"), ("qwen3", "xquant-4"), ("qwen3", "int4-channel")],
+)
 def test_without_loss_the_logits_are_those_of_a_plain_cache(paths: dict[str, str], name: str, kind: str) -> None:
     want, got = on_device(paths[name], None), on_device(paths[name], kind, Identity)
     assert torch.equal(got[:BLOCK], want[:BLOCK])  # keys and values of a block that grows are what they are
     assert (got - want).norm() < 2e-4 * want.norm()
 
 
-@pytest.mark.parametrize(("kind", "name"), zip(KINDS, ["all heads", "llama"] * 4, strict=False))
+@pytest.mark.parametrize(("kind", "name"), zip(KINDS, ["all heads", "llama"] * 5, strict=True))
 def test_the_logits_are_near_those_of_a_cpu(paths: dict[str, str], name: str, kind: str) -> None:
     """Sums in another order turn the rounding of a few codes: far less than what the codes lose."""
     decoder = loaded(paths[name], "cpu")
