@@ -1,15 +1,16 @@
-"""Attention over keys and values of 8 and 4 bits compared with bfloat16, with the same branches and plan; the X cache.
+"""Attention over keys and values of 8 and 4 bits compared with bfloat16, with the same branches and plan; block caches.
 
     python benchmarks/bench_kv_memory.py [--write NAME]
+    python benchmarks/bench_kv_memory.py --blocks [--write NAME]
     python benchmarks/bench_kv_memory.py --room [--write NAME]
     python benchmarks/bench_kv_memory.py --wide [--write NAME]
 
 A run reads the caches of all layers of a model once, so that, as in a decode step, data comes from memory. Formats take
 turns, and a number is the median of the runs. The bound is reading the stored bytes once at the rate of a large sum.
 
-The X cache computes keys and values of 2,048 shared tokens for 1, 16 and 64 branches, on random weights of
-SmolLM2-135M's shape. The time is compared with the arithmetic's estimate in multiples of the attention's time: d / (g^2
-M), with d elements in a hidden state, g query heads for each KV head, and M branches.
+With --blocks, a block cache makes keys and values of 2,048 shared tokens for 1, 16 and 64 branches, on random weights
+of SmolLM2-135M's shape. For an X cache the time is compared with the arithmetic's estimate in multiples of the
+attention's time: d / (g^2 M), with d elements in a hidden state, g query heads for each KV head, and M branches.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def measure(model: str, tree: str, runs: int, read_rate: float) -> dict[str, dic
     }
 
 
-def measure_x(runs: int) -> dict[str, dict[str, record.Cell]]:
+def measure_blocks(runs: int) -> dict[str, dict[str, record.Cell]]:
     """A row for each kind and number of branches: making keys and values of all layers, and their attention."""
     decoder = smollm2()
     shape, eps, turns = decoder.shape, decoder.config.eps, decoder.config.cos_sin
@@ -125,7 +126,7 @@ def measure_x(runs: int) -> dict[str, dict[str, record.Cell]]:
                 "making, ms": round(make, 2),
                 "attention, ms": round(attend, 2),
                 "of attention": round(make / attend, 1),
-                "d over (g^2 M)": round(decoder.hidden_size / (group**2 * branches), 1),
+                "d over (g^2 M)": round(decoder.hidden_size / (group**2 * branches), 1) if "xquant" in kind else None,
             }
     return rows
 
@@ -200,62 +201,47 @@ def smollm2() -> LlamaDecoder:
     return decoder
 
 
+def measure_wide() -> dict[str, dict[str, record.Cell]]:
+    """A row for each kind and number of texts."""
+    return {f"{kind or 'bfloat16'}, {n}": wide_search(kind, n) for kind, n in WIDE}
+
+
+def measure_attention(runs: int) -> dict[str, dict[str, record.Cell]]:
+    """A row for each model, tree and format."""
+    block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
+    read_rate = median_rate(block.sum, 2**28)
+    rows = (measure(model, tree, runs, read_rate) for model in MODELS for tree in TREES)
+    return {name: row for one in rows for name, row in one.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", help="the name of a measurement in benchmarks/results")
     parser.add_argument("--beside", default="nothing")
-    parser.add_argument("--wide", action="store_true", help="only a wide generation in 512 MiB")
-    parser.add_argument("--room", action="store_true", help="only how many branches 512 MiB have room for")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--blocks", action="store_true", help="only how long block caches take to make keys and values")
+    only.add_argument("--room", action="store_true", help="only how many branches 512 MiB have room for")
+    only.add_argument("--wide", action="store_true", help="only a wide generation in 512 MiB")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.room:
-        room = measure_room()
-        print(*room.values(), sep="\n")
-        if options.write:
-            record.write(
-                options.write,
-                what="The most branches on 2,048 shared tokens that a KV pool of 512 MiB of SmolLM2-135M has room for",
-                command="python benchmarks/bench_kv_memory.py --room",
-                beside=options.beside,
-                tables={"room": room},
-            )
-        return
-    if options.wide:
-        wide = {}
-        for kind, n in WIDE:
-            wide[f"{kind or 'bfloat16'}, {n}"] = wide_search(kind, n)
-            print(wide[f"{kind or 'bfloat16'}, {n}"], flush=True)
-        if options.write:
-            record.write(
-                options.write,
-                what="n texts of 512 tokens behind 2,048 shared ones with a KV pool of 512 MiB, SmolLM2-135M's shape: "
-                "seconds, prompt included",
-                command="python benchmarks/bench_kv_memory.py --wide",
-                beside=options.beside,
-                tables={"wide": wide},
-            )
-        return
-    block = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
-    read_rate = median_rate(block.sum, 2**28)
-    table = {}
-    for model in options.models:
-        for tree in TREES:
-            rows = measure(model, tree, options.runs, read_rate)
-            print(*(f"{name}: {row}" for name, row in rows.items()), sep="\n", flush=True)
-            table.update(rows)
-    x_table = measure_x(options.runs)
-    print(*x_table.values(), sep="\n", flush=True)
+    if options.blocks:
+        name, option, table = "made", " --blocks", measure_blocks(options.runs)
+        what = "Keys and values of 2,048 tokens of SmolLM2-135M's shape made by block caches; medians"
+    elif options.room:
+        name, option, table = "room", " --room", measure_room()
+        what = "The most branches on 2,048 shared tokens that a KV pool of 512 MiB of SmolLM2-135M has room for"
+    elif options.wide:
+        name, option, table = "wide", " --wide", measure_wide()
+        what = "n texts of 512 tokens behind 2,048 shared ones, SmolLM2-135M's shape, 512 MiB: seconds with the prompt"
+    else:
+        name, option, table = "attention", "", measure_attention(options.runs)
+        what = "Attention of all layers over keys and values of few bits; medians"
+    print(*table.values(), sep="\n")
     if options.write:
-        record.write(
-            options.write,
-            what="Attention of all layers over keys and values of few bits; medians",
-            command="python benchmarks/bench_kv_memory.py",
-            beside=options.beside,
-            tables={"attention": table, "x": x_table},
-        )
+        command = f"python benchmarks/bench_kv_memory.py{option}"
+        record.write(options.write, what=what, command=command, beside=options.beside, tables={name: table})
 
 
 if __name__ == "__main__":
