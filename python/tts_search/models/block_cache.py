@@ -256,8 +256,8 @@ class BlockCache(tk.KVCache):
     ) -> Tensor | None:
         """Restore keys and values of the blocks that are read, in the pages that all layers share."""
         form = keeps.format
-        tokens = self.block_rows[number][kept.blocks].view(-1, form.row.nbytes)
-        keys = self.block_keys[number][kept.blocks].view(-1, form.key.nbytes) if form.key else None
+        tokens = self.block_rows[number].index_select(0, kept.blocks).view(-1, form.row.nbytes)
+        keys = self.block_keys[number].index_select(0, kept.blocks).view(-1, form.key.nbytes) if form.key else None
         heads, x = keeps.restore(tokens, keys, before)
         tk.rope_append_(
             heads, self.pages[0], self.pages[1], kept.positions, cos_sin, kept.slots, num_q_heads=1,

@@ -193,17 +193,20 @@ class Channels:
         return self.format.row.encode(v), self.format.key.encode(k.T.contiguous())
 
     def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A query head that is not used, keys, values."""
+        """A query head that is not used and has any values, keys, values."""
         k, v = self.decode(rows, keys)
-        return torch.cat([k[:, : self._head_dim], k, v], 1), before
+        tokens, width = v.shape
+        heads = v.new_empty(tokens, self._head_dim + 2 * width)
+        heads[:, self._head_dim : -width].view(k.shape).copy_(k)
+        heads[:, -width:].copy_(v)
+        return heads, before
 
     def decode(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, Hkv D] of blocks."""
+        """Keys [n, BLOCK, Hkv D] of blocks, a view, and values [N, Hkv D] of their tokens."""
         assert self.format.key is not None
         assert keys is not None
         columns = self.format.key.decode(keys, self.dtype).view(-1, self.format.columns, BLOCK)
-        k = columns.transpose(1, 2).reshape(-1, self.format.columns)
-        return k, self.format.row.decode(rows, self.dtype)
+        return columns.transpose(1, 2), self.format.row.decode(rows, self.dtype)
 
 
 class Latents(Channels):
@@ -231,7 +234,8 @@ class Latents(Channels):
 
     def decode(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         k, v = super().decode(rows, keys)
-        return tk.linear(k, self._of_keys), tk.linear(v, self._of_values, self._bias)
+        k = tk.linear(k.reshape(-1, k.shape[-1]), self._of_keys).view(k.shape)
+        return k, tk.linear(v, self._of_values, self._bias)
 
 
 class _Whole:
