@@ -26,7 +26,7 @@ from triton_backend import ahead_of_time as aot
 
 OPS = ["step_scores", "aggregate_steps", "prune", "score_and_prune", "append_kv", "copy_pages", "tree_attention",
        "merge_states", "linear", "linear_logprob", "sample", "rms_norm", "rope_append", "swiglu",
-       "quantize_rows"]  # fmt: skip
+       "quantize_rows", "restore_kv"]  # fmt: skip
 HERE = Path(__file__).parent
 OTHER_TESTS = {
     # Of linear a GPU has whole numbers alone, and dequantises them; floats are torch's.

@@ -19,6 +19,7 @@ from .ops.linear_logprob import linear_logprob
 from .ops.merge_states import merge_states
 from .ops.prune import Pruned, prune
 from .ops.quantize_rows import dequantize_rows, quantize_rows, row_bytes
+from .ops.restore_kv import restore_kv_
 from .ops.rms_norm import rms_norm
 from .ops.rope_append import rope_append_
 from .ops.sample import Sampled, SampledTop, sample
@@ -62,6 +63,7 @@ __all__ = [
     "plan_attention",
     "prune",
     "quantize_rows",
+    "restore_kv_",
     "rms_norm",
     "rope_append_",
     "row_bytes",

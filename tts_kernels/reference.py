@@ -383,7 +383,7 @@ def dequantize_kv(codes: Tensor, scale: Tensor | None, zero: Tensor | None, *, d
 
 def quantize_rows(x: Tensor, bits: int, group_size: int) -> Tensor:
     """Codes in planes, scales, zeros: uint8 [N, bytes] of rows [N, W]."""
-    groups = x.float().reshape(len(x), -1, group_size)
+    groups = x.float().reshape(len(x), x.shape[1] // group_size, group_size)
     codes, scale, zero = _affine(groups, 2**bits - 1)
     whole = codes.to(torch.uint8).flatten(1)
     planes = [_plane(whole & 3, 2), _plane(whole >> 2, 1)] if bits == 3 else [_plane(whole, bits)]
@@ -395,7 +395,7 @@ def dequantize_rows(rows: Tensor, width: int, bits: int, group_size: int, dtype:
     sizes, groups = {3: (2, 1)}.get(bits, (bits,)), width // group_size
     *planes, numbers = torch.split(rows, [*(width * size // 8 for size in sizes), 4 * groups], 1)
     parts = [_unplane(plane, size) << shift for plane, size, shift in zip(planes, sizes, (0, 2), strict=False)]
-    codes = torch.stack(parts).sum(0).view(len(rows), groups, -1)
+    codes = torch.stack(parts).sum(0).view(len(rows), groups, group_size)
     scale, zero = numbers.contiguous().view(torch.float16).float().chunk(2, 1)
     x: Tensor = (codes.float() * scale[..., None] + zero[..., None]).flatten(1)
     return x.to(dtype)
@@ -642,6 +642,33 @@ def rope_append_(
 
     append_kv_(k_cache, v_cache, rotated(k, k_norm), v, slots, k_scale, v_scale, k_zero, v_zero)
     return rotated(q, q_norm)
+
+
+def restore_kv_(
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    bits: int,
+    group_size: int,
+    ops: Any = None,
+) -> None:
+    """Decode n of B blocks, rotate their keys and write them at ``slots``.
+
+    ``ops`` provides the operators; by default they are those of this module.
+    """
+    ops = ops or sys.modules[__name__]
+    tokens, (num_kv_heads, head_dim), dtype = values.shape[1], k_cache.shape[2:], k_cache.dtype
+    keys, values = (stored.index_select(0, blocks).flatten(0, 1) for stored in (keys, values))
+    v = ops.dequantize_rows(values, num_kv_heads * head_dim, bits, group_size, dtype)
+    columns = ops.dequantize_rows(keys, tokens, bits, tokens, dtype).view(len(blocks), v.shape[1], tokens)
+    k = columns.transpose(1, 2).reshape(v.shape)
+    heads = torch.cat([k[:, :head_dim], k, v], 1)  # the first as a query that nobody reads
+    ops.rope_append_(heads, k_cache, v_cache, positions, cos_sin, slots, 1, num_kv_heads, None, None, 0.0)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -11,6 +11,7 @@
 #include "merge_states.h"
 #include "prune.h"
 #include "quantize_rows.h"
+#include "restore_kv.h"
 #include "rms_norm.h"
 #include "rope_append.h"
 #include "sample.h"
@@ -36,6 +37,7 @@
     X(merge_states)             \
     X(prune)                    \
     X(quantize_rows)            \
+    X(restore_kv)               \
     X(rms_norm)                 \
     X(rope_append)              \
     X(sample_draw)              \

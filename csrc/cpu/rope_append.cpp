@@ -2,43 +2,19 @@
 //
 //   qkv [T, (Hq + 2 Hkv) D]  ->  q [T, Hq, D], and k, v into the cache slots of their tokens
 //
-// q and k get an optional RMSNorm for each head (Qwen3), then the rotary embedding (arXiv 2104.09864). The
-// two halves of a head are the pairs, as for Llama in transformers:
-//   y[i] = x[i] cos_i - x[i + D/2] sin_i,  y[i + D/2] = x[i + D/2] cos_i + x[i] sin_i,  i < D/2
+// q and k get an optional RMSNorm for each head (Qwen3), then the rotary embedding.
 //
 // A quantised cache gets the same as from append_kv_ for the values and for the rotated keys, rounded to
 // qkv's type.
 #include "rope_append.h"
 
 #include "quantized_kv.h"
+#include "rope.h"
 #include "vec.h"
-#include "vec_row.h"
 
 TTS_BEGIN_ISA
 
 namespace {
-
-// One head: y = rotate(norm(x)), in float32. Without a weight there is no norm.
-template <class T>
-void rope_head(const T* x, const T* weight, const float* cos_sin, int64_t head_dim, float eps, T* y) {
-    const int64_t half = head_dim / 2;
-    const Vec factor = Vec::all(weight ? rms_factor(x, head_dim, eps) : 1.0f);
-    const auto value = [&](int64_t i, int n) {
-        return weight ? load(x + i, n) * factor * load(weight + i, n) : load(x + i, n);
-    };
-    for_vectors(half, [&](int64_t i, int n) {
-        const Vec a = value(i, n), b = value(i + half, n);
-        const Vec c = load(cos_sin + i, n), s = load(cos_sin + half + i, n);
-        store(a * c - b * s, y + i, n);
-        store(fma(a, s, b * c), y + half + i, n);
-    });
-}
-
-template <class T>
-T* at_slot(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t head) {
-    return static_cast<T*>(cache.data) + slot / page_size * cache.page_stride +
-           slot % page_size * cache.token_stride + head * cache.head_stride;
-}
 
 // Stores the keys and values of token t, from its heads of k on.
 template <class T>

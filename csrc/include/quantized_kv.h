@@ -107,6 +107,10 @@ struct CodeBytes {
     explicit CodeBytes(const char* p) : bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) {}
     Vec int8() const { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
     Vec uint8() const { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}; }
+    Vec bits(int shift, int mask) const {
+        const __m512i whole = _mm512_srl_epi32(_mm512_cvtepu8_epi32(bytes), _mm_cvtsi32_si128(shift));
+        return {_mm512_cvtepi32_ps(_mm512_and_si512(whole, _mm512_set1_epi32(mask)))};
+    }
     Vec low() const { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(bytes, nibble())))}; }
     Vec high() const {
         return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble())))};
@@ -117,6 +121,10 @@ struct CodeBytes {
     explicit CodeBytes(const char* p) : bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))) {}
     Vec int8() const { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
     Vec uint8() const { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))}; }
+    Vec bits(int shift, int mask) const {
+        const __m256i whole = _mm256_srl_epi32(_mm256_cvtepu8_epi32(bytes), _mm_cvtsi32_si128(shift));
+        return {_mm256_cvtepi32_ps(_mm256_and_si256(whole, _mm256_set1_epi32(mask)))};
+    }
     Vec low() const { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, nibble())))}; }
     Vec high() const {
         return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble())))};
@@ -130,6 +138,9 @@ struct CodeBytes {
     }
     Vec uint8() const {
         return whole([](uint8_t b) { return b; });
+    }
+    Vec bits(int shift, int mask) const {
+        return whole([=](uint8_t b) { return b >> shift & mask; });
     }
     Vec low() const {
         return whole([](uint8_t b) { return b & 15; });

@@ -1,20 +1,11 @@
 // torch.ops.tts_kernels.quantize_rows, dequantize_rows
-#include "args/quantize_rows.h"
-
-#include "common.h"
+#include "rows.h"
 
 namespace tts::ops {
 namespace {
 
 // Numbers per thread. With fewer, the work costs less than waking a second thread.
 constexpr int64_t kNumbersPerThread = 16384;
-
-RowFormat row_format(int64_t width, int64_t bits, int64_t group_size) {
-    require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits");
-    require(width >= 0 && width % 16 == 0, "width");
-    require(group_size >= 1 && group_size <= kMostInGroup && width % group_size == 0, "group_size");
-    return {.width = width, .group = group_size, .bits = static_cast<int>(bits)};
-}
 
 int64_t grain(int64_t width) { return 1 + kNumbersPerThread / (width + 1); }
 

@@ -120,10 +120,7 @@ def test_a_block_is_restored_as_by_the_definition(paths: dict[str, str], name: s
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("all heads", "xquant-4"), ("llama", "xquant-cl-4"), ("qwen3", "xquant-4"), ("qwen3", "int4-channel")],
-)
+@pytest.mark.parametrize(("name", "kind"), [("all heads", "xquant-4"), ("llama", "xquant-cl-4"), ("qwen3", "xquant-4")])
 def test_without_loss_the_logits_are_those_of_a_plain_cache(paths: dict[str, str], name: str, kind: str) -> None:
     want, got = on_device(paths[name], None), on_device(paths[name], kind, Identity)
     assert torch.equal(got[:BLOCK], want[:BLOCK])  # keys and values of a block that grows are what they are

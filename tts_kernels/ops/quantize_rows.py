@@ -96,7 +96,7 @@ def dequantize_rows(rows: Tensor, width: int, bits: int, group_size: int, dtype:
     >>> tk.dequantize_rows(tk.quantize_rows(x, 2, 8), 16, 2, 8, torch.float32).equal(x)
     True
     """
-    x: Tensor = _dequantize(rows, width, bits, group_size, dtype)
+    x: Tensor = dequantize_op(rows, width, bits, group_size, dtype)
     return x
 
 
@@ -144,4 +144,6 @@ def _fake_dequantize(rows: Tensor, width: int, bits: int, group_size: int, dtype
 
 
 _quantize = Op("quantize_rows", reference=reference.quantize_rows, check=_check_quantize, fake=_fake_quantize)
-_dequantize = Op("dequantize_rows", reference=reference.dequantize_rows, check=_check_dequantize, fake=_fake_dequantize)
+dequantize_op = Op(
+    "dequantize_rows", reference=reference.dequantize_rows, check=_check_dequantize, fake=_fake_dequantize
+)

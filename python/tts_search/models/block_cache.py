@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.models.block_layers import BLOCK, Channels, Format, KeptLayer, formats_of
+from tts_search.models.block_layers import BLOCK, Blocks, Channels, Format, KeptLayer, formats_of
 from tts_search.models.decoder import PAGE_SIZE, Batch, DecoderShape, KVPool
 from tts_search.models.device import upload
 
@@ -195,13 +195,13 @@ class BlockCache(tk.KVCache):
         self.k, self.v = (tuple(torch.split(each[: self.first], num_windows)) for each in self.pages)
         self.k_scale = self.v_scale = self.k_zero = self.v_zero = ()
 
-        def room(count: int, width: int) -> Tensor:
-            return torch.empty(count, width, dtype=torch.uint8, device=device)
+        def room(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.uint8, device=device)
 
         forms = [layer.format for layer in layers]
         self.window_rows = [room(num_windows * PAGE_SIZE, form.window_bytes) for form in forms]
-        self.block_rows = [room(num_blocks, BLOCK * form.row.nbytes) for form in forms]
-        self.block_keys = [room(num_blocks, form.columns * form.key.nbytes if form.key else 0) for form in forms]
+        self.block_rows = [room(num_blocks, BLOCK, form.row.nbytes) for form in forms]
+        self.block_keys = [room(num_blocks, form.columns, form.key.nbytes if form.key else 0) for form in forms]
 
     @property
     def nbytes(self) -> int:
@@ -255,15 +255,9 @@ class BlockCache(tk.KVCache):
         self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor, eps: float, before: Tensor | None
     ) -> Tensor | None:
         """Restore keys and values of the blocks that are read, in the pages that all layers share."""
-        form = keeps.format
-        tokens = self.block_rows[number].index_select(0, kept.blocks).view(-1, form.row.nbytes)
-        keys = self.block_keys[number].index_select(0, kept.blocks).view(-1, form.key.nbytes) if form.key else None
-        heads, x = keeps.restore(tokens, keys, before)
-        tk.rope_append_(
-            heads, self.pages[0], self.pages[1], kept.positions, cos_sin, kept.slots, num_q_heads=1,
-            num_kv_heads=self.shape.num_kv_heads, k_norm=keeps.k_norm, eps=eps,
-        )  # fmt: skip
-        return x
+        rows, keys, (k, v) = self.block_rows[number], self.block_keys[number], self.pages
+        blocks = Blocks(rows, keys, kept.blocks, k, v, kept.positions, kept.slots, cos_sin, eps)
+        return keeps.restore(blocks, before)
 
     def _keep(self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor) -> None:
         """Store the blocks that are full now."""
@@ -273,8 +267,8 @@ class BlockCache(tk.KVCache):
             k = turned_back(k.float(), cos_sin[kept.full_positions])
             parts = zip(rows, *(torch.split(part.flatten(1), BLOCK) for part in (k, v)), strict=True)
             rows, keys = map(torch.stack, zip(*(keeps.encode_block(*its) for its in parts), strict=True))
-            self.block_keys[number][kept.full] = keys.flatten(1)
-        self.block_rows[number][kept.full] = rows.flatten(1)
+            self.block_keys[number][kept.full] = keys
+        self.block_rows[number][kept.full] = rows
 
 
 class BlockPool(KVPool):

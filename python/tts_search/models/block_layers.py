@@ -34,7 +34,7 @@ from torch import Tensor
 
 import tts_kernels as tk
 
-__all__ = ["BLOCK", "KINDS", "Channels", "Format", "KeptLayer", "Quantiser", "formats_of", "kept_layers"]
+__all__ = ["BLOCK", "KINDS", "Blocks", "Channels", "Format", "KeptLayer", "Quantiser", "formats_of", "kept_layers"]
 
 BLOCK: Final = 128  # tokens
 KINDS: Final = (
@@ -123,6 +123,46 @@ def formats_of(kind: str, num_layers: int, hidden: int, num_kv_heads: int, head_
     return (first + [change] * (num_layers - len(first)))[:num_layers]
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks of a layer that are to be restored.
+
+    Attributes
+    ----------
+    rows, keys : Tensor
+        [B, BLOCK, n], [B, columns, m]: all that is stored, by tokens and by columns of keys.
+    chosen : Tensor
+        [n]: these of the B blocks.
+    k, v : Tensor
+        Pages for keys and values.
+    positions, slots : Tensor
+        [n BLOCK]: the positions of their tokens in their branches, and the slots for their keys and values.
+    cos_sin, eps
+        As for `tts_kernels.rope_append_`.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    chosen: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    slots: Tensor
+    cos_sin: Tensor
+    eps: float
+
+    def chosen_rows(self) -> Tensor:
+        """[n BLOCK, bytes]."""
+        return self.rows.index_select(0, self.chosen).flatten(0, 1)
+
+    def append(self, heads: Tensor, k_norm: Tensor | None = None) -> None:
+        """Write keys and values of ``heads`` [n BLOCK, (1 + 2 Hkv) D], behind a query head that nobody reads."""
+        tk.rope_append_(
+            heads, self.k, self.v, self.positions, self.cos_sin, self.slots, num_q_heads=1,
+            num_kv_heads=self.k.shape[2], k_norm=k_norm, eps=self.eps,
+        )  # fmt: skip
+
+
 class KeptLayer(Protocol):
     """Encodes tokens in a layer, and restores their keys and values. ``one`` has only this layer."""
 
@@ -136,13 +176,8 @@ class KeptLayer(Protocol):
         """
         ...
 
-    def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Decode tokens and their blocks: rows [N, (1 + 2 Hkv) D] for `tts_kernels.rope_append_`, and x."""
-        ...
-
-    @property
-    def k_norm(self) -> Tensor | None:
-        """The norm of the keys from `restore`, before their rotation."""
+    def restore(self, blocks: Blocks, before: Tensor | None) -> Tensor | None:
+        """Write the keys and values of blocks to their slots. Returns x as decoded; ``before`` as for `encode`."""
         ...
 
 
@@ -174,11 +209,8 @@ def kept_layers(
 class Channels:
     """Stores keys and values themselves, when a block is full."""
 
-    k_norm = None  # the stored keys are already normalised
-
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:  # noqa: ARG002
-        self.format, self._head_dim, self.dtype = form, head_dim, layer.input_norm.dtype
-        self.one = tk.DecoderLayers([layer])
+        self.format, self.one = form, tk.DecoderLayers([layer])
 
     def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
         """No bytes: a token's values wait in the window, as its keys do."""
@@ -192,21 +224,14 @@ class Channels:
         assert self.format.key is not None
         return self.format.row.encode(v), self.format.key.encode(k.T.contiguous())
 
-    def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A query head that is not used and has any values, keys, values."""
-        k, v = self.decode(rows, keys)
-        tokens, width = v.shape
-        heads = v.new_empty(tokens, self._head_dim + 2 * width)
-        heads[:, self._head_dim : -width].view(k.shape).copy_(k)
-        heads[:, -width:].copy_(v)
-        return heads, before
-
-    def decode(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys [n, BLOCK, Hkv D] of blocks, a view, and values [N, Hkv D] of their tokens."""
-        assert self.format.key is not None
-        assert keys is not None
-        columns = self.format.key.decode(keys, self.dtype).view(-1, self.format.columns, BLOCK)
-        return columns.transpose(1, 2), self.format.row.decode(rows, self.dtype)
+    def restore(self, blocks: Blocks, before: Tensor | None) -> Tensor | None:
+        """By the numbers that are stored."""
+        form = self.format.row
+        tk.restore_kv_(
+            blocks.keys, blocks.rows, blocks.chosen, blocks.k, blocks.v, blocks.positions, blocks.cos_sin, blocks.slots,
+            bits=form.bits, group_size=form.group,
+        )  # fmt: skip
+        return before
 
 
 class Latents(Channels):
@@ -214,7 +239,7 @@ class Latents(Channels):
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
         super().__init__(form, layer, width, head_dim)
-        self._norm = layer.input_norm
+        self._norm, self._head_dim, self.dtype = layer.input_norm, head_dim, layer.input_norm.dtype
         _, _, key_basis = _svd(_rows(layer.qkv, -2 * width, -width))
         u, s, value_basis = _svd(_rows(layer.qkv, -width))
         self._to_keys = tk.pack_linear(key_basis.float().contiguous())
@@ -229,20 +254,26 @@ class Latents(Channels):
         return self.format.row.encode(tk.linear(x, self._to_values)), before
 
     def encode_block(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Bytes of the values as they are, and of the keys in their basis."""
         assert self.format.key is not None
         return rows, self.format.key.encode(tk.linear(k, self._to_keys).T.contiguous())
 
-    def decode(self, rows: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        k, v = super().decode(rows, keys)
-        k = tk.linear(k.reshape(-1, k.shape[-1]), self._of_keys).view(k.shape)
-        return k, tk.linear(v, self._of_values, self._bias)
+    def restore(self, blocks: Blocks, before: Tensor | None) -> Tensor | None:
+        """By products with the bases. The stored keys are already normalised."""
+        assert self.format.key is not None
+        rows = blocks.keys.index_select(0, blocks.chosen).flatten(0, 1)
+        columns = self.format.key.decode(rows, self.dtype).view(-1, self.format.columns, BLOCK)
+        k = tk.linear(columns.transpose(1, 2).reshape(-1, self.format.columns), self._of_keys)
+        v = tk.linear(self.format.row.decode(blocks.chosen_rows(), self.dtype), self._of_values, self._bias)
+        blocks.append(torch.cat([k[:, : self._head_dim], k, v], 1))
+        return before
 
 
 class _Whole:
     """Stores x itself."""
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
-        self.format, self.k_norm = form, layer.k_norm
+        self.format, self._k_norm = form, layer.k_norm
         self._norm, self.dtype = layer.input_norm, layer.input_norm.dtype
         self.one = tk.DecoderLayers([layer])
         # The rows of keys and values, and those of a query head before them, because `rope_append_` needs at least one.
@@ -254,16 +285,18 @@ class _Whole:
         self._heads = replace(layer.qkv, weight=layer.qkv.weight[first:], out_features=heads, scale=scale, zero=zero)
         self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-heads:]
 
-    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+    def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows = self.format.row.encode(tk.rms_norm(hidden, self._norm, eps)[0])
-        return rows, self.format.row.decode(rows, self.dtype)
+        return rows, self.decode(rows, before)
 
-    def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        return self.heads_of(self.format.row.decode(rows, self.dtype))
+    def restore(self, blocks: Blocks, before: Tensor | None) -> Tensor | None:
+        x = self.decode(blocks.chosen_rows(), before)
+        blocks.append(tk.linear(x, self._heads, self._bias), self._k_norm)
+        return x
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A query head, keys and values of x; and x."""
-        return tk.linear(x, self._heads, self._bias), x
+    def decode(self, rows: Tensor, before: Tensor | None) -> Tensor:  # noqa: ARG002
+        """Tokens x [N, H] of bytes."""
+        return self.format.row.decode(rows, self.dtype)
 
 
 class _Change(_Whole):
@@ -280,13 +313,10 @@ class _Change(_Whole):
         assert before is not None
         change = tk.rms_norm(hidden, self._norm, eps)[0] - before
         rows = self.format.row.encode(change if self._down is None else tk.linear(change, self._down))
-        return rows, self._after(rows, before)
+        return rows, self.decode(rows, before)
 
-    def restore(self, rows: Tensor, keys: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+    def decode(self, rows: Tensor, before: Tensor | None) -> Tensor:
         assert before is not None
-        return self.heads_of(self._after(rows, before))
-
-    def _after(self, rows: Tensor, before: Tensor) -> Tensor:
         change = self.format.row.decode(rows, self.dtype)
         return before + change if self._up is None else tk.linear(change, self._up, residual=before)
 
