@@ -16,6 +16,7 @@ from tts_search.models.llama import LlamaDecoder
 
 __all__ = ["parse_bytes", "pool_for"]
 
+_OWN: Final = 1024  # tokens of a branch of its own, for which a block cache has as much room in windows as in blocks
 _UNITS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -55,7 +56,7 @@ def _memory(decoder: Decoder, kv_memory: int | str | None, token_bytes: float, p
 
 
 def _block_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype) -> BlockPool:
-    """Half of the memory is for blocks, and half for windows."""
+    """The memory is divided between blocks and windows so that branches of `_OWN` tokens fill both."""
     if not isinstance(decoder, LlamaDecoder):
         raise ValueError(f"kv_dtype: expected a model of the lean decoder for {kv_dtype}, got {type(decoder).__name__}")
     shape, dtype = decoder.shape, decoder.dtype
@@ -64,11 +65,12 @@ def _block_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype
         math.ceil(size * of(kv_dtype, shape, decoder.hidden_size, dtype))
         for size, of in ((BLOCK, block_token_bytes), (PAGE_SIZE, window_token_bytes))
     )
-    least, pages = block + BLOCK // PAGE_SIZE * window, BLOCK // PAGE_SIZE
-    memory = max(_memory(decoder, kv_memory, 2 * block / BLOCK, BLOCK), least if kv_memory is None else 0)
+    pages = BLOCK // PAGE_SIZE  # of a branch's window
+    least, of_branch = block + pages * window, _OWN // BLOCK * block + pages * window
+    memory = max(_memory(decoder, kv_memory, of_branch / _OWN, BLOCK), least if kv_memory is None else 0)
     if memory < least:
         raise ValueError(f"kv_memory: expected room for {BLOCK} tokens ({least} bytes), got {kv_memory!r}")
-    num_windows = max(pages, memory // 2 // window)
+    num_windows = max(pages, pages * memory // of_branch)
     num_blocks = max(1, (memory - num_windows * window) // block)
     return BlockPool(layers, shape, num_blocks, num_windows, dtype, kv_dtype, decoder.device)
 
