@@ -45,7 +45,7 @@ TREES = {
 FORMATS = ("bfloat16", "int8", "int4")
 SHARED = 2048  # tokens
 WIDE: tuple[tuple[KvDtype | None, int], ...] = (
-    (None, 41), (None, 84), ("int8", 84), (None, 157), ("int4", 157), ("xquant-4", 71)
+    (None, 41), (None, 84), ("int8", 84), (None, 157), ("int4", 157), ("int4-channel", 52), ("xquant-4", 51)
 )  # fmt: skip
 
 

@@ -96,6 +96,11 @@ def swiglu(rows: int, width: int, dtype: torch.dtype) -> Bound:
     return Bound(3 * rows * width * dtype.itemsize)
 
 
+def restore_kv(tokens: int, kv_heads: int, dim: int, token_bytes: float, dtype: torch.dtype) -> Bound:
+    """The bytes of blocks read, keys and values written."""
+    return Bound(tokens * (token_bytes + 2 * kv_heads * dim * dtype.itemsize))
+
+
 def dequantize_rows(rows: int, width: int, row_bytes: int, dtype: torch.dtype) -> Bound:
     """The bytes read, the numbers written."""
     return Bound(rows * (row_bytes + width * dtype.itemsize))

@@ -122,9 +122,11 @@ def test_strided_caches_and_int32() -> None:
     assert all(map(torch.equal, run(given_), wide))
 
 
-def test_opcheck() -> None:
+def test_opcheck_and_compile() -> None:
     given_ = inputs(3, 2, 16, 2, 8, 4, 8, torch.float32)
     opcheck(torch.ops.tts_kernels.restore_kv_.default, tuple(given_.values()))
+    compiled = torch.compile(tk.restore_kv_, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, run(given_, compiled), run(given_)))
 
 
 def test_bad_input_names_the_argument() -> None:
