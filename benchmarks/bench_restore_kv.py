@@ -1,4 +1,4 @@
-"""`restore_kv_` against the operators that it stands for, and these in torch: 2,048 and 16,384 tokens of SmolLM2-135M."""
+"""`restore_kv_` against the operators that it stands for, and in torch: 2,048 and 16,384 tokens of SmolLM2-135M."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def test_bad_input_names_the_argument() -> None:
     assert_names(TypeError, "x", tk.quantize_rows, x.double(), 4, 16)
     assert_names(ValueError, "x", tk.quantize_rows, torch.ones(32), 4, 16)
     assert_names(ValueError, "x", tk.quantize_rows, torch.ones(2, 24), 4, 8)
-    assert_names(ValueError, "bits", tk.quantize_rows, x, 5, 16)
+    for bits in (5, 4.0, True):
+        assert_names(ValueError, "bits", tk.quantize_rows, x, bits, 16)
     assert_names(ValueError, "group_size", tk.quantize_rows, x, 4, 24)
     assert_names(ValueError, "group_size", tk.quantize_rows, torch.ones(1, 256), 4, 256)
     rows = tk.quantize_rows(x, 4, 16)

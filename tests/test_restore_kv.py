@@ -27,7 +27,7 @@ def blocks_of(k: Tensor, v: Tensor, bits: int, group: int) -> tuple[Tensor, Tens
 def inputs(
     stored: int, count: int, tokens: int, heads: int, dim: int, bits: int, group: int, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Any]:
-    """Arguments: some of the stored blocks, to slots in any order, the last of them in no page."""
+    """Arguments: some of the stored blocks, to slots in any order."""
     torch.manual_seed(seed)
     k, v = torch.randn(2, stored, tokens, heads, dim).mul_(torch.rand(dim) * 10).to(dtype)
     keys, values = blocks_of(k, v, bits, group)
@@ -138,6 +138,7 @@ def test_bad_input_names_the_argument() -> None:
         assert torch.equal(good["k_cache"], caches[0])
         assert torch.equal(good["v_cache"], caches[1])
 
+    refused(TypeError, "keys", keys=None)
     refused(TypeError, "keys", keys=good["keys"].char())
     refused(ValueError, "keys", keys=good["keys"][:2])
     refused(ValueError, "keys", keys=good["keys"][:, :16])
@@ -152,6 +153,7 @@ def test_bad_input_names_the_argument() -> None:
     refused(IndexError, "slots", slots=good["slots"] - 100)
     refused(ValueError, "slots", slots=good["slots"][1:])
     refused(ValueError, "bits", bits=5)
+    refused(ValueError, "bits", bits=4.0)
     refused(ValueError, "values", bits=3)
     refused(ValueError, "group_size", group_size=6)
     refused(ValueError, "values", group_size=8)
@@ -159,6 +161,8 @@ def test_bad_input_names_the_argument() -> None:
     refused(ValueError, "v_cache", v_cache=good["v_cache"][:1])
     refused(TypeError, "k_cache", k_cache=good["k_cache"].char(), v_cache=good["v_cache"].char())
     refused(ValueError, "k_cache", k_cache=good["k_cache"][:1].expand(3, -1, -1, -1))
+    odd = {name: good[name][..., :12] for name in ("k_cache", "v_cache")}
+    refused(ValueError, "k_cache", **odd, group_size=12)
     refused(ValueError, "cos_sin", cos_sin=good["cos_sin"][:, :8].contiguous())
     with tk.debug_checks(True):
         refused(ValueError, "slots", slots=0 * good["slots"])

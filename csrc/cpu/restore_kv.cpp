@@ -3,15 +3,15 @@
 //   keys [B, Hkv D, bytes], values [B, tokens, bytes]  ->  k, v in the slots of n of the B blocks
 //
 // Keys are stored before their rotation, with a scale and a zero for each channel of a block. A channel's
-// codes are next to each other, and a key needs one of each channel. So the codes of a head are turned round
-// as bytes, before they become numbers: a byte is a half or a quarter of a number. Numbers are rounded to the
-// cache's type, and then rotated.
+// codes are next to each other, and a key needs one of each channel. So the codes of a head are transposed,
+// as bytes, which are smaller than the numbers that they become. Numbers are rounded to the cache's type, and
+// then rotated.
 #include "restore_kv.h"
 
-#include "int_vec.h"
 #include "quantized_kv.h"
 #include "quantized_rows.h"
 #include "rope.h"
+#include "slots.h"
 #include "vec.h"
 #include "vec_row.h"
 
@@ -19,7 +19,7 @@ TTS_BEGIN_ISA
 
 namespace {
 
-constexpr int64_t kChannels = 64;  // turned round at once, so that the codes stay in L1
+constexpr int64_t kChannels = 64;  // transposed at once, so that the codes stay in L1
 
 // Swaps the bits of `mask` in a with the bits `shift` above them in b.
 inline void swap_bits(uint64_t& a, uint64_t& b, int shift, uint64_t mask) {
@@ -56,14 +56,14 @@ inline void transpose(const uint8_t* from, int64_t channels, int64_t tokens, uin
 // Calls f(t, slot) for the tokens of the n-th block.
 template <class F>
 void for_tokens(const RestoreKvArgs& args, int64_t n, F f) {
-    const int64_t first = n * args.tokens();
-    for (int64_t t = 0; t < args.tokens(); ++t) f(t, at(args.slots, first + t));
+    const int64_t first = n * args.tokens;
+    for (int64_t t = 0; t < args.tokens; ++t) f(t, at(args.slots, first + t));
 }
 
 // Keys before their rotation, a head to its slots. `rows` are its channels.
 template <class T>
 void restore_keys(const RestoreKvArgs& args, const uint8_t* rows, int64_t n, int64_t head) {
-    const int64_t tokens = args.tokens(), row_bytes = args.key_format.bytes();
+    const int64_t tokens = args.tokens, row_bytes = args.key_format.bytes();
     for (int64_t first = 0; first < args.head_dim; first += kChannels) {
         const int64_t channels = args.head_dim - first < kChannels ? args.head_dim - first : kChannels;
         uint8_t codes[kChannels * kMostInGroup], turned[kMostInGroup * kChannels];
@@ -88,7 +88,7 @@ void restore_keys(const RestoreKvArgs& args, const uint8_t* rows, int64_t n, int
 
 template <class T>
 void rotate_keys(const RestoreKvArgs& args, int64_t n, int64_t head) {
-    const int64_t D = args.head_dim, first = n * args.tokens();
+    const int64_t D = args.head_dim, first = n * args.tokens;
     for_tokens(args, n, [&](int64_t t, int64_t slot) {
         T* key = at_slot<T>(args.k_cache, slot, args.page_size, head);
         rope_head<T>(key, nullptr, args.cos_sin + at(args.positions, first + t) * D, D, 0.0f, key);
@@ -117,7 +117,7 @@ void restore_kv(const RestoreKvArgs& args, int64_t begin, int64_t end) {
             const int64_t n = i / heads, head = i % heads, block = at(args.blocks, n);
             restore_keys<T>(args, args.keys + (block * heads + head) * head_bytes, n, head);
             rotate_keys<T>(args, n, head);
-            restore_values<T>(args, args.values + block * args.tokens() * args.value_format.bytes(), n, head);
+            restore_values<T>(args, args.values + block * args.tokens * args.value_format.bytes(), n, head);
         }
     });
 }

@@ -10,6 +10,7 @@
 
 #include "quantized_kv.h"
 #include "rope.h"
+#include "slots.h"
 #include "vec.h"
 
 TTS_BEGIN_ISA

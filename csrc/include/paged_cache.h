@@ -14,13 +14,6 @@ struct PagedCache {
     int64_t page_stride, token_stride, head_stride;
 };
 
-// The head of a slot, page * page_size + offset.
-template <class T>
-inline T* at_slot(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t head) {
-    return static_cast<T*>(cache.data) + slot / page_size * cache.page_stride +
-           slot % page_size * cache.token_stride + head * cache.head_stride;
-}
-
 // How the D elements of a head are stored. Quantised elements are whole numbers, and the cache consists of
 // bytes (for e4m3, too):
 //   int8  x = code * scale, codes within 127

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "args/quantize_rows.h"
-#include "int_vec.h"
 #include "isa.h"
 #include "quantized_kv.h"
 #include "vec.h"

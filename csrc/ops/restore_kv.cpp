@@ -35,6 +35,7 @@ void restore_kv_(const Tensor& keys, const Tensor& values, const Tensor& blocks_
                              .values = blocks_of(values, tokens, value_format),
                              .key_format = key_format,
                              .value_format = value_format,
+                             .tokens = tokens,
                              .blocks = indices(blocks),
                              .num_kv_heads = heads,
                              .head_dim = head_dim,

@@ -14,13 +14,12 @@ from test_llama_decoder import model_of
 from tiny import save_checkpoint
 from torch import Tensor
 from tts_search import HFPolicy, HFVerifier, SearchConfig, search
+from tts_search.models import sizing
 from tts_search.models.block_cache import (
     BlockForest,
     BlockPool,
     Kept,
-    block_token_bytes,
     turned_back,
-    window_token_bytes,
 )
 from tts_search.models.block_layers import BLOCK, KINDS, Quantiser, _svd, formats_of, kept_layers
 from tts_search.models.decoder import KVPool
@@ -107,6 +106,24 @@ def test_more_bits_are_nearer(decoders: dict[str, LlamaDecoder], name: str, kind
     off, least = ((one - want).norm() / want.norm() for one in (got, best))
     assert 0 < least < 0.03
     assert off == least if kind == "xquant-8" else least < off < 1.3, off
+
+
+def test_more_bits_for_channels_are_nearer(decoders: dict[str, LlamaDecoder]) -> None:
+    decoder, tokens = decoders["qwen2"], text(400)
+    pools = [pool_of(decoder, f"int{bits}-channel") for bits in (4, 3, 2)]
+    plain = KVPool(decoder.shape, 64, 16, decoder.dtype)
+    want, *got = (read(decoder, pool, pool.forest.add_root(), tokens)[BLOCK:] for pool in (plain, *pools))
+    four, three, two = ((one - want).norm() / want.norm() for one in got)
+    assert 0 < four < three < two < 1.3
+
+
+def test_values_of_wide_heads_have_scales_for_equal_parts() -> None:
+    decoder = lean_decoder(model_of("llama", head_dim=272, num_key_value_heads=1, max_position_embeddings=512))
+    pool, plain = pool_of(decoder, "int4-channel"), KVPool(decoder.shape, 64, 16, decoder.dtype)
+    assert pool.kv.layers[0].format.row.group == 68
+    got, want = (read(decoder, each, each.forest.add_root(), text(150)) for each in (pool, plain))
+    assert torch.equal(got[:BLOCK], want[:BLOCK])
+    assert 0 < (got - want).norm() < 0.3 * want.norm()
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -214,10 +231,10 @@ def test_a_search_is_the_same_in_any_room(kind: Any) -> None:
         results = search(problems, *models, config, progress=False)
         return [(one.tree.to_json(), one.completions, one.stats) for one in results]
 
-    wide, tight = run("16MiB", kv_dtype=kind), run("2MiB", kv_dtype=kind)
+    wide, tight = run("16MiB", kv_dtype=kind), run("1.5MiB", kv_dtype=kind)
     assert [one[:2] for one in tight] == [one[:2] for one in wide]
     assert sum(one[2].recomputed_tokens for one in tight) > sum(one[2].recomputed_tokens for one in wide)
-    assert wide != run("16MiB")
+    assert [one[:2] for one in wide] != [one[:2] for one in run("16MiB")]
 
 
 @pytest.mark.parametrize("name", ["one KV head", "all heads"])
@@ -240,17 +257,51 @@ def test_bytes_of_a_token_are_those_of_the_formula(decoders: dict[str, LlamaDeco
 
 @pytest.mark.parametrize("kind", ["int4-channel", "xquant-3"])
 @pytest.mark.parametrize("name", ["one KV head", "all heads"])
-def test_a_pool_fills_its_memory(decoders: dict[str, LlamaDecoder], name: str, kind: Any) -> None:
-    decoder = decoders[name]
-    shape, hidden = decoder.shape, decoder.hidden_size
-    pool = pool_for(decoder, "3MiB", kv_dtype=kind)
+def test_a_pool_fills_its_memory_with_branches_of_1024_tokens(
+    decoders: dict[str, LlamaDecoder], name: str, kind: Any
+) -> None:
+    pool = pool_for(decoders[name], "3MiB", kv_dtype=kind)
     assert isinstance(pool, BlockPool)
-    window, block = (of(kind, shape, hidden, decoder.dtype) for of in (window_token_bytes, block_token_bytes))
-    of_branch = round(1024 * block + 128 * window)  # of its own tokens
-    assert pool.kv.num_windows == 8 * 3 * 2**20 // of_branch
-    assert pool.kv.nbytes == round(16 * pool.kv.num_windows * window + pool.num_tokens * block)
     assert 2.9 * 2**20 < pool.kv.nbytes <= 3 * 2**20
-    assert pool.num_tokens // 1024 >= 3 * 2**20 // of_branch
+
+    def fill(*counts: int) -> None:
+        while True:
+            root = pool.forest.add_root()
+            for count in counts:
+                pool.forest.append([root], [count])
+
+    with pytest.raises(tk.OutOfPages):
+        fill(*[BLOCK] * (1024 // BLOCK))
+    stats = (pool.forest.blocks.stats(), pool.forest.windows.stats())
+    assert all(each.pages_free < 0.4 * each.pages_total for each in stats)
+
+
+@pytest.mark.parametrize("kind", ["int4-channel", "xquant-8"])
+def test_the_least_memory_is_enough_for_a_search(kind: Any) -> None:
+    config = SearchConfig("best_of_n", n=2, max_tokens=8, temperature=1.5)
+    options: dict[str, Any] = {"dtype": "float32", "self_test": False, "decoder": "lean", "kv_dtype": kind}
+    with pytest.raises(ValueError, match=r"^kv_memory: expected room for 128 tokens \((\d+) bytes\)") as told:
+        HFPolicy(str(MODELS / "policy-0.1m"), kv_memory=1, **options)
+    least = int(str(told.value).split("(")[1].split()[0])
+    problem = f"12+34{'-5' * 55}"  # its tokens and those of both texts fit into one window and a page
+
+    def run(**memory: Any) -> Any:
+        policy = HFPolicy(str(MODELS / "policy-0.1m"), **options, **memory)
+        return search([problem], policy, None, config, progress=False)[0].completions
+
+    assert run(kv_memory=least) == run(kv_memory="16MiB")
+
+
+@pytest.mark.parametrize("length", [256, 1024, 3000])
+def test_a_pool_has_room_for_64_sequences_by_default(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_free_memory", lambda _: 2**40)
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(sizing, "BlockPool", lambda _, __, blocks, windows, *___: made.append((blocks, windows)))
+    decoder = lean_decoder(model_of("llama", max_position_embeddings=length))
+    pool_for(decoder, None, kv_dtype="int4-channel")
+    ((num_blocks, num_windows),) = made
+    assert num_windows >= 64 * 8
+    assert num_blocks >= 64 * (length // BLOCK)
 
 
 def written_bytes(pool: BlockPool) -> int:
@@ -335,8 +386,9 @@ def test_the_model_of_the_issue_in_bytes() -> None:
 
 def test_what_is_not_possible_is_refused_by_name(tmp_path: Path, decoders: dict[str, LlamaDecoder]) -> None:
     path = save_checkpoint(tmp_path, model_of("llama"))
-    with pytest.raises(ValueError, match=r"^kv_dtype: expected a model of the lean decoder for xquant-4, got Tr"):
-        HFPolicy(path, kv_dtype="xquant-4", decoder="transformers")
+    for kind in ("xquant-4", "int4-channel"):
+        with pytest.raises(ValueError, match=rf"^kv_dtype: expected a model of the lean decoder for {kind}, got Tr"):
+            HFPolicy(path, kv_dtype=kind, decoder="transformers")
     with pytest.raises(ValueError, match=r"^kv_memory: expected room for 128 tokens \(\d+ bytes\), got '1KiB'"):
         pool_for(decoders["llama"], "1KiB", kv_dtype="xquant-4")
     path = save_checkpoint(tmp_path / "odd", model_of("one KV head, wide heads"))

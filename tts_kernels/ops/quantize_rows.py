@@ -112,9 +112,14 @@ def row_bytes(width: int, bits: int, group_size: int) -> int:
     return width * bits // 8 + 4 * (width // group_size)
 
 
-def _check_format(what: str, width: int, bits: int, group_size: int) -> None:
-    if bits not in BITS or isinstance(bits, bool):
+def check_bits(bits: int) -> None:
+    """Raise ValueError if codes cannot have so many bits."""
+    if bits not in BITS or type(bits) is not int:
         raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits!r}")
+
+
+def _check_format(what: str, width: int, bits: int, group_size: int) -> None:
+    check_bits(bits)
     if width < 0 or width % 16:
         raise ValueError(f"{what}: expected a multiple of 16 columns, got {width}")
     checks.integer("group_size", group_size, 1, MOST_IN_GROUP + 1)

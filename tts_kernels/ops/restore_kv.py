@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..op import Op
-from .quantize_rows import BITS, MOST_IN_GROUP, dequantize_op, row_bytes
+from .quantize_rows import MOST_IN_GROUP, check_bits, dequantize_op, row_bytes
 from .rope_append import rope_append_op
 
 
@@ -65,9 +65,10 @@ def restore_kv_(
 
     Notes
     -----
-    The result is that of `dequantize_rows`, rounded to the caches' dtype, and `rope_append_`, to the bit. Reads each
-    byte and writes each element once. On a GPU these two operators do it. Keys by channel and before their rotation:
-    KVQuant (arXiv 2401.18079); by channel and values by token: KIVI (arXiv 2402.02750).
+    The result is that of `dequantize_rows`, rounded to the caches' dtype, and `rope_append_`, to the bit. A head of a
+    block goes from its bytes to its slots at a time, and stays in L1. On a GPU these two operators do it. Keys by
+    channel and before their rotation: KVQuant (arXiv 2401.18079); by channel and values by token: KIVI (arXiv
+    2402.02750).
 
     Examples
     --------
@@ -98,9 +99,9 @@ def _check(
     bits: int,
     group_size: int,
 ) -> None:
+    checks.tensor("keys", keys, (torch.uint8,), ["B", "channels", "bytes"])
     device = keys.device
-    if bits not in BITS or isinstance(bits, bool):
-        raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits!r}")
+    check_bits(bits)
     checks.cache("k_cache", k_cache, device=device, written=True)
     checks.cache("v_cache", v_cache, (k_cache.dtype,), k_cache.shape, device, written=True)
     num_kv_heads, head_dim = k_cache.shape[2:]

@@ -13,6 +13,7 @@ struct RestoreKvArgs {
     const uint8_t* keys;    // [B, Hkv D, bytes]: a row for each channel of the keys, of one group
     const uint8_t* values;  // [B, tokens, bytes]: a row for each token, of groups within heads
     RowFormat key_format, value_format;
+    int64_t tokens;     // of a block
     IndexArray blocks;  // [n]
     int64_t num_kv_heads;
     int64_t head_dim;      // D, even
@@ -22,8 +23,6 @@ struct RestoreKvArgs {
     int64_t page_size;
     DType dtype;
     PagedCache k_cache, v_cache;
-
-    int64_t tokens() const { return key_format.width; }  // of a block
 };
 
 }  // namespace tts

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import tts_kernels as tk
-from tts_search.models.block_layers import BLOCK, Blocks, Channels, Format, KeptLayer, formats_of
+from tts_search.models.block_layers import BLOCK, Blocks, Channels, Format, KeptLayer, Latents, formats_of
 from tts_search.models.decoder import PAGE_SIZE, Batch, DecoderShape, KVPool
 from tts_search.models.device import upload
 
@@ -186,7 +186,7 @@ class BlockCache(tk.KVCache):
         name: str,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.layers, self.shape, self.num_windows = layers, shape, num_windows
+        self.layers, self.num_windows = layers, num_windows
         self.page_size, self.dtype = PAGE_SIZE, name
         self.first = len(layers) * num_windows  # the first of the pages that all layers share
         pages = self.first + num_blocks * _PAGES
@@ -232,7 +232,8 @@ class BlockCache(tk.KVCache):
         for number, keeps in enumerate(self.layers):
             own = number * self.num_windows
             new, taken = keeps.encode(x, eps, taken)
-            self.window_rows[number][batch.slots.long()] = new
+            if keeps.format.window_bytes:
+                self.window_rows[number][batch.slots.long()] = new
             if len(kept.blocks):
                 restored = self.restore(number, keeps, kept, cos_sin, eps, restored)
             x = tk.decoder_layers_(
@@ -262,11 +263,10 @@ class BlockCache(tk.KVCache):
     def _keep(self, number: int, keeps: KeptLayer, kept: Kept, cos_sin: Tensor) -> None:
         """Store the blocks that are full now."""
         rows = self.window_rows[number][kept.full_slots].view(len(kept.full), BLOCK, keeps.format.window_bytes)
-        if isinstance(keeps, Channels):
+        if isinstance(keeps, (Channels, Latents)):
             k, v = (pages[number].flatten(0, 1)[kept.full_slots] for pages in (self.k, self.v))
             k = turned_back(k.float(), cos_sin[kept.full_positions])
-            parts = zip(rows, *(torch.split(part.flatten(1), BLOCK) for part in (k, v)), strict=True)
-            rows, keys = map(torch.stack, zip(*(keeps.encode_block(*its) for its in parts), strict=True))
+            rows, keys = keeps.encode_blocks(rows, *(part.flatten(1).unflatten(0, (-1, BLOCK)) for part in (k, v)))  # type: ignore[no-untyped-call]
             self.block_keys[number][kept.full] = keys
         self.block_rows[number][kept.full] = rows
 

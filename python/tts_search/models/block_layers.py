@@ -5,7 +5,8 @@ arXiv 2402.02750):
 
 * ``"channels"``: a few channels of the keys are large for all tokens. They would set the scale of a whole head. So the
   keys, before their rotation, have a scale and a zero for each channel over a block of tokens; a rotation would mix
-  the large channels with others. The values have a scale and a zero for each head of a token.
+  the large channels with others. The values have a scale and a zero for each head of a token, or for equal parts of
+  it, if heads have more than 128 channels.
 
 The X cache (XQuant, arXiv 2508.10395): keys and values are linear in x, the layer's input after its norm. So they can
 be made again from few bits of x. There are three ways to store x:
@@ -34,7 +35,18 @@ from torch import Tensor
 
 import tts_kernels as tk
 
-__all__ = ["BLOCK", "KINDS", "Blocks", "Channels", "Format", "KeptLayer", "Quantiser", "formats_of", "kept_layers"]
+__all__ = [
+    "BLOCK",
+    "KINDS",
+    "Blocks",
+    "Channels",
+    "Format",
+    "KeptLayer",
+    "Latents",
+    "Quantiser",
+    "formats_of",
+    "kept_layers",
+]
 
 BLOCK: Final = 128  # tokens
 KINDS: Final = (
@@ -103,7 +115,11 @@ class Format:
 
 
 def formats_of(kind: str, num_layers: int, hidden: int, num_kv_heads: int, head_dim: int) -> list[Format]:
-    """The format of each layer, for a name of `KINDS`, and the number of elements of a hidden state."""
+    """The format of each layer, for a name of `KINDS`.
+
+    ``hidden``, ``num_kv_heads`` and ``head_dim`` are the number of elements of a hidden state, of KV heads, and of
+    elements of a head.
+    """
     kv_width = num_kv_heads * head_dim
     if kind.endswith("-channel"):
         bits = int(kind[len("int")])
@@ -216,13 +232,13 @@ class Channels:
         """No bytes: a token's values wait in the window, as its keys do."""
         return hidden.new_empty(len(hidden), 0, dtype=torch.uint8), before
 
-    def encode_block(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Bytes of a full block, by tokens [BLOCK, n] and by columns of its keys [columns, m].
+    def encode_blocks(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Bytes of full blocks, by tokens [m, BLOCK, bytes] and by columns of their keys [m, columns, bytes].
 
-        They are made of those from `encode`, of its keys before their rotation, and of its values [BLOCK, Hkv D].
+        They are made of those from `encode`, and of keys before their rotation and values, both [m, BLOCK, Hkv D].
         """
         assert self.format.key is not None
-        return self.format.row.encode(v), self.format.key.encode(k.T.contiguous())
+        return self.format.row.encode(v.flatten(0, 1)).view(*v.shape[:2], -1), _by_columns(self.format.key, k)
 
     def restore(self, blocks: Blocks, before: Tensor | None) -> Tensor | None:
         """By the numbers that are stored."""
@@ -234,18 +250,18 @@ class Channels:
         return before
 
 
-class Latents(Channels):
+class Latents:
     """Stores keys and values in the bases of their singular vectors."""
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
-        super().__init__(form, layer, width, head_dim)
-        self._norm, self._head_dim, self.dtype = layer.input_norm, head_dim, layer.input_norm.dtype
+        self.format, self.one = form, tk.DecoderLayers([layer])
+        self._norm, self._head_dim, self._dtype = layer.input_norm, head_dim, layer.input_norm.dtype
         _, _, key_basis = _svd(_rows(layer.qkv, -2 * width, -width))
         u, s, value_basis = _svd(_rows(layer.qkv, -width))
         self._to_keys = tk.pack_linear(key_basis.float().contiguous())
-        self._of_keys = tk.pack_linear(key_basis.T.to(self.dtype).contiguous())
-        self._to_values = tk.pack_linear(u.T.to(self.dtype).contiguous())
-        self._of_values = tk.pack_linear((s[:, None] * value_basis).T.to(self.dtype).contiguous())
+        self._of_keys = tk.pack_linear(key_basis.T.to(self._dtype).contiguous())
+        self._to_values = tk.pack_linear(u.T.to(self._dtype).contiguous())
+        self._of_values = tk.pack_linear((s[:, None] * value_basis).T.to(self._dtype).contiguous())
         self._bias = None if layer.qkv_bias is None else layer.qkv_bias[-width:]
 
     def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -253,18 +269,18 @@ class Latents(Channels):
         x = tk.rms_norm(hidden, self._norm, eps)[0]
         return self.format.row.encode(tk.linear(x, self._to_values)), before
 
-    def encode_block(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Bytes of the values as they are, and of the keys in their basis."""
+    def encode_blocks(self, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """As in `Channels`: bytes of the values as they are, and of the keys in their basis."""
         assert self.format.key is not None
-        return rows, self.format.key.encode(tk.linear(k, self._to_keys).T.contiguous())
+        return rows, _by_columns(self.format.key, tk.linear(k.flatten(0, 1), self._to_keys).view(k.shape))
 
     def restore(self, blocks: Blocks, before: Tensor | None) -> Tensor | None:
         """By products with the bases. The stored keys are already normalised."""
         assert self.format.key is not None
         rows = blocks.keys.index_select(0, blocks.chosen).flatten(0, 1)
-        columns = self.format.key.decode(rows, self.dtype).view(-1, self.format.columns, BLOCK)
+        columns = self.format.key.decode(rows, self._dtype).view(-1, self.format.columns, BLOCK)
         k = tk.linear(columns.transpose(1, 2).reshape(-1, self.format.columns), self._of_keys)
-        v = tk.linear(self.format.row.decode(blocks.chosen_rows(), self.dtype), self._of_values, self._bias)
+        v = tk.linear(self.format.row.decode(blocks.chosen_rows(), self._dtype), self._of_values, self._bias)
         blocks.append(torch.cat([k[:, : self._head_dim], k, v], 1))
         return before
 
@@ -274,7 +290,7 @@ class _Whole:
 
     def __init__(self, form: Format, layer: tk.DecoderLayer, width: int, head_dim: int) -> None:
         self.format, self._k_norm = form, layer.k_norm
-        self._norm, self.dtype = layer.input_norm, layer.input_norm.dtype
+        self._norm, self._dtype = layer.input_norm, layer.input_norm.dtype
         self.one = tk.DecoderLayers([layer])
         # The rows of keys and values, and those of a query head before them, because `rope_append_` needs at least one.
         heads = head_dim + 2 * width
@@ -296,7 +312,7 @@ class _Whole:
 
     def decode(self, rows: Tensor, before: Tensor | None) -> Tensor:  # noqa: ARG002
         """Tokens x [N, H] of bytes."""
-        return self.format.row.decode(rows, self.dtype)
+        return self.format.row.decode(rows, self._dtype)
 
 
 class _Change(_Whole):
@@ -307,7 +323,7 @@ class _Change(_Whole):
         self._down = self._up = None
         if form.row.width < layer.qkv.in_features:
             u = _svd(_rows(layer.qkv, -2 * width))[0]
-            self._down, self._up = (tk.pack_linear(part.to(self.dtype).contiguous()) for part in (u.T, u))
+            self._down, self._up = (tk.pack_linear(part.to(self._dtype).contiguous()) for part in (u.T, u))
 
     def encode(self, hidden: Tensor, eps: float, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert before is not None
@@ -317,7 +333,7 @@ class _Change(_Whole):
 
     def decode(self, rows: Tensor, before: Tensor | None) -> Tensor:
         assert before is not None
-        change = self.format.row.decode(rows, self.dtype)
+        change = self.format.row.decode(rows, self._dtype)
         return before + change if self._up is None else tk.linear(change, self._up, residual=before)
 
 
@@ -327,6 +343,11 @@ _KEPT: Final[dict[str, Callable[[Format, tk.DecoderLayer, int, int], KeptLayer]]
     "latents": Latents,
     "change": _Change,
 }
+
+
+def _by_columns(quantiser: Quantiser, k: Tensor) -> Tensor:
+    """Bytes [m, columns, n] of blocks of keys [m, BLOCK, columns]."""
+    return quantiser.encode(k.transpose(1, 2).flatten(0, 1)).view(len(k), k.shape[2], -1)
 
 
 def _rows(packed: tk.PackedLinear, begin: int, end: int | None = None) -> Tensor:

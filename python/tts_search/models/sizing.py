@@ -66,12 +66,14 @@ def _block_pool(decoder: Decoder, kv_memory: int | str | None, kv_dtype: KvDtype
         for size, of in ((BLOCK, block_token_bytes), (PAGE_SIZE, window_token_bytes))
     )
     pages = BLOCK // PAGE_SIZE  # of a branch's window
-    least, of_branch = block + pages * window, _OWN // BLOCK * block + pages * window
-    memory = max(_memory(decoder, kv_memory, of_branch / _OWN, BLOCK), least if kv_memory is None else 0)
+    fewest = 2 * pages  # a child takes a page that its parent still has
+    own = BLOCK * math.ceil(min(_OWN, shape.max_length) / BLOCK)
+    least, of_branch = block + fewest * window, own // BLOCK * block + pages * window
+    memory = max(_memory(decoder, kv_memory, of_branch / own, BLOCK), least if kv_memory is None else 0)
     if memory < least:
         raise ValueError(f"kv_memory: expected room for {BLOCK} tokens ({least} bytes), got {kv_memory!r}")
-    num_windows = max(pages, pages * memory // of_branch)
-    num_blocks = max(1, (memory - num_windows * window) // block)
+    num_windows = max(fewest, pages * memory // of_branch)
+    num_blocks = (memory - num_windows * window) // block
     return BlockPool(layers, shape, num_blocks, num_windows, dtype, kv_dtype, decoder.device)
 
 

@@ -69,7 +69,8 @@ class HFPolicy:
         about a half and 0.28 of bfloat16's bytes, so the pool has room for more tokens. ``"int4-channel"``,
         ``"int3-channel"``, ``"int2-channel"`` store blocks of 128 tokens, with a scale for each channel of the keys.
         ``"xquant-8"``, ``-4``, ``-3``, ``-2`` and ``"xquant-cl-4"``, ``-3``, ``-2`` store the inputs of the layers in
-        this many bits. All of these make keys and values again in every forward (models of the lean decoder).
+        this many bits. The channel and xquant kinds make keys and values again in every forward (models of the lean
+        decoder).
         ``"fp8"``, on a GPU, stores each element in a byte, without a scale. By default the dtype of the model.
     decoder : {"auto", "lean", "transformers"}
         The code that runs the model. By default the lean decoder for the model families that it knows, and for all
