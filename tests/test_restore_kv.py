@@ -97,6 +97,10 @@ def test_a_block_has_the_same_bits_in_any_company_and_nothing_else_is_written() 
     other[given_["slots"]] = False
     for cache in together:
         assert bool((cache.flatten(0, 1)[other] == 7).all())
+
+
+def test_threads_do_not_change_the_result() -> None:
+    given_ = inputs(5, 4, 128, 3, 64, 4, 64, torch.bfloat16)
     assert_same_by_threads(lambda: run(given_))
 
 
