@@ -74,13 +74,13 @@ def restore_kv_(
     --------
     >>> import torch, tts_kernels as tk
     >>> k = torch.arange(32.0).view(16, 2)  # 16 tokens, a head of 2 channels
-    >>> keys = tk.quantize_rows(k.T.contiguous(), 8, 16)[None]
-    >>> values = tk.quantize_rows(torch.ones(16, 16), 8, 2)[None]
+    >>> keys = tk.quantize_rows(k.T.contiguous(), 4, 16)[None]
+    >>> values = tk.quantize_rows(torch.ones(16, 16), 4, 2)[None]
     >>> caches = [torch.zeros(1, 16, 8, 2) for _ in range(2)]
     >>> keys = keys.repeat(1, 8, 1)  # 8 heads
     >>> angles = torch.tensor([[1.0, 0.0]])  # no rotation
     >>> at = torch.arange(16)
-    >>> tk.restore_kv_(keys, values, torch.tensor([0]), *caches, 0 * at, angles, at, bits=8, group_size=2)
+    >>> tk.restore_kv_(keys, values, torch.tensor([0]), *caches, 0 * at, angles, at, bits=4, group_size=2)
     >>> caches[0][0, 3, 0]
     tensor([6., 7.])
     """
