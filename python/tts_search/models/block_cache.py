@@ -229,11 +229,12 @@ class BlockCache(tk.KVCache):
         assert isinstance(kept, Kept), "a batch of another pool"
         restored: Tensor | None = None  # x as decoded from its stored form, for tokens of blocks and new ones
         taken: Tensor | None = None
+        slots = batch.slots.long()
         for number, keeps in enumerate(self.layers):
             own = number * self.num_windows
             new, taken = keeps.encode(x, eps, taken)
             if keeps.format.window_bytes:
-                self.window_rows[number][batch.slots.long()] = new
+                self.window_rows[number][slots] = new
             if len(kept.blocks):
                 restored = self.restore(number, keeps, kept, cos_sin, eps, restored)
             x = tk.decoder_layers_(
@@ -244,7 +245,7 @@ class BlockCache(tk.KVCache):
                 replace(batch.plan, pages=batch.plan.pages + kept.own * own),
                 batch.positions,
                 cos_sin,
-                batch.slots + own * PAGE_SIZE,
+                slots + own * PAGE_SIZE,
                 eps=eps,
                 rows=rows if number + 1 == len(self.layers) else None,
             )
